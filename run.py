@@ -1,0 +1,11 @@
+"""Run mixadv from a checkout: ``python run.py loss=trades lambda_solver=entropic L=3``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from mixadv.main import main
+
+if __name__ == "__main__":
+    main()

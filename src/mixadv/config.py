@@ -1,0 +1,224 @@
+"""The typed top level of the configuration, its resolvers and its checks.
+
+Imports neither torch nor Lightning, so that ``--help``, ``--cfg`` and every refusal answer at once. What is
+checked here is what can be known without data or models; the rest is checked by the objects themselves when
+they are built.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from mixadv.errors import UserError
+
+TASKS = ("train", "evaluate", "report")
+PRECISIONS = ("fp32", "bf16")
+RESUME = ("auto", "never")
+MAX_NAME = 120
+
+
+def config_dir() -> str:
+    """The directory of the shipped configuration: inside the package when installed, else the checkout's."""
+    here = Path(__file__).resolve().parent
+    installed = here / "conf"
+    return str(installed if installed.is_dir() else here.parents[1] / "conf")
+
+
+@dataclass
+class ScheduleConfig:
+    """When members and weights are updated (Algorithm 2)."""
+
+    kind: str = "sampled"
+    epochs: int = 200
+    T_theta: int = 50
+
+
+@dataclass
+class OptimizerConfig:
+    """One SGD optimizer per member, and the shape of its learning rate over the member's own updates."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    lr_schedule: str = "piecewise"
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    gamma: float = 0.1
+    warmup: float = 0.25
+
+
+@dataclass
+class TrainerConfig:
+    """Where it runs, and how often it looks."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    deterministic: bool = False
+    limit_train_batches: Any = None
+    limit_val_batches: Any = None
+    limit_test_batches: Any = None
+    val_every_epochs: int = 1
+    log_every_steps: int = 10
+    progress: bool = True
+
+
+@dataclass
+class Config:
+    """Top level. Pluggable groups are free-form here: their classes check their own arguments."""
+
+    task: str = "train"
+    L: int = 2
+    eps: Any = "8/255"
+    seed: int = 0
+    name: str | None = None
+    resume: str = "auto"
+    compile: bool = False
+    precision: str = "fp32"
+    baseline: bool = False
+    members: list[str] = field(default_factory=list)
+    mixture: str | None = None
+    runs: str = "outputs"
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    loss: dict[str, Any] = MISSING
+    threat_model: dict[str, Any] = MISSING
+    attack: dict[str, Any] = MISSING
+    protocol: dict[str, Any] = MISSING
+    lambda_solver: dict[str, Any] = MISSING
+    logger: dict[str, Any] = MISSING
+
+
+def parse_eps(value: Any) -> float:
+    """Read a radius: ``8/255``, ``0.031`` or ``0``, in input units.
+
+    Raises:
+        UserError: not a finite non-negative number or fraction.
+    """
+    number = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+    match = re.fullmatch(rf"\s*({number})\s*(?:/\s*({number})\s*)?", str(value))
+    if match is None or isinstance(value, bool):
+        raise UserError(
+            f"eps={value} is not a number: write a fraction or a decimal in input units, as eps=8/255 or eps=0.031"
+        )
+    numerator, denominator = float(match[1]), float(match[2] or 1)
+    if denominator == 0:
+        raise UserError(f"eps={value} divides by zero: write a fraction such as eps=8/255")
+    eps = numerator / denominator
+    if not math.isfinite(eps) or eps < 0:
+        raise UserError(f"eps={value} must be finite and at least 0: it is a radius, as eps=8/255 or eps=0")
+    return eps
+
+
+def path_safe(text: str) -> str:
+    """A file name that keeps what an override says: ``eps=8/255`` becomes ``eps=8-255``.
+
+    Names longer than a file system likes are cut, and closed with a digest so that they stay distinct.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text.replace("[", "").replace("]", "")).strip("-. ")
+    if len(safe) > MAX_NAME:
+        import hashlib
+
+        safe = f"{safe[:MAX_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return safe
+
+
+# Overrides that say where or what, not how: they do not belong to a run's name.
+UNNAMED = ("task", "name", "resume", "runs")
+
+
+def run_name(overrides: Any, name: Any = None) -> str:
+    """Directory name of a run: ``name=...`` if given, else its path-safe overrides, else ``default``.
+
+    A function of the command alone, so that the same command finds the same directory and resumes.
+    """
+    if name is not None:
+        return path_safe(str(name)) or "default"
+    kept = [text for text in overrides if text.split("=", 1)[0].lstrip("+~") not in UNNAMED]
+    return path_safe(",".join(kept)) or "default"
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra and OmegaConf (idempotent)."""
+    OmegaConf.register_new_resolver("fraction", parse_eps, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    # Cached, because Hydra hands the cache of the sweep to its jobs: every job must find the sweep's own directory.
+    OmegaConf.register_new_resolver("sweep_name", run_name, replace=True, use_cache=True)
+    ConfigStore.instance().store(name="mixadv_schema", node=Config, provider="mixadv")
+
+
+def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not value >= low or not math.isfinite(value):
+        raise UserError(f"{key}={value} must be at least {low:g}")
+
+
+def _limit(key: str, value: Any) -> None:
+    ok = value is None or (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (value >= 1 if isinstance(value, int) else 0 < value <= 1)
+    )
+    if not ok:
+        raise UserError(f"{key}={value} must be a number of batches (1 or more) or a share in (0, 1]")
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what cannot work before anything heavy is imported.
+
+    Raises:
+        UserError: one line that names the key, the value and the remedy.
+    """
+    _one_of("task", cfg.task, TASKS)
+    _at_least("L", cfg.L, 1)
+    _at_least("seed", cfg.seed, 0)
+    if cfg.seed >= 2**32:
+        raise UserError(f"seed={cfg.seed} must be below 2**32: NumPy's generators take no more")
+    _one_of("precision", cfg.precision, PRECISIONS)
+    _one_of("resume", cfg.resume, RESUME)
+    if cfg.name is not None and not path_safe(cfg.name):
+        raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters, digits, - and _")
+
+    eps = parse_eps(cfg.eps)
+    norm = cfg.threat_model.get("norm")
+    _one_of("threat_model.norm", norm, ("linf", "l2"))
+    if norm == "linf" and eps > 1:
+        raise UserError(
+            f"eps={cfg.eps} is larger than the whole input range [0, 1]: eps is in input units, "
+            f"did you mean eps={cfg.eps}/255?"
+        )
+
+    _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
+    _at_least("schedule.epochs", cfg.schedule.epochs, 1)
+    _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)
+    opt = cfg.optimizer
+    _one_of("optimizer.lr_schedule", opt.lr_schedule, ("constant", "piecewise", "cosine", "one_cycle"))
+    for key in ("lr", "momentum", "weight_decay", "gamma", "warmup"):
+        _at_least(f"optimizer.{key}", opt[key], 0)
+    if opt.nesterov and opt.momentum == 0:
+        raise UserError("optimizer.nesterov=true needs momentum: set optimizer.momentum=0.9")
+    if any(not 0 < m < 1 for m in opt.milestones):
+        raise UserError(
+            f"optimizer.milestones={list(opt.milestones)} must be shares of the training in (0, 1)"
+        )
+    if opt.warmup >= 1:
+        raise UserError(f"optimizer.warmup={opt.warmup} must be a share of the training in [0, 1)")
+    for key in ("devices", "val_every_epochs", "log_every_steps"):
+        _at_least(f"trainer.{key}", cfg.trainer[key], 1)
+    for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
+        _limit(f"trainer.{key}", cfg.trainer[key])
+    if cfg.task == "evaluate" and not cfg.mixture:
+        raise UserError(
+            "task=evaluate needs mixture=PATH: an exported mixture/ folder, a run directory or a .ckpt"
+        )

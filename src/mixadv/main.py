@@ -1,0 +1,124 @@
+"""The command line: composes the configuration, checks it, runs one task or a sweep of them.
+
+Refusals are one message on standard error without a traceback; a defect of ours keeps its traceback. Nothing
+heavy is imported before the checks have passed.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from omegaconf import DictConfig
+
+from mixadv import config
+from mixadv.errors import UserError
+
+_failed: list[str] = []
+
+
+def _refuse(message: str) -> None:
+    sys.stdout.flush()
+    print(f"mixadv: {message}", file=sys.stderr, flush=True)
+
+
+def _composition_message(error: BaseException) -> str:
+    """Hydra and OmegaConf spread a refusal over exceptions and lines; keep what a reader can act on."""
+    cause = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    if cause is not None and type(cause).__module__.startswith("omegaconf"):
+        reason = str(cause).splitlines()[0]
+        if ("not in" in reason and "struct" in reason) or "Key '" in reason:
+            return f"{lines[0].rstrip('.')}: there is no such key; `--cfg job` shows all of them"
+        return f"{lines[0].rstrip('.')}: {reason}"
+    if any("full_key" in line for line in lines):
+        key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key")), "")
+        return f"{key}: {lines[0]}"
+    return " ".join(line for line in lines if line)
+
+
+def _job(cfg: DictConfig) -> None:
+    """One task in its run directory; Hydra calls this once for a run, many times for a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_cfg = HydraConfig.get()
+    run_dir = Path(hydra_cfg.runtime.output_dir)
+    overrides = list(hydra_cfg.overrides.task)
+    sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    try:
+        config.check(cfg)
+        from mixadv.tasks import run_task
+
+        run_task(cfg, run_dir=run_dir, overrides=overrides, sweep=run_dir.parent.name if sweep else None)
+    except UserError as error:
+        _refuse(str(error))
+        _leave_reason(run_dir, cfg, str(error))
+        if not sweep:
+            sys.exit(1)
+        _failed.append(f"{run_dir.name}: {error}")
+        raise
+    except Exception as error:
+        _leave_reason(run_dir, cfg, f"{type(error).__name__}: {error}")
+        if sweep:
+            # Hydra would show only the first failure, and that at the end.
+            traceback.print_exc()
+            _failed.append(f"{run_dir.name}: {type(error).__name__}: {error}")
+        raise
+
+
+def _leave_reason(run_dir: Path, cfg: DictConfig, reason: str) -> None:
+    """FAILED tells a later sweep and the report why; a finished run keeps its DONE and its results."""
+    if cfg.task == "report":
+        return
+    if not any(run_dir.iterdir()):
+        run_dir.rmdir()
+    elif not (run_dir / "DONE").exists():
+        (run_dir / "FAILED").write_text(reason + "\n")
+
+
+def _exit_with(message: str) -> NoReturn:
+    _refuse(message)
+    sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of ``python run.py`` and of the ``mixadv`` command."""
+    from dotenv import load_dotenv
+
+    load_dotenv(Path.cwd() / ".env")
+    # Exceptions reach this function whole, instead of Hydra's shortened print-out.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    config.register()
+    _failed.clear()
+
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="config")(_job)()
+    except UserError as error:
+        # Jobs have reported their own refusals already.
+        if not _failed:
+            _exit_with(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit_with(_composition_message(error))
+    except OSError as error:
+        if _failed or error.filename is None:
+            raise
+        _exit_with(
+            f"cannot write {error.filename}: {error.strerror}. "
+            "Choose a writable place with hydra.run.dir=DIR (a sweep: hydra.sweep.dir=DIR)"
+        )
+    except KeyboardInterrupt:
+        _exit_with("interrupted; the same command continues from the last checkpoint")
+    if _failed:
+        _exit_with(
+            f"{len(_failed)} job(s) of the sweep failed:\n" + "\n".join(f"  {line}" for line in _failed)
+        )
+
+
+if __name__ == "__main__":
+    main()
