@@ -1,0 +1,337 @@
+"""The zero-sum game between a mixture's weights and an attacker, on tensors alone.
+
+The mixture picks lam on the simplex over L members, the attacker picks for each example i one perturbation j
+(or a distribution over them); the attacker is paid the expected loss. The mixture's value at lam is
+
+    R(lam) = sum_i mass_i max_j sum_k lam_k l_k(i, j),        V = min over lam of R(lam),
+
+(Meunier et al., "Mixed Nash Equilibria in the Adversarial Examples Game", ICML 2021). The maximum is outside
+the expectation over members, because the attacker does not see which member is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor
+
+from mixadv.game_checks import checked_attack, checked_losses, checked_mask, checked_masses, largest_loss
+
+# Losses that are float64 at one time: 8 MiB stay in a CPU's cache, an accelerator wants long kernels.
+_CHUNK_ENTRIES_CPU = 1 << 20
+_CHUNK_ENTRIES_ACCELERATOR = 1 << 25
+# Multiply-adds that the exact diameters of `smoothness` may cost: about a second.
+_DIAMETER_BUDGET = 4e9
+
+
+@dataclass(frozen=True, eq=False)
+class BestResponse:
+    """What the attacker answers to the weights lam.
+
+    Attributes:
+        gradient: [L] float64, g_k = sum_i mass_i l_k(i, response_i): a subgradient of R at lam if the
+            response is an exact maximum.
+        value: sum_k lam_k g_k; R(lam) if the response is exact, a lower estimate of it otherwise.
+        max_loss: a bound on |l_k(i, j)|: over the responses, or over every allowed entry of a finite game.
+        choice: [N] long, the perturbation chosen for each example of a finite game; else None.
+    """
+
+    gradient: Tensor
+    value: float
+    max_loss: float
+    choice: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Equilibrium:
+    """What a solver found.
+
+    Attributes:
+        weights: [L] float64 on the CPU, the mixture's strategy lam.
+        value: the un-regularised value of `weights` on the game, or on the pool drawn from it.
+        gap: value - lower_bound >= 0, which bounds value - V; None where the game's responses are not exact.
+        attack: [N, m], the attacker's strategy Q with sum_j Q[i, j] = mass_i; None where there is no fixed
+            list of perturbations.
+        status: "completed" (all steps ran), "converged" (the tolerance was reached) or "fixed".
+        history: one entry per step under each key.
+        num_attacks: how many times the solver called the game's best_response.
+        average_weights: [L], the mean of the iterates, where the method has a guarantee for it.
+        lower_bound: the least expected loss of a member against one fixed mix of perturbations, so <= V.
+        selected: which iterate `weights` is: "best", "last" or "fixed".
+    """
+
+    weights: Tensor
+    value: float
+    gap: float | None
+    attack: Tensor | None
+    status: str
+    history: dict[str, list[Any]]
+    num_attacks: int
+    average_weights: Tensor | None
+    lower_bound: float | None
+    selected: str
+
+
+@runtime_checkable
+class Game(Protocol):
+    """What a solver needs to know of a game: `FiniteGame`, or attacks on a mixture of networks."""
+
+    @property
+    def num_members(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether best_response is a true maximum: False for attacks."""
+        ...
+
+    def best_response(self, lam: Tensor) -> BestResponse:
+        """The attacker's answer to lam [L] (float64, on the CPU)."""
+        ...
+
+    def pool(
+        self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
+    ) -> FiniteGame:
+        """A game on `num_samples` random perturbations per example and, if asked, an attack's points."""
+        ...
+
+
+class FiniteGame:
+    """N examples with m candidate perturbations each, against L members: losses A[i, j, k].
+
+    The methods walk over chunks of examples, convert one chunk at a time to float64 and accumulate in
+    float64; the losses stay in their own dtype (bool and uint8 for 0/1 losses), and are held by reference.
+    Wherever a vector of weights is asked for, any finite vector of L numbers will do: the formulas are
+    meaningful outside the simplex too, where accelerated methods look.
+
+    Args:
+        losses: [N, m, L], real and finite wherever allowed.
+        mask: [N, m] bool, True where the perturbation is allowed (every example needs one); None allows all.
+            Losses at masked entries are never read, and may be NaN.
+        masses: [N], the probabilities of the examples; None is 1/N each.
+
+    Raises:
+        ValueError: a wrong shape or dtype, an empty dimension, a loss that is NaN or infinite, an example
+            without allowed perturbation, masses that are negative, not finite, or do not sum to 1.
+    """
+
+    def __init__(self, losses: Tensor, mask: Tensor | None = None, masses: Tensor | None = None) -> None:
+        self.losses = checked_losses(torch.as_tensor(losses).detach())
+        self.num_examples, self.num_perturbations, self._num_members = self.losses.shape
+        self.mask = None if mask is None else checked_mask(torch.as_tensor(mask), self.losses)
+        self.masses = checked_masses(None if masses is None else torch.as_tensor(masses), self.losses)
+        self.max_loss = 0.0
+        for rows, chunk, _ in self._chunks():
+            self.max_loss = max(self.max_loss, largest_loss(chunk, rows.start))
+
+    @property
+    def num_members(self) -> int:
+        """L."""
+        return self._num_members
+
+    @property
+    def exact(self) -> bool:
+        """True: a best response is found by looking at every perturbation."""
+        return True
+
+    def pool(
+        self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
+    ) -> FiniteGame:
+        """The game itself, which already lists all its perturbations."""
+        return self
+
+    def best_response(self, lam: Tensor) -> BestResponse:
+        """For each example the allowed perturbation with the largest sum_k lam_k A[i, j, k], the first one
+        on ties.
+        """
+        lam = self._vector(lam)
+        gradient = torch.zeros_like(lam)
+        value = torch.zeros((), dtype=torch.float64, device=lam.device)
+        choices = []
+        for rows, losses, mask in self._chunks():
+            scores = _forbid(losses @ lam, mask)
+            choice = scores.argmax(1)
+            picked = torch.arange(len(choice), device=lam.device)
+            gradient += self.masses[rows] @ losses[picked, choice]
+            value += self.masses[rows] @ scores[picked, choice]
+            choices.append(choice)
+        return BestResponse(gradient, value.item(), self.max_loss, torch.cat(choices))
+
+    def value(self, lam: Tensor) -> float:
+        """R(lam) = sum_i mass_i max_j sum_k lam_k A[i, j, k]."""
+        return self.best_response(lam).value
+
+    def subgradient(self, lam: Tensor) -> Tensor:
+        """[L], the losses at a best response: R(mu) >= R(lam) + g·(mu - lam) for every mu (Danskin)."""
+        return self.best_response(lam).gradient
+
+    def deterministic_values(self) -> Tensor:
+        """[L], R of each member alone: sum_i mass_i max_j A[i, j, k]. The least of them is V_det >= V."""
+        values = torch.zeros(self.num_members, dtype=torch.float64, device=self.losses.device)
+        for rows, losses, mask in self._chunks():
+            allowed = None if mask is None else mask[..., None]
+            values += self.masses[rows] @ _forbid(losses, allowed).amax(1)
+        return values
+
+    def response_value(self, attack: Tensor) -> float:
+        """min_k sum_ij Q[i, j] A[i, j, k], the mixture's best answer to the attacker's strategy Q: <= V for
+        every Q.
+
+        Args:
+            attack: [N, m], Q >= 0 with sum_j Q[i, j] = mass_i, zero on masked perturbations.
+
+        Raises:
+            ValueError: Q is not such a strategy; the message names the example.
+        """
+        attack = checked_attack(torch.as_tensor(attack), self.masses, self.mask, self.losses)
+        values = torch.zeros(self.num_members, dtype=torch.float64, device=self.losses.device)
+        for rows, losses, _ in self._chunks():
+            values += attack[rows].to(torch.float64).reshape(-1) @ losses.reshape(-1, self.num_members)
+        return values.min().item()
+
+    def duality_gap(self, lam: Tensor, attack: Tensor) -> float:
+        """R(lam) - response_value(Q): >= 0 (up to rounding) for lam on the simplex, 0 at a Nash equilibrium
+        (lam, Q).
+        """
+        return self.value(lam) - self.response_value(attack)
+
+    def smoothed_value(self, lam: Tensor, alpha: float | Tensor) -> float:
+        """F(lam) = sum_i mass_i alpha_i log( (1/m_i) sum_j exp( A[i, j, :]·lam / alpha_i ) ).
+
+        The value against an attacker who pays alpha_i KL(Q_i || uniform over the m_i allowed perturbations):
+        0 <= R - F <= sum_i mass_i alpha_i log m_i. Convex in lam. Finite for any alpha > 0 and scale of
+        losses.
+
+        Args:
+            lam: [L].
+            alpha: the temperature, in units of the losses: one positive number, or [N].
+        """
+        return self.smoothed(self._vector(lam)[None], alpha)[1].item()
+
+    def smoothed_gradient(self, lam: Tensor, alpha: float | Tensor) -> Tensor:
+        """[L], the gradient of `smoothed_value`: sum_ij mass_i p_ij A[i, j, :], p_i = softmax_j(A[i, j,
+        :]·lam / alpha_i).
+        """
+        return self.smoothed(self._vector(lam)[None], alpha)[2][0]
+
+    def smoothed_response(self, lam: Tensor, alpha: float | Tensor) -> Tensor:
+        """[N, m] float64, the attacker's strategy behind `smoothed_gradient`: Q[i, j] = mass_i p_ij."""
+        lam, alpha = self._vector(lam), self._temperatures(alpha)
+        attack = torch.empty(
+            self.num_examples, self.num_perturbations, dtype=torch.float64, device=lam.device
+        )
+        for rows, losses, mask in self._chunks():
+            scores = _forbid(losses @ lam, mask)
+            scores = (scores - scores.amax(1, keepdim=True)) / alpha[rows, None]
+            attack[rows] = self.masses[rows, None] * scores.softmax(1)
+        return attack
+
+    def smoothed(self, lams: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """R, F and the gradient of F at several weights, in one pass over the losses.
+
+        Args:
+            lams: [R, L].
+            alpha: as in `smoothed_value`.
+
+        Returns:
+            R(lam) [R], F(lam) [R], gradient of F [R, L].
+        """
+        alpha = self._temperatures(alpha)
+        lams = lams.to(self.losses.device, torch.float64)
+        gradients = torch.zeros_like(lams)
+        values, smooth = torch.zeros_like(lams[:, 0]), torch.zeros_like(lams[:, 0])
+        for rows, losses, mask in self._chunks():
+            flat = losses.reshape(-1, self.num_members)
+            scores = _forbid((lams @ flat.T).reshape(len(lams), *losses.shape[:2]), mask)
+            count = self.num_perturbations if mask is None else mask.sum(1)
+            peak = scores.amax(2, keepdim=True)
+            # exp(z) - 1 rather than exp(z): at large alpha the logarithm of the mean is far below rounding of
+            # 1.
+            shrunk = torch.expm1((scores - peak) / alpha[rows, None])
+            expo = shrunk + 1.0
+            total = expo.sum(2)
+            if mask is not None:
+                shrunk = shrunk.masked_fill(~mask, 0.0)
+            mean = shrunk.sum(2) / count
+            log_mean = torch.where(mean > -0.5, torch.log1p(mean), torch.log(total / count))
+            values += peak[..., 0] @ self.masses[rows]
+            smooth += (peak[..., 0] + alpha[rows] * log_mean) @ self.masses[rows]
+            expo *= (self.masses[rows] / total)[..., None]
+            gradients += expo.reshape(len(lams), -1) @ flat
+        return values, smooth, gradients
+
+    def smoothness(self, alpha: float | Tensor) -> float:
+        """A Lipschitz constant of the gradient of F along the simplex (differences of weights sum to 0).
+
+        The Hessian is sum_i mass_i Cov_{p_i}(a_ij) / alpha_i, where a_ij = A[i, j, :] less its mean over
+        members. Per example the covariance is at most max_j ||a_ij - c||^2 for any centre c (the origin and
+        the midrange are tried) and at most max_jj' ||a_ij - a_ij'||^2 / 4; the sum of the least of these is
+        returned. The pairwise bound is left out where its N m^2 L multiply-adds exceed 4e9; it gains at most
+        a factor of two over the best centre.
+        """
+        alpha = self._temperatures(alpha)
+        n, m, members = self.losses.shape
+        pairwise = float(n) * m * m * members <= _DIAMETER_BUDGET
+        constant = 0.0
+        for rows, losses, mask in self._chunks(entries_per_example=m * max(m, members) if pairwise else None):
+            points = losses - losses.mean(2, keepdim=True)
+            if mask is not None:
+                # A copy of an allowed point in every masked place changes neither radius nor diameter.
+                stand_in = points[torch.arange(len(points), device=points.device), mask.int().argmax(1)]
+                points = torch.where(mask[..., None], points, stand_in[:, None])
+            around_origin = points.square().sum(2).amax(1)
+            points = points - (points.amax(1, keepdim=True) + points.amin(1, keepdim=True)) / 2
+            squares = points.square().sum(2)
+            bound = torch.minimum(around_origin, squares.amax(1))
+            if pairwise:
+                distances = squares[:, :, None] + squares[:, None, :] - 2 * points @ points.mT
+                bound = torch.minimum(bound, distances.amax((1, 2)).clamp(min=0) / 4)
+            constant += (self.masses[rows] * bound / alpha[rows]).sum().item()
+        return constant
+
+    def _chunks(
+        self, entries_per_example: int | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(rows, losses [n, m, L] in float64 with zeros where masked, mask [n, m] or None), over all
+        examples.
+        """
+        limit = _CHUNK_ENTRIES_CPU if self.losses.device.type == "cpu" else _CHUNK_ENTRIES_ACCELERATOR
+        length = max(1, limit // (entries_per_example or self.num_perturbations * self.num_members))
+        for start in range(0, self.num_examples, length):
+            rows = slice(start, min(start + length, self.num_examples))
+            losses = self.losses[rows].to(torch.float64)
+            mask = None
+            if self.mask is not None:
+                mask = self.mask[rows]
+                losses = losses.masked_fill(~mask[..., None], 0.0)
+            yield rows, losses, mask
+
+    def _vector(self, lam: Tensor) -> Tensor:
+        lam = torch.as_tensor(lam, dtype=torch.float64, device=self.losses.device).detach()
+        if lam.shape != (self.num_members,):
+            raise ValueError(
+                f"weights must be [{self.num_members}], one per member, got shape {list(lam.shape)}"
+            )
+        if not bool(torch.isfinite(lam).all()):
+            raise ValueError(f"weights must be finite, got {lam.tolist()}")
+        return lam
+
+    def _temperatures(self, alpha: float | Tensor) -> Tensor:
+        wide = torch.as_tensor(alpha, dtype=torch.float64, device=self.losses.device).detach()
+        if wide.shape not in ((), (self.num_examples,)):
+            raise ValueError(
+                f"alpha must be one number or [{self.num_examples}], got shape {list(wide.shape)}"
+            )
+        wide = wide.expand(self.num_examples)
+        wrong = ~(torch.isfinite(wide) & (wide > 0))
+        if bool(wrong.any()):
+            raise ValueError(f"alpha must be positive and finite, got {wide[wrong][0].item()}")
+        return wide
+
+
+def _forbid(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
