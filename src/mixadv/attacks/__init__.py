@@ -1,0 +1,8 @@
+"""Attacks on mixtures: each is a frozen dataclass, called as `attack(mixture, x, y, threat_model,
+generator)`.
+"""
+
+from mixadv.attacks.objectives import AveragedCE, ExpectedLoss, InnerLoss, Objective
+from mixadv.attacks.pgd import PGD
+
+__all__ = ["PGD", "AveragedCE", "ExpectedLoss", "InnerLoss", "Objective"]

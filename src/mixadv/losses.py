@@ -1,0 +1,142 @@
+"""Losses per example, all of them ascending: larger is worse for the classifier and better for the attacker.
+
+Logits are `[..., B, C]`, usually `[members, batch, classes]`; labels `y` are `[B]` and shared by the members.
+Results are `[..., B]`. Logits in half precision are raised to float32 first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _labels(logits: Tensor, y: Tensor) -> Tensor:
+    """Labels [B] -> [..., B, 1], ready to index the classes."""
+    if logits.ndim < 2 or y.shape != logits.shape[-2:-1]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and labels {tuple(y.shape)} differ: expected [..., B, C] and [B]"
+        )
+    return y.expand(logits.shape[:-1]).unsqueeze(-1)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """-log softmax(z)_y."""
+    log_p = _at_least_float32(logits).log_softmax(-1)
+    return -log_p.gather(-1, _labels(logits, y)).squeeze(-1)
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) = sum_c p_c (log p_c - log q_c) p and q the softmax of the logits; natural logarithm."""
+    log_p = _at_least_float32(p_logits).log_softmax(-1)
+    log_q = _at_least_float32(q_logits).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y: positive exactly where the classifier errs."""
+    z = _at_least_float32(logits)
+    index = _labels(z, y)
+    if z.shape[-1] < 2:
+        raise ValueError("the margin needs at least 2 classes")
+    return z.scatter(-1, index, float("-inf")).amax(-1) - z.gather(-1, index).squeeze(-1)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio: (max_{j != y} z_j - z_y) / (z_(1) - z_(3) + 1e-12), z_(i) the i-th largest.
+
+    Invariant to shifting and scaling the logits (Croce & Hein, ICML 2020, equation 6). Needs 3 classes:
+    ValueError with fewer.
+    """
+    if logits.shape[-1] < 3:
+        raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[-1]}: use the margin instead")
+    top = _at_least_float32(logits).topk(3, dim=-1).values
+    return margin(logits, y) / (top[..., 0] - top[..., 2] + 1e-12)
+
+
+def zero_one(logits: Tensor, y: Tensor) -> Tensor:
+    """1 where the largest logit is not that of y, else 0, in float32 (of equal logits, argmax decides)."""
+    return (logits.argmax(-1) != _labels(logits, y).squeeze(-1)).float()
+
+
+ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": cross_entropy,
+    "margin": margin,
+    "dlr": dlr,
+}
+
+
+class RobustLoss(ABC):
+    """A pair of losses for adversarial training: the attacker climbs `inner`, the member descends `outer`.
+
+    Both take logits at the attacked input, logits at the clean input (None unless `needs_clean`) and labels,
+    and return one number per example. `needs_clean` tells the caller to compute clean logits; `start` is
+    where the inner attack begins ("uniform" in the ball, or "gaussian": a little noise around x).
+    """
+
+    needs_clean: ClassVar[bool]
+    start: ClassVar[str]
+
+    @abstractmethod
+    def inner(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """What the attacker climbs, [..., B]. Clean logits are constants here: pass them detached."""
+
+    @abstractmethod
+    def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        """What the member descends, [..., B]. Clean logits carry their gradient."""
+
+
+@dataclass(frozen=True)
+class AT(RobustLoss):
+    """Adversarial training (Madry et al., ICLR 2018): cross-entropy at the attacked input, inside and
+    outside.
+    """
+
+    needs_clean: ClassVar[bool] = False
+    start: ClassVar[str] = "uniform"
+
+    def inner(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        return cross_entropy(adv_logits, y)
+
+    def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        return cross_entropy(adv_logits, y)
+
+
+@dataclass(frozen=True)
+class TRADES(RobustLoss):
+    """TRADES (Zhang et al., ICML 2019, equation 5).
+
+    inner: KL(p(x) || p(x')). outer: CE(f(x), y) + beta KL(p(x) || p(x')), with the gradient through both
+    arguments of the divergence. At x' = x the inner loss is 0 and its gradient is rounding noise, hence the
+    Gaussian start. ValueError for a negative beta, or where clean logits are missing.
+    """
+
+    beta: float = 6.0
+
+    needs_clean: ClassVar[bool] = True
+    start: ClassVar[str] = "gaussian"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta is {self.beta}: it must be finite and at least 0")
+
+    def inner(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        return kl_divergence(_required(clean_logits), adv_logits)
+
+    def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        clean = _required(clean_logits)
+        return cross_entropy(clean, y) + self.beta * kl_divergence(clean, adv_logits)
+
+
+def _required(clean_logits: Tensor | None) -> Tensor:
+    if clean_logits is None:
+        raise ValueError("TRADES compares with the clean input: pass the clean logits")
+    return clean_logits

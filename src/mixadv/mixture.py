@@ -1,0 +1,194 @@
+"""A finite mixture of classifiers: the randomized ensemble that answers with member k with probability
+lambda_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.simplex import is_distribution
+
+
+class Mixture(nn.Module):
+    """Members f_1..f_L and a distribution lambda over them.
+
+    members: modules that map a batch x `[B, ...]` to logits `[B, C]`, all with the same C.
+    weights: lambda, a distribution over the members; uniform by default. Kept as a float32 buffer `[L]`.
+
+    Two classifiers live here. The *randomized* one draws a member per answer; its accuracy on an example is
+    the finite sum `expected_accuracy`. The *ensemble* answers with the argmax of the averaged probabilities
+    (`forward`, `ensemble_accuracy`). Attacks on one say little about the other.
+
+    None of the methods changes train or eval mode: measure in eval mode, or inside `attack_mode()`.
+
+    Raises ValueError where there are no members, a member is no module, or the weights are no distribution
+    over them.
+    """
+
+    weights: Tensor
+
+    def __init__(self, members: Iterable[nn.Module], weights: Tensor | Sequence[float] | None = None) -> None:
+        super().__init__()
+        members = list(members)
+        if not members:
+            raise ValueError("a mixture needs at least one member")
+        for k, member in enumerate(members):
+            if not isinstance(member, nn.Module):
+                raise ValueError(f"member {k} is a {type(member).__name__}, not a torch.nn.Module")
+        self.members = nn.ModuleList(members)
+        device = next((p.device for p in self.members.parameters()), None)
+        uniform = torch.full((len(members),), 1.0 / len(members), dtype=torch.float32, device=device)
+        self.register_buffer("weights", uniform)
+        if weights is not None:
+            self.set_weights(weights)
+
+    @property
+    def num_members(self) -> int:
+        """L."""
+        return len(self.members)
+
+    def set_weights(self, lam: Tensor | Sequence[float]) -> None:
+        """Replace lambda in place (dtype and device stay); ValueError unless it is a distribution over the
+        members."""
+        new = torch.as_tensor(lam, dtype=torch.float64).detach()
+        if new.shape != (self.num_members,):
+            raise ValueError(
+                f"expected {self.num_members} weights, one per member, got shape {tuple(new.shape)}"
+            )
+        if not is_distribution(new):
+            raise ValueError(f"weights {new.tolist()} are no distribution: give numbers >= 0 that sum to 1")
+        new = new.clamp_min(0)
+        with torch.no_grad():
+            self.weights.copy_(new / new.sum())
+
+    @contextmanager
+    def using_weights(self, lam: Tensor | Sequence[float]) -> Iterator[None]:
+        """Other weights for the length of a `with` block; the old ones return bit for bit."""
+        before = self.weights.clone()
+        self.set_weights(lam)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.weights.copy_(before)
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """The logits of every member, [L, B, C]; ValueError where they do not agree in shape."""
+        logits = [member(x) for member in self.members]
+        for k, z in enumerate(logits):
+            if z.ndim != 2 or z.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"member {k} returns {tuple(z.shape)} for {x.shape[0]} inputs: expected [batch, classes]"
+                )
+            if z.shape[1] != logits[0].shape[1]:
+                raise ValueError(
+                    f"member 0 has {logits[0].shape[1]} classes, member {k} has {z.shape[1]}: the members of "
+                    "a mixture must share their classes"
+                )
+        return torch.stack(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log sum_k lambda_k softmax(f_k(x)), the log-probabilities of the averaged prediction, [B, C]."""
+        return self.log_average(self.member_logits(x))
+
+    def log_average(self, logits: Tensor) -> Tensor:
+        """log sum_k lambda_k softmax(logits_k) for member logits [L, B, C] -> [B, C]."""
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        log_weights = self.weights.to(logits).log()
+        return torch.logsumexp(logits.log_softmax(-1) + log_weights[:, None, None], dim=0)
+
+    def expectation(self, values: Tensor) -> Tensor:
+        """sum_k lambda_k values_k, exactly the expectation over the draw of a member: [L, ...] -> [...].
+
+        Computed in float64, with lambda scaled to sum to 1 in float64 too (devices without float64: float32).
+        """
+        if values.ndim == 0 or values.shape[0] != self.num_members:
+            raise ValueError(f"expected values [{self.num_members}, ...], got shape {tuple(values.shape)}")
+        dtype = torch.float32 if values.device.type == "mps" else torch.float64
+        lam = self.weights.to(values.device, dtype)
+        lam = (lam / lam.sum()).reshape(-1, *[1] * (values.ndim - 1))
+        return (lam * values.to(dtype)).sum(0)
+
+    @torch.no_grad()
+    def expected_accuracy(self, x: Tensor, y: Tensor) -> Tensor:
+        """sum_k lambda_k 1[f_k(x) = y] per example, [B]: the chance that the drawn member is right."""
+        return self.expectation(self.member_logits(x).argmax(-1) == y)
+
+    @torch.no_grad()
+    def ensemble_accuracy(self, x: Tensor, y: Tensor) -> Tensor:
+        """Whether the argmax of the averaged probabilities is y, [B] bool."""
+        return self(x).argmax(-1) == y
+
+    def sample_members(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n independent draws from lambda, [n] long."""
+        lam = self.weights if generator is None else self.weights.to(generator.device)
+        return torch.multinomial(lam, n, replacement=True, generator=generator).to(self.weights.device)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The randomized classifier's answers, [B] labels: a member is drawn for each example on its own.
+
+        Each member sees only the examples that drew it, so the cost is that of one network.
+        """
+        drawn = self.sample_members(len(x), generator).to(x.device)
+        labels = torch.empty(len(x), dtype=torch.long, device=x.device)
+        for k, member in enumerate(self.members):
+            (mine,) = torch.nonzero(drawn == k, as_tuple=True)
+            if len(mine):
+                labels[mine] = member(x[mine]).argmax(-1)
+        return labels
+
+    @contextmanager
+    def attack_mode(self) -> Iterator[None]:
+        """Eval mode and frozen parameters for the length of a `with` block.
+
+        Afterwards the `training` flag of every submodule, `requires_grad` of every parameter and every buffer
+        of the members (batch-norm statistics) are as they were on entry, also after an exception, also
+        nested, and whatever the code inside did to them.
+        """
+        flags = [(module, module.training) for module in self.modules()]
+        gradients = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in self.members.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        try:
+            self.eval()
+            self.requires_grad_(False)
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for parameter, requires_grad in gradients:
+                parameter.requires_grad_(requires_grad)
+            with torch.no_grad():
+                for module, name, buffer, saved in buffers:
+                    buffer.copy_(saved)
+                    if getattr(module, name) is not buffer:
+                        setattr(module, name, buffer)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward of each member in place with `torch.compile(*args, **kwargs)`.
+
+        Only the members are compiled: lambda, the draws and `attack_mode` stay ordinary Python, and the keys
+        of the state dict do not change. Members of one architecture share their graphs. There is a graph for
+        each of train or eval, frozen or not, with or without gradient, full or ragged batch, so PyTorch's
+        recompile limit (8 by default, silently eager beyond) is raised to 16 per member, for the whole
+        process.
+        """
+        import torch._dynamo.config as dynamo
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * self.num_members)
+        for member in self.members:
+            member.compile(*args, **kwargs)
+
+
+def as_mixture(model: nn.Module) -> Mixture:
+    """The model itself where it is a `Mixture`, else a mixture whose only member it is."""
+    return model if isinstance(model, Mixture) else Mixture([model])

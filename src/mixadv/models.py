@@ -1,0 +1,238 @@
+"""Members of a mixture: image classifiers that take images in [0, 1] and return logits.
+
+Every factory has the signature `(num_classes, image_shape=(C, H, W), mean=None, std=None, **own)`; it returns
+`nn.Sequential(normalize, net)`, so that `eps` is always meant in the units of the images, whatever the
+network wants to see. Mean and standard deviation are buffers, and travel with the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, x `[B, C, H, W]`; ValueError for different lengths or std <= 0."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"mean has {len(mean)} channels, std has {len(std)}")
+        if not all(s > 0 for s in std):
+            raise ValueError(f"std is {list(std)}: every entry must be positive")
+        self.register_buffer("mean", torch.tensor([float(m) for m in mean]).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor([float(s) for s in std]).reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def _member(
+    net: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> nn.Sequential:
+    if (mean is None) != (std is None):
+        raise ValueError("give both mean and std, or neither")
+    mean = [0.0] * channels if mean is None else mean
+    std = [1.0] * channels if std is None else std
+    if len(mean) != channels:
+        raise ValueError(f"mean has {len(mean)} channels, the images have {channels}")
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+
+
+def _checked(num_classes: int, image_shape: Sequence[int], width: int) -> tuple[int, int, int]:
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}: a classifier needs at least 2")
+    if len(image_shape) != 3 or any(size < 1 for size in image_shape):
+        raise ValueError(f"image_shape is {tuple(image_shape)}: expected positive (channels, height, width)")
+    if width < 1:
+        raise ValueError(f"width is {width}: it must be at least 1")
+    channels, height, width_of_image = image_shape
+    return channels, height, width_of_image
+
+
+def _initialise(net: nn.Module) -> None:
+    """He initialisation of the convolutions, as in the residual networks of torchvision."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class _ResNet18(nn.Module):
+    """torchvision's basic blocks behind a stem for small images: 3x3 convolution, stride 1, no max pooling.
+
+    Parameter names are torchvision's, so its checkpoints of this shape load.
+    """
+
+    def __init__(self, channels: int, num_classes: int, width: int) -> None:
+        # torchvision takes a second to import, and only this network needs it.
+        from torchvision.models.resnet import BasicBlock
+
+        def halving(inputs: int) -> nn.Sequential:
+            shortcut = nn.Sequential(
+                nn.Conv2d(inputs, 2 * inputs, 1, stride=2, bias=False), nn.BatchNorm2d(2 * inputs)
+            )
+            first = BasicBlock(inputs, 2 * inputs, 2, shortcut)
+            return nn.Sequential(first, BasicBlock(2 * inputs, 2 * inputs))
+
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = nn.Sequential(BasicBlock(width, width), BasicBlock(width, width))
+        self.layer2 = halving(width)
+        self.layer3 = halving(2 * width)
+        self.layer4 = halving(4 * width)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width, num_classes)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class _PreActBlock(nn.Module):
+    """x + conv(relu(bn(conv(relu(bn(x)))))); a 1x1 convolution of relu(bn(x)) replaces x where the shape
+    changes.
+    """
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        same = stride == 1 and inputs == planes
+        self.shortcut = None if same else nn.Conv2d(inputs, planes, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(x).relu()
+        x = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(self.bn2(self.conv1(out)).relu()) + x
+
+
+class _PreActResNet(nn.Module):
+    """Pre-activation residual network (He et al., ECCV 2016), with the final normalisation it needs."""
+
+    def __init__(
+        self, channels: int, num_classes: int, width: int, stages: int, blocks: int, stem_stride: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=stem_stride, padding=1, bias=False)
+        layers: list[nn.Module] = []
+        previous = width
+        for stage in range(stages):
+            planes = width * 2**stage
+            for block in range(blocks):
+                layers.append(_PreActBlock(previous, planes, 2 if stage > 0 and block == 0 else 1))
+                previous = planes
+        self.blocks = nn.Sequential(*layers)
+        self.bn = nn.BatchNorm2d(previous)
+        self.fc = nn.Linear(previous, num_classes)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.blocks(self.conv1(x))).relu()
+        return self.fc(x.mean((-2, -1)))
+
+
+def resnet18(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    width: int = 64,
+) -> nn.Module:
+    """ResNet-18 for small images: 3x3 stem, no max pooling; 11,173,962 parameters for 10 classes."""
+    channels, _, _ = _checked(num_classes, image_shape, width)
+    return _member(_ResNet18(channels, num_classes, width), channels, mean, std)
+
+
+def preact_resnet18(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    width: int = 64,
+) -> nn.Module:
+    """Pre-activation ResNet-18 for small images, as in Rice et al., ICML 2020 (final batch norm included);
+    11,172,170 parameters for 10 classes."""
+    channels, _, _ = _checked(num_classes, image_shape, width)
+    return _member(_PreActResNet(channels, num_classes, width, 4, 2, 1), channels, mean, std)
+
+
+def small_resnet(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    width: int = 16,
+) -> nn.Module:
+    """A residual network for a CPU: stem of stride 2, three pre-activation blocks of `width`, 2 and 4 times
+    `width` channels; about 3 million multiply-adds on 32x32 images."""
+    channels, _, _ = _checked(num_classes, image_shape, width)
+    return _member(_PreActResNet(channels, num_classes, width, 3, 1, 2), channels, mean, std)
+
+
+def small_cnn(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    width: int = 16,
+    hidden: int = 128,
+) -> nn.Module:
+    """Three 3x3 convolutions (the last two of stride 2) and one hidden layer; no batch norm. Works from 8x8x1
+    on; about 3 million multiply-adds on 32x32 images."""
+    channels, height, width_of_image = _checked(num_classes, image_shape, width)
+    if hidden < 1:
+        raise ValueError(f"hidden is {hidden}: it must be at least 1")
+    features = 4 * width * math.ceil(height / 4) * math.ceil(width_of_image / 4)
+    net = nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(features, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, num_classes),
+    )
+    return _member(net, channels, mean, std)
+
+
+def linear(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """logits = W flatten(x) + b."""
+    shape = _checked(num_classes, image_shape, 1)
+    return _member(nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), num_classes)), shape[0], mean, std)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "preact_resnet18": preact_resnet18,
+    "small_resnet": small_resnet,
+    "small_cnn": small_cnn,
+    "linear": linear,
+}
+
+
+def build_member(name: str, **kwargs: object) -> nn.Module:
+    """The member of that name, built with the factory's own arguments; ValueError lists the names."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    return MODELS[name](**kwargs)

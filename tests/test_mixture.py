@@ -1,0 +1,347 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mixadv.mixture import Mixture, as_mixture
+from mixadv.models import build_member
+
+WEIGHTS = [0.5, 0.2, 0.3]
+
+
+class Table(nn.Module):
+    """Logits looked up by the first number of the input: a classifier whose answers the test chooses."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", torch.as_tensor(logits, dtype=torch.float32))
+
+    def forward(self, x):
+        return self.logits[x[:, 0].long()]
+
+
+@pytest.fixture
+def tables():
+    """L=3 members, 5 inputs, 4 classes."""
+    generator = torch.Generator().manual_seed(11)
+    logits = 3 * torch.randn(3, 5, 4, generator=generator)
+    x = torch.arange(5, dtype=torch.float32).unsqueeze(1)
+    return Mixture([Table(z) for z in logits], WEIGHTS), x, logits
+
+
+def networks(**kwargs):
+    torch.manual_seed(2)
+    build = {"num_classes": 4, "image_shape": (3, 8, 8), **kwargs}
+    return Mixture([build_member("small_resnet", width=4, **build) for _ in range(3)], WEIGHTS)
+
+
+def test_member_logits_and_forward(tables):
+    mixture, x, logits = tables
+    assert torch.equal(mixture.member_logits(x), logits)
+    z = logits.double().numpy()
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    averaged = sum(w * member for w, member in zip(WEIGHTS, p, strict=True))
+    np.testing.assert_allclose(mixture(x).numpy(), np.log(averaged), rtol=1e-5, atol=1e-6)
+
+
+def test_forward_in_float64(tables):
+    mixture, x, logits = tables
+    mixture.double()
+    mixture.set_weights(WEIGHTS)
+    averaged = torch.einsum(
+        "k,kbc->bc", torch.tensor(WEIGHTS, dtype=torch.float64), logits.double().softmax(-1)
+    )
+    torch.testing.assert_close(mixture(x), averaged.log(), rtol=1e-13, atol=1e-13)
+
+
+def test_forward_where_probabilities_underflow_and_weights_vanish():
+    sure = Table([[0.0, 1000.0]])
+    unsure = Table([[0.0, 0.0]])
+    x = torch.zeros(1, 1)
+    out = Mixture([sure, unsure, sure], [1.0, 0.0, 0.0])(x)
+    np.testing.assert_allclose(out.numpy(), [[-1000.0, 0.0]])
+    out = Mixture([sure, unsure], [0.25, 0.75])(x)
+    np.testing.assert_allclose(out.numpy(), np.log([[0.375, 0.625]]), rtol=1e-6)
+
+
+def test_zero_weights_leave_finite_gradients():
+    mixture = Mixture(
+        [build_member("linear", num_classes=3, image_shape=(1, 2, 2)) for _ in range(3)], [0, 1, 0]
+    )
+    x = torch.rand(2, 1, 2, 2, requires_grad=True)
+    mixture(x)[:, 1].sum().backward()
+    torch.testing.assert_close(mixture(x), mixture.members[1](x).log_softmax(-1))
+    assert x.grad.isfinite().all()
+    assert all(p.grad.count_nonzero() == 0 for k in (0, 2) for p in mixture.members[k].parameters())
+
+
+def test_expectation_is_the_exact_sum(tables):
+    mixture, _, _ = tables
+    values = torch.tensor([[1.0, 0.0, 7.0, 0.0], [0.0, 1.0, -2.0, 0.0], [1.0, 1.0, 0.5, 0.0]])
+    result = mixture.expectation(values)
+    assert result.dtype == torch.float64
+    np.testing.assert_allclose(result.numpy(), np.array(WEIGHTS) @ values.double().numpy(), rtol=1e-7)
+    assert mixture.expectation(values[:, :, None].expand(3, 4, 2)).shape == (4, 2)
+    assert mixture.expectation(values > 0.5).dtype == torch.float64
+    with pytest.raises(ValueError, match="expected values"):
+        mixture.expectation(values[:2])
+
+
+@pytest.mark.parametrize("num_members", [1, 3, 7, 10])
+def test_certain_success_has_probability_one(num_members):
+    """float32 thirds sum to a little more than 1; the expectation must not."""
+    mixture = Mixture([nn.Identity()] * num_members)
+    assert abs(mixture.expectation(torch.ones(num_members)).item() - 1) <= 2**-52
+
+
+def test_accuracies_by_hand():
+    """The randomized classifier and the argmax of the averaged probabilities are different things."""
+    labels = torch.tensor([0, 1, 1, 0])
+    members = [
+        Table([[9.0, 0], [0, 9], [9, 0], [0, 9]]),
+        Table([[0.1, 0], [0, 0.1], [0, 0.1], [0.1, 0]]),
+        Table([[0.1, 0], [0.1, 0], [0, 0.1], [0.1, 0]]),
+    ]
+    mixture = Mixture(members, WEIGHTS)
+    x = torch.arange(4.0).unsqueeze(1)
+    np.testing.assert_allclose(mixture.expected_accuracy(x, labels), [1.0, 0.7, 0.5, 0.5], rtol=1e-6)
+    assert mixture.ensemble_accuracy(x, labels).tolist() == [True, True, False, False]
+    with mixture.using_weights([0.1, 0.45, 0.45]):
+        np.testing.assert_allclose(mixture.expected_accuracy(x, labels), [1.0, 0.55, 0.9, 0.9], rtol=1e-6)
+
+
+def test_sampled_members_have_the_frequencies_of_lambda(tables):
+    mixture, _, _ = tables
+    before = torch.get_rng_state()
+    drawn = mixture.sample_members(30_000, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn.dtype == torch.long
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 30_000, WEIGHTS, atol=0.01)
+    again = mixture.sample_members(30_000, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+def test_predictions_are_drawn_per_example():
+    """Member k always answers k, so the answers have the law of lambda, and accuracy is its expectation."""
+    mixture = Mixture([Table(np.eye(3)[[k]]) for k in range(3)], WEIGHTS)
+    x = torch.zeros(20_000, 1)
+    answers = mixture.predict(x, torch.Generator().manual_seed(4))
+    np.testing.assert_allclose(np.bincount(answers, minlength=3) / 20_000, WEIGHTS, atol=0.012)
+    assert torch.equal(answers, mixture.predict(x, torch.Generator().manual_seed(4)))
+    assert answers[:50].unique().numel() == 3
+
+
+def test_predictions_are_those_of_the_drawn_members(tables):
+    mixture, x, logits = tables
+    x = x.repeat(40, 1)
+    answers = mixture.predict(x, torch.Generator().manual_seed(1))
+    drawn = mixture.sample_members(200, torch.Generator().manual_seed(1))
+    expected = logits.argmax(-1)[drawn, x[:, 0].long()]
+    assert torch.equal(answers, expected)
+
+
+def test_weights_are_replaced_in_place(tables):
+    mixture, _, _ = tables
+    buffer = mixture.weights
+    mixture.set_weights(torch.tensor([0.0, 0.25, 0.75], dtype=torch.float64))
+    assert mixture.weights is buffer
+    assert buffer.dtype == torch.float32
+    assert buffer.tolist() == [0, 0.25, 0.75]
+    mixture.set_weights(np.array([1.0, 0.0, 0.0]))
+    assert buffer.tolist() == [1, 0, 0]
+    assert Mixture(list(mixture.members)).weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_other_weights_for_a_while(tables):
+    mixture, _, _ = tables
+    before = mixture.weights.clone()
+    with mixture.using_weights([1, 0, 0]):
+        with mixture.using_weights([0, 1, 0]):
+            assert mixture.weights.tolist() == [0, 1, 0]
+        assert mixture.weights.tolist() == [1, 0, 0]
+    assert torch.equal(mixture.weights, before)
+    with pytest.raises(KeyError), mixture.using_weights([1, 0, 0]):
+        raise KeyError
+    assert torch.equal(mixture.weights, before)
+    with pytest.raises(ValueError), mixture.using_weights([1, 1, 0]):
+        pass
+    assert torch.equal(mixture.weights, before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[0.5, 0.5], [0.5, 0.5, 0.5], [1.5, -0.5, 0.0], [float("nan"), 0.5, 0.5], [[0.5, 0.2, 0.3]], []]
+)
+def test_wrong_weights_are_refused(tables, wrong):
+    mixture, _, _ = tables
+    before = mixture.weights.clone()
+    with pytest.raises(ValueError, match="weights"):
+        mixture.set_weights(wrong)
+    with pytest.raises(ValueError, match="weights"):
+        Mixture(list(mixture.members), wrong)
+    assert torch.equal(mixture.weights, before)
+
+
+def test_wrong_members_are_refused():
+    with pytest.raises(ValueError, match="at least one member"):
+        Mixture([])
+    with pytest.raises(ValueError, match="member 1 is a function"):
+        Mixture([nn.Identity(), lambda x: x])
+    x = torch.rand(2, 3, 8, 8)
+    odd = build_member("linear", num_classes=5, image_shape=(3, 8, 8))
+    mixture = Mixture(
+        [build_member("linear", num_classes=4, image_shape=(3, 8, 8)) for _ in range(2)] + [odd]
+    )
+    with pytest.raises(ValueError, match="member 0 has 4 classes, member 2 has 5"):
+        mixture.member_logits(x)
+    with pytest.raises(ValueError, match="member 0 returns"):
+        Mixture([nn.Identity()]).member_logits(x)
+
+
+def state_of(mixture):
+    return (
+        [(name, module.training) for name, module in mixture.named_modules()],
+        [(name, p.requires_grad) for name, p in mixture.named_parameters()],
+        {name: (buffer.data_ptr(), buffer.clone()) for name, buffer in mixture.named_buffers()},
+        [(name, p.detach().clone()) for name, p in mixture.named_parameters()],
+    )
+
+
+def assert_same_state(a, b):
+    assert a[0] == b[0]
+    assert a[1] == b[1]
+    assert a[2].keys() == b[2].keys()
+    for name in a[2]:
+        assert a[2][name][0] == b[2][name][0]
+        assert torch.equal(a[2][name][1], b[2][name][1]), name
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(a[3], b[3], strict=True))
+
+
+def mixed(mixture):
+    """Train mode, but for one member and one batch norm; some parameters frozen."""
+    mixture.train()
+    mixture.members[1].eval()
+    mixture.members[0].net.bn.eval()
+    mixture.members[2].net.fc.requires_grad_(False)
+    mixture.members[0].net.conv1.weight.requires_grad_(False)
+    return mixture
+
+
+def test_attack_mode_restores_everything():
+    mixture = mixed(networks())
+    x = torch.rand(6, 3, 8, 8)
+    before = state_of(mixture)
+    with mixture.attack_mode():
+        assert not any(module.training for module in mixture.modules())
+        assert not any(p.requires_grad for p in mixture.parameters())
+        mixture(x)
+    assert_same_state(state_of(mixture), before)
+    # A forward in train mode does move the statistics outside, so the comparison above can fail.
+    mixture(x)
+    with pytest.raises(AssertionError):
+        assert_same_state(state_of(mixture), before)
+
+
+def test_attack_mode_restores_what_the_code_inside_disturbs():
+    mixture = mixed(networks())
+    x = torch.rand(6, 3, 8, 8)
+    before = state_of(mixture)
+    with mixture.attack_mode():
+        mixture.train()
+        mixture.requires_grad_(True)
+        mixture(x)
+        mixture.members[1].net.bn.running_mean = torch.ones(16)
+        with mixture.attack_mode():
+            mixture.train()
+            mixture(x)
+        assert mixture.training
+        assert all(p.requires_grad for p in mixture.parameters())
+    assert_same_state(state_of(mixture), before)
+
+
+def test_attack_mode_restores_after_an_exception():
+    mixture = mixed(networks())
+    before = state_of(mixture)
+    with pytest.raises(KeyError), mixture.attack_mode():
+        raise_from_train_mode(mixture)
+    assert_same_state(state_of(mixture), before)
+
+
+def raise_from_train_mode(mixture):
+    mixture.train()
+    mixture(torch.rand(6, 3, 8, 8))
+    raise KeyError
+
+
+def test_attack_mode_does_not_undo_new_weights():
+    """Lambda is not a statistic: a weights phase inside keeps its result."""
+    mixture = networks()
+    with mixture.attack_mode():
+        mixture.set_weights([0, 0, 1])
+    assert mixture.weights.tolist() == [0, 0, 1]
+
+
+def linear_members():
+    torch.manual_seed(3)
+    return Mixture([build_member("linear", num_classes=4, image_shape=(3, 8, 8)) for _ in range(3)], WEIGHTS)
+
+
+def test_compiled_members_keep_names_and_numbers():
+    torch._dynamo.reset()
+    mixture = linear_members()
+    plain = copy.deepcopy(mixture)
+    x = torch.rand(3, 3, 8, 8)
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(len(inputs))
+        return graph.forward
+
+    mixture.compile(backend=backend)
+    assert mixture.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(mixture.member_logits(x), plain.member_logits(x))
+    assert calls
+    plain.load_state_dict(mixture.state_dict())
+    torch.testing.assert_close(copy.deepcopy(mixture)(x), plain(x))
+
+
+def test_compiled_members_stay_compiled_in_every_mode(monkeypatch):
+    """Attacking, training and validating take a graph each: more than the recompile limit set here."""
+    from torch._dynamo import config
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(config, "recompile_limit", 2)
+    mixture = linear_members()
+    mixture.compile(backend="eager")
+    x = torch.rand(3, 3, 8, 8)
+    with mixture.attack_mode():
+        mixture(x.clone().requires_grad_(True)).sum().backward()
+    mixture(x).sum().backward()
+    with torch.no_grad():
+        mixture(x)
+        with mixture.attack_mode():
+            mixture(x)
+    assert counters["stats"]["unique_graphs"] > 2
+    assert not any("limit" in reason for reason in counters["unimplemented"])
+
+
+def test_state_travels_in_the_state_dict():
+    mixture = networks()
+    other = networks()
+    other.set_weights([0, 1, 0])
+    other.load_state_dict(mixture.state_dict())
+    assert other.weights.tolist() == pytest.approx(WEIGHTS)
+    assert "weights" in mixture.state_dict()
+
+
+def test_as_mixture():
+    mixture = networks()
+    assert as_mixture(mixture) is mixture
+    member = mixture.members[0].eval()
+    wrapped = as_mixture(member)
+    x = torch.rand(2, 3, 8, 8)
+    assert (wrapped.num_members, wrapped.weights.tolist()) == (1, [1.0])
+    torch.testing.assert_close(wrapped(x), member(x).log_softmax(-1))
