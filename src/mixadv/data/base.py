@@ -1,0 +1,275 @@
+"""What every data set has in common: splits, statistics, and batches on the device."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+from mixadv.data.split import channel_statistics, stratified_subset
+from mixadv.data.stream import BatchStream
+from mixadv.errors import UserError
+
+# Its own constant: the test images of two runs are the same whatever their seeds.
+_TEST_SUBSET_SEED = "test subset"
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again at any time: XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixadv"
+
+
+@dataclass(frozen=True)
+class ImageCorpus:
+    """A data set as published: images uint8 [N, C, H, W], labels long [N] in 0..len(class_names) - 1."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+
+    def check(self, name: str) -> None:
+        """Raises UserError, naming the first offence, unless shapes, dtypes and labels are as documented."""
+        for split in ("train", "test"):
+            images: Tensor = getattr(self, f"{split}_images")
+            labels: Tensor = getattr(self, f"{split}_labels")
+            if images.dtype != torch.uint8 or images.ndim != 4:
+                raise UserError(
+                    f"{name}: {split} images are {images.dtype} {tuple(images.shape)}, not uint8 [N,C,H,W]"
+                )
+            if images.shape[1:] != self.train_images.shape[1:]:
+                raise UserError(
+                    f"{name}: test images are {tuple(images.shape[1:])}, training images "
+                    f"{tuple(self.train_images.shape[1:])} (channels, height, width)"
+                )
+            if len(images) == 0 or labels.shape != (len(images),):
+                raise UserError(f"{name}: {len(images)} {split} images with {len(labels)} labels")
+            wrong = ((labels < 0) | (labels >= len(self.class_names))).nonzero()
+            if len(wrong):
+                index = int(wrong[0])
+                raise UserError(
+                    f"{name}: {split} image {index} has label {int(labels[index])}, but the "
+                    f"{len(self.class_names)} classes are numbered 0..{len(self.class_names) - 1}"
+                )
+
+
+class ImageDataModule(LightningDataModule):
+    """Images as uint8 tensors, split into training, validation and test, served as batches in [0, 1].
+
+    The test images are those that the data set itself calls test. Validation is taken out of the training
+    images, stratified, by `seed`; it has `num_val` images, or else round(n v / (1 - v)) for v =
+    `val_fraction` and n = `num_train` training images, that is, v is the share of validation in all images
+    used. Without `num_train` it has round(v N) of the N images, and training the rest. With `num_train` or
+    `num_test` a stratified subset of that size is used; the test subset does not depend on `seed`.
+
+    After `setup`: `train_images`, `val_images`, `test_images` (uint8 [N, C, H, W]), `train_labels`, ... (long
+    [N]), `train_indices`, `val_indices`, `test_indices` (their places in the published order), `class_names`,
+    and `mean`, `std` (one float per channel, of the training split in [0, 1]).
+
+    Args:
+        batch_size: training images per batch.
+        eval_batch_size: validation and test images per batch.
+        val_fraction: v in (0, 1); ignored where `num_val` is given.
+        num_val: number of validation images, at least 1.
+        seed: of the validation split, of the order of the batches and of the augmentation.
+        num_train: number of training images, None for all.
+        num_test: number of test images, None for all.
+        padding, flip: augmentation of training batches, see `random_crop_flip`.
+
+    Raises:
+        ValueError: an argument is outside its range, at construction or (numbers of images) in `setup`.
+        UserError: the data are missing or damaged, in `prepare_data` or `setup`.
+    """
+
+    name: str = "images"
+    train_images: Tensor
+    train_labels: Tensor
+    train_indices: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    val_indices: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    test_indices: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        val_fraction: float | None = 0.1,
+        num_val: int | None = None,
+        seed: int = 0,
+        num_train: int | None = None,
+        num_test: int | None = None,
+        padding: int = 4,
+        flip: bool = True,
+    ) -> None:
+        super().__init__()
+        at_least_one = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "num_val": num_val,
+            "num_train": num_train,
+            "num_test": num_test,
+        }
+        for key, value in at_least_one.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if num_val is None and val_fraction is None:
+            raise ValueError("validation needs val_fraction or num_val")
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must be between 0 and 1 (both excluded), got {val_fraction}")
+        if padding < 0:
+            raise ValueError(f"padding must be >= 0, got {padding}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.padding = padding
+        self.flip = flip
+        self.batches_in_epoch: Callable[[int], int] | None = None
+        self._sizes_wanted = {"train": num_train, "val": num_val, "test": num_test}
+        self._stream: BatchStream | None = None
+        self._stream_state: dict[str, int] | None = None
+
+    def load(self) -> ImageCorpus:
+        """Read the published data set.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement load()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split; a second call keeps the tensors. For "fit" the training batches start from 0."""
+        if stage in (None, "fit"):
+            self._stream = self._stream_state = None
+        if hasattr(self, "test_images"):
+            return
+        corpus = self.load()
+        corpus.check(self.name)
+        num_train, num_val, num_test = self._sizes(corpus)
+        labels = corpus.train_labels
+        val = stratified_subset(labels, num_val, f"validation {self.seed}")
+        rest = torch.ones(len(labels), dtype=torch.bool)
+        rest[val] = False
+        train = rest.nonzero().squeeze(1)
+        train = train[stratified_subset(labels[train], num_train, f"training {self.seed}")]
+        test = stratified_subset(corpus.test_labels, num_test, _TEST_SUBSET_SEED)
+        self.class_names = corpus.class_names
+        self.train_indices, self.val_indices, self.test_indices = train, val, test
+        self.train_images, self.train_labels = corpus.train_images[train], labels[train]
+        self.val_images, self.val_labels = corpus.train_images[val], labels[val]
+        self.mean, self.std = channel_statistics(self.train_images)
+        # The last assignment: an interrupted call leaves a module that the next call sets up again.
+        self.test_labels = corpus.test_labels[test]
+        self.test_images = corpus.test_images[test]
+
+    def _sizes(self, corpus: ImageCorpus) -> tuple[int, int, int]:
+        available, wanted = len(corpus.train_labels), self._sizes_wanted
+        num_val = wanted["val"]
+        if num_val is None:
+            fraction = self.val_fraction or 0.0
+            share = (
+                fraction * available
+                if wanted["train"] is None
+                else wanted["train"] * fraction / (1 - fraction)
+            )
+            num_val = max(1, round(share))
+        num_train = available - num_val if wanted["train"] is None else wanted["train"]
+        if num_train < 1 or num_train + num_val > available:
+            raise ValueError(
+                f"{self.name} has {available} training images, too few to train on {max(num_train, 1)} and "
+                f"keep {num_val} for validation: lower num_train, num_val or val_fraction"
+            )
+        num_test = wanted["test"] or len(corpus.test_labels)
+        if num_test > len(corpus.test_labels):
+            raise ValueError(
+                f"{self.name} has {len(corpus.test_labels)} test images: lower num_test={num_test}"
+            )
+        return num_train, num_val, num_test
+
+    def _loaded(self, attribute: str) -> Any:
+        if not hasattr(self, "test_images"):
+            raise RuntimeError(f"{type(self).__name__}: call setup() first")
+        return getattr(self, attribute)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self._loaded("class_names"))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self._loaded("train_images").shape
+        return channels, height, width
+
+    @property
+    def num_train(self) -> int:
+        return len(self._loaded("train_images"))
+
+    @property
+    def num_val(self) -> int:
+        return len(self._loaded("val_images"))
+
+    @property
+    def num_test(self) -> int:
+        return len(self._loaded("test_images"))
+
+    @property
+    def device(self) -> torch.device:
+        """The trainer's device while one is attached, otherwise the CPU."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def train_dataloader(self) -> BatchStream:
+        """The endless training stream; the same object at every call of one fit, so that reloading keeps its
+        place.
+
+        `batches_in_epoch` has to be set before. Where its lengths differ from epoch to epoch, the trainer
+        must ask again at each epoch (`reload_dataloaders_every_n_epochs=1`), for it keeps the first length
+        otherwise; and a checkpoint after an epoch's last batch must be written in `on_train_epoch_end`, for
+        one written in `on_train_batch_end` makes it compare the batches done with the length of the next
+        epoch.
+        """
+        if self._stream is None or self._stream.device != self.device:
+            self._stream = BatchStream(
+                self._loaded("train_images"),
+                self.train_labels,
+                self.batch_size,
+                seed=self.seed,
+                padding=self.padding,
+                flip=self.flip,
+                device=self.device,
+                batches_in_epoch=self.batches_in_epoch,
+            )
+            if self._stream_state is not None:
+                self._stream.load_state_dict(self._stream_state)
+        return self._stream
+
+    def val_dataloader(self) -> BatchStream:
+        return self._ordered("val")
+
+    def test_dataloader(self) -> BatchStream:
+        return self._ordered("test")
+
+    def _ordered(self, split: str) -> BatchStream:
+        images, labels = self._loaded(f"{split}_images"), self._loaded(f"{split}_labels")
+        return BatchStream(images, labels, self.eval_batch_size, shuffle=False, device=self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training stream; the trainer restores it before it asks for an epoch's length."""
+        return {} if self._stream is None else {"stream": self._stream.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the training batches at the saved place (checked when the stream is built)."""
+        self._stream_state = state_dict.get("stream")
+        if self._stream is not None and self._stream_state is not None:
+            self._stream.load_state_dict(self._stream_state)

@@ -1,0 +1,205 @@
+"""CIFAR-10 from its official archive, wherever that is found."""
+
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mixadv.data.base import ImageCorpus, ImageDataModule, user_cache
+from mixadv.data.download import DownloadFailed, describe_mismatch, fetch, md5_of
+from mixadv.errors import UserError
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10 as Reader
+
+_READ_ERRORS = (OSError, tarfile.TarError, EOFError)
+
+
+class CIFAR10(ImageDataModule):
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 3x32x32, ten classes.
+
+    `root` is a folder that holds `cifar-10-python.tar.gz` or the unpacked `cifar-10-batches-py`, or is itself
+    one of the two. Found nowhere, the archive is downloaded into `root`: from its home, then from `mirrors`
+    in order. An archive in a folder that cannot be written is unpacked into the user's cache.
+
+    The batch files are pickles, which run code when they are read. They are read by torchvision's reader, and
+    only after the published md5 of each one was found right.
+
+    Args:
+        root: see above; relative to the working directory.
+        download: whether a missing archive is downloaded.
+        mirrors: further addresses (URLs) of the same archive.
+        val_fraction: 0.02 by default, the 1,000 images that Rice et al. (2020) select on.
+        common: see `ImageDataModule`.
+
+    Raises:
+        UserError: the archive is missing, damaged or not CIFAR-10; the message says what to do.
+    """
+
+    name = "CIFAR-10"
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        download: bool = True,
+        mirrors: Sequence[str] | str = (),
+        *,
+        val_fraction: float | None = 0.02,
+        **common: Any,
+    ) -> None:
+        super().__init__(val_fraction=val_fraction, **common)
+        if not str(root):
+            raise ValueError("data.root is empty: name the folder that holds (or shall hold) CIFAR-10")
+        self.root = Path(root).expanduser().absolute()
+        self.download = download
+        self.mirrors = (mirrors,) if isinstance(mirrors, str) else tuple(mirrors or ())
+        self._verified = False
+
+    @classmethod
+    def reader(cls) -> "type[Reader]":
+        """torchvision's reader: the names, addresses and md5 sums of the archive and of every file in it."""
+        from torchvision.datasets import CIFAR10 as Reader
+
+        return Reader
+
+    def prepare_data(self) -> None:
+        """Find or fetch the archive, unpack it if need be, and check every batch file."""
+        try:
+            folder = self._unpacked()
+            if folder is None:
+                archive = self._archive() or self._downloaded()
+                folder = self._unpack(archive)
+            self._verify(folder)
+            self._verified = True
+        except OSError as error:
+            raise UserError(f"CIFAR-10: cannot use {self.root}: {error}. {self._remedy()}") from error
+
+    def load(self) -> ImageCorpus:
+        try:
+            folder = self._unpacked()
+            if folder is None:
+                raise UserError(f"CIFAR-10 is not in {self.root}. {self._remedy()}")
+            if not self._verified:
+                self._verify(folder)
+            # The reader checks the sums once more, immediately before it unpickles.
+            reader = self.reader()
+            located = type(reader.__name__, (reader,), {"base_folder": folder.name})
+            train, test = (located(folder.parent, train=part) for part in (True, False))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"CIFAR-10: cannot read it in {self.root}: {error}. {self._remedy()}") from error
+        return ImageCorpus(
+            _channels_first(train.data),
+            torch.tensor(train.targets, dtype=torch.long),
+            _channels_first(test.data),
+            torch.tensor(test.targets, dtype=torch.long),
+            tuple(train.classes),
+        )
+
+    @property
+    def _home(self) -> Path:
+        """The folder in which the archive and its unpacked folder lie side by side."""
+        is_part = self.root.is_file() or self.root.name == self.reader().base_folder
+        return self.root.parent if is_part else self.root
+
+    @property
+    def _cache(self) -> Path:
+        return user_cache() / f"cifar10-{self.reader().tgz_md5}"
+
+    def _sums(self) -> dict[str, str]:
+        reader = self.reader()
+        batches = [(name, md5) for name, md5 in reader.train_list + reader.test_list]
+        return dict([*batches, (reader.meta["filename"], reader.meta["md5"])])
+
+    def _unpacked(self) -> Path | None:
+        base = self.reader().base_folder
+        for folder in (self.root, self._home / base, self._cache / base):
+            if all((folder / name).is_file() for name in self._sums()):
+                return folder
+        return None
+
+    def _verify(self, folder: Path) -> None:
+        for name, expected in self._sums().items():
+            actual = md5_of(folder / name)
+            if actual != expected:
+                raise UserError(
+                    f"CIFAR-10: {folder / name} {describe_mismatch(folder / name, expected, actual)}. "
+                    f"It was not read. Delete the folder {folder} and run again: it is unpacked afresh "
+                    "from the archive."
+                )
+
+    def _archive(self) -> Path | None:
+        """The archive at hand, checked."""
+        reader = self.reader()
+        if self.root.suffix in (".gz", ".tgz", ".tar") and not self.root.exists():
+            raise UserError(f"CIFAR-10: there is no file {self.root}. {self._remedy()}")
+        archive = self.root if self.root.is_file() else self._home / reader.filename
+        # exists() takes a path that may not be looked at for one that is not there.
+        try:
+            archive.stat()
+        except FileNotFoundError:
+            return None
+        actual = md5_of(archive)
+        if actual != reader.tgz_md5:
+            raise UserError(
+                f"CIFAR-10: {archive} {describe_mismatch(archive, reader.tgz_md5, actual)}. "
+                f"It was not unpacked. Delete it and run again, or replace it. {self._remedy()}"
+            )
+        return archive
+
+    def _downloaded(self) -> Path:
+        reader = self.reader()
+        if not self.download:
+            raise UserError(f"CIFAR-10 is not in {self.root}, and data.download is off. {self._remedy()}")
+        archive = self._home / reader.filename
+        try:
+            fetch([reader.url, *self.mirrors], archive, reader.tgz_md5)
+        except DownloadFailed as failure:
+            tried = "\n".join(f"  {reason}" for reason in failure.reasons)
+            raise UserError(
+                f"CIFAR-10 is not in {self.root} and could not be downloaded:\n{tried}\n{self._remedy()}"
+            ) from None
+        return archive
+
+    def _unpack(self, archive: Path) -> Path:
+        folder = self._home / self.reader().base_folder
+        try:
+            folder.mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            folder = self._cache / self.reader().base_folder
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                for name in self._sums():
+                    member = tar.extractfile(f"{self.reader().base_folder}/{name}")
+                    if member is None:
+                        raise KeyError(name)
+                    with member, open(Path(temporary) / name, "wb") as file:
+                        while chunk := member.read(1 << 20):
+                            file.write(chunk)
+                # One rename per file: another process sees a file whole or not at all.
+                for name in self._sums():
+                    (Path(temporary) / name).replace(folder / name)
+        except (*_READ_ERRORS, KeyError) as error:
+            raise UserError(
+                f"CIFAR-10: cannot unpack {archive} into {folder}: {error}. {self._remedy()}"
+            ) from error
+        return folder
+
+    def _remedy(self) -> str:
+        reader = self.reader()
+        return (
+            f"Put {reader.filename} (md5 {reader.tgz_md5}) into {self._home}, or say where it is with "
+            "data.root=PATH or DATA_DIR=PATH, or where to download it with 'data.mirrors=[URL]'. "
+            "`make quickstart`, data=digits and data=image_folder need no download."
+        )
+
+
+def _channels_first(data: NDArray[np.uint8]) -> torch.Tensor:
+    """[N, H, W, C] -> [N, C, H, W]."""
+    return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,138 @@
+"""One file from the first of several addresses that delivers it with the right checksum."""
+
+import hashlib
+import os
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import IO
+from urllib.error import HTTPError, URLError
+
+CONNECTION_TIMEOUT = 15.0
+TOTAL_CONNECTION_TIME = 45.0
+_CHUNK = 1 << 18
+
+
+class DownloadFailed(Exception):
+    """No address delivered the file; `reasons` has one line per address."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = list(reasons)
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file, in hexadecimal."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            md5.update(chunk)
+    return md5.hexdigest()
+
+
+def looks_like_html(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head"))
+
+
+def describe_mismatch(path: Path, expected: str, actual: str) -> str:
+    """'has md5 A instead of B (N bytes)', and whether it is a web page, the usual reason."""
+    page = "; it is a web page, not an archive" if looks_like_html(path) else ""
+    return f"has md5 {actual} instead of {expected} ({path.stat().st_size:,} bytes{page})"
+
+
+def fetch(urls: Sequence[str], target: Path, md5: str) -> None:
+    """Download to a temporary file beside `target`, check the md5, rename: `target` is never half a file.
+
+    The addresses are tried in order. Each has 15 s to answer (less if there are more than three: all of them
+    together have 45 s), name look-up included, and its data may pause no longer than that.
+
+    Raises:
+        DownloadFailed: every address failed.
+        OSError: `target`'s folder cannot be made or written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    timeout = min(CONNECTION_TIMEOUT, TOTAL_CONNECTION_TIME / max(1, len(urls)))
+    reasons = []
+    for url in urls:
+        handle, temporary_name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        temporary = Path(temporary_name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                reason = _copy(url, file, timeout)
+            if reason is None:
+                actual = md5_of(temporary)
+                if actual == md5:
+                    # mkstemp keeps the file private; a data set may be shared like any other new file.
+                    temporary.chmod(0o644)
+                    temporary.replace(target)
+                    return
+                reason = describe_mismatch(temporary, md5, actual)
+            reasons.append(f"{url}: {reason}")
+        finally:
+            temporary.unlink(missing_ok=True)
+    raise DownloadFailed(reasons)
+
+
+def _copy(url: str, file: IO[bytes], timeout: float) -> str | None:
+    """Write what the address delivers; the reason if it does not."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    try:
+        response = _open(url, timeout)
+    except (OSError, HTTPException, ValueError) as error:
+        # URLError wraps the reason in "<urlopen error ...>"; an HTTPError's own words begin with its number.
+        if isinstance(error, URLError) and not isinstance(error, HTTPError):
+            return str(error.reason)
+        return str(error) or type(error).__name__
+    expected = int(response.headers.get("Content-Length") or 0) or None
+    received = 0
+    columns = ("downloading {task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with response, Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(url, total=expected)
+        while True:
+            try:
+                chunk = response.read(_CHUNK)
+            except (OSError, HTTPException) as error:
+                return f"broke off after {received:,} bytes ({error})"
+            if not chunk:
+                break
+            file.write(chunk)
+            received += len(chunk)
+            progress.update(task, completed=received)
+    if expected is not None and received != expected:
+        return f"broke off after {received:,} of {expected:,} bytes"
+    return None
+
+
+def _open(url: str, timeout: float) -> HTTPResponse:
+    """urlopen within `timeout` in all: its own timeout spares name look-up and starts anew for each IP."""
+    outcome: list[HTTPResponse | Exception] = []
+    abandoned = threading.Event()
+
+    def connect() -> None:
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "mixadv"})
+            response = urllib.request.urlopen(request, timeout=timeout)
+        except Exception as error:
+            if isinstance(error, HTTPError):
+                error.close()
+            outcome.append(error)
+            return
+        outcome.append(response)
+        if abandoned.is_set():
+            response.close()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not outcome:
+        abandoned.set()
+        raise TimeoutError(f"no answer within {timeout:.0f} s")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]

@@ -1,0 +1,62 @@
+"""Stratified subsets and pixel statistics: functions of the data and a seed, the same on every machine."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def stratified_subset(labels: Tensor, size: int, seed: int | str) -> Tensor:
+    """Indices (ascending, long [size]) of a subset in which every class keeps its share.
+
+    Class c with N_c of N examples gets floor(size N_c / N) of them; the places left over go to the largest
+    remainders (Hamilton's method; ties to the smaller label). Within a class the examples with the smallest
+    BLAKE2b(seed, index) are taken, so the subset does not depend on the version of a random generator, and
+    for one seed the choice within a class grows with its quota.
+
+    Args:
+        labels: long [N].
+        size: 0 <= size <= N.
+        seed: of the choice.
+
+    Raises:
+        ValueError: size is outside 0..N.
+    """
+    total = len(labels)
+    if not 0 <= size <= total:
+        raise ValueError(f"a subset of {size} out of {total} examples does not exist")
+    values = labels.tolist()
+    by_class: dict[int, list[int]] = {label: [] for label in sorted(set(values))}
+    for index, label in enumerate(values):
+        by_class[label].append(index)
+    quota = {label: size * len(members) // total for label, members in by_class.items()}
+    by_remainder = sorted(by_class, key=lambda label: -(size * len(by_class[label]) % total))
+    for label in by_remainder[: size - sum(quota.values())]:
+        quota[label] += 1
+
+    def rank(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+
+    chosen = [i for label, members in by_class.items() for i in sorted(members, key=rank)[: quota[label]]]
+    return torch.tensor(sorted(chosen), dtype=torch.long)
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation of each channel of x = uint8 / 255, from exact histograms.
+
+    A channel that is constant gets deviation 1, so that (x - mean) / std is 0 there and not undefined.
+
+    Args:
+        images: uint8 [N, C, H, W], N >= 1.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        histogram = torch.bincount(images[:, channel].flatten(), minlength=256).to(torch.float64)
+        shares = histogram / histogram.sum()
+        mean = float(shares @ values)
+        deviation = float((shares @ (values - mean) ** 2).sqrt())
+        means.append(mean)
+        # A histogram with one value leaves rounding noise of about 1e-17, not an exact zero.
+        deviations.append(deviation if int((histogram > 0).sum()) > 1 else 1.0)
+    return tuple(means), tuple(deviations)

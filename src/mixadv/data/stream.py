@@ -1,0 +1,172 @@
+"""Batches from images that live on the device, addressed by their position since the start of training."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mixadv.data.augment import random_crop_flip
+
+
+def seeded_generator(*key: int | str) -> torch.Generator:
+    """A generator whose state is a function of `key` alone; on the CPU, so that all devices see its draws."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class BatchStream:
+    """Iterable over (x float32 in [0, 1] [B, C, H, W], y long [B]) on one device; x is exactly uint8 / 255.
+
+    Training (`shuffle=True`) is one endless stream of batches numbered 0, 1, 2, ... With n = max(1, N //
+    batch_size) batches per pass, batch c belongs to pass p = c // n and holds rows c mod n of the permutation
+    drawn from (seed, p); its crops and flips are drawn from (seed, c). So the number c alone determines the
+    batch, whatever was served before, on which device and however often the run was stopped. Of each pass the
+    last N mod batch_size examples of its permutation are left out (if N < batch_size, the pass is one batch
+    of N examples).
+
+    An epoch e is `batches_in_epoch(e)` consecutive batches (one pass if None); `iter()` serves what is left
+    of the current epoch, or the next one when the last is finished.
+
+    With `shuffle=False` every `iter()` serves all examples once in their order, the last batch may be
+    smaller, and the position stays 0.
+
+    Args:
+        images: uint8 [N, C, H, W], N >= 1.
+        labels: integers [N].
+        batch_size: at least 1.
+        shuffle: training or ordered.
+        seed: of permutations and augmentation.
+        padding, flip: see `random_crop_flip`; training only.
+        device: where the images are kept and the batches appear.
+        batches_in_epoch: epoch number -> number of batches, at least 1; training only. `len` also
+            asks for the epoch after the last one, so it has to answer for every number.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, N = 0, batch_size < 1, an epoch without batches, or augmentation
+            of an ordered stream.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        padding: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+        batches_in_epoch: Callable[[int], int] | None = None,
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"images must be uint8 [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images need labels [{len(images)}], got {tuple(labels.shape)}")
+        if len(images) == 0:
+            raise ValueError("a stream of batches needs at least one image")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if padding < 0:
+            raise ValueError(f"padding must be >= 0, got {padding}")
+        if not shuffle and (padding or flip or batches_in_epoch is not None):
+            raise ValueError("padding, flip and batches_in_epoch belong to a training stream (shuffle=True)")
+        self.device = torch.device(device)
+        self.images = images.to(self.device)
+        self.labels = labels.to(self.device, torch.long)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.padding = padding
+        self.flip = flip
+        self.batches_in_epoch = batches_in_epoch
+        self.position = 0
+        self._epoch_ends: list[int] = []
+        self._order: tuple[int, Tensor] | None = None
+        # On CUDA a division by a Python number is a product with its rounded reciprocal, off by one ulp for
+        # some pixels; a divisor on the device is a true division.
+        self._full_scale = torch.tensor(255.0, device=self.device)
+
+    @property
+    def batches_per_pass(self) -> int:
+        count = len(self.images)
+        return max(1, count // self.batch_size) if self.shuffle else -(-count // self.batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next batch belongs to."""
+        if self.batches_in_epoch is None:
+            return self.position // self.batches_per_pass
+        while not self._epoch_ends or self._epoch_ends[-1] <= self.position:
+            epoch = len(self._epoch_ends)
+            length = self.batches_in_epoch(epoch)
+            if length < 1:
+                raise ValueError(
+                    f"epoch {epoch} must have at least one batch, batches_in_epoch gave {length}"
+                )
+            self._epoch_ends.append(length + (self._epoch_ends[-1] if self._epoch_ends else 0))
+        return next(epoch for epoch, end in enumerate(self._epoch_ends) if end > self.position)
+
+    def _epoch_bounds(self) -> tuple[int, int]:
+        epoch = self.epoch
+        if self.batches_in_epoch is None:
+            return epoch * self.batches_per_pass, (epoch + 1) * self.batches_per_pass
+        return (self._epoch_ends[epoch - 1] if epoch else 0), self._epoch_ends[epoch]
+
+    def __len__(self) -> int:
+        """Batches in the whole of the current epoch, those already served included."""
+        if not self.shuffle:
+            return self.batches_per_pass
+        start, end = self._epoch_bounds()
+        return end - start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.shuffle:
+            for start in range(0, len(self.images), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                yield self._scaled(self.images[rows]), self.labels[rows]
+            return
+        end = self._epoch_bounds()[1]
+        while self.position < end:
+            batch = self._training_batch(self.position)
+            # Counted before it is handed over: a checkpoint written while the batch is in use includes it.
+            self.position += 1
+            yield batch
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).div_(self._full_scale)
+
+    def _training_batch(self, number: int) -> tuple[Tensor, Tensor]:
+        pass_number, place = divmod(number, self.batches_per_pass)
+        if self._order is None or self._order[0] != pass_number:
+            generator = seeded_generator(self.seed, "order", pass_number)
+            order = torch.randperm(len(self.images), generator=generator).to(self.device)
+            self._order = (pass_number, order)
+        rows = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        images = self.images[rows]
+        if self.padding or self.flip:
+            generator = seeded_generator(self.seed, "augment", number)
+            images = random_crop_flip(images, self.padding, self.flip, generator)
+        return self._scaled(images), self.labels[rows]
+
+    def state_dict(self) -> dict[str, int]:
+        """`position` = batches served since the start of training, and what gives that number its meaning."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the saved position.
+
+        Raises:
+            ValueError: the state belongs to another seed, batch size or number of examples.
+        """
+        for key, mine in self._identity().items():
+            if state[key] != mine:
+                raise ValueError(
+                    f"cannot resume the batches: the checkpoint has {key}={state[key]}, this run {mine}; "
+                    "resume with the same settings or start anew"
+                )
+        self.position = state["position"]
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "batch_size": self.batch_size, "num_examples": len(self.images)}

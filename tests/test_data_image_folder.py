@@ -1,0 +1,344 @@
+"""Images from folders: listing, decoding, cache, refusals."""
+
+import logging
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixadv.data import image_folder
+from mixadv.data.image_folder import ImageFolder
+from mixadv.errors import UserError
+
+JPEGS = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-jpeg.tar.gz"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+
+
+def pixels(seed, height=5, width=7):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Classes of 8 and 4 training and 3 and 2 test images, 7 wide and 5 high; PNG and BMP lose nothing."""
+    root = tmp_path / "flowers"
+    seed = 0
+    for split, sizes in (("train", {"rose": 4, "aster": 8}), ("test", {"aster": 3, "rose": 2})):
+        for name, count in sizes.items():
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                ending = ".BMP" if index % 2 else ".png"
+                Image.fromarray(pixels(seed)).save(root / split / name / f"{index:02d}{ending}")
+                seed += 1
+    return root
+
+
+def set_up(root, **settings):
+    data = ImageFolder(root, **{"num_val": 3, **settings})
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def by_hand(root, split):
+    """Sorted classes, sorted names, one image after the other."""
+    images, labels = [], []
+    for label, name in enumerate(sorted(p.name for p in (root / split).iterdir())):
+        for path in sorted((root / split / name).iterdir()):
+            images.append(np.array(Image.open(path)).transpose(2, 0, 1))
+            labels.append(label)
+    return np.stack(images), np.array(labels)
+
+
+def assert_complete(data, root, test="test"):
+    images, labels = by_hand(root, test)
+    np.testing.assert_array_equal(data.test_images.numpy(), images)
+    np.testing.assert_array_equal(data.test_labels.numpy(), labels)
+    images, labels = by_hand(root, "train")
+    for split in ("train", "val"):
+        rows = getattr(data, f"{split}_indices").numpy()
+        np.testing.assert_array_equal(getattr(data, f"{split}_images").numpy(), images[rows])
+        np.testing.assert_array_equal(getattr(data, f"{split}_labels").numpy(), labels[rows])
+
+
+def count_decodings(monkeypatch):
+    decoded = []
+    original = ImageFolder._decode_one
+
+    def counting(self, path):
+        decoded.append(path)
+        return original(self, path)
+
+    monkeypatch.setattr(ImageFolder, "_decode_one", counting)
+    return decoded
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20])
+def test_images_and_labels(folder, monkeypatch, small):
+    # Files below the limit are decoded in one thread, those above in several: same result.
+    monkeypatch.setattr(image_folder, "_SMALL_FILE", small)
+    monkeypatch.setattr(image_folder, "_CHUNK", 2)
+    data = set_up(folder)
+    assert (data.name, data.class_names, data.image_shape) == ("flowers", ("aster", "rose"), (3, 5, 7))
+    assert (data.num_train, data.num_val, data.num_test) == (9, 3, 5)
+    assert_complete(data, folder)
+    assert np.bincount(data.val_labels).tolist() == [2, 1]
+
+
+def test_val_stands_in_for_a_missing_test_split(folder):
+    (folder / "test").rename(folder / "val")
+    assert_complete(set_up(folder), folder, test="val")
+
+
+def test_test_is_preferred_to_val_and_val_is_not_mixed_in(folder):
+    for name in ("aster", "rose"):
+        (folder / "val" / name).mkdir(parents=True)
+        Image.fromarray(pixels(99)).save(folder / "val" / name / "0.png")
+    data = set_up(folder)
+    assert_complete(data, folder)
+    assert data.num_train + data.num_val == 12
+
+
+def test_what_is_not_an_image_is_passed_over(folder):
+    for path in ("train/.hidden/0.png", "train/notes.txt", "train/rose/list.csv", "train/rose/._00.png"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(b"x")
+    data = set_up(folder, name="Flowers")
+    assert (data.num_train + data.num_val, data.num_classes, data.name) == (12, 2, "Flowers")
+
+
+def test_grey_and_colour(folder):
+    grey = set_up(folder, channels=1)
+    assert grey.image_shape == (1, 5, 7)
+    path = folder / "test" / "aster" / "00.png"
+    red, green, blue = np.array(Image.open(path)).transpose(2, 0, 1).astype(float)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    assert np.abs(grey.test_images[0, 0].numpy() - luma).max() <= 1
+    Image.open(path).convert("L").save(path)
+    first = set_up(folder).test_images[0].numpy()
+    np.testing.assert_array_equal(first, np.broadcast_to(np.array(Image.open(path)), (3, 5, 7)))
+
+
+def test_image_size_resizes_all(folder):
+    Image.fromarray(np.full((9, 4, 3), (10, 200, 30), dtype=np.uint8)).save(
+        folder / "test" / "aster" / "00.png"
+    )
+    data = set_up(folder, image_size=6)
+    assert data.image_shape == (3, 6, 6)
+    np.testing.assert_array_equal(data.test_images[0, :, 3, 2].numpy(), [10, 200, 30])
+
+
+def test_recorded_orientation_is_applied(folder):
+    upright = pixels(5, height=5, width=7)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees: the file holds the image lying on its side
+    lying = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+    lying.save(folder / "test" / "aster" / "00.png", exif=exif)
+    np.testing.assert_array_equal(set_up(folder).test_images[0].numpy(), upright.transpose(2, 0, 1))
+
+
+@pytest.mark.skipif(not JPEGS.exists(), reason=f"needs {JPEGS.name} beside the repository")
+def test_real_jpegs(tmp_path):
+    # Members near the beginning of the archive: eight images of a class to train on, the next four to test.
+    wanted = {f"test/{name}/{i:04d}.jpg" for name in ("airplane", "automobile", "bird") for i in range(12)}
+    with tarfile.open(JPEGS) as tar:
+        for member in tar:
+            name = member.name.removeprefix("./")
+            if name in wanted:
+                wanted.remove(name)
+                _, label, file = name.split("/")
+                path = tmp_path / ("train" if file < "0008" else "test") / label / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(tar.extractfile(member).read())
+                if not wanted:
+                    break
+    data = set_up(tmp_path, name="CIFAR-10 (JPEG)")
+    assert (data.name, data.image_shape, data.class_names) == (
+        "CIFAR-10 (JPEG)",
+        (3, 32, 32),
+        ("airplane", "automobile", "bird"),
+    )
+    assert (data.num_train, data.num_val, data.num_test) == (21, 3, 12)
+    for index, name in enumerate(sorted((tmp_path / "test").glob("*/*.jpg"))):
+        expected = np.array(Image.open(name).convert("RGB")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(data.test_images[index].numpy(), expected)
+
+
+# --- cache -----------------------------------------------------------------------------------------------
+
+
+def test_images_are_decoded_once(folder, monkeypatch):
+    decoded = count_decodings(monkeypatch)
+    set_up(folder)
+    assert len(set(decoded)) == 17
+    decoded.clear()
+    assert_complete(set_up(folder, seed=4), folder)
+    assert decoded == []
+    (cache,) = (folder / ".mixadv-cache").iterdir()
+    # Other settings have a cache of their own; changed files replace the old one.
+    set_up(folder, channels=1)
+    assert len(set(decoded)) == 17
+    assert len(list((folder / ".mixadv-cache").iterdir())) == 2
+    decoded.clear()
+    set_up(folder)
+    assert decoded == []
+    assert cache.exists()
+
+
+@pytest.mark.parametrize("change", ["content", "time", "added", "renamed", "moved to another class"])
+def test_a_changed_folder_is_decoded_again(folder, monkeypatch, change):
+    set_up(folder)
+    path = folder / "train" / "rose" / "00.png"
+    if change == "content":
+        # Same size in bytes and same name: only the time of change differs.
+        Image.fromarray(pixels(77)).save(path)
+    elif change == "time":
+        os.utime(path, ns=(1, 1))
+    elif change == "added":
+        Image.fromarray(pixels(78)).save(path.with_name("zz.png"))
+    elif change == "renamed":
+        path.rename(path.with_name("zz.png"))
+    else:
+        path.rename(folder / "train" / "aster" / "zz.png")
+    decoded = count_decodings(monkeypatch)
+    assert_complete(set_up(folder), folder)
+    assert decoded
+    assert len(list((folder / ".mixadv-cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+def test_a_damaged_cache_is_made_anew(folder, monkeypatch, damage):
+    set_up(folder)
+    (cache,) = (folder / ".mixadv-cache").iterdir()
+    content = bytearray(cache.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        place = content.index(by_hand(folder, "train")[0].tobytes()) + 100
+        content[place] ^= 255
+    elif damage == "empty":
+        content = b""
+    else:
+        content = b"PK but not a cache"
+    cache.write_bytes(content)
+    decoded = count_decodings(monkeypatch)
+    assert_complete(set_up(folder), folder)
+    assert decoded
+    decoded.clear()
+    set_up(folder)
+    assert decoded == []
+
+
+def test_without_a_writable_root_the_user_cache_is_used(folder, monkeypatch, tmp_path):
+    # A file in the place of the folder stands for a read-only disk, which a test run by root cannot make.
+    (folder / ".mixadv-cache").write_bytes(b"in the way")
+    decoded = count_decodings(monkeypatch)
+    set_up(folder)
+    assert len(list((tmp_path / "user-cache").rglob("*.npz"))) == 1
+    decoded.clear()
+    assert_complete(set_up(folder), folder)
+    assert decoded == []
+
+
+def test_without_any_cache_it_says_so_and_goes_on(folder, monkeypatch, tmp_path, caplog):
+    (folder / ".mixadv-cache").write_bytes(b"in the way")
+    (tmp_path / "user-cache").write_bytes(b"in the way")
+    decoded = count_decodings(monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="mixadv"):
+        assert_complete(set_up(folder), folder)
+    assert "could not be cached" in caplog.text
+    # prepare_data and setup in one process share what was decoded.
+    assert len(decoded) == 18
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+
+def refused(root, message, **settings):
+    with pytest.raises(UserError, match=message) as raised:
+        set_up(root, **settings)
+    return str(raised.value)
+
+
+def test_missing_folders(folder, tmp_path):
+    refused(tmp_path / "nowhere", r"there is no folder .*nowhere: set data\.root")
+    refused(folder / "train", "must hold the folders train/CLASS and test/CLASS")
+    (folder / "empty" / "train").mkdir(parents=True)
+    (folder / "empty" / "test").mkdir()
+    refused(folder / "empty", "train holds no class folders: put the images into .*train/CLASS")
+    with pytest.raises(ValueError, match=r"data\.root is empty"):
+        ImageFolder("")
+
+
+def test_an_unreadable_path(folder):
+    loop = folder / "train" / "rose" / "loop.png"
+    loop.symlink_to(loop)
+    refused(folder, r"cannot read the images below .*loop\.png")
+
+
+def test_the_classes_of_both_splits_must_agree(folder):
+    (folder / "test" / "tulip").mkdir()
+    refused(folder, "the class 'tulip' is in test/ but not in train/")
+    (folder / "test" / "tulip").rmdir()
+    (folder / "train" / "iris").mkdir()
+    refused(folder, "the class 'iris' is in train/ but not in test/")
+
+
+def test_a_class_without_images(folder):
+    for split in ("train", "test"):
+        (folder / split / "tulip").mkdir()
+        (folder / split / "tulip" / "photo.gif").write_bytes(b"x")
+    refused(folder, r"train/tulip holds no images \(\.png, .*\): add some, or remove")
+
+
+def test_mixed_sizes(folder):
+    Image.fromarray(pixels(1, height=6)).save(folder / "train" / "rose" / "02.png")
+    message = refused(folder, r"data\.image_size=32")
+    assert "aster/00.png is 7x5" in message
+    assert "rose/02.png is 7x6" in message
+    assert not (folder / ".mixadv-cache").exists()
+    set_up(folder, image_size=5)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not an image", "folder"])
+def test_a_corrupt_image_is_named(folder, damage):
+    path = folder / "train" / "rose" / "02.png"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"<html>")
+    message = refused(folder, r"cannot read the image .*rose/02\.png .*: replace or remove it")
+    assert ("it is not an image" in message) == (damage == "not an image")
+
+
+def test_more_than_eight_bits_are_not_cut_off_silently(folder):
+    deep = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000
+    Image.fromarray(deep).save(folder / "train" / "rose" / "02.png")
+    refused(folder, r"rose/02\.png has more than 8 bits per channel .* convert it to 8 bits")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": 4}, r"channels must be 1 \(grey\) or 3 \(RGB\), got 4"),
+        ({"image_size": 0}, "image_size must be at least 1 or null, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"val_fraction": 1.5}, "val_fraction must be between 0 and 1"),
+        ({"num_val": 12}, "flowers has 12 training images, too few"),
+    ],
+)
+def test_bad_settings(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        set_up(folder, **settings)
