@@ -1,0 +1,69 @@
+"""Figures and tables from the files of a run.
+
+Imports neither torch nor, before something is drawn, matplotlib.
+
+A *run directory* holds `config.yaml`, `results.json`, `metrics.csv`, `records.npz` and `DONE` or `FAILED`; a
+baseline lives in `baseline/` below it with the same files. Everything here reads those files and nothing
+else, so that a finished, a failed and a still running run can be looked at from any machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from mixadv.errors import UserError
+from mixadv.report.comparison import Comparison, compare
+from mixadv.report.figures import draw_curves
+from mixadv.report.files import Interval, Run, find_runs, read_run
+from mixadv.report.sweeps import draw_sweep
+from mixadv.report.tables import print_whole, results_table, show_run, sweep_table, write_table_csv
+
+__all__ = [
+    "Comparison",
+    "Interval",
+    "Run",
+    "compare",
+    "draw_curves",
+    "draw_sweep",
+    "find_runs",
+    "read_run",
+    "report",
+    "results_table",
+    "show_run",
+    "sweep_table",
+    "write_table_csv",
+]
+
+
+def report(root: str | Path, console: Console) -> list[Path]:
+    """Everything that can be said about the runs in `root`; returns the files written.
+
+    One run: its `curves.png` is drawn anew (if it has a history) and its table printed. Several: a table of
+    all of them is printed, and `report.png` (accuracy against eps; only if a run has results) and
+    `report.csv` are written into `root`.
+
+    Raises:
+        UserError: `root` does not exist, holds no run, or cannot be written to.
+    """
+    root = Path(root)
+    runs = find_runs(root)
+    if not runs:
+        raise UserError(
+            f"no runs in {root}: looked, there and in every folder below, for results.json, metrics.csv, "
+            "config.yaml, DONE or FAILED; give the directory of a run or of a sweep (runs=DIR)"
+        )
+    written: list[Path] = []
+    if len(runs) == 1:
+        if runs[0].has_history:
+            written.append(draw_curves(runs[0].path))
+        show_run(runs[0], console)
+        return written
+    print_whole(sweep_table(runs), console)
+    if any(run.robust.value is not None for run in runs):
+        written.append(draw_sweep(runs, root / "report.png"))
+    written.append(write_table_csv(runs, root / "report.csv"))
+    for path in written:
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+    return written

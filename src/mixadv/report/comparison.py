@@ -1,0 +1,107 @@
+"""Is the mixture better than its baseline? A difference of robust accuracies with its interval."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from mixadv.report.files import Run, read_records
+
+Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+
+
+class Comparison(NamedTuple):
+    """Robust accuracy of the mixture minus that of its baseline, with a 95 % interval.
+
+    Attributes:
+        difference, low, high: fractions.
+        paired: whether it was computed example by example.
+        num_examples: test images of the pairing, or of the mixture's evaluation.
+        note: why it is not paired, else "".
+    """
+
+    difference: float
+    low: float
+    high: float
+    paired: bool
+    num_examples: int | None
+    note: str
+
+
+def compare(run: Run) -> Comparison | None:
+    """Mixture against its baseline; None without a baseline or without results of both.
+
+    With per-example robust accuracies a_i, b_i over the same N >= 2 test images the interval is paired, on
+    d_i = a_i - b_i:  mean(d) ± z s(d) / sqrt(N), s with N - 1. Otherwise it is the normal approximation for
+    independent estimates, half width sqrt(h_a^2 + h_b^2) from the half widths of the two intervals: wider,
+    since it ignores that both were measured on the same images. Either covers the draw of the test images,
+    not that of the training seed.
+    """
+    other = run.baseline
+    if other is None or run.robust.value is None or other.robust.value is None:
+        return None
+    try:
+        paired = _paired_differences(run, other)
+    except ValueError as error:
+        note = str(error)
+    else:
+        mean = float(paired.mean())
+        half = Z95 * float(paired.std(ddof=1)) / math.sqrt(len(paired))
+        return Comparison(mean, mean - half, mean + half, True, len(paired), "")
+    difference = run.robust.value - other.robust.value
+    half_widths = [
+        (r.high - r.low) / 2 for r in (run.robust, other.robust) if r.low is not None and r.high is not None
+    ]
+    half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
+    return Comparison(difference, difference - half, difference + half, False, run.num_examples, note)
+
+
+def _paired_differences(run: Run, other: Run) -> np.ndarray:
+    """d [N] float64; ValueError says why the two cannot be paired."""
+    arrays = []
+    for which in (run, other):
+        records = read_records(which)
+        for name in ("labels", "robust"):
+            if name not in records:
+                raise ValueError(f"{which.path / 'records.npz'} has no {name!r}")
+        robust = records["robust"].astype(np.float64)
+        if robust.shape != records["labels"].shape or robust.ndim != 1 or not np.isfinite(robust).all():
+            raise ValueError(f"{which.path / 'records.npz'} is not one finite number per example")
+        if len(robust) < 2:
+            raise ValueError("fewer than two test images")
+        # Stale records beside newer results would give an interval about other numbers than the table's.
+        if abs(robust.mean() - (which.robust.value or 0.0)) > 1e-4:
+            raise ValueError(f"{which.path / 'records.npz'} does not belong to its results.json")
+        arrays.append((robust, records["labels"]))
+    (a, labels_a), (b, labels_b) = arrays
+    if not np.array_equal(labels_a, labels_b):
+        raise ValueError("the two were evaluated on different test images")
+    return a - b
+
+
+def comparison_sentence(run: Run) -> str:
+    """One sentence: does mixture minus baseline exceed its interval? "" where there is nothing to compare."""
+    result = compare(run)
+    if result is None:
+        return ""
+    points, low, high = (f"{100 * v:+.1f}" for v in result[:3])
+    how = "paired" if result.paired else f"unpaired, since {result.note}"
+    count = "" if result.num_examples is None else f" over {result.num_examples:,} test images"
+    if math.isnan(result.low):
+        return (
+            f"Mixture minus baseline: {points} points of robust accuracy; without intervals in results.json "
+            "nothing can be said about chance."
+        )
+    if result.low > 0:
+        verdict = "the mixture is more robust than the baseline"
+    elif result.high < 0:
+        verdict = "the mixture is less robust than the baseline"
+    else:
+        verdict = "no difference is shown"
+    return (
+        f"Mixture minus baseline: {points} points of robust accuracy, 95 % interval [{low}, {high}] "
+        f"({how}{count}): {verdict}, as far as the draw of test images goes "
+        "(the training seed is not in the interval)."
+    )

@@ -1,0 +1,310 @@
+"""The figure of a run, and the style of all figures: for the width of a README (1400 pixels).
+
+Figures are built through matplotlib's object interface on the Agg canvas, never through pyplot: no window,
+no global figure, and nothing left over for the program that called. The palette is that of Okabe and Ito,
+which people with the common colour-vision deficiencies can tell apart; line styles and marker shapes repeat
+what the colours say.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixadv.errors import UserError
+from mixadv.report.files import Interval, Run, read_run, replacing
+from mixadv.report.names import number
+from mixadv.report.tables import headline_parts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CLEAN, ROBUST = "#0072B2", "#D55E00"
+MEMBERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+LOSS, VALUE = "#444444", "#882255"
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
+STYLE: Any = {
+    "text.usetex": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.0,
+    "figure.facecolor": "white",
+}
+# Placed by hand: matplotlib's automatic layouts shrink the axes to make room for legends below them.
+_BOTTOM, _HEIGHT, _LEGEND_TOP = 0.32, 0.55, 0.205
+_PANELS = {"accuracy": (0.05, 0.245), "test": (0.3, 0.125), "lambda": (0.485, 0.215), "loss": (0.765, 0.222)}
+
+
+def draw_curves(run_dir: str | Path) -> Path:
+    """Draw `curves.png` of a run from its `metrics.csv` and, once it has them, its results.
+
+    Three panels over epochs per model: validation accuracy of the mixture (and, dashed, of the baseline) with
+    the test results and their 95 % intervals beside it; lambda; training loss and value of the game.
+
+    Raises:
+        UserError: there is no history to draw, or the directory cannot be written.
+    """
+    run = read_run(run_dir)
+    if not run.has_history:
+        raise UserError(f"nothing to draw in {run.path}: its metrics.csv is missing, empty or damaged")
+    return save(lambda: curves_figure(run), run.path / "curves.png")
+
+
+def save(build: Callable[[], Figure], path: Path) -> Path:
+    """Build a figure in our style and write it as a png, all or nothing."""
+    import matplotlib
+
+    # Fonts are measured while saving, so the style has to hold until then.
+    with matplotlib.rc_context(STYLE), replacing(path) as temporary:
+        build().savefig(temporary, format="png", dpi=100)
+    return path
+
+
+def new_figure(height: float = 6.0) -> Figure:
+    """An empty figure as wide as a README, `height` in inches of 100 pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14.0, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def footnote(figure: Figure, text: str) -> None:
+    """Small print at the bottom of a figure, wrapped to its width."""
+    lines = textwrap.fill(text, 155)
+    figure.text(
+        0.5, 0.1 / figure.get_figheight(), lines, ha="center", va="bottom", fontsize=11, color="#555555"
+    )
+
+
+def curves_figure(run: Run) -> Figure:
+    """The figure of `draw_curves`; its axes are labelled "accuracy", "test", "lambda" and "loss"."""
+    figure = new_figure()
+    figure.suptitle(" · ".join(headline_parts(run)) or run.path.name, fontsize=16, y=0.98)
+    panels: dict[str, Axes] = {}
+    for name, (left, width) in _PANELS.items():
+        share: dict[str, Any] = {"sharey": panels["accuracy"]} if name == "test" else {}
+        if name in ("lambda", "loss"):
+            share = {"sharex": panels["accuracy"]}
+        panels[name] = figure.add_axes((left, _BOTTOM, width, _HEIGHT), label=name, **share)
+    _draw_accuracy(panels["accuracy"], run)
+    _draw_test(panels["test"], run)
+    _draw_weights(panels["lambda"], run)
+    _draw_loss(panels["loss"], run)
+    for name in ("accuracy", "lambda", "loss"):
+        panels[name].set_xlabel("epochs per model")
+        panels[name].set_xlim(left=0)
+        if panels[name].lines:
+            _legend(figure, panels[name])
+        else:
+            _nothing(panels[name], "nothing recorded")
+    footnote(figure, _footer(run))
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    left, width = _PANELS[str(axes.get_label())]
+    handles, labels = axes.get_legend_handles_labels()
+    columns, many = 1 if axes.get_label() == "loss" else 2, len(labels) > 6
+    if many:
+        # A column for each of many members is too wide with its full name.
+        labels = [label.removeprefix("member ") for label in labels]
+        columns = math.ceil(len(labels) / (2 if len(labels) <= 12 else 3))
+    figure.legend(
+        handles,
+        labels,
+        title="member" if many else None,
+        fontsize=12 if len(labels) <= 12 else 9,
+        loc="upper center",
+        bbox_to_anchor=(left + width / 2, _LEGEND_TOP),
+        ncols=columns,
+        handlelength=1.4 if many else 1.8,
+        columnspacing=0.8 if many else 1.0,
+    )
+
+
+def member_style(k: int) -> dict[str, Any]:
+    """Colour and line style of member k, the same in every panel and figure."""
+    return {"color": MEMBERS[k % len(MEMBERS)], "linestyle": DASHES[k // len(MEMBERS) % len(DASHES)]}
+
+
+def _column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs, values) of the rows where both are finite."""
+    empty = np.array([])
+    epochs, values = run.history.get("epoch", empty), run.history.get(name, empty)
+    if len(epochs) != len(values):
+        return empty, empty
+    keep = np.isfinite(epochs) & np.isfinite(values)
+    return epochs[keep], values[keep]
+
+
+def _draw_accuracy(axes: Axes, run: Run) -> None:
+    single = run.num_members == 1
+    for which, name, dash in ((run, "model" if single else "mixture", "-"), (run.baseline, "baseline", "--")):
+        for measure, colour, marker in (("clean", CLEAN, "o"), ("robust", ROBUST, "s")):
+            x, y = _column(which, f"val/{measure}_accuracy") if which is not None else ((), ())
+            if len(x):
+                face = colour if dash == "-" else "white"
+                axes.plot(
+                    x,
+                    y,
+                    color=colour,
+                    linestyle=dash,
+                    label=f"{name}, {measure}",
+                    marker=marker if len(x) <= 30 else "",
+                    markersize=5,
+                    markerfacecolor=face,
+                )
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("accuracy")
+    axes.set_title("Validation")
+
+
+def _draw_test(axes: Axes, run: Run) -> None:
+    ticks: dict[float, str] = {}
+    at = 0.0
+    for which, name in ((run, "model" if run.num_members == 1 else "mixture"), (run.baseline, "baseline")):
+        if which is None or which.robust.value is None:
+            continue
+        ticks[at] = name
+        for measure, colour, marker in (("clean", CLEAN, "o"), ("robust", ROBUST, "s")):
+            face = colour if which is run else "white"
+            _whisker(axes, at, which.interval(measure), colour, marker, face, f"{name} {measure}")
+        at += 1.0
+        if which is run and len(run.members) > 1:
+            places = at - 0.2 + 0.4 * np.arange(len(run.members))
+            ticks[float(places.mean())] = "members"
+            for k, (x, member) in enumerate(zip(places, run.members, strict=True)):
+                for measure, marker in (("clean", "o"), ("robust", "s")):
+                    if (value := number(member.get(measure))) is not None:
+                        label = f"member {k} {measure}"
+                        colour = member_style(k)["color"]
+                        axes.plot(
+                            x, value, linestyle="", marker=marker, markersize=6, color=colour, label=label
+                        )
+            at = float(places[-1]) + 0.8
+    axes.set_title("Test")
+    axes.tick_params(axis="y", left=False, labelleft=False)
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=40, ha="right", rotation_mode="anchor")
+    axes.grid(visible=False, axis="x")
+    axes.spines["left"].set_color("#BBBBBB")
+    if ticks:
+        axes.set_xlim(-0.6, at - 0.4)
+    else:
+        _nothing(axes, "not\nevaluated\nyet")
+
+
+def _whisker(axes: Axes, x: float, at: Interval, colour: str, marker: str, face: str, label: str) -> None:
+    if at.value is None:
+        return
+    error = None
+    if at.low is not None and at.high is not None:
+        error = [[max(at.value - at.low, 0.0)], [max(at.high - at.value, 0.0)]]
+    axes.errorbar(
+        [x],
+        [at.value],
+        yerr=error,
+        color=colour,
+        marker=marker,
+        markersize=7,
+        markerfacecolor=face,
+        capsize=5,
+        linestyle="",
+        label=label,
+    )
+
+
+def _draw_weights(axes: Axes, run: Run) -> None:
+    count = run.num_members or sum(name.startswith("lambda/") for name in run.history)
+    end = float(np.nanmax(run.history.get("epoch", np.array([np.nan])), initial=0.0))
+    for k in range(count):
+        x, y = _column(run, f"lambda/{k}")
+        if len(x):
+            # Weights keep their value from one weights phase to the next.
+            x, y = np.append(x, max(end, x[-1])), np.append(y, y[-1])
+            axes.plot(x, y, drawstyle="steps-post", label=f"member {k}", **member_style(k))
+    if axes.lines:
+        axes.axhline(1 / count, color="#555555", linestyle=":", linewidth=1.5, label=f"1/L = {1 / count:.3g}")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("weight λ")
+    axes.set_title("Mixture weights")
+
+
+def _draw_loss(axes: Axes, run: Run) -> None:
+    for name, label, colour in (
+        ("train/loss", "training loss", LOSS),
+        ("weights/value", "game value", VALUE),
+    ):
+        x, y = _column(run, name)
+        window = _window(y)
+        if not len(y):
+            continue
+        if window > 1:
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=1.0, label=f"_{name} raw")
+            label += f" (mean of {window})"
+        few = len(y) <= 30
+        marker = "" if not few else "D" if name == "weights/value" else "o"
+        axes.plot(x, running_mean(y, window), color=colour, label=label, marker=marker, markersize=4)
+    x, y = _column(run, "weights/lower_bound")
+    if len(y):
+        window = _window(y)
+        look: dict[str, Any] = {"color": VALUE, "linestyle": ":", "linewidth": 1.5}
+        marker = "_" if len(y) <= 30 else ""
+        axes.plot(x, running_mean(y, window), marker=marker, label="its lower bound", **look)
+    axes.set_ylabel("loss (nats)")
+    axes.set_title("Losses")
+    if axes.lines and min(float(np.min(line.get_ydata())) for line in axes.lines) >= 0:
+        axes.set_ylim(bottom=0)
+
+
+def _window(values: np.ndarray) -> int:
+    return len(values) // 25 if len(values) >= 100 else 1
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` values [n] -> [n]; at the ends over those of them that exist."""
+    if window <= 1:
+        return values
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low = np.clip(at - window // 2, 0, None)
+    high = np.clip(at - window // 2 + window, None, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _nothing(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#777777")
+
+
+def _footer(run: Run) -> str:
+    if run.robust.value is None:
+        return "" if run.state == "done" else f"{run.state}: no test results yet"
+    count = "" if run.num_examples is None else f"{run.num_examples:,} test images; "
+    names = ", ".join(run.attacks) or "an attack that the results do not name"
+    ensemble = number(run.get("clean", "ensemble_accuracy"))
+    return (
+        f"Test: {count}robust = worst case per image over {names}; bars are 95 % intervals over test images."
+        + (
+            f" Ensemble accuracy (clean): {ensemble:.3f}."
+            if ensemble is not None and run.num_members != 1
+            else ""
+        )
+    )

@@ -1,0 +1,301 @@
+"""Reading the files of a run, and nothing that depends on how they are shown.
+
+A report must never fail because one run of a sweep was killed or damaged, and must never hide that it was:
+what cannot be read becomes a line in `Run.notes`, which every view prints.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixadv.errors import UserError
+from mixadv.report.names import group_name, natural_key, number
+
+BASELINE = "baseline"
+_MARKERS = ("results.json", "metrics.csv", "DONE", "FAILED")
+
+
+class Interval(NamedTuple):
+    """A fraction in [0, 1] with the ends of its 95 % interval; None for what the files do not say."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one run directory says.
+
+    Attributes:
+        path: the directory.
+        state: "done", "failed" or "unfinished".
+        reason: why it failed (the text of `FAILED`), else "".
+        results: `results.json`, None while there is none.
+        history: the columns of `metrics.csv`, each [rows] float64, nan where a row has no value.
+        baseline: the run in `baseline/`, if there is one.
+        config: the resolved configuration (from `results.json`, before that from `config.yaml`).
+        notes: files that were there and could not be read, one line each.
+    """
+
+    path: Path
+    state: str
+    reason: str = ""
+    results: dict[str, Any] | None = None
+    history: dict[str, np.ndarray] = field(default_factory=dict)
+    baseline: Run | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def get(self, *keys: str) -> Any:
+        """`results[keys[0]][keys[1]]...`, or None where the files say nothing."""
+        value: Any = self.results
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def interval(self, measure: str) -> Interval:
+        """The expected accuracy and 95 % interval of `measure`, "clean" or "robust"."""
+        ends = self.get(measure, "ci95")
+        low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
+        return Interval(number(self.get(measure, "expected_accuracy")), number(low), number(high))
+
+    @property
+    def clean(self) -> Interval:
+        return self.interval("clean")
+
+    @property
+    def robust(self) -> Interval:
+        """Mean over examples of the worst case over attacks of the exact expected accuracy."""
+        return self.interval("robust")
+
+    @property
+    def members(self) -> list[dict[str, Any]]:
+        members = self.get("members")
+        return [m for m in members if isinstance(m, dict)] if isinstance(members, list) else []
+
+    @property
+    def attacks(self) -> dict[str, Any]:
+        """Name of each attack of the evaluation -> its entry (expected_accuracy, settings, seconds)."""
+        attacks = self.get("attacks")
+        return attacks if isinstance(attacks, dict) else {}
+
+    @property
+    def weights(self) -> list[float]:
+        weights = self.get("weights")
+        return [float(w) for w in weights] if isinstance(weights, list) else []
+
+    @property
+    def num_members(self) -> int | None:
+        value = number(self.get("L"))
+        value = number(self.config.get("L")) if value is None else value
+        return None if value is None else int(value)
+
+    @property
+    def num_examples(self) -> int | None:
+        value = number(self.get("num_examples"))
+        value = number(self.get("data", "num_test")) if value is None else value
+        return None if value is None else int(value)
+
+    @property
+    def eps(self) -> float | None:
+        """Radius of the ball, in units of the input."""
+        value = number(self.get("threat_model", "eps"))
+        return number(self.config.get("eps")) if value is None else value
+
+    @property
+    def norm(self) -> str:
+        value = self.get("threat_model", "norm")
+        nested = self.config.get("threat_model")
+        if value is None and isinstance(nested, dict):
+            value = nested.get("norm")
+        return str(value or "")
+
+    @property
+    def seed(self) -> int | None:
+        value = number(self.get("seed"))
+        value = number(self.config.get("seed")) if value is None else value
+        return None if value is None else int(value)
+
+    @property
+    def loss(self) -> str:
+        return group_name(self.config.get("loss"))
+
+    @property
+    def solver(self) -> str:
+        return group_name(self.config.get("lambda_solver"))
+
+    @property
+    def data(self) -> str:
+        return str(self.get("data", "name") or group_name(self.config.get("data")))
+
+    @property
+    def has_history(self) -> bool:
+        return any(len(column) for column in self.history.values())
+
+
+def read_history(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a `metrics.csv` [rows] float64, nan for empty cells.
+
+    A last line without its line end is the mark of a killed writer and is ignored, whatever it holds: a
+    number cut in the middle still reads as a number.
+
+    Raises:
+        ValueError: a complete line that does not fit the header; the message names its number.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    if not lines:
+        return {}
+    rows = csv.reader(lines)
+    header = next(rows)
+    values = []
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"line {rows.line_num} has {len(row)} cells, its header {len(header)}")
+        try:
+            values.append([float(cell) if cell.strip() else math.nan for cell in row])
+        except ValueError as error:
+            raise ValueError(f"line {rows.line_num}: {error}") from None
+    table = np.array(values, dtype=np.float64).reshape(len(values), len(header))
+    return {name: table[:, i] for i, name in enumerate(header)}
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run directory in whatever state it is.
+
+    `DONE` without a readable `results.json` counts as failed. Damage elsewhere is listed in `notes`.
+
+    Raises:
+        UserError: `path` is not a directory.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory; give the directory of a run")
+    notes: list[str] = []
+    results, config, history = None, {}, {}
+    with _noting(path / "results.json", notes):
+        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        if not isinstance(results, dict):
+            results = None
+            raise ValueError("not a JSON object")
+    if results is not None and isinstance(results.get("config"), dict):
+        config = results["config"]
+    else:
+        with _noting(path / "config.yaml", notes):
+            config = _read_yaml(path / "config.yaml")
+    with _noting(path / "metrics.csv", notes):
+        history = read_history(path / "metrics.csv")
+
+    state, reason = "unfinished", ""
+    if (path / "DONE").exists():
+        state = "done" if results is not None else "failed"
+        reason = "" if results is not None else "marked DONE, but results.json is missing or damaged"
+    elif (path / "FAILED").exists():
+        state = "failed"
+        with _noting(path / "FAILED", notes):
+            reason = " ".join((path / "FAILED").read_text(encoding="utf-8", errors="replace").split())
+        reason = reason or "no reason given"
+    below = path / BASELINE
+    baseline = read_run(below) if is_run(below) else None
+    return Run(path, state, reason, results, history, baseline, config, tuple(notes))
+
+
+def read_records(run: Run) -> dict[str, np.ndarray]:
+    """The per-example arrays `labels` [N], `clean` [N] and `robust` [N] of `records.npz`, those it has.
+
+    Raises:
+        ValueError: the file is missing or cannot be read.
+    """
+    try:
+        # Opened here, since np.load leaves a damaged file open.
+        with open(run.path / "records.npz", "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: file[name] for name in ("labels", "clean", "robust") if name in file.files}
+    except FileNotFoundError:
+        raise ValueError(f"{run.path / 'records.npz'} is missing") from None
+    except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
+        raise ValueError(f"{run.path / 'records.npz'} cannot be read: {error}") from error
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run directory; a folder of Hydra's own configuration is not one."""
+    if any((path / name).is_file() for name in _MARKERS):
+        return True
+    try:
+        text = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^defaults:", text, flags=re.MULTILINE) is None
+
+
+def find_runs(root: str | Path) -> list[Run]:
+    """Every run in `root` and below, in natural order of path. A run's own folders, its baseline among them,
+    and hidden folders are not searched.
+
+    Raises:
+        UserError: `root` is not a directory.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a directory; give the directory of a run or of a sweep (runs=DIR)")
+    found = []
+    for folder, below, _ in os.walk(root):
+        if is_run(Path(folder)):
+            found.append(Path(folder))
+            below.clear()
+        below[:] = [name for name in below if not name.startswith(".")]
+    return [read_run(path) for path in sorted(found, key=natural_key)]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes `path`'s place once the block has succeeded.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+@contextmanager
+def _noting(path: Path, notes: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        notes.append(f"{path} cannot be read: {' '.join(str(error).split())}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(str(error)) from error
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}

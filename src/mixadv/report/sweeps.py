@@ -1,0 +1,216 @@
+"""The figure of a sweep: test accuracy against eps, or against L where all runs have one eps."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mixadv.errors import UserError
+from mixadv.report.figures import CLEAN, DASHES, MEMBERS, ROBUST, footnote, new_figure, save
+from mixadv.report.files import Run
+from mixadv.report.names import format_eps, norm_symbol, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = (CLEAN, ROBUST, *MEMBERS)
+MARKERS = "osD^vPX*"
+# Where a run lives and what it is called does not change what it measures.
+_NOT_SETTINGS = {"seed", "name", "runs", "resume", "logger", "hydra", "paths", "mixture", "compile"}
+
+
+class _Setting(NamedTuple):
+    """What the seeds of one line have in common; `extra` is what L, loss and solver leave open."""
+
+    num_members: int
+    loss: str
+    solver: str
+    extra: tuple[str, ...]
+
+    def label(self, counts: Sequence[int]) -> str:
+        parts = [f"L = {self.num_members}" if self.num_members else "", self.loss, self.solver, *self.extra]
+        low, high = min(counts), max(counts)
+        seeds = f" ({low if low == high else f'{low}–{high}'} seeds)" if high > 1 else ""
+        return ", ".join(part for part in parts if part) + seeds
+
+
+def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
+    """Draw clean and robust test accuracy against eps, one line per setting, into `path` (a png).
+
+    A setting is (L, loss, solver) and whatever else differs between runs that share these and eps, the seed
+    excepted: only repetitions of one experiment are averaged, within a band from their minimum to their
+    maximum. Dashed lines are the settings' baselines. Where all runs have one eps, the axis is L.
+
+    Raises:
+        UserError: no run has results, or `path` cannot be written.
+    """
+    if not any(_plottable(run) for run in runs):
+        raise UserError(
+            f"nothing to draw: none of the {len(runs)} runs has a robust accuracy in its results yet"
+        )
+    return save(lambda: sweep_figure(runs), Path(path))
+
+
+def sweep_figure(runs: Sequence[Run]) -> Figure:
+    """The figure of `draw_sweep`; its axes are labelled "clean" and "robust"."""
+    shown = [run for run in runs if _plottable(run)]
+    against_eps = len({run.eps for run in shown}) > 1
+    lines: dict[_Setting, list[Run]] = defaultdict(list)
+    for run, extra in zip(shown, _extras(shown), strict=True):
+        size = (run.num_members or 0) if against_eps else 0
+        lines[_Setting(size, run.loss, run.solver, extra)].append(run)
+
+    labels = {
+        setting: setting.label([len(same) for same in _by_x(group, against_eps).values()])
+        for setting, group in sorted(lines.items())
+    }
+    columns = _legend_columns(list(labels.values()))
+    below = 1.4 + 0.27 * math.ceil(len(labels) / columns)
+    height = below + 4.6
+    figure = new_figure(height)
+    box = {"left": 0.055, "right": 0.985, "bottom": below / height, "top": 1 - 0.75 / height, "wspace": 0.12}
+    figure.subplots_adjust(**box)
+    clean = figure.add_subplot(1, 2, 1, label="clean")
+    robust = figure.add_subplot(1, 2, 2, label="robust", sharex=clean, sharey=clean)
+    ticks: dict[float, str] = {}
+    notes: dict[str, None] = {}
+    for i, (setting, group) in enumerate(sorted(lines.items())):
+        look: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 6,
+        }
+        by_x = _by_x(group, against_eps)
+        for x, same in by_x.items():
+            ticks[x] = format_eps(same[0].eps) if against_eps else f"{x:.0f}"
+        bases = {x: [r.baseline for r in same if r.baseline is not None] for x, same in by_x.items()}
+        for axes, measure in ((clean, "clean"), (robust, "robust")):
+            dash = DASHES[i // len(COLOURS) % len(DASHES)]
+            if _line(axes, by_x, measure, label=labels[setting], linestyle=dash, **look):
+                notes["lines: mean over seeds, bands: minimum to maximum"] = None
+            if (
+                _line(
+                    axes,
+                    bases,
+                    measure,
+                    band=False,
+                    label=f"_baseline {i}",
+                    linestyle="--",
+                    markerfacecolor="white",
+                    **look,
+                )
+                is not None
+            ):
+                notes["dashed, open markers: single-model baselines"] = None
+    attacks = sorted({", ".join(run.attacks) for run in shown if run.attacks})
+    if attacks:
+        notes["robust: worst case per image over " + " | ".join(attacks)] = None
+    if len(shown) < len(runs):
+        notes[f"{len(runs) - len(shown)} of {len(runs)} runs have no results and are not shown"] = None
+    _finish(figure, clean, robust, shown, ticks, against_eps)
+    handles, names = clean.get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="upper center", bbox_to_anchor=(0.5, (below - 0.62) / height), ncols=columns
+    )
+    footnote(figure, "; ".join(notes))
+    return figure
+
+
+def _plottable(run: Run) -> bool:
+    return run.robust.value is not None and run.eps is not None
+
+
+def _line(
+    axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: bool = True, **look: Any
+) -> bool | None:
+    """Mean over the runs at each x; True if a band was drawn, None if there was nothing to draw."""
+    values = {
+        x: [v for run in same if (v := run.interval(measure).value) is not None] for x, same in by_x.items()
+    }
+    points = sorted((x, at) for x, at in values.items() if at)
+    if not points:
+        return None
+    x = [at for at, _ in points]
+    axes.plot(x, [sum(v) / len(v) for _, v in points], **look)
+    if not band or all(len(v) < 2 for _, v in points):
+        return False
+    low, high = [min(v) for _, v in points], [max(v) for _, v in points]
+    if len(x) > 1:
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+    else:
+        axes.vlines(x, low, high, color=look["color"], alpha=0.4, linewidth=5)
+    return True
+
+
+def _finish(
+    figure: Figure,
+    clean: Axes,
+    robust: Axes,
+    shown: Sequence[Run],
+    ticks: dict[float, str],
+    against_eps: bool,
+) -> None:
+    norms = sorted({run.norm for run in shown if run.norm})
+    title = [", ".join(sorted({run.data for run in shown if run.data})), ", ".join(map(norm_symbol, norms))]
+    if not against_eps:
+        title.append(f"ε = {format_eps(shown[0].eps)}")
+    figure.suptitle(
+        " · ".join(part for part in title if part), fontsize=16, y=1 - 0.12 / figure.get_figheight()
+    )
+    at = sorted(ticks)
+    margin = 0.05 * (at[-1] - at[0]) or 0.5
+    for axes, name in ((clean, "Clean test accuracy"), (robust, "Robust test accuracy")):
+        axes.set_title(name)
+        axes.set_xlabel("ε (radius of the ball, in input units)" if against_eps else "L (number of members)")
+        axes.set_ylabel("accuracy")
+    clean.set_ylim(0, 1)
+    clean.set_xlim(at[0] - margin, at[-1] + margin)
+    kept: list[float] = []
+    for x in at:
+        # Two labels closer than this would run into each other.
+        if not kept or x - kept[-1] >= 0.08 * (at[-1] - at[0]):
+            kept.append(x)
+    clean.set_xticks(kept, [ticks[x] for x in kept])
+
+
+def _by_x(group: Sequence[Run], against_eps: bool) -> dict[float, list[Run]]:
+    by_x: dict[float, list[Run]] = defaultdict(list)
+    for run in group:
+        by_x[float((run.eps if against_eps else run.num_members) or 0)].append(run)
+    return by_x
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    longest = max(map(len, labels))
+    return 1 if longest > 75 else 2 if longest > 45 else 3
+
+
+def _extras(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Per run, "key=value" for every setting in which runs with equal (eps, L, loss, solver) differ."""
+    flat = [{"data": run.data, "norm": run.norm, **dict(_flatten(run.config))} for run in runs]
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, run in enumerate(runs):
+        groups[run.eps, run.num_members, run.loss, run.solver].append(i)
+    varied = {
+        key
+        for members in groups.values()
+        for key in {key for i in members for key in flat[i]}
+        if len({repr(flat[i].get(key)) for i in members}) > 1
+    }
+    return [
+        tuple(f"{key}={flat[i][key]}" for key in sorted(varied) if key in flat[i]) for i in range(len(runs))
+    ]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key in _NOT_SETTINGS:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif not (isinstance(value, str) and ("/" in value or "\\" in value) and number(value) is None):
+            yield f"{prefix}{key}", value
