@@ -1,0 +1,1 @@
+"""What watches a training: history, checkpoints, the progress display, Weights & Biases, the time estimate."""

@@ -1,0 +1,83 @@
+"""How long a training will take, from one timed step on a few images."""
+
+import copy
+import time
+
+import torch
+from torch import Tensor
+
+from mixadv.mixture import Mixture
+from mixadv.training import MixtureTraining
+
+MIN_SECONDS = 0.2
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _step(
+    module: MixtureTraining, mixture: Mixture, x: Tensor, y: Tensor, generator: torch.Generator
+) -> None:
+    x_adv = module.training_attack(mixture, x, y, module.threat_model, generator)
+    stepped = mixture.members if module.schedule.kind == "shared" else mixture.members[:1]
+    for member in stepped:
+        member.train()
+        clean = member(x) if module.loss.needs_clean else None
+        module.loss.outer(member(x_adv), clean, y).mean().backward()
+
+
+def seconds_per_batch(
+    module: MixtureTraining,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """Seconds that one members step takes on a full batch of `batch_size`, extrapolated from few images.
+
+    Starts with two images and doubles while a step is too short to time. The step runs on a copy of the members
+    and on generators of its own: the training that follows is the same as without it.
+    """
+    mixture = copy.deepcopy(module.mixture).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    count = min(2, batch_size)
+    while True:
+        x = torch.rand(count, *image_shape, generator=generator, device=device)
+        y = torch.randint(num_classes, (count,), generator=generator, device=device)
+        seconds = _timed(module, mixture, x, y, generator, device)
+        if seconds >= MIN_SECONDS or count >= batch_size:
+            return seconds * batch_size / count
+        count = min(4 * count, batch_size)
+
+
+def _timed(
+    module: MixtureTraining,
+    mixture: Mixture,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    device: torch.device,
+) -> float:
+    _synchronize(device)
+    started = time.perf_counter()
+    _step(module, mixture, x, y, generator)
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def in_words(seconds: float) -> str:
+    """A duration as one says it: `40 seconds`, `3 hours`, `4 months`."""
+    minute, hour, day, month, year = 60, 3600, 86400, 30 * 86400, 365 * 86400
+    units = (
+        (year, 3, "years"),
+        (month, 2, "months"),
+        (day, 2, "days"),
+        (hour, 2, "hours"),
+        (minute, 2, "minutes"),
+    )
+    for size, smallest, unit in units:
+        if seconds >= smallest * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, round(seconds))} seconds"

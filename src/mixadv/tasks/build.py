@@ -1,0 +1,172 @@
+"""From configuration to objects, with refusals that name the key."""
+
+import importlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from mixadv.attacks.pgd import PGD
+from mixadv.config import parse_eps
+from mixadv.data.base import ImageDataModule
+from mixadv.errors import UserError
+from mixadv.export import build_mixture
+from mixadv.mixture import Mixture
+from mixadv.models import build_member
+from mixadv.threat_model import ThreatModel
+from mixadv.training import LearningRate, MemberOptimizer
+
+BYTES_PER_PARAMETER = 12  # float32 parameter, gradient and momentum
+
+
+def instantiate(node: Any, key: str) -> Any:
+    """Build the object that ``_target_`` names, from this package alone.
+
+    Raises:
+        UserError: the target is not of this package, does not exist, or refuses its arguments.
+    """
+    settings = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
+    target = str(settings.pop("_target_", ""))
+    module, _, name = target.rpartition(".")
+    if not module.startswith("mixadv."):
+        raise UserError(
+            f"{key}._target_={target!r} is not a class of mixadv: nothing else is run from a configuration"
+        )
+    nested = {
+        k: instantiate(v, f"{key}.{k}") if isinstance(v, dict) and "_target_" in v else v
+        for k, v in settings.items()
+    }
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UserError(f"{key}._target_={target} does not exist") from None
+    try:
+        return cls(**nested)
+    except TypeError as error:
+        raise UserError(f"{key}: {str(error).replace('.__init__()', '')}") from error
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def resolve_device(accelerator: str) -> torch.device:
+    """The device for ``trainer.accelerator``: auto (a CUDA GPU if there is one, else the CPU), cpu or gpu.
+
+    Raises:
+        UserError: unknown choice, or no GPU where one is asked for.
+    """
+    cuda = torch.cuda.is_available()
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
+    if accelerator in ("gpu", "cuda") and not cuda:
+        raise UserError(
+            f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA GPU: use trainer.accelerator=cpu"
+        )
+    return torch.device("cuda", 0) if cuda and accelerator != "cpu" else torch.device("cpu")
+
+
+def limited(limit: Any, count: int) -> int:
+    """`count` batches cut by a limit: None, a number of batches, or a share in (0, 1]."""
+    if limit is None:
+        return count
+    return min(count, limit) if isinstance(limit, int) else max(1, round(limit * count))
+
+
+def build_data(node: Any) -> ImageDataModule:
+    """The data module, loaded and split.
+
+    Raises:
+        UserError: data missing or damaged, or settings out of range.
+    """
+    data: ImageDataModule = instantiate(node, "data")
+    try:
+        data.prepare_data()
+        data.setup("fit")
+    except ValueError as error:
+        raise UserError(f"data: {error}") from error
+    return data
+
+
+def build_threat_model(norm: str, eps: Any, image_shape: tuple[int, int, int]) -> ThreatModel:
+    """The ball in the unit box.
+
+    Raises:
+        UserError: an l2 radius larger than the box's diagonal.
+    """
+    radius = parse_eps(eps)
+    diagonal = math.sqrt(math.prod(image_shape))
+    if norm == "l2" and radius > diagonal:
+        raise UserError(
+            f"eps={eps} exceeds the diagonal {diagonal:.2f} of the box [0, 1]^d: choose a smaller radius"
+        )
+    return ThreatModel(norm, radius)
+
+
+def model_recipe(model: Any, data: ImageDataModule) -> dict[str, Any]:
+    """What it takes to build one member: the model's own settings and what the data fixes."""
+    return {
+        **OmegaConf.to_container(model, resolve=True),
+        "num_classes": data.num_classes,
+        "image_shape": list(data.image_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be used on `device`; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: torch.device) -> Mixture:
+    """A mixture of `num_members` fresh members, each initialised differently, as `seed` says.
+
+    Raises:
+        UserError: unknown model, settings it does not take, or more members than memory holds.
+    """
+    settings = dict(recipe)
+    name = settings.pop("name")
+    try:
+        with torch.device("meta"):
+            member = build_member(name, **settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model: {error}") from error
+    needed = num_members * BYTES_PER_PARAMETER * sum(p.numel() for p in member.parameters())
+    free = available_memory(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"L={num_members} members of model={name} need {needed / 2**30:.1f} GiB to train, {free / 2**30:.1f} GiB "
+            f"are free on {device.type}: at most L={max(1, num_members * free // needed)}, or a smaller model"
+        )
+    torch.manual_seed(seed)
+    return build_mixture({"L": num_members, "model": recipe})
+
+
+def build_attack(node: Any, key: str) -> PGD:
+    """An attack whose iterates the caller may adapt (training and validation take PGD).
+
+    Raises:
+        UserError: it is another attack.
+    """
+    attack = instantiate(node, key)
+    if not isinstance(attack, PGD):
+        raise UserError(f"{key} must be PGD for training, not {type(attack).__name__}")
+    return attack
+
+
+def build_optimizer(cfg: DictConfig) -> MemberOptimizer:
+    """Settings of the members' optimizers."""
+    opt = cfg.optimizer
+    rate = LearningRate(opt.lr_schedule, tuple(opt.milestones), opt.gamma, opt.warmup)
+    return MemberOptimizer(opt.lr, opt.momentum, opt.weight_decay, opt.nesterov, rate)

@@ -1,0 +1,15 @@
+"""``task=report``: tables and curves over a directory of runs."""
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+
+def report_runs(cfg: DictConfig) -> None:
+    """Show and draw everything below ``cfg.runs``.
+
+    Raises:
+        UserError: there is no run below it.
+    """
+    from mixadv.report import report
+
+    report(cfg.runs, Console())

@@ -1,0 +1,303 @@
+"""``task=train``: a mixture and, with ``baseline=true``, a single model beside it, measured once on the test set."""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from mixadv.config import parse_eps
+from mixadv.data.base import ImageDataModule
+from mixadv.errors import UserError
+from mixadv.export import save_mixture
+from mixadv.lambda_solvers import OracleSubgradient, Uniform
+from mixadv.mixture import Mixture
+from mixadv.monitor.checkpoints import Checkpoints, read_checkpoint
+from mixadv.monitor.console import ConsoleProgress
+from mixadv.monitor.estimate import in_words, seconds_per_batch
+from mixadv.monitor.history import History, Mirror
+from mixadv.tasks import build
+from mixadv.tasks.card import model_card
+from mixadv.tasks.measure import example_images, measure
+from mixadv.tasks.run_directory import State, claim, mark_done, read_results, write_config, write_results
+from mixadv.threat_model import ThreatModel
+from mixadv.training import MixtureTraining, Schedule
+
+PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small (a small network on part of CIFAR-10)"
+LONG_ON_CPU = 86400
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the mixture and its baseline share."""
+
+    cfg: DictConfig
+    data: ImageDataModule
+    device: torch.device
+    threat_model: ThreatModel
+    recipe: dict[str, Any]
+    console: Console
+
+
+def train(cfg: DictConfig, run_dir: Path, sweep: str | None) -> None:
+    """Algorithm 2 as configured, in `run_dir`; continues or shows what is already there.
+
+    Raises:
+        UserError: data, memory, directory or settings do not allow it, or the loss was not finite.
+    """
+    console = Console()
+    run_dir, state = claim(run_dir, cfg)
+    shown = os.path.relpath(run_dir)
+    if state is State.DONE:
+        console.print(f"{shown} is done; its results (resume=never starts anew beside it):")
+        _show(run_dir, console)
+        return
+    if cfg.trainer.devices > 1:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: training runs on one device, use trainer.devices=1"
+        )
+    device = build.resolve_device(cfg.trainer.accelerator)
+    data = build.build_data(cfg.data)
+    threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
+    recipe = build.model_recipe(cfg.model, data)
+    write_config(run_dir, cfg)
+    console.print(f"{'Continuing' if state is State.UNFINISHED else 'Writing to'} {shown}", highlight=False)
+    setting = Setting(cfg, data, device, threat_model, recipe, console)
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
+        results = _train_and_measure(setting, run_dir, cfg.L, mirror)
+        if mirror is not None:
+            mirror.summary(results)
+        if cfg.baseline:
+            _train_and_measure(setting, run_dir / "baseline", 1, mirror.baseline() if mirror else None)
+            mark_done(run_dir / "baseline")
+    mark_done(run_dir)
+    _show(run_dir, console)
+
+
+def _show(run_dir: Path, console: Console) -> None:
+    from mixadv.report import draw_curves, read_run, show_run
+
+    draw_curves(run_dir)
+    show_run(read_run(run_dir), console)
+
+
+@contextmanager
+def _mirrored(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Console) -> Iterator[Any]:
+    """Weights & Biases, if chosen, closed with the run's exit code whatever happens."""
+    if cfg.logger.kind == "csv":
+        yield None
+        return
+    if cfg.logger.kind != "wandb":
+        raise UserError(f"logger.kind={cfg.logger.kind} is unknown: choose logger=wandb or logger=csv")
+    from mixadv.monitor.wandb_mirror import WandbMirror
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    mirror = WandbMirror(
+        run_dir,
+        project=cfg.logger.project,
+        entity=cfg.logger.entity,
+        name=run_dir.name,
+        group=sweep,
+        config={str(key): value for key, value in config.items()},
+        init_timeout=cfg.logger.init_timeout,
+        console=console,
+    )
+    code = 1
+    try:
+        yield mirror
+        code = 0
+    finally:
+        mirror.finish(code)
+
+
+@contextmanager
+def _memory_errors(cfg: DictConfig) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"out of memory with L={cfg.L} and data.batch_size={cfg.data.batch_size}: lower one of them; "
+            "the last checkpoint is kept"
+        ) from error
+
+
+def _train_and_measure(setting: Setting, run_dir: Path, num_members: int, mirror: Any) -> dict[str, Any]:
+    """Train `num_members` members, evaluate the best epoch on the test set once, write everything."""
+    results = read_results(run_dir)
+    if results is not None:
+        return results
+    run_dir.mkdir(exist_ok=True)
+    cfg, data = setting.cfg, setting.data
+    module, epochs = _module(setting, num_members)
+    # A baseline's own recipe: a mixture of one, with nothing to weigh.
+    mixture_config = {
+        "L": num_members,
+        "model": setting.recipe,
+        "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
+        "eps": str(cfg.eps),
+        "loss": OmegaConf.to_container(cfg.loss, resolve=True),
+        "data": OmegaConf.to_container(cfg.data, resolve=True),
+        "data_name": data.name,
+        "class_names": list(data.class_names),
+        "seed": cfg.seed,
+    }
+    started = time.perf_counter()
+    best_epoch = _fit(setting, module, run_dir, epochs, mixture_config, [] if mirror is None else [mirror])
+    mixture = module.mixture.to(setting.device)
+    training_seconds = time.perf_counter() - started
+
+    limit = build.limited(cfg.trainer.limit_test_batches, len(data.test_dataloader()))
+    console = setting.console
+    console.print(
+        f"Measuring on {min(data.num_test, limit * data.eval_batch_size)} test images", highlight=False
+    )
+    batches = itertools.islice(data.test_dataloader(), limit)
+    results, arrays = measure(cfg, mixture, batches, setting.threat_model, setting.device)
+    results["L"] = num_members
+    results["data"] = {
+        "name": data.name,
+        "num_train": data.num_train,
+        "num_val": data.num_val,
+        "num_test": data.num_test,
+    }
+    results["best_epoch"] = best_epoch
+    results["seconds"] = {
+        "train": round(training_seconds, 3),
+        **results["seconds"],
+        "total": round(time.perf_counter() - started, 3),
+    }
+    save_mixture(mixture, run_dir / "mixture", mixture_config, model_card(results, mixture_config))
+    if mirror is not None:
+        _log_images(setting, mixture, mirror)
+    write_results(run_dir, results, arrays)
+    return results
+
+
+def _log_images(setting: Setting, mixture: Mixture, mirror: Any) -> None:
+    count = int(setting.cfg.logger.images)
+    if count < 1:
+        return
+    x, y = next(iter(setting.data.test_dataloader()))
+    attack = build.build_attack(setting.cfg.protocol.validation, "protocol.validation")
+    names = setting.data.class_names
+    mirror.images(*example_images(mixture, x[:count], y[:count], attack, setting.threat_model, names))
+
+
+def _module(setting: Setting, num_members: int) -> tuple[MixtureTraining, int]:
+    """The LightningModule for `num_members`, with the data's epochs cut to its schedule."""
+    cfg, data = setting.cfg, setting.data
+    solver = build.instantiate(cfg.lambda_solver, "lambda_solver") if num_members > 1 else Uniform()
+    adapts = solver.adapts and num_members > 1
+    schedule = Schedule(cfg.schedule.kind, num_members, cfg.schedule.T_theta, weights_phases=adapts)
+    per_pass = max(1, data.num_train // data.batch_size)
+
+    def batches_in_epoch(epoch: int) -> int:
+        return build.limited(cfg.trainer.limit_train_batches, schedule.batches_in_epoch(epoch, per_pass))
+
+    epochs = cfg.schedule.epochs
+    total = sum(batches_in_epoch(epoch) for epoch in range(epochs))
+    updates = schedule.member_batches_in(total)
+    if cfg.schedule.kind == "sampled":
+        updates = max(1, round(updates / num_members))
+    data.batches_in_epoch = batches_in_epoch
+    data.setup("fit")
+    loss = build.instantiate(cfg.loss, "loss")
+    module = MixtureTraining(
+        build.build_members(setting.recipe, num_members, cfg.seed, setting.device),
+        loss=loss,
+        threat_model=setting.threat_model,
+        attack=build.build_attack(cfg.attack, "attack"),
+        validation_attack=build.build_attack(cfg.protocol.validation, "protocol.validation"),
+        solver=solver,
+        kind=cfg.schedule.kind,
+        T_theta=cfg.schedule.T_theta,
+        optimizer=build.build_optimizer(cfg),
+        updates_per_member=updates,
+        total_batches=total,
+        seed=cfg.seed,
+        check_every=1 if setting.device.type == "cpu" else 50,
+    )
+    return module, epochs
+
+
+def _fit(
+    setting: Setting,
+    module: MixtureTraining,
+    run_dir: Path,
+    epochs: int,
+    mixture_config: dict[str, Any],
+    mirrors: list[Mirror],
+) -> float:
+    """Train to the end, from last.ckpt if there is one; afterwards `module.mixture` is the best epoch's."""
+    cfg, data, console, device = setting.cfg, setting.data, setting.console, setting.device
+    num_members = module.mixture.num_members
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if last.exists():
+        read_checkpoint(last)
+    else:
+        _announce(setting, module, epochs)
+    if cfg.compile:
+        module.mixture.compile()
+    pl.seed_everything(cfg.seed, verbose=False)
+    title = f"mixture of {num_members}" if num_members > 1 else "single model"
+    checkpoints = Checkpoints(run_dir / "checkpoints", mixture_config)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1,
+        precision="bf16-mixed" if cfg.precision == "bf16" else "32-true",
+        deterministic=cfg.trainer.deterministic,
+        check_val_every_n_epoch=min(cfg.trainer.val_every_epochs, epochs),
+        limit_val_batches=build.limited(cfg.trainer.limit_val_batches, len(data.val_dataloader())),
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+        callbacks=[
+            History(run_dir / "metrics.csv", num_members, cfg.trainer.log_every_steps, mirrors),
+            ConsoleProgress(console, title, cfg.trainer.log_every_steps, cfg.trainer.progress),
+            checkpoints,
+        ],
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+    best = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
+    module.load_state_dict(best["state_dict"])
+    assert checkpoints.best is not None
+    return checkpoints.best["epoch"]
+
+
+def _announce(setting: Setting, module: MixtureTraining, epochs: int) -> None:
+    """Say how long it will take, and what would fit where it is too long for this machine."""
+    cfg, data, device = setting.cfg, setting.data, setting.device
+    per_batch = seconds_per_batch(module, data.image_shape, data.num_classes, data.batch_size, device)
+    member_batches = module.schedule.member_batches_in(module.total_batches)
+    phases = module.total_batches - member_batches
+    # A step of Algorithm 1 attacks once; the entropic solver's pool costs about two attacks.
+    attacks = module.solver.num_steps if isinstance(module.solver, OracleSubgradient) else 2
+    steps = module.validation_attack.num_steps / max(1, module.training_attack.num_steps)
+    validations = epochs / cfg.trainer.val_every_epochs * steps * data.num_val / data.batch_size
+    seconds = per_batch * (member_batches + phases * attacks + validations)
+    members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
+    hardware = (
+        f"{torch.get_num_threads()} CPU cores" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    )
+    line = f"Training {members} for {epochs} epochs each on {hardware}: about {in_words(seconds)}"
+    if device.type == "cpu" and seconds > LONG_ON_CPU:
+        line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"
+    setting.console.print(line, highlight=False)

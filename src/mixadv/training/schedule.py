@@ -1,0 +1,68 @@
+"""When a batch updates members and when it updates weights (Algorithm 2)."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of Algorithm 2 as a function of the batch counter t = 1, 2, ...
+
+    ``sampled`` (as published): the batch t serves a weights phase when ``t mod (T_theta L + 1) = 0``, else one
+    member, drawn uniformly, is updated. ``shared``: the weights phase comes when ``t mod (T_theta + 1) = 0``, else
+    every member is updated on the same attacked batch. In both a member makes T_theta updates between phases (in
+    expectation when sampled).
+
+    Args:
+        kind: "sampled" or "shared".
+        num_members: L.
+        T_theta: updates per member between two weights phases.
+        weights_phases: False when the weights are fixed; then every batch updates members.
+
+    Raises:
+        ValueError: unknown kind, or a count below one.
+    """
+
+    kind: str
+    num_members: int
+    T_theta: int
+    weights_phases: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("sampled", "shared"):
+            raise ValueError(f"schedule kind {self.kind!r} is unknown: choose sampled or shared")
+        if self.num_members < 1 or self.T_theta < 1:
+            raise ValueError(f"L={self.num_members} and T_theta={self.T_theta} must be at least 1")
+
+    @property
+    def member_batches(self) -> int:
+        """Batches that update members between two weights phases."""
+        return self.T_theta * self.num_members if self.kind == "sampled" else self.T_theta
+
+    def is_weights_phase(self, t: int) -> bool:
+        """Whether batch t (counted from 1) serves the weights."""
+        return self.weights_phases and t % (self.member_batches + 1) == 0
+
+    def members_at(self, generator: torch.Generator) -> list[int]:
+        """The members to update on a member batch: one uniform draw from `generator`, or all of them."""
+        if self.kind == "shared":
+            return list(range(self.num_members))
+        return [int(torch.randint(self.num_members, (), generator=generator))]
+
+    def batches_for(self, member_batches: int) -> int:
+        """How many batches t it takes to serve `member_batches`, the weights phases that fall due included."""
+        phases = member_batches // self.member_batches if self.weights_phases else 0
+        return member_batches + phases
+
+    def member_batches_in(self, batches: int) -> int:
+        """How many of the batches 1..`batches` update members."""
+        return batches - (batches // (self.member_batches + 1) if self.weights_phases else 0)
+
+    def batches_in_epoch(self, epoch: int, batches_per_pass: int) -> int:
+        """Length of epoch `epoch` (from 0), where an epoch shows every member `batches_per_pass` batches.
+
+        Sampled draws give each member that many updates in expectation.
+        """
+        per_epoch = batches_per_pass * (self.num_members if self.kind == "sampled" else 1)
+        return self.batches_for((epoch + 1) * per_epoch) - self.batches_for(epoch * per_epoch)
