@@ -59,10 +59,7 @@ def smoothed_value_in_decimals(losses, lam, alphas, masses=None, mask=None):
         total = Decimal(0)
         for i in range(n):
             js = [j for j in range(m) if mask is None or mask[i, j]]
-            scores = [
-                sum(Decimal(float(lam[k])) * Decimal(float(losses[i, j, k])) for k in range(members))
-                for j in js
-            ]
+            scores = [sum(Decimal(float(lam[k])) * Decimal(float(losses[i, j, k])) for k in range(members)) for j in js]
             alpha, peak = Decimal(float(alphas[i])), max(scores)
             mean = sum(((s - peak) / alpha).exp() for s in scores) / len(js)
             mass = 1 / Decimal(n) if masses is None else Decimal(float(masses[i]))

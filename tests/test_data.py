@@ -488,9 +488,7 @@ def record(save_to=None, checkpoint=None):
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
     )
-    trainer.fit(
-        module, datamodule=data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True
-    )
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
     return module.seen
 
 
@@ -524,9 +522,7 @@ def test_digits_are_the_published_ones():
     found = [contents(getattr(data, f"{split}_images")) for split in splits]
     assert sum(map(len, found)) == len(set().union(*found)) == 1797
     for split in splits:
-        for image, label in zip(
-            getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"), strict=True
-        ):
+        for image, label in zip(getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"), strict=True):
             assert label_of[image.numpy().tobytes()] == label
     shares = np.bincount(published.target) * 360 / 1797
     assert (np.abs(torch.bincount(data.test_labels).numpy() - shares) < 1).all()

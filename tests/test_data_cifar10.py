@@ -220,10 +220,7 @@ def test_a_damaged_archive_is_refused_with_both_sums(official, tmp_path, damage)
     with pytest.raises(UserError) as raised:
         data.prepare_data()
     message = str(raised.value)
-    assert (
-        f"md5 {hashlib.md5(content).hexdigest()} instead of {hashlib.md5(official.archive).hexdigest()}"
-        in message
-    )
+    assert f"md5 {hashlib.md5(content).hexdigest()} instead of {hashlib.md5(official.archive).hexdigest()}" in message
     assert ("web page" in message) == (damage == "html")
     assert_remedy(message, data, tmp_path)
     assert not (tmp_path / BASE).exists()
@@ -260,9 +257,7 @@ def test_no_file_is_unpickled_before_its_sum_was_checked(official, tmp_path, nam
         # Exchanged between the check and the reading: the reader itself has to notice.
         data.prepare_data()
     (folder / name).write_bytes(pickle.dumps(Bomb(trace)))
-    with pytest.raises(
-        UserError, match=r"cannot read it" if prepared else r"has md5 .* instead of .*not read"
-    ):
+    with pytest.raises(UserError, match=r"cannot read it" if prepared else r"has md5 .* instead of .*not read"):
         data.setup()
     if not prepared:
         with pytest.raises(UserError, match=f"{name} has md5 .* instead of .*Delete the folder"):

@@ -130,9 +130,7 @@ def test_grey_and_colour(folder):
 
 
 def test_image_size_resizes_all(folder):
-    Image.fromarray(np.full((9, 4, 3), (10, 200, 30), dtype=np.uint8)).save(
-        folder / "test" / "aster" / "00.png"
-    )
+    Image.fromarray(np.full((9, 4, 3), (10, 200, 30), dtype=np.uint8)).save(folder / "test" / "aster" / "00.png")
     data = set_up(folder, image_size=6)
     assert data.image_shape == (3, 6, 6)
     np.testing.assert_array_equal(data.test_images[0, :, 3, 2].numpy(), [10, 200, 30])

@@ -28,15 +28,11 @@ def chunk_entries(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("chunk_entries")
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.float16, torch.int32, torch.uint8, torch.bool]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int32, torch.uint8, torch.bool])
 @pytest.mark.parametrize("masked", [False, True])
 def test_value_and_best_response_agree_with_loops(dtype, masked):
     losses = (
-        (random_losses() > 0.3).to(dtype)
-        if dtype in (torch.bool, torch.uint8)
-        else (3 * random_losses()).to(dtype)
+        (random_losses() > 0.3).to(dtype) if dtype in (torch.bool, torch.uint8) else (3 * random_losses()).to(dtype)
     )
     mask, masses = (MASK, MASSES) if masked else (None, None)
     game = FiniteGame(losses, mask, masses)
@@ -268,9 +264,7 @@ def test_numpy_losses_and_non_contiguous_losses():
     losses = random_losses()
     swapped = losses.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert FiniteGame(swapped).value(LAM) == FiniteGame(losses.numpy()).value(LAM)
-    assert FiniteGame(swapped).smoothed_value(LAM, 0.1) == pytest.approx(
-        FiniteGame(losses).smoothed_value(LAM, 0.1)
-    )
+    assert FiniteGame(swapped).smoothed_value(LAM, 0.1) == pytest.approx(FiniteGame(losses).smoothed_value(LAM, 0.1))
 
 
 def test_gradients_of_the_members_do_not_leak_in():

@@ -298,9 +298,7 @@ def test_only_uniform_does_not_adapt():
         True,
         False,
     ]
-    assert all(
-        isinstance(solver, LambdaSolver) for solver in (OracleSubgradient(), AcceleratedEntropic(), Uniform())
-    )
+    assert all(isinstance(solver, LambdaSolver) for solver in (OracleSubgradient(), AcceleratedEntropic(), Uniform()))
 
 
 def test_a_game_played_by_an_attack_has_a_lower_bound_but_no_gap():

@@ -50,9 +50,7 @@ def test_forward_in_float64(tables):
     mixture, x, logits = tables
     mixture.double()
     mixture.set_weights(WEIGHTS)
-    averaged = torch.einsum(
-        "k,kbc->bc", torch.tensor(WEIGHTS, dtype=torch.float64), logits.double().softmax(-1)
-    )
+    averaged = torch.einsum("k,kbc->bc", torch.tensor(WEIGHTS, dtype=torch.float64), logits.double().softmax(-1))
     torch.testing.assert_close(mixture(x), averaged.log(), rtol=1e-13, atol=1e-13)
 
 
@@ -67,9 +65,7 @@ def test_forward_where_probabilities_underflow_and_weights_vanish():
 
 
 def test_zero_weights_leave_finite_gradients():
-    mixture = Mixture(
-        [build_member("linear", num_classes=3, image_shape=(1, 2, 2)) for _ in range(3)], [0, 1, 0]
-    )
+    mixture = Mixture([build_member("linear", num_classes=3, image_shape=(1, 2, 2)) for _ in range(3)], [0, 1, 0])
     x = torch.rand(2, 1, 2, 2, requires_grad=True)
     mixture(x)[:, 1].sum().backward()
     torch.testing.assert_close(mixture(x), mixture.members[1](x).log_softmax(-1))
@@ -190,9 +186,7 @@ def test_wrong_members_are_refused():
         Mixture([nn.Identity(), lambda x: x])
     x = torch.rand(2, 3, 8, 8)
     odd = build_member("linear", num_classes=5, image_shape=(3, 8, 8))
-    mixture = Mixture(
-        [build_member("linear", num_classes=4, image_shape=(3, 8, 8)) for _ in range(2)] + [odd]
-    )
+    mixture = Mixture([build_member("linear", num_classes=4, image_shape=(3, 8, 8)) for _ in range(2)] + [odd])
     with pytest.raises(ValueError, match="member 0 has 4 classes, member 2 has 5"):
         mixture.member_logits(x)
     with pytest.raises(ValueError, match="member 0 returns"):

@@ -110,9 +110,7 @@ def test_preact_block_normalises_before_it_convolves():
         torch.testing.assert_close(out, nn.functional.conv2d(x, model.conv1.weight, padding=1))
         halved = model.blocks[2]
         normalised = torch.relu(nn.functional.batch_norm(out, torch.zeros(4), torch.ones(4)))
-        torch.testing.assert_close(
-            halved(out), nn.functional.conv2d(normalised, halved.shortcut.weight, stride=2)
-        )
+        torch.testing.assert_close(halved(out), nn.functional.conv2d(normalised, halved.shortcut.weight, stride=2))
 
 
 def test_small_models_are_small():

@@ -137,8 +137,7 @@ def write_run(
             "square": {"expected_accuracy": 0.7, "settings": {"queries": 500}, "seconds": 9.0},
         },
         "members": [
-            {"clean": clean - 0.03 * k, "robust": robust - 0.11 + 0.04 * k, "weight": w}
-            for k, w in enumerate(weights)
+            {"clean": clean - 0.03 * k, "robust": robust - 0.11 + 0.04 * k, "weight": w} for k, w in enumerate(weights)
         ],
         "game": None,
         "flags": ["black box beats white box"] if settings is None and size == 3 else [],
@@ -598,9 +597,7 @@ def test_nothing_overlaps_or_leaves_the_figure(tmp_path: Path, size: int) -> Non
             low, high = axes.get_xlim()
             ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
             labels = [label for at, label in ticks if low <= at <= high]
-            labels += [
-                label for label in (axes.xaxis.label, axes.yaxis.label, axes.title) if label.get_text()
-            ]
+            labels += [label for label in (axes.xaxis.label, axes.yaxis.label, axes.title) if label.get_text()]
             texts += [label.get_window_extent() for label in labels]
         panels = [axes.get_window_extent() for axes in figure.axes]
         page = figure.bbox

@@ -7,7 +7,7 @@ they are built.
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,21 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: one line that names the key, the value and the remedy.
     """
+    for prefix, node, schema in (
+        ("", cfg, Config),
+        ("schedule.", cfg.schedule, ScheduleConfig),
+        ("optimizer.", cfg.optimizer, OptimizerConfig),
+        ("trainer.", cfg.trainer, TrainerConfig),
+    ):
+        # Hydra's `+key=value` adds to typed nodes too.
+        unknown = sorted(map(str, set(node) - {known.name for known in fields(schema)}))
+        if unknown:
+            raise UserError(
+                f"{prefix}{unknown[0]}: there is no such key; `--cfg job` shows all of them, --help the groups"
+            )
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no default: add {missing[0]}=... to the command")
     _one_of("task", cfg.task, TASKS)
     _at_least("L", cfg.L, 1)
     _at_least("seed", cfg.seed, 0)
@@ -209,16 +224,16 @@ def check(cfg: DictConfig) -> None:
     if opt.nesterov and opt.momentum == 0:
         raise UserError("optimizer.nesterov=true needs momentum: set optimizer.momentum=0.9")
     if any(not 0 < m < 1 for m in opt.milestones):
-        raise UserError(
-            f"optimizer.milestones={list(opt.milestones)} must be shares of the training in (0, 1)"
-        )
+        raise UserError(f"optimizer.milestones={list(opt.milestones)} must be shares of the training in (0, 1)")
     if opt.warmup >= 1:
         raise UserError(f"optimizer.warmup={opt.warmup} must be a share of the training in [0, 1)")
     for key in ("devices", "val_every_epochs", "log_every_steps"):
         _at_least(f"trainer.{key}", cfg.trainer[key], 1)
     for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
         _limit(f"trainer.{key}", cfg.trainer[key])
-    if cfg.task == "evaluate" and not cfg.mixture:
-        raise UserError(
-            "task=evaluate needs mixture=PATH: an exported mixture/ folder, a run directory or a .ckpt"
-        )
+    if cfg.task == "evaluate":
+        wanted = "an exported mixture/ folder, a run directory or a .ckpt"
+        if not cfg.mixture:
+            raise UserError(f"task=evaluate needs mixture=PATH: {wanted}")
+        if not Path(cfg.mixture).exists():
+            raise UserError(f"mixture={cfg.mixture} does not exist: give {wanted}")

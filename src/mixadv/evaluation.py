@@ -169,9 +169,7 @@ def _checked_attack(
     inside = tm.check(x_adv, x)
     if not bool(inside.all()):
         index = int((~inside).nonzero()[0])
-        raise RuntimeError(
-            f"attack {name} left the threat model at example {index} of a batch: this is a defect"
-        )
+        raise RuntimeError(f"attack {name} left the threat model at example {index} of a batch: this is a defect")
     return x_adv
 
 

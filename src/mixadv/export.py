@@ -74,9 +74,7 @@ def read_mixture(path: str | Path) -> tuple[Mixture, dict[str, Any]]:
         return _assemble(path, config, state), config
     folder = path if (path / CONFIG_FILE).is_file() else path / "mixture"
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(
-            f"no mixture at {path}: expected a folder with {CONFIG_FILE}, a run directory or a .ckpt file"
-        )
+        raise UserError(f"no mixture at {path}: expected a folder with {CONFIG_FILE}, a run directory or a .ckpt file")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(folder / WEIGHTS_FILE)
@@ -84,9 +82,7 @@ def read_mixture(path: str | Path) -> tuple[Mixture, dict[str, Any]]:
         raise UserError(f"the mixture in {folder} cannot be read ({error}): export it again") from error
     if not isinstance(config, dict) or config.get("schema") != EXPORT_SCHEMA:
         found = config.get("schema") if isinstance(config, dict) else None
-        raise UserError(
-            f"{folder / CONFIG_FILE} has schema {found}; this version reads schema {EXPORT_SCHEMA}"
-        )
+        raise UserError(f"{folder / CONFIG_FILE} has schema {found}; this version reads schema {EXPORT_SCHEMA}")
     return _assemble(folder, config, state), config
 
 
@@ -100,9 +96,7 @@ def _assemble(path: Path, config: dict[str, Any], state: dict[str, torch.Tensor]
         mixture.load_state_dict(state)
     except (ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the parameters in {path} do not fit its recipe (L={config.get('L')}): {reason}"
-        ) from error
+        raise UserError(f"the parameters in {path} do not fit its recipe (L={config.get('L')}): {reason}") from error
     return mixture.eval()
 
 

@@ -221,9 +221,7 @@ class FiniteGame:
     def smoothed_response(self, lam: Tensor, alpha: float | Tensor) -> Tensor:
         """[N, m] float64, the attacker's strategy behind `smoothed_gradient`: Q[i, j] = mass_i p_ij."""
         lam, alpha = self._vector(lam), self._temperatures(alpha)
-        attack = torch.empty(
-            self.num_examples, self.num_perturbations, dtype=torch.float64, device=lam.device
-        )
+        attack = torch.empty(self.num_examples, self.num_perturbations, dtype=torch.float64, device=lam.device)
         for rows, losses, mask in self._chunks():
             scores = _forbid(losses @ lam, mask)
             scores = (scores - scores.amax(1, keepdim=True)) / alpha[rows, None]
@@ -293,9 +291,7 @@ class FiniteGame:
             constant += (self.masses[rows] * bound / alpha[rows]).sum().item()
         return constant
 
-    def _chunks(
-        self, entries_per_example: int | None = None
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def _chunks(self, entries_per_example: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(rows, losses [n, m, L] in float64 with zeros where masked, mask [n, m] or None), over all
         examples.
         """
@@ -313,9 +309,7 @@ class FiniteGame:
     def _vector(self, lam: Tensor) -> Tensor:
         lam = torch.as_tensor(lam, dtype=torch.float64, device=self.losses.device).detach()
         if lam.shape != (self.num_members,):
-            raise ValueError(
-                f"weights must be [{self.num_members}], one per member, got shape {list(lam.shape)}"
-            )
+            raise ValueError(f"weights must be [{self.num_members}], one per member, got shape {list(lam.shape)}")
         if not bool(torch.isfinite(lam).all()):
             raise ValueError(f"weights must be finite, got {lam.tolist()}")
         return lam
@@ -323,9 +317,7 @@ class FiniteGame:
     def _temperatures(self, alpha: float | Tensor) -> Tensor:
         wide = torch.as_tensor(alpha, dtype=torch.float64, device=self.losses.device).detach()
         if wide.shape not in ((), (self.num_examples,)):
-            raise ValueError(
-                f"alpha must be one number or [{self.num_examples}], got shape {list(wide.shape)}"
-            )
+            raise ValueError(f"alpha must be one number or [{self.num_examples}], got shape {list(wide.shape)}")
         wide = wide.expand(self.num_examples)
         wrong = ~(torch.isfinite(wide) & (wide > 0))
         if bool(wrong.any()):

@@ -73,9 +73,7 @@ def checked_attack(attack: Tensor, masses: Tensor, mask: Tensor | None, losses: 
     sums = attack.sum(1, dtype=torch.float64)
     if bad := _first((sums - masses).abs() > 1e-5 * masses + 1e-12):
         total, mass = sums[bad[0]].item(), masses[bad[0]].item()
-        raise ValueError(
-            f"attack{bad} sums to {total}, but the example has mass {mass}: scale the rows to it"
-        )
+        raise ValueError(f"attack{bad} sums to {total}, but the example has mass {mass}: scale the rows to it")
     return attack
 
 

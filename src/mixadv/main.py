@@ -23,19 +23,23 @@ def _refuse(message: str) -> None:
     print(f"mixadv: {message}", file=sys.stderr, flush=True)
 
 
-def _composition_message(error: BaseException) -> str:
+def _composition_message(error: Exception) -> str:
     """Hydra and OmegaConf spread a refusal over exceptions and lines; keep what a reader can act on."""
-    cause = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines()]
-    if cause is not None and type(cause).__module__.startswith("omegaconf"):
-        reason = str(cause).splitlines()[0]
-        if ("not in" in reason and "struct" in reason) or "Key '" in reason:
-            return f"{lines[0].rstrip('.')}: there is no such key; `--cfg job` shows all of them"
-        return f"{lines[0].rstrip('.')}: {reason}"
-    if any("full_key" in line for line in lines):
-        key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key")), "")
-        return f"{key}: {lines[0]}"
-    return " ".join(line for line in lines if line)
+    from hydra.core.override_parser.overrides_parser import OverrideParseException
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice} is unknown: choose one of {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r} as KEY=VALUE or GROUP=CHOICE; quote values that have spaces or commas"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines[0].startswith("Could not override"):
+        key = lines[0].split("'")[1]
+        return f"{key}: there is no such key; `--cfg job` shows all of them, --help the groups"
+    # The lines after the first name OmegaConf's internals.
+    reason = f": {str(error.__cause__).splitlines()[0]}" if error.__cause__ is not None else ""
+    return lines[0].removeprefix("Error merging override ") + reason
 
 
 def _job(cfg: DictConfig) -> None:
@@ -115,9 +119,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _exit_with("interrupted; the same command continues from the last checkpoint")
     if _failed:
-        _exit_with(
-            f"{len(_failed)} job(s) of the sweep failed:\n" + "\n".join(f"  {line}" for line in _failed)
-        )
+        _exit_with(f"{len(_failed)} job(s) of the sweep failed:\n" + "\n".join(f"  {line}" for line in _failed))
 
 
 if __name__ == "__main__":

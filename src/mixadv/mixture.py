@@ -57,9 +57,7 @@ class Mixture(nn.Module):
         members."""
         new = torch.as_tensor(lam, dtype=torch.float64).detach()
         if new.shape != (self.num_members,):
-            raise ValueError(
-                f"expected {self.num_members} weights, one per member, got shape {tuple(new.shape)}"
-            )
+            raise ValueError(f"expected {self.num_members} weights, one per member, got shape {tuple(new.shape)}")
         if not is_distribution(new):
             raise ValueError(f"weights {new.tolist()} are no distribution: give numbers >= 0 that sum to 1")
         new = new.clamp_min(0)

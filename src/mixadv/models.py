@@ -34,9 +34,7 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-def _member(
-    net: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> nn.Sequential:
+def _member(net: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Sequential:
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     mean = [0.0] * channels if mean is None else mean
@@ -75,9 +73,7 @@ class _ResNet18(nn.Module):
         from torchvision.models.resnet import BasicBlock
 
         def halving(inputs: int) -> nn.Sequential:
-            shortcut = nn.Sequential(
-                nn.Conv2d(inputs, 2 * inputs, 1, stride=2, bias=False), nn.BatchNorm2d(2 * inputs)
-            )
+            shortcut = nn.Sequential(nn.Conv2d(inputs, 2 * inputs, 1, stride=2, bias=False), nn.BatchNorm2d(2 * inputs))
             first = BasicBlock(inputs, 2 * inputs, 2, shortcut)
             return nn.Sequential(first, BasicBlock(2 * inputs, 2 * inputs))
 
@@ -122,9 +118,7 @@ class _PreActBlock(nn.Module):
 class _PreActResNet(nn.Module):
     """Pre-activation residual network (He et al., ECCV 2016), with the final normalisation it needs."""
 
-    def __init__(
-        self, channels: int, num_classes: int, width: int, stages: int, blocks: int, stem_stride: int
-    ) -> None:
+    def __init__(self, channels: int, num_classes: int, width: int, stages: int, blocks: int, stem_stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride=stem_stride, padding=1, bias=False)
         layers: list[nn.Module] = []

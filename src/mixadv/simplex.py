@@ -46,9 +46,7 @@ def project_simplex(v: Tensor) -> Tensor:
     return (shifted - tau).clamp(min=0.0).to(v.dtype if v.is_floating_point() else torch.float64)
 
 
-def uniform(
-    num_members: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
-) -> Tensor:
+def uniform(num_members: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Tensor:
     """The weights lam_k = 1/L, [L].
 
     Raises:

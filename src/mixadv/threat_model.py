@@ -79,9 +79,7 @@ class ThreatModel:
         """
         if self.norm == "linf":
             low, high = self._clamp(x - self.eps), self._clamp(x + self.eps)
-            u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=_device(x, generator)).to(
-                x.device
-            )
+            u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=_device(x, generator)).to(x.device)
             return torch.minimum(low + u * (high - low), high)
         device = _device(x, generator)
         direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

@@ -46,9 +46,7 @@ class ExpectedLoss:
     def needs_clean(self) -> bool:
         return False
 
-    def __call__(
-        self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         return _expectation(ATTACK_LOSSES[self.loss](logits, y), weights)
 
 
@@ -63,9 +61,7 @@ class AveragedCE:
     def needs_clean(self) -> bool:
         return False
 
-    def __call__(
-        self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         losses = cross_entropy(logits, y)
         return -torch.logsumexp(weights.to(losses).log()[:, None] - losses, dim=0)
 
@@ -80,7 +76,5 @@ class InnerLoss:
     def needs_clean(self) -> bool:
         return self.robust_loss.needs_clean
 
-    def __call__(
-        self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         return _expectation(self.robust_loss.inner(logits, clean_logits, y), weights)

@@ -74,9 +74,7 @@ class PGD:
         """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
         _check_batch(x, y)
         if self.keep != "last" and not bool(threat_model.check(x, x).all()):
-            raise ValueError(
-                f"x is not finite or lies outside the box {threat_model.bounds} of the threat model"
-            )
+            raise ValueError(f"x is not finite or lies outside the box {threat_model.bounds} of the threat model")
         if threat_model.eps == 0 or len(x) == 0:
             return x.detach().clone()
         mixture = as_mixture(mixture)
@@ -178,9 +176,7 @@ def _gradient(objective: Tensor, x_adv: Tensor) -> Tensor:
 
 def _check_batch(x: Tensor, y: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"x is {x.dtype}: convert it to float32 (or float64), in the units of the threat model"
-        )
+        raise ValueError(f"x is {x.dtype}: convert it to float32 (or float64), in the units of the threat model")
     if x.ndim < 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not match: expected [B, ...] and [B]")
     if y.is_floating_point() or y.dtype == torch.bool:

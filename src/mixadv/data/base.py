@@ -39,9 +39,7 @@ class ImageCorpus:
             images: Tensor = getattr(self, f"{split}_images")
             labels: Tensor = getattr(self, f"{split}_labels")
             if images.dtype != torch.uint8 or images.ndim != 4:
-                raise UserError(
-                    f"{name}: {split} images are {images.dtype} {tuple(images.shape)}, not uint8 [N,C,H,W]"
-                )
+                raise UserError(f"{name}: {split} images are {images.dtype} {tuple(images.shape)}, not uint8 [N,C,H,W]")
             if images.shape[1:] != self.train_images.shape[1:]:
                 raise UserError(
                     f"{name}: test images are {tuple(images.shape[1:])}, training images "
@@ -179,11 +177,7 @@ class ImageDataModule(LightningDataModule):
         num_val = wanted["val"]
         if num_val is None:
             fraction = self.val_fraction or 0.0
-            share = (
-                fraction * available
-                if wanted["train"] is None
-                else wanted["train"] * fraction / (1 - fraction)
-            )
+            share = fraction * available if wanted["train"] is None else wanted["train"] * fraction / (1 - fraction)
             num_val = max(1, round(share))
         num_train = available - num_val if wanted["train"] is None else wanted["train"]
         if num_train < 1 or num_train + num_val > available:
@@ -193,9 +187,7 @@ class ImageDataModule(LightningDataModule):
             )
         num_test = wanted["test"] or len(corpus.test_labels)
         if num_test > len(corpus.test_labels):
-            raise ValueError(
-                f"{self.name} has {len(corpus.test_labels)} test images: lower num_test={num_test}"
-            )
+            raise ValueError(f"{self.name} has {len(corpus.test_labels)} test images: lower num_test={num_test}")
         return num_train, num_val, num_test
 
     def _loaded(self, attribute: str) -> Any:

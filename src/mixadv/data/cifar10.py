@@ -186,9 +186,7 @@ class CIFAR10(ImageDataModule):
                 for name in self._sums():
                     (Path(temporary) / name).replace(folder / name)
         except (*_READ_ERRORS, KeyError) as error:
-            raise UserError(
-                f"CIFAR-10: cannot unpack {archive} into {folder}: {error}. {self._remedy()}"
-            ) from error
+            raise UserError(f"CIFAR-10: cannot unpack {archive} into {folder}: {error}. {self._remedy()}") from error
         return folder
 
     def _remedy(self) -> str:

@@ -131,9 +131,7 @@ class ImageFolder(ImageDataModule):
 
     def _list(self) -> tuple[str, list[str], _Listing, _Listing]:
         if not self.root.is_dir():
-            raise UserError(
-                f"there is no folder {self.root}: set data.root to the folder that holds train/ and test/"
-            )
+            raise UserError(f"there is no folder {self.root}: set data.root to the folder that holds train/ and test/")
         test_name = next((name for name in ("test", "val") if (self.root / name).is_dir()), None)
         if not (self.root / "train").is_dir() or test_name is None:
             raise UserError(f"{self.root} must hold the folders train/CLASS and test/CLASS (or val/CLASS)")
@@ -166,8 +164,7 @@ class ImageFolder(ImageDataModule):
             )
             if not entries:
                 raise UserError(
-                    f"{folder} holds no images ({', '.join(ENDINGS)}): add some, or remove the class from "
-                    "both splits"
+                    f"{folder} holds no images ({', '.join(ENDINGS)}): add some, or remove the class from both splits"
                 )
             for entry in entries:
                 stat = entry.stat()

@@ -102,9 +102,7 @@ class BatchStream:
             epoch = len(self._epoch_ends)
             length = self.batches_in_epoch(epoch)
             if length < 1:
-                raise ValueError(
-                    f"epoch {epoch} must have at least one batch, batches_in_epoch gave {length}"
-                )
+                raise ValueError(f"epoch {epoch} must have at least one batch, batches_in_epoch gave {length}")
             self._epoch_ends.append(length + (self._epoch_ends[-1] if self._epoch_ends else 0))
         return next(epoch for epoch, end in enumerate(self._epoch_ends) if end > self.position)
 

@@ -29,9 +29,7 @@ class LambdaSolver(ABC):
     adapts: ClassVar[bool] = True
 
     @abstractmethod
-    def solve(
-        self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Equilibrium:
+    def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """Plays the game.
 
         Args:
@@ -82,9 +80,7 @@ def start(game: Game, lam0: Tensor | None) -> Tensor:
         return uniform(game.num_members)
     lam = torch.as_tensor(lam0, dtype=torch.float64, device="cpu").detach()
     if lam.shape != (game.num_members,):
-        raise ValueError(
-            f"lam0 must be [{game.num_members}], one weight per member, got shape {list(lam.shape)}"
-        )
+        raise ValueError(f"lam0 must be [{game.num_members}], one weight per member, got shape {list(lam.shape)}")
     if not is_distribution(lam):
         raise ValueError(f"lam0 must be non-negative and sum to 1, got {lam.tolist()}: see project_simplex")
     return project_simplex(lam)
@@ -159,9 +155,7 @@ def _check_finite(step: int, iterate: Iterate) -> None:
     numbers = {"value": iterate.value, **iterate.record}
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise ValueError(
-                f"step {step}: the {name} is {number}; look for NaN or overflow in the members' losses"
-            )
+            raise ValueError(f"step {step}: the {name} is {number}; look for NaN or overflow in the members' losses")
     for name, vector in (("gradient", iterate.gradient), ("weights", iterate.weights)):
         wrong = (~torch.isfinite(vector)).nonzero()
         if len(wrong):

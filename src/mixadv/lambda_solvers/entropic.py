@@ -66,13 +66,9 @@ class AcceleratedEntropic(LambdaSolver):
         if self.num_samples == 0 and not self.include_attack_points:
             raise ValueError("the pool would be empty: take num_samples >= 1 or include_attack_points=True")
         if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
-            raise ValueError(
-                f"tolerance must be >= 0 and finite, or None to run all steps, got {self.tolerance}"
-            )
+            raise ValueError(f"tolerance must be >= 0 and finite, or None to run all steps, got {self.tolerance}")
 
-    def solve(
-        self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Equilibrium:
+    def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """See `LambdaSolver.solve`; the generator draws the pool."""
         lam = start(game, lam0)
         pool = game.pool(lam, self.num_samples, self.include_attack_points, generator)

@@ -45,13 +45,9 @@ class OracleSubgradient(LambdaSolver):
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"num_steps must be an integer >= 1, got {self.num_steps}")
         if self.step_size is not None and not 0 < self.step_size < math.inf:
-            raise ValueError(
-                f"step_size must be positive and finite, or None for the theory's, got {self.step_size}"
-            )
+            raise ValueError(f"step_size must be positive and finite, or None for the theory's, got {self.step_size}")
 
-    def solve(
-        self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Equilibrium:
+    def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """See `LambdaSolver.solve`; the method draws nothing, randomness of attacks is the game's."""
         lam = start(game, lam0)
         counts = None

@@ -22,9 +22,7 @@ class Uniform(LambdaSolver):
 
     adapts: ClassVar[bool] = False
 
-    def solve(
-        self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Equilibrium:
+    def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """See `LambdaSolver.solve`; lam0 and the generator play no part."""
         lam = uniform(game.num_members)
         response = respond(game, lam)

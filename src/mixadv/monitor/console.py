@@ -47,9 +47,7 @@ class ConsoleProgress(pl.Callback):
             console=self.console,
             transient=True,
         )
-        self._task = self._bar.add_task(
-            self.title, total=pl_module.total_batches, completed=pl_module.t, numbers=""
-        )
+        self._task = self._bar.add_task(self.title, total=pl_module.total_batches, completed=pl_module.t, numbers="")
         self._bar.start()
 
     def on_train_batch_end(
@@ -81,7 +79,7 @@ class ConsoleProgress(pl.Callback):
             f"  clean {found['val/clean_accuracy']:.3f}  robust {found['val/robust_accuracy']:.3f}"
             f"  lambda {_weights(pl_module)}"
         )
-        self.console.print(Text(line, style="dim"), highlight=False)
+        self.console.print(Text(line, style="dim"), soft_wrap=True)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -92,9 +90,7 @@ class ConsoleProgress(pl.Callback):
         """Take the bar away."""
         self._stop()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave a clean terminal behind."""
         self._stop()
 

@@ -17,9 +17,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _step(
-    module: MixtureTraining, mixture: Mixture, x: Tensor, y: Tensor, generator: torch.Generator
-) -> None:
+def _step(module: MixtureTraining, mixture: Mixture, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
     x_adv = module.training_attack(mixture, x, y, module.threat_model, generator)
     stepped = mixture.members if module.schedule.kind == "shared" else mixture.members[:1]
     for member in stepped:

@@ -64,7 +64,7 @@ class WandbMirror:
         self.console = console
         self._prefix = ""
         self._lost = False
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         arguments: dict[str, Any] = {
             "project": project,
             "entity": entity,
@@ -153,7 +153,7 @@ class WandbMirror:
             [picture(a), picture(b), picture(d), label, members]
             for a, b, d, label, members in zip(clean, adversarial, difference, labels, wrong, strict=True)
         ]
-        columns = ["clean", "adversarial", "difference", "label", "fooled members"]
+        columns: list[str | int] = ["clean", "adversarial", "difference", "label", "fooled members"]
         self._send({"examples": wandb.Table(columns=columns, data=rows)})
 
     def finish(self, exit_code: int) -> None:

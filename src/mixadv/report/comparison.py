@@ -51,9 +51,7 @@ def compare(run: Run) -> Comparison | None:
         half = Z95 * float(paired.std(ddof=1)) / math.sqrt(len(paired))
         return Comparison(mean, mean - half, mean + half, True, len(paired), "")
     difference = run.robust.value - other.robust.value
-    half_widths = [
-        (r.high - r.low) / 2 for r in (run.robust, other.robust) if r.low is not None and r.high is not None
-    ]
+    half_widths = [(r.high - r.low) / 2 for r in (run.robust, other.robust) if r.low is not None and r.high is not None]
     half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
     return Comparison(difference, difference - half, difference + half, False, run.num_examples, note)
 

@@ -90,9 +90,7 @@ def new_figure(height: float = 6.0) -> Figure:
 def footnote(figure: Figure, text: str) -> None:
     """Small print at the bottom of a figure, wrapped to its width."""
     lines = textwrap.fill(text, 155)
-    figure.text(
-        0.5, 0.1 / figure.get_figheight(), lines, ha="center", va="bottom", fontsize=11, color="#555555"
-    )
+    figure.text(0.5, 0.1 / figure.get_figheight(), lines, ha="center", va="bottom", fontsize=11, color="#555555")
 
 
 def curves_figure(run: Run) -> Figure:
@@ -197,9 +195,7 @@ def _draw_test(axes: Axes, run: Run) -> None:
                     if (value := number(member.get(measure))) is not None:
                         label = f"member {k} {measure}"
                         colour = member_style(k)["color"]
-                        axes.plot(
-                            x, value, linestyle="", marker=marker, markersize=6, color=colour, label=label
-                        )
+                        axes.plot(x, value, linestyle="", marker=marker, markersize=6, color=colour, label=label)
             at = float(places[-1]) + 0.8
     axes.set_title("Test")
     axes.tick_params(axis="y", left=False, labelleft=False)
@@ -300,11 +296,6 @@ def _footer(run: Run) -> str:
     count = "" if run.num_examples is None else f"{run.num_examples:,} test images; "
     names = ", ".join(run.attacks) or "an attack that the results do not name"
     ensemble = number(run.get("clean", "ensemble_accuracy"))
-    return (
-        f"Test: {count}robust = worst case per image over {names}; bars are 95 % intervals over test images."
-        + (
-            f" Ensemble accuracy (clean): {ensemble:.3f}."
-            if ensemble is not None and run.num_members != 1
-            else ""
-        )
+    return f"Test: {count}robust = worst case per image over {names}; bars are 95 % intervals over test images." + (
+        f" Ensemble accuracy (clean): {ensemble:.3f}." if ensemble is not None and run.num_members != 1 else ""
     )

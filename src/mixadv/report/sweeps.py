@@ -49,9 +49,7 @@ def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
         UserError: no run has results, or `path` cannot be written.
     """
     if not any(_plottable(run) for run in runs):
-        raise UserError(
-            f"nothing to draw: none of the {len(runs)} runs has a robust accuracy in its results yet"
-        )
+        raise UserError(f"nothing to draw: none of the {len(runs)} runs has a robust accuracy in its results yet")
     return save(lambda: sweep_figure(runs), Path(path))
 
 
@@ -113,9 +111,7 @@ def sweep_figure(runs: Sequence[Run]) -> Figure:
         notes[f"{len(runs) - len(shown)} of {len(runs)} runs have no results and are not shown"] = None
     _finish(figure, clean, robust, shown, ticks, against_eps)
     handles, names = clean.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="upper center", bbox_to_anchor=(0.5, (below - 0.62) / height), ncols=columns
-    )
+    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, (below - 0.62) / height), ncols=columns)
     footnote(figure, "; ".join(notes))
     return figure
 
@@ -124,13 +120,9 @@ def _plottable(run: Run) -> bool:
     return run.robust.value is not None and run.eps is not None
 
 
-def _line(
-    axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: bool = True, **look: Any
-) -> bool | None:
+def _line(axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: bool = True, **look: Any) -> bool | None:
     """Mean over the runs at each x; True if a band was drawn, None if there was nothing to draw."""
-    values = {
-        x: [v for run in same if (v := run.interval(measure).value) is not None] for x, same in by_x.items()
-    }
+    values = {x: [v for run in same if (v := run.interval(measure).value) is not None] for x, same in by_x.items()}
     points = sorted((x, at) for x, at in values.items() if at)
     if not points:
         return None
@@ -158,9 +150,7 @@ def _finish(
     title = [", ".join(sorted({run.data for run in shown if run.data})), ", ".join(map(norm_symbol, norms))]
     if not against_eps:
         title.append(f"ε = {format_eps(shown[0].eps)}")
-    figure.suptitle(
-        " · ".join(part for part in title if part), fontsize=16, y=1 - 0.12 / figure.get_figheight()
-    )
+    figure.suptitle(" · ".join(part for part in title if part), fontsize=16, y=1 - 0.12 / figure.get_figheight())
     at = sorted(ticks)
     margin = 0.05 * (at[-1] - at[0]) or 0.5
     for axes, name in ((clean, "Clean test accuracy"), (robust, "Robust test accuracy")):
@@ -201,9 +191,7 @@ def _extras(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         for key in {key for i in members for key in flat[i]}
         if len({repr(flat[i].get(key)) for i in members}) > 1
     }
-    return [
-        tuple(f"{key}={flat[i][key]}" for key in sorted(varied) if key in flat[i]) for i in range(len(runs))
-    ]
+    return [tuple(f"{key}={flat[i][key]}" for key in sorted(varied) if key in flat[i]) for i in range(len(runs))]
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

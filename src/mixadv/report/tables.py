@@ -51,9 +51,7 @@ def results_table(run: Run) -> Table:
     given on clean images only. Members' intervals, which the files do not carry, are normal approximations
     p ± z sqrt(p (1 - p) / N).
     """
-    table = Table(
-        title=Text(_headline(run)), caption=Text(_caption(run)), title_justify="left", caption_justify="left"
-    )
+    table = Table(title=Text(_headline(run)), caption=Text(_caption(run)), title_justify="left", caption_justify="left")
     table.add_column("")
     table.add_column("clean %", justify="right", no_wrap=True)
     table.add_column("robust % [95 % interval]", justify="right", no_wrap=True)

@@ -18,9 +18,15 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         UserError: something outside the program has to be fixed; the message says what.
     """
     if cfg.task == "train":
+        from mixadv.tasks.run_directory import State, claim, show
+
+        run_dir, state = claim(run_dir, cfg)
+        if state is State.DONE:
+            show(run_dir, done_before=True)
+            return
         from mixadv.tasks.train import train
 
-        train(cfg, run_dir, sweep)
+        train(cfg, run_dir, state, sweep)
     elif cfg.task == "evaluate":
         from mixadv.tasks.evaluate import evaluate_mixture
 

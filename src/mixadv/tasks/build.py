@@ -13,6 +13,7 @@ from mixadv.attacks.pgd import PGD
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
+from mixadv.evaluation import Attack
 from mixadv.export import build_mixture
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
@@ -28,16 +29,13 @@ def instantiate(node: Any, key: str) -> Any:
     Raises:
         UserError: the target is not of this package, does not exist, or refuses its arguments.
     """
-    settings = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
+    settings = as_dict(node)
     target = str(settings.pop("_target_", ""))
     module, _, name = target.rpartition(".")
     if not module.startswith("mixadv."):
-        raise UserError(
-            f"{key}._target_={target!r} is not a class of mixadv: nothing else is run from a configuration"
-        )
+        raise UserError(f"{key}._target_={target!r} is not a class of mixadv: nothing else is run from a configuration")
     nested = {
-        k: instantiate(v, f"{key}.{k}") if isinstance(v, dict) and "_target_" in v else v
-        for k, v in settings.items()
+        k: instantiate(v, f"{key}.{k}") if isinstance(v, dict) and "_target_" in v else v for k, v in settings.items()
     }
     try:
         cls = getattr(importlib.import_module(module), name)
@@ -61,10 +59,14 @@ def resolve_device(accelerator: str) -> torch.device:
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
         raise UserError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
     if accelerator in ("gpu", "cuda") and not cuda:
-        raise UserError(
-            f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA GPU: use trainer.accelerator=cpu"
-        )
+        raise UserError(f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA GPU: use trainer.accelerator=cpu")
     return torch.device("cuda", 0) if cuda and accelerator != "cpu" else torch.device("cpu")
+
+
+def as_dict(node: Any) -> dict[str, Any]:
+    """A mapping of the configuration as a plain, resolved dict."""
+    plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return {str(key): value for key, value in plain.items()}
 
 
 def limited(limit: Any, count: int) -> int:
@@ -98,16 +100,14 @@ def build_threat_model(norm: str, eps: Any, image_shape: tuple[int, int, int]) -
     radius = parse_eps(eps)
     diagonal = math.sqrt(math.prod(image_shape))
     if norm == "l2" and radius > diagonal:
-        raise UserError(
-            f"eps={eps} exceeds the diagonal {diagonal:.2f} of the box [0, 1]^d: choose a smaller radius"
-        )
+        raise UserError(f"eps={eps} exceeds the diagonal {diagonal:.2f} of the box [0, 1]^d: choose a smaller radius")
     return ThreatModel(norm, radius)
 
 
 def model_recipe(model: Any, data: ImageDataModule) -> dict[str, Any]:
     """What it takes to build one member: the model's own settings and what the data fixes."""
     return {
-        **OmegaConf.to_container(model, resolve=True),
+        **as_dict(model),
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "mean": list(data.mean),
@@ -146,8 +146,9 @@ def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: t
     free = available_memory(device)
     if free is not None and needed > free:
         raise UserError(
-            f"L={num_members} members of model={name} need {needed / 2**30:.1f} GiB to train, {free / 2**30:.1f} GiB "
-            f"are free on {device.type}: at most L={max(1, num_members * free // needed)}, or a smaller model"
+            f"L={num_members} members of model={name} need {needed / 2**30:.1f} GiB to train, but only "
+            f"{free / 2**30:.1f} GiB are free on the {device.type}: choose at most "
+            f"L={max(1, num_members * free // needed)}, or a smaller model=..."
         )
     torch.manual_seed(seed)
     return build_mixture({"L": num_members, "model": recipe})
@@ -163,6 +164,16 @@ def build_attack(node: Any, key: str) -> PGD:
     if not isinstance(attack, PGD):
         raise UserError(f"{key} must be PGD for training, not {type(attack).__name__}")
     return attack
+
+
+def build_protocol(cfg: DictConfig) -> dict[str, Attack]:
+    """The protocol's attacks by name.
+
+    Raises:
+        UserError: one of them cannot be built.
+    """
+    nodes = cfg.protocol.attacks
+    return {str(name): instantiate(node, f"protocol.attacks.{name}") for name, node in nodes.items()}
 
 
 def build_optimizer(cfg: DictConfig) -> MemberOptimizer:

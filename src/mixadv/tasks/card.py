@@ -10,6 +10,7 @@ def model_card(results: dict[str, Any], config: dict[str, Any]) -> str:
     robust, clean = results["robust"], results["clean"]
     low, high = robust["ci95"]
     attacks = ", ".join(results["attacks"])
+    measured = f"{robust['expected_accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
     return f"""# A mixture of {config["L"]} classifiers
 
 Draws member k with probability lambda_k for every image; lambda = ({weights}). Members: `{config["model"]["name"]}`,
@@ -19,7 +20,7 @@ trained on {config["data_name"]} ({results["data"]["num_train"]} images) against
 | on {results["num_examples"]} test images | accuracy |
 |---|---|
 | clean, exact expectation over the draw | {clean["expected_accuracy"]:.4f} |
-| robust, worst of clean and {attacks} per image | {robust["expected_accuracy"]:.4f} (95 % interval {low:.4f} to {high:.4f}) |
+| robust, worst of clean and {attacks} per image | {measured} |
 | clean, argmax of the averaged probabilities | {clean["ensemble_accuracy"]:.4f} |
 
 Robust accuracy is an upper bound: stronger attacks may find more.

@@ -1,18 +1,17 @@
 """``task=evaluate``: attack an exported mixture or a checkpoint on the test set."""
 
 import itertools
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
+from mixadv.errors import UserError
 from mixadv.export import read_mixture
 from mixadv.tasks import build
 from mixadv.tasks.measure import measure
-from mixadv.tasks.run_directory import State, claim, mark_done, write_config, write_results
+from mixadv.tasks.run_directory import State, claim, mark_done, show, write_config, write_results
 
 
 def evaluate_mixture(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
@@ -21,15 +20,11 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> No
     Raises:
         UserError: no usable mixture, data that do not fit it, or a directory with other settings.
     """
-    console = Console()
     mixture, config = read_mixture(cfg.mixture)
     cfg = as_trained(cfg, config, overrides)
     run_dir, state = claim(run_dir, cfg)
     if state is State.DONE:
-        console.print(
-            f"{os.path.relpath(run_dir)} is done; its results (resume=never starts anew beside it):"
-        )
-        _show(run_dir, console)
+        show(run_dir, done_before=True)
         return
     device = build.resolve_device(cfg.trainer.accelerator)
     data = build.build_data(cfg.data)
@@ -46,13 +41,7 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> No
     results["seconds"]["total"] = round(time.perf_counter() - started, 3)
     write_results(run_dir, results, arrays)
     mark_done(run_dir)
-    _show(run_dir, console)
-
-
-def _show(run_dir: Path, console: Console) -> None:
-    from mixadv.report import read_run, show_run
-
-    show_run(read_run(run_dir), console)
+    show(run_dir)
 
 
 def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) -> DictConfig:
@@ -70,10 +59,7 @@ def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) ->
         merged.data = own
     if "eps" not in said and "eps" in config:
         merged.eps = config["eps"]
-    if (
-        not any(key == "threat_model" or key.startswith("threat_model.") for key in said)
-        and "threat_model" in config
-    ):
+    if not any(key == "threat_model" or key.startswith("threat_model.") for key in said) and "threat_model" in config:
         merged.threat_model.norm = config["threat_model"]["norm"]
     merged.L = int(config["L"])
     merged.model = {"name": config["model"]["name"]}
@@ -81,12 +67,10 @@ def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) ->
 
 
 def _check_fit(config: dict[str, Any], data: Any) -> None:
-    from mixadv.errors import UserError
-
     wanted = (config["model"]["num_classes"], tuple(config["model"]["image_shape"]))
     found = (data.num_classes, tuple(data.image_shape))
     if wanted != found:
         raise UserError(
-            f"the mixture takes images {wanted[1]} in {wanted[0]} classes, but {data.name} has {found[1]} in {found[0]}: "
-            "choose the data it was trained for with data=..."
+            f"the mixture takes images {wanted[1]} in {wanted[0]} classes, but {data.name} has {found[1]} in "
+            f"{found[0]}: choose the data it was trained for with data=..."
         )

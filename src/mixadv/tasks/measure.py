@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from mixadv.config import parse_eps
 from mixadv.evaluation import Attack, evaluate
 from mixadv.mixture import Mixture
-from mixadv.tasks.build import instantiate
+from mixadv.tasks.build import as_dict, build_protocol
 from mixadv.tasks.run_directory import RESULTS_SCHEMA, provenance
 from mixadv.threat_model import ThreatModel
 
@@ -32,19 +32,15 @@ def measure(
     device: torch.device,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Run the protocol's attacks: results.json without the training's part, and the arrays of records.npz."""
-    nodes = cfg.protocol.attacks
-    attacks: dict[str, Attack] = {
-        name: instantiate(node, f"protocol.attacks.{name}") for name, node in nodes.items()
-    }
-    record = evaluate(mixture, batches, attacks, threat_model, seed=cfg.seed)
-    settings = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
+    record = evaluate(mixture, batches, build_protocol(cfg), threat_model, seed=cfg.seed)
+    settings = {name: as_dict(node) for name, node in cfg.protocol.attacks.items()}
     results = {
         "schema": RESULTS_SCHEMA,
         "task": cfg.task,
         "seed": cfg.seed,
         "device": device_name(device),
         **provenance(),
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": as_dict(cfg),
         "threat_model": {"norm": threat_model.norm, "eps": parse_eps(threat_model.eps)},
         "protocol": cfg.protocol.name,
         **record.summary(settings),

@@ -2,15 +2,17 @@
 
 import json
 import os
+import platform
 import subprocess
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+import mixadv
 from mixadv.errors import UserError
 
 RESULTS_SCHEMA = 1
@@ -71,14 +73,8 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _difference(saved: Any, cfg: DictConfig) -> str:
     old, new = (_flat(OmegaConf.to_container(node, resolve=True)) for node in (saved, cfg))
-    keys = [
-        key
-        for key in {**old, **new}
-        if not any(key == skip or key.startswith(f"{skip}.") for skip in INDIFFERENT)
-    ]
-    changed = [
-        f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)
-    ]
+    keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in INDIFFERENT)]
+    changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
     return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
@@ -91,7 +87,7 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
 def write_results(run_dir: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """records.npz, then results.json, each whole or not at all."""
     temporary = run_dir / "records.tmp.npz"
-    np.savez_compressed(temporary, **arrays)
+    np.savez_compressed(temporary, allow_pickle=False, **arrays)
     os.replace(temporary, run_dir / "records.npz")
     _replace(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
 
@@ -108,6 +104,22 @@ def mark_done(run_dir: Path) -> None:
     (run_dir / "DONE").touch()
 
 
+def show(run_dir: Path, *, done_before: bool = False) -> None:
+    """Print the tables of a finished run, and draw its curves where it has a history."""
+    from rich.console import Console
+
+    from mixadv.report import draw_curves, read_run, show_run
+
+    console = Console()
+    if done_before:
+        where = os.path.relpath(run_dir)
+        console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)
+    run = read_run(run_dir)
+    if run.has_history:
+        draw_curves(run_dir)
+    show_run(run, console)
+
+
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
@@ -116,14 +128,12 @@ def _replace(path: Path, text: str) -> None:
 
 def provenance() -> dict[str, Any]:
     """Versions of what computed, and the commit of the checkout (None for an installed package)."""
-    import platform
-
-    versions = {"python": platform.python_version()}
-    for package in ("mixadv", "torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    packages = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics")
+    versions = {
+        "python": platform.python_version(),
+        "mixadv": mixadv.__version__,
+        **{package: version(package) for package in packages},
+    }
     root = Path(__file__).resolve().parents[3]
     git = None
     if (root / ".git").exists():

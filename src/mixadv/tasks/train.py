@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from mixadv.config import parse_eps
@@ -28,7 +29,7 @@ from mixadv.monitor.history import History, Mirror
 from mixadv.tasks import build
 from mixadv.tasks.card import model_card
 from mixadv.tasks.measure import example_images, measure
-from mixadv.tasks.run_directory import State, claim, mark_done, read_results, write_config, write_results
+from mixadv.tasks.run_directory import State, mark_done, read_results, show, write_config, write_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining, Schedule
 
@@ -48,31 +49,33 @@ class Setting:
     console: Console
 
 
-def train(cfg: DictConfig, run_dir: Path, sweep: str | None) -> None:
-    """Algorithm 2 as configured, in `run_dir`; continues or shows what is already there.
+def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> None:
+    """Algorithm 2 as configured, in `run_dir`, from the last checkpoint if it holds one.
+
+    Args:
+        cfg: the checked configuration.
+        run_dir: a claimed directory, `state` what it holds (not a finished run).
+        sweep: name of the sweep this run belongs to.
 
     Raises:
-        UserError: data, memory, directory or settings do not allow it, or the loss was not finite.
+        UserError: data, memory or settings do not allow it, or the loss was not finite.
     """
     console = Console()
-    run_dir, state = claim(run_dir, cfg)
-    shown = os.path.relpath(run_dir)
-    if state is State.DONE:
-        console.print(f"{shown} is done; its results (resume=never starts anew beside it):")
-        _show(run_dir, console)
-        return
     if cfg.trainer.devices > 1:
-        raise UserError(
-            f"trainer.devices={cfg.trainer.devices}: training runs on one device, use trainer.devices=1"
-        )
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: training runs on one device, use trainer.devices=1")
+    if cfg.logger.kind not in ("wandb", "csv"):
+        raise UserError(f"logger.kind={cfg.logger.kind} is unknown: choose logger=wandb or logger=csv")
     device = build.resolve_device(cfg.trainer.accelerator)
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
-    recipe = build.model_recipe(cfg.model, data)
-    write_config(run_dir, cfg)
-    console.print(f"{'Continuing' if state is State.UNFINISHED else 'Writing to'} {shown}", highlight=False)
-    setting = Setting(cfg, data, device, threat_model, recipe, console)
+    setting = Setting(cfg, data, device, threat_model, build.model_recipe(cfg.model, data), console)
+    # Everything that can be refused is built once before the directory is written and the mirror started.
+    _module(setting, cfg.L)
+    build.build_protocol(cfg)
 
+    write_config(run_dir, cfg)
+    verb = "Continuing" if state is State.UNFINISHED else "Writing to"
+    console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
         results = _train_and_measure(setting, run_dir, cfg.L, mirror)
@@ -82,14 +85,7 @@ def train(cfg: DictConfig, run_dir: Path, sweep: str | None) -> None:
             _train_and_measure(setting, run_dir / "baseline", 1, mirror.baseline() if mirror else None)
             mark_done(run_dir / "baseline")
     mark_done(run_dir)
-    _show(run_dir, console)
-
-
-def _show(run_dir: Path, console: Console) -> None:
-    from mixadv.report import draw_curves, read_run, show_run
-
-    draw_curves(run_dir)
-    show_run(read_run(run_dir), console)
+    show(run_dir)
 
 
 @contextmanager
@@ -98,19 +94,15 @@ def _mirrored(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Consol
     if cfg.logger.kind == "csv":
         yield None
         return
-    if cfg.logger.kind != "wandb":
-        raise UserError(f"logger.kind={cfg.logger.kind} is unknown: choose logger=wandb or logger=csv")
     from mixadv.monitor.wandb_mirror import WandbMirror
 
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
     mirror = WandbMirror(
         run_dir,
         project=cfg.logger.project,
         entity=cfg.logger.entity,
         name=run_dir.name,
         group=sweep,
-        config={str(key): value for key, value in config.items()},
+        config=build.as_dict(cfg),
         init_timeout=cfg.logger.init_timeout,
         console=console,
     )
@@ -140,29 +132,27 @@ def _train_and_measure(setting: Setting, run_dir: Path, num_members: int, mirror
         return results
     run_dir.mkdir(exist_ok=True)
     cfg, data = setting.cfg, setting.data
-    module, epochs = _module(setting, num_members)
+    module = _module(setting, num_members)
     # A baseline's own recipe: a mixture of one, with nothing to weigh.
     mixture_config = {
         "L": num_members,
         "model": setting.recipe,
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
         "eps": str(cfg.eps),
-        "loss": OmegaConf.to_container(cfg.loss, resolve=True),
-        "data": OmegaConf.to_container(cfg.data, resolve=True),
+        "loss": build.as_dict(cfg.loss),
+        "data": build.as_dict(cfg.data),
         "data_name": data.name,
         "class_names": list(data.class_names),
         "seed": cfg.seed,
     }
     started = time.perf_counter()
-    best_epoch = _fit(setting, module, run_dir, epochs, mixture_config, [] if mirror is None else [mirror])
+    best_epoch = _fit(setting, module, run_dir, mixture_config, [] if mirror is None else [mirror])
     mixture = module.mixture.to(setting.device)
     training_seconds = time.perf_counter() - started
 
     limit = build.limited(cfg.trainer.limit_test_batches, len(data.test_dataloader()))
     console = setting.console
-    console.print(
-        f"Measuring on {min(data.num_test, limit * data.eval_batch_size)} test images", highlight=False
-    )
+    console.print(f"Measuring on {min(data.num_test, limit * data.eval_batch_size)} test images", highlight=False)
     batches = itertools.islice(data.test_dataloader(), limit)
     results, arrays = measure(cfg, mixture, batches, setting.threat_model, setting.device)
     results["L"] = num_members
@@ -195,8 +185,8 @@ def _log_images(setting: Setting, mixture: Mixture, mirror: Any) -> None:
     mirror.images(*example_images(mixture, x[:count], y[:count], attack, setting.threat_model, names))
 
 
-def _module(setting: Setting, num_members: int) -> tuple[MixtureTraining, int]:
-    """The LightningModule for `num_members`, with the data's epochs cut to its schedule."""
+def _module(setting: Setting, num_members: int) -> MixtureTraining:
+    """The LightningModule for `num_members`; the data's epochs are cut to its schedule."""
     cfg, data = setting.cfg, setting.data
     solver = build.instantiate(cfg.lambda_solver, "lambda_solver") if num_members > 1 else Uniform()
     adapts = solver.adapts and num_members > 1
@@ -214,7 +204,7 @@ def _module(setting: Setting, num_members: int) -> tuple[MixtureTraining, int]:
     data.batches_in_epoch = batches_in_epoch
     data.setup("fit")
     loss = build.instantiate(cfg.loss, "loss")
-    module = MixtureTraining(
+    return MixtureTraining(
         build.build_members(setting.recipe, num_members, cfg.seed, setting.device),
         loss=loss,
         threat_model=setting.threat_model,
@@ -229,25 +219,23 @@ def _module(setting: Setting, num_members: int) -> tuple[MixtureTraining, int]:
         seed=cfg.seed,
         check_every=1 if setting.device.type == "cpu" else 50,
     )
-    return module, epochs
 
 
 def _fit(
     setting: Setting,
     module: MixtureTraining,
     run_dir: Path,
-    epochs: int,
     mixture_config: dict[str, Any],
     mirrors: list[Mirror],
 ) -> float:
     """Train to the end, from last.ckpt if there is one; afterwards `module.mixture` is the best epoch's."""
     cfg, data, console, device = setting.cfg, setting.data, setting.console, setting.device
-    num_members = module.mixture.num_members
+    num_members, epochs = module.mixture.num_members, cfg.schedule.epochs
     last = run_dir / "checkpoints" / "last.ckpt"
     if last.exists():
         read_checkpoint(last)
     else:
-        _announce(setting, module, epochs)
+        _announce(setting, module)
     if cfg.compile:
         module.mixture.compile()
     pl.seed_everything(cfg.seed, verbose=False)
@@ -275,16 +263,20 @@ def _fit(
             checkpoints,
         ],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+    with warnings.catch_warnings():
+        # Lightning 2.6 under newer torch: nothing that a user could act on.
+        warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     best = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
     module.load_state_dict(best["state_dict"])
     assert checkpoints.best is not None
     return checkpoints.best["epoch"]
 
 
-def _announce(setting: Setting, module: MixtureTraining, epochs: int) -> None:
+def _announce(setting: Setting, module: MixtureTraining) -> None:
     """Say how long it will take, and what would fit where it is too long for this machine."""
     cfg, data, device = setting.cfg, setting.data, setting.device
+    epochs = cfg.schedule.epochs
     per_batch = seconds_per_batch(module, data.image_shape, data.num_classes, data.batch_size, device)
     member_batches = module.schedule.member_batches_in(module.total_batches)
     phases = module.total_batches - member_batches
@@ -294,9 +286,7 @@ def _announce(setting: Setting, module: MixtureTraining, epochs: int) -> None:
     validations = epochs / cfg.trainer.val_every_epochs * steps * data.num_val / data.batch_size
     seconds = per_batch * (member_batches + phases * attacks + validations)
     members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
-    hardware = (
-        f"{torch.get_num_threads()} CPU cores" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    )
+    hardware = f"{torch.get_num_threads()} CPU cores" if device.type == "cpu" else torch.cuda.get_device_name(device)
     line = f"Training {members} for {epochs} epochs each on {hardware}: about {in_words(seconds)}"
     if device.type == "cpu" and seconds > LONG_ON_CPU:
         line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"

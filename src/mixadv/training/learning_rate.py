@@ -24,9 +24,7 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "piecewise", "cosine", "one_cycle"):
-            raise ValueError(
-                f"lr_schedule {self.kind!r} is unknown: constant, piecewise, cosine or one_cycle"
-            )
+            raise ValueError(f"lr_schedule {self.kind!r} is unknown: constant, piecewise, cosine or one_cycle")
 
     def factor(self, done: int, total: int) -> float:
         """The factor for update number ``done`` (from 0) of ``total``."""

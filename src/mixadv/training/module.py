@@ -1,6 +1,6 @@
 """Algorithm 2: adversarial training of the members alternating with weights phases, as manual optimization."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,7 +32,7 @@ class MemberOptimizer:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
-    learning_rate: LearningRate = LearningRate()
+    learning_rate: LearningRate = field(default_factory=LearningRate)
 
 
 class MixtureTraining(pl.LightningModule):
@@ -143,12 +143,8 @@ class MixtureTraining(pl.LightningModule):
         return self._members_phase(x, y)
 
     def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        game = MixtureGame(
-            self.mixture, x, y, self.threat_model, self.weights_attack, self.loss, self.attack_generator
-        )
-        solution = self.solver.solve(
-            game, lam0=self.mixture.weights.double().cpu(), generator=self.attack_generator
-        )
+        game = MixtureGame(self.mixture, x, y, self.threat_model, self.weights_attack, self.loss, self.attack_generator)
+        solution = self.solver.solve(game, lam0=self.mixture.weights.double().cpu(), generator=self.attack_generator)
         self.mixture.set_weights(solution.weights)
         return {"phase": "weights", "value": solution.value, "lower_bound": solution.lower_bound}
 
