@@ -89,9 +89,12 @@ def _exit_with(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point of ``python run.py`` and of the ``mixadv`` command."""
-    from dotenv import load_dotenv
+    from dotenv import dotenv_values
 
-    load_dotenv(Path.cwd() / ".env")
+    for key, value in dotenv_values(Path.cwd() / ".env").items():
+        # A line left blank means unset; the shell goes first.
+        if value:
+            os.environ.setdefault(key, value)
     # Exceptions reach this function whole, instead of Hydra's shortened print-out.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     config.register()
