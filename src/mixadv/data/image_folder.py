@@ -47,6 +47,9 @@ class ImageFolder(ImageDataModule):
     them empty. Read are png, jpg, jpeg, bmp and webp; names that begin with a dot, other endings and folders
     inside a class are not looked at.
 
+    The order is one image of every class after the other (by file name), so that the first n images hold all
+    classes.
+
     The images are decoded once, large ones in parallel, and kept as arrays in `root/.mixadv-cache` (in the
     user's cache where `root` cannot be written). The cache is used as long as the list of files (names,
     sizes, times of change) and the settings are the same, and made anew otherwise.
@@ -155,7 +158,7 @@ class ImageFolder(ImageDataModule):
         return names
 
     def _list_split(self, split: str, names: Sequence[str]) -> _Listing:
-        listing = _Listing([], [], [])
+        found: list[tuple[int, int, Path, tuple[str, int, int]]] = []
         for label, name in enumerate(names):
             folder = self.root / split / name
             entries = sorted(
@@ -166,12 +169,14 @@ class ImageFolder(ImageDataModule):
                 raise UserError(
                     f"{folder} holds no images ({', '.join(ENDINGS)}): add some, or remove the class from both splits"
                 )
-            for entry in entries:
+            for place, entry in enumerate(entries):
                 stat = entry.stat()
-                listing.paths.append(folder / entry.name)
-                listing.labels.append(label)
-                listing.stamps.append((f"{name}/{entry.name}", stat.st_size, stat.st_mtime_ns))
-        return listing
+                stamp = (f"{name}/{entry.name}", stat.st_size, stat.st_mtime_ns)
+                found.append((place, label, folder / entry.name, stamp))
+        # The first image of every class, then the second: a part of the data, as a limited evaluation takes it,
+        # then holds all classes.
+        found.sort(key=lambda item: item[:2])
+        return _Listing([path for _, _, path, _ in found], [label for _, label, _, _ in found], [s for *_, s in found])
 
     def _decode(self, paths: list[Path], mean_bytes: int) -> NDArray[np.uint8]:
         first = self._decode_one(paths[0])
