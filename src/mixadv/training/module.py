@@ -213,10 +213,11 @@ class MixtureTraining(pl.LightningModule):
         generator = torch.Generator(x.device).manual_seed(self.seed + 2 + batch_idx)
         with torch.enable_grad():
             x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, generator)
-        clean = self.mixture.expected_accuracy(x, y)
-        self.clean_accuracy.update(clean)
-        self.ensemble_accuracy.update(self.mixture.ensemble_accuracy(x, y))
-        self.robust_accuracy.update(self.mixture.expected_accuracy(x_adv, y))
+        # Whatever the precision of training and attack, correctness is that of the float32 model.
+        with torch.autocast(x.device.type, enabled=False):
+            self.clean_accuracy.update(self.mixture.expected_accuracy(x, y))
+            self.ensemble_accuracy.update(self.mixture.ensemble_accuracy(x, y))
+            self.robust_accuracy.update(self.mixture.expected_accuracy(x_adv, y))
 
     def on_validation_epoch_end(self) -> None:
         """Metrics of the validation pass just made, reduced over processes, into `validation`."""
