@@ -15,6 +15,9 @@ from omegaconf import DictConfig
 from mixadv import config
 from mixadv.errors import UserError
 
+# The shell's own code for a program ended by Ctrl-C.
+INTERRUPTED = 130
+
 _failed: list[str] = []
 
 
@@ -120,7 +123,8 @@ def main() -> None:
             "Choose a writable place with hydra.run.dir=DIR (a sweep: hydra.sweep.dir=DIR)"
         )
     except KeyboardInterrupt:
-        _exit_with("interrupted; the same command continues from the last checkpoint")
+        _refuse("interrupted; the same command continues from the last checkpoint")
+        sys.exit(INTERRUPTED)
     if _failed:
         _exit_with(f"{len(_failed)} job(s) of the sweep failed:\n" + "\n".join(f"  {line}" for line in _failed))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mixadv.mixture import Mixture
 from mixadv.training import MixtureTraining
 
-MIN_SECONDS = 0.2
+MIN_SECONDS = 0.5
 
 
 def _synchronize(device: torch.device) -> None:

@@ -118,7 +118,11 @@ def _mirrored(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Consol
 def _memory_errors(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
         raise UserError(
             f"out of memory with L={cfg.L} and data.batch_size={cfg.data.batch_size}: lower one of them; "
             "the last checkpoint is kept"
@@ -266,7 +270,13 @@ def _fit(
     with warnings.catch_warnings():
         # Lightning 2.6 under newer torch: nothing that a user could act on.
         warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+        except SystemExit:
+            # Lightning turns Ctrl-C into an exit without a word.
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
     best = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
     module.load_state_dict(best["state_dict"])
     assert checkpoints.best is not None
@@ -290,4 +300,4 @@ def _announce(setting: Setting, module: MixtureTraining) -> None:
     line = f"Training {members} for {epochs} epochs each on {hardware}: about {in_words(seconds)}"
     if device.type == "cpu" and seconds > LONG_ON_CPU:
         line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"
-    setting.console.print(line, highlight=False)
+    setting.console.print(line, highlight=False, soft_wrap=True)
