@@ -192,6 +192,8 @@ def check(cfg: DictConfig) -> None:
             raise UserError(
                 f"{prefix}{unknown[0]}: there is no such key; `--cfg job` shows all of them, --help the groups"
             )
+    # Before anything that resolves interpolations: threat_model.eps is computed from it.
+    eps = parse_eps(cfg.eps)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} has no default: add {missing[0]}=... to the command")
@@ -205,7 +207,6 @@ def check(cfg: DictConfig) -> None:
     if cfg.name is not None and not path_safe(cfg.name):
         raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters, digits, - and _")
 
-    eps = parse_eps(cfg.eps)
     norm = cfg.threat_model.get("norm")
     _one_of("threat_model.norm", norm, ("linf", "l2"))
     if norm == "linf" and eps > 1:

@@ -86,15 +86,26 @@ def read_mixture(path: str | Path) -> tuple[Mixture, dict[str, Any]]:
     return _assemble(folder, config, state), config
 
 
+def _check_recipe(path: Path, config: dict[str, Any]) -> None:
+    """A recipe may come from anywhere: only plain settings of the right kinds, and nothing that gets resolved."""
+    for key in ("model", "threat_model", "data"):
+        if key in config and not isinstance(config[key], dict):
+            raise UserError(f"the recipe in {path} has {key}={config[key]!r}, which is not a mapping")
+    name = config.get("model", {}).get("name")
+    if not isinstance(name, str) or name not in MODELS:
+        raise UserError(f"the recipe in {path} wants the model {name!r}: known are {', '.join(MODELS)}")
+    if "${" in json.dumps(config):
+        raise UserError(f"the recipe in {path} holds an interpolation ${{...}}: those are not resolved for a mixture")
+
+
 def _assemble(path: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> Mixture:
-    if config.get("model", {}).get("name") not in MODELS:
-        raise UserError(
-            f"{path} wants the model {config.get('model', {}).get('name')!r}: known are {', '.join(MODELS)}"
-        )
+    _check_recipe(path, config)
     try:
         mixture = build_mixture(config)
         mixture.load_state_dict(state)
-    except (ValueError, KeyError, RuntimeError) as error:
+        # The file's lambda has to be one: set_weights refuses anything else.
+        mixture.set_weights(mixture.weights.clone())
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the parameters in {path} do not fit its recipe (L={config.get('L')}): {reason}") from error
     return mixture.eval()

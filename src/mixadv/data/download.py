@@ -34,6 +34,7 @@ def md5_of(path: Path) -> str:
 
 
 def looks_like_html(path: Path) -> bool:
+    """Whether a download is a web page, as servers send in place of a file that is gone."""
     with open(path, "rb") as file:
         return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head"))
 

@@ -7,7 +7,7 @@ its curves.
 import netrc
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +15,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from rich.console import Console
 
+from mixadv.errors import UserError
+
 ID_FILE = "wandb-run-id.txt"
+MODES = ("online", "offline", "disabled")
 
 
 def _has_key() -> bool:
@@ -32,6 +35,26 @@ def _has_key() -> bool:
         return False
 
 
+class _Link:
+    """The connection that a mirror and its views share: the first failure is told, and is the last attempt."""
+
+    def __init__(self, run: Any, console: Console) -> None:
+        self.run, self.console, self.lost = run, console, False
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        if self.lost:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever the mirror does, the training and its local files go on
+            self.lost = True
+            self.console.print(
+                f"[yellow]Weights & Biases stopped taking values ({type(error).__name__}: {error}); "
+                "the local files are complete[/]",
+                soft_wrap=True,
+            )
+
+
 class WandbMirror:
     """One Weights & Biases run for one run directory.
 
@@ -42,6 +65,9 @@ class WandbMirror:
         config: plain containers, stored with the run.
         init_timeout: seconds to wait for the service before going on offline.
         console: for the one line that says how to see the curves.
+
+    Raises:
+        UserError: WANDB_MODE is none of online, offline and disabled.
     """
 
     def __init__(
@@ -63,8 +89,9 @@ class WandbMirror:
             id_file.write_text(secrets.token_hex(4) + "\n")
         self.console = console
         self._prefix = ""
-        self._lost = False
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        if mode not in MODES:
+            raise UserError(f"WANDB_MODE={mode} is unknown: choose one of {', '.join(MODES)}, or leave it unset")
         arguments: dict[str, Any] = {
             "project": project,
             "entity": entity,
@@ -89,11 +116,16 @@ class WandbMirror:
             self.run = wandb.init(mode="offline", settings=settings, **arguments)
             mode = "offline"
         self.mode = mode
-        self.run.define_metric("step", hidden=True)
-        self.run.define_metric("*", step_metric="step")
-        self.run.define_metric("baseline/*", step_metric="baseline/step")
+        self._link = _Link(self.run, console)
+        self._link.attempt(self._define_axes)
         if self.mode == "online":
             console.print(f"Weights & Biases: {self.run.url}", highlight=False)
+
+    def _define_axes(self) -> None:
+        # A bare "*" would also claim the baseline's curves.
+        for pattern in ("train/*", "val/*", "weights/*", "lambda/*", "epoch", "member_updates", "seconds"):
+            self.run.define_metric(pattern, step_metric="step")
+        self.run.define_metric("baseline/*", step_metric="baseline/step")
 
     def baseline(self) -> "WandbMirror":
         """A view on the same run that logs under ``baseline/``."""
@@ -103,32 +135,18 @@ class WandbMirror:
 
     def log(self, row: dict[str, float]) -> None:
         """Send one row of the history."""
-        self._send({f"{self._prefix}{name}": value for name, value in row.items()})
-
-    def _send(self, values: dict[str, Any]) -> None:
-        if self._lost:
-            return
-        try:
-            self.run.log(values)
-        except Exception as error:  # whatever the mirror does, the training and its local files go on
-            self._lost = True
-            self.console.print(
-                f"[yellow]Weights & Biases stopped taking values ({type(error).__name__}: {error}); "
-                "the local files are complete[/]"
-            )
+        values = {f"{self._prefix}{name}": value for name, value in row.items()}
+        self._link.attempt(lambda: self.run.log(values))
 
     def summary(self, results: dict[str, Any]) -> None:
         """The final numbers."""
-        self.run.summary.update(
-            {
-                f"test/{key}": value
-                for key, value in {
-                    "clean_accuracy": results["clean"]["expected_accuracy"],
-                    "ensemble_accuracy": results["clean"]["ensemble_accuracy"],
-                    "robust_accuracy": results["robust"]["expected_accuracy"],
-                }.items()
-            }
-        )
+        numbers = {
+            "test/clean_accuracy": results["clean"]["expected_accuracy"],
+            "test/ensemble_accuracy": results["clean"]["ensemble_accuracy"],
+            "test/robust_accuracy": results["robust"]["expected_accuracy"],
+        }
+        values = {f"{self._prefix}{name}": value for name, value in numbers.items()}
+        self._link.attempt(lambda: self.run.summary.update(values))
 
     def images(
         self,
@@ -142,6 +160,16 @@ class WandbMirror:
 
         The difference is scaled so that -eps is black and +eps is white.
         """
+        self._link.attempt(lambda: self._send_images(clean, adversarial, labels, wrong, eps))
+
+    def _send_images(
+        self,
+        clean: np.ndarray,
+        adversarial: np.ndarray,
+        labels: Sequence[str],
+        wrong: Sequence[str],
+        eps: float,
+    ) -> None:
         import wandb
 
         def picture(image: np.ndarray) -> Any:
@@ -154,11 +182,11 @@ class WandbMirror:
             for a, b, d, label, members in zip(clean, adversarial, difference, labels, wrong, strict=True)
         ]
         columns: list[str | int] = ["clean", "adversarial", "difference", "label", "fooled members"]
-        self._send({"examples": wandb.Table(columns=columns, data=rows)})
+        self.run.log({f"{self._prefix}examples": wandb.Table(columns=columns, data=rows)})
 
     def finish(self, exit_code: int) -> None:
         """Close the run; a crash shows as one. Offline, say how to upload."""
-        self.run.finish(exit_code=exit_code)
+        self._link.attempt(lambda: self.run.finish(exit_code=exit_code))
         if self.mode == "offline":
             folder = Path(self.run.settings.sync_dir)
             self.console.print(

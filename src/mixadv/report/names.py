@@ -50,6 +50,7 @@ def format_eps(eps: float | None) -> str:
 
 
 def norm_symbol(norm: str) -> str:
+    """The norm as figures write it."""
     return {"linf": "ℓ∞", "l2": "ℓ2"}.get(norm, norm)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixadv.report.comparison import Z95, comparison_sentence
+from mixadv.report.comparison import comparison_sentence
 from mixadv.report.files import Interval, Run, replacing
 from mixadv.report.names import format_ball, format_eps, group_name, norm_symbol, number, short_names
 
@@ -61,7 +60,7 @@ def results_table(run: Run) -> Table:
         table.add_row(
             f"member {k}",
             _percent(number(member.get("clean"))),
-            _with_interval(_member_interval(run, member)),
+            _with_interval(_member_interval(member)),
             NONE if weight is None else f"{weight:.3f}",
         )
     table.add_section()
@@ -210,12 +209,10 @@ def _csv_rows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _member_interval(run: Run, member: dict[str, Any]) -> Interval:
-    p, n = number(member.get("robust")), run.num_examples
-    if p is None or not n:
-        return Interval(p)
-    half = Z95 * math.sqrt(max(p * (1 - p), 0.0) / n)
-    return Interval(p, max(p - half, 0.0), min(p + half, 1.0))
+def _member_interval(member: dict[str, Any]) -> Interval:
+    """The interval that the evaluation stored; none is made up where it stored none."""
+    low, high = (number(end) for end in (member.get("ci95") or (None, None)))
+    return Interval(number(member.get("robust")), low, high)
 
 
 def headline_parts(run: Run) -> list[str]:

@@ -41,6 +41,9 @@ def instantiate(node: Any, key: str) -> Any:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         raise UserError(f"{key}._target_={target} does not exist") from None
+    # A module also holds functions and what it imports: neither may be called by a configuration.
+    if not isinstance(cls, type) or not cls.__module__.startswith("mixadv."):
+        raise UserError(f"{key}._target_={target} is not a class of mixadv: nothing else is run from a configuration")
     try:
         return cls(**nested)
     except TypeError as error:
@@ -82,7 +85,9 @@ def build_data(node: Any) -> ImageDataModule:
     Raises:
         UserError: data missing or damaged, or settings out of range.
     """
-    data: ImageDataModule = instantiate(node, "data")
+    data = instantiate(node, "data")
+    if not isinstance(data, ImageDataModule):
+        raise UserError(f"data._target_ must be a data module, not {type(data).__name__}")
     try:
         data.prepare_data()
         data.setup("fit")

@@ -7,7 +7,7 @@ import subprocess
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -87,7 +87,7 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
 def write_results(run_dir: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """records.npz, then results.json, each whole or not at all."""
     temporary = run_dir / "records.tmp.npz"
-    np.savez_compressed(temporary, allow_pickle=False, **arrays)
+    np.savez_compressed(temporary, **cast(dict[str, Any], arrays))
     os.replace(temporary, run_dir / "records.npz")
     _replace(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
 
@@ -115,7 +115,7 @@ def show(run_dir: Path, *, done_before: bool = False) -> None:
         where = os.path.relpath(run_dir)
         console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)
     run = read_run(run_dir)
-    if run.has_history:
+    if run.has_history and not (done_before and (run_dir / "curves.png").exists()):
         draw_curves(run_dir)
     show_run(run, console)
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mixadv.monitor.checkpoints import Checkpoints, read_checkpoint
 from mixadv.monitor.console import ConsoleProgress
 from mixadv.monitor.estimate import in_words, seconds_per_batch
 from mixadv.monitor.history import History, Mirror
+from mixadv.report import draw_curves
 from mixadv.tasks import build
 from mixadv.tasks.card import model_card
 from mixadv.tasks.measure import example_images, measure
@@ -70,7 +71,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     setting = Setting(cfg, data, device, threat_model, build.model_recipe(cfg.model, data), console)
     # Everything that can be refused is built once before the directory is written and the mirror started.
-    _module(setting, cfg.L)
+    _module(setting)
     build.build_protocol(cfg)
 
     write_config(run_dir, cfg)
@@ -78,12 +79,9 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
-        results = _train_and_measure(setting, run_dir, cfg.L, mirror)
-        if mirror is not None:
-            mirror.summary(results)
+        _train_and_measure(setting, run_dir, mirror)
         if cfg.baseline:
-            _train_and_measure(setting, run_dir / "baseline", 1, mirror.baseline() if mirror else None)
-            mark_done(run_dir / "baseline")
+            _train_baseline(setting, run_dir / "baseline", mirror)
     mark_done(run_dir)
     show(run_dir)
 
@@ -129,17 +127,25 @@ def _memory_errors(cfg: DictConfig) -> Iterator[None]:
         ) from error
 
 
-def _train_and_measure(setting: Setting, run_dir: Path, num_members: int, mirror: Any) -> dict[str, Any]:
-    """Train `num_members` members, evaluate the best epoch on the test set once, write everything."""
-    results = read_results(run_dir)
-    if results is not None:
-        return results
+def _train_baseline(setting: Setting, run_dir: Path, mirror: Any) -> None:
+    """One model for the same epochs per model, with the files of a run of its own."""
+    cfg = setting.cfg.copy()
+    cfg.L, cfg.baseline = 1, False
     run_dir.mkdir(exist_ok=True)
+    write_config(run_dir, cfg)
+    _train_and_measure(replace(setting, cfg=cfg), run_dir, None if mirror is None else mirror.baseline())
+    draw_curves(run_dir)
+    mark_done(run_dir)
+
+
+def _train_and_measure(setting: Setting, run_dir: Path, mirror: Any) -> None:
+    """Train the members, evaluate the best epoch on the test set once, write everything but DONE."""
+    if read_results(run_dir) is not None:
+        return
     cfg, data = setting.cfg, setting.data
-    module = _module(setting, num_members)
-    # A baseline's own recipe: a mixture of one, with nothing to weigh.
+    module = _module(setting)
     mixture_config = {
-        "L": num_members,
+        "L": cfg.L,
         "model": setting.recipe,
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
         "eps": str(cfg.eps),
@@ -159,7 +165,6 @@ def _train_and_measure(setting: Setting, run_dir: Path, num_members: int, mirror
     console.print(f"Measuring on {min(data.num_test, limit * data.eval_batch_size)} test images", highlight=False)
     batches = itertools.islice(data.test_dataloader(), limit)
     results, arrays = measure(cfg, mixture, batches, setting.threat_model, setting.device)
-    results["L"] = num_members
     results["data"] = {
         "name": data.name,
         "num_train": data.num_train,
@@ -174,9 +179,9 @@ def _train_and_measure(setting: Setting, run_dir: Path, num_members: int, mirror
     }
     save_mixture(mixture, run_dir / "mixture", mixture_config, model_card(results, mixture_config))
     if mirror is not None:
+        mirror.summary(results)
         _log_images(setting, mixture, mirror)
     write_results(run_dir, results, arrays)
-    return results
 
 
 def _log_images(setting: Setting, mixture: Mixture, mirror: Any) -> None:
@@ -189,9 +194,10 @@ def _log_images(setting: Setting, mixture: Mixture, mirror: Any) -> None:
     mirror.images(*example_images(mixture, x[:count], y[:count], attack, setting.threat_model, names))
 
 
-def _module(setting: Setting, num_members: int) -> MixtureTraining:
-    """The LightningModule for `num_members`; the data's epochs are cut to its schedule."""
+def _module(setting: Setting) -> MixtureTraining:
+    """The LightningModule for L members; the data's epochs are cut to its schedule."""
     cfg, data = setting.cfg, setting.data
+    num_members = cfg.L
     solver = build.instantiate(cfg.lambda_solver, "lambda_solver") if num_members > 1 else Uniform()
     adapts = solver.adapts and num_members > 1
     schedule = Schedule(cfg.schedule.kind, num_members, cfg.schedule.T_theta, weights_phases=adapts)

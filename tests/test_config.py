@@ -1,0 +1,358 @@
+"""The configuration: what it accepts, what it refuses, and how."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf, open_dict
+
+from mixadv import config
+from mixadv.config import MAX_NAME, parse_eps, path_safe, run_name
+from mixadv.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+
+
+# --- eps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [
+        ("8/255", Fraction(8, 255)),
+        (" 8 / 255 ", Fraction(8, 255)),
+        ("8.0/255.0", Fraction(8, 255)),
+        ("0.031", Fraction(31, 1000)),
+        (0.031, Fraction(31, 1000)),
+        ("1e-2", Fraction(1, 100)),
+        ("+.5", Fraction(1, 2)),
+        ("3.", Fraction(3)),
+        ("0", Fraction(0)),
+        (0, Fraction(0)),
+        ("0/255", Fraction(0)),
+        ("-0", Fraction(0)),
+    ],
+)
+def test_eps_reads_fractions_and_decimals(text, exact):
+    assert parse_eps(text) == float(exact)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("8px", "8/255px", "-1", "-1/255", "1/0", "0/0", "nan", "inf", "-inf", "1e999", True, False, "", None),
+        *("1/2/3", "/255", "8/", "0x10", "1_000", "8 255", "eps", "__import__('os')", [8, 255]),
+    ],
+)
+def test_eps_refuses_what_is_no_radius(text):
+    with pytest.raises(UserError) as refused:
+        parse_eps(text)
+    assert str(refused.value).startswith("eps=")
+    assert "\n" not in str(refused.value)
+
+
+# --- names of directories ----------------------------------------------------------------------------------
+
+
+def test_names_keep_what_the_overrides_say():
+    assert path_safe("eps=8/255") == "eps=8-255"
+    assert path_safe("members=[a/b,c]") == "members=a-b,c"
+    assert run_name(["eps=8/255", "L=3"]) == "eps=8-255,L=3"
+    assert run_name([]) == "default"
+    assert run_name(["eps=0.1"], "mine") == "mine"
+    assert run_name(["eps=0.1"], 0) == "0"
+
+
+def test_names_leave_out_what_says_where_and_not_how():
+    said = ["task=train", "name=x", "resume=never", "runs=outputs", "+experiment=quickstart", "L=2"]
+    assert run_name(said) == "+experiment=quickstart,L=2"
+
+
+@pytest.mark.parametrize("text", ["../../etc", "a/../b", "..", ".", "/abs", "x y\n\tz", "a:b*c?d", "~/home", "ä/ö"])
+def test_names_never_leave_their_directory(text):
+    name = run_name([], text)
+    assert name
+    assert name not in (".", "..")
+    assert not set(name) & set("/\\\0\n\t *?:~")
+    assert not name.startswith(".")
+
+
+def test_long_names_are_cut_and_stay_distinct():
+    start = "x=" + "1" * 400
+    names = [path_safe(start + end) for end in ("", "2", "3")]
+    assert len(set(names)) == 3
+    for name in names:
+        assert MAX_NAME < len(name) <= MAX_NAME + 9
+        assert name.startswith(start[:MAX_NAME])
+    assert path_safe("y" * MAX_NAME) == "y" * MAX_NAME
+
+
+def test_names_are_functions_of_the_command():
+    assert run_name(["a=1", "b=2"]) == run_name(["a=1", "b=2"]) != run_name(["b=2", "a=1"])
+
+
+# --- what the shipped configuration says -------------------------------------------------------------------
+
+
+def test_the_flagship_command_is_the_papers_setting(command):
+    shown = command("--cfg", "job", "loss=trades", "lambda_solver=entropic", "L=3")
+    assert (shown.rc, shown.err) == (0, "")
+    cfg = OmegaConf.create(shown.out)
+    assert (cfg.task, cfg.L, cfg.eps, cfg.seed) == ("train", 3, "8/255", 0)
+    assert cfg.threat_model.norm == "linf"
+    assert cfg.threat_model.eps == 8 / 255
+    assert cfg.model.name == "resnet18"
+    assert cfg.data._target_ == "mixadv.data.cifar10.CIFAR10"
+    assert cfg.loss == {"_target_": "mixadv.losses.TRADES", "beta": 6.0}
+    assert cfg.lambda_solver._target_ == "mixadv.lambda_solvers.AcceleratedEntropic"
+    assert cfg.lambda_solver.include_attack_points is True
+    assert (cfg.attack._target_, cfg.attack.num_steps) == ("mixadv.attacks.pgd.PGD", 10)
+    assert math.isclose(cfg.attack.step_size * cfg.threat_model.eps, 2 / 255)
+    assert (cfg.schedule.kind, cfg.schedule.epochs) == ("sampled", 200)
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.1, 0.9, 5e-4)
+    assert cfg.precision == "fp32"
+    config.check(cfg)
+
+
+def test_every_choice_of_every_group_composes_and_passes(compose):
+    choices = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in GROUPS}
+    assert all(choices.values())
+    # The n-th choices of all groups at once: every choice is taken, in few compositions.
+    for number in range(max(map(len, choices.values()))):
+        said = [f"{group}={names[number % len(names)]}" for group, names in choices.items()]
+        if "data=image_folder" in said:
+            said.append("data.root=somewhere")
+        cfg = compose(*said, f"mixture={ROOT}")
+        config.check(cfg)
+        assert cfg.loss._target_.rpartition(".")[2].lower() in said[GROUPS.index("loss")]
+
+
+def test_types_and_defaults_of_the_schema_agree_with_the_files(compose):
+    cfg = compose()
+    for key in ("L", "seed"):
+        assert type(cfg[key]) is int
+    for key in ("compile", "baseline"):
+        assert type(cfg[key]) is bool
+    assert (cfg.name, cfg.mixture, list(cfg.members), cfg.runs) == (None, None, [], "outputs")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=0"],
+        ["seed=4294967295"],
+        ["eps=0"],
+        ["eps=0.031"],
+        ["eps=1"],
+        ["eps=1e-2"],
+        ["eps=1.5", "threat_model=l2"],
+        ["eps=128/255", "threat_model=l2"],
+        ["L=1"],
+        ["trainer.limit_train_batches=2", "trainer.limit_val_batches=0.5"],
+        ["optimizer.milestones=[]", "optimizer.weight_decay=0"],
+        ["name=7"],
+    ],
+    ids=" ".join,
+)
+def test_what_works_is_accepted(compose, overrides):
+    config.check(compose(*overrides))
+
+
+def test_zero_is_a_seed_for_everything_that_draws(compose):
+    cfg = compose("seed=0")
+    assert cfg.seed == 0
+    assert cfg.data.seed == 0
+    assert compose("seed=7").data.seed == 7
+
+
+# --- refusals of the checks --------------------------------------------------------------------------------
+
+BAD_VALUES = [
+    # (what the command says, the key that the message begins with)
+    ("L=0", "L"),
+    ("L=-2", "L"),
+    ("seed=-1", "seed"),
+    ("seed=4294967296", "seed"),
+    ("eps=8", "eps"),
+    ("eps=255/8", "eps"),
+    ("precision=fp16", "precision"),
+    ("precision=FP32", "precision"),
+    ("resume=yes", "resume"),
+    ("name=///", "name"),
+    ("name='..'", "name"),
+    ("name=''", "name"),
+    ("threat_model.norm=l1", "threat_model.norm"),
+    ("threat_model.norm=null", "threat_model.norm"),
+    ("schedule.kind=random", "schedule.kind"),
+    ("schedule.epochs=0", "schedule.epochs"),
+    ("schedule.epochs=-1", "schedule.epochs"),
+    ("schedule.T_theta=0", "schedule.T_theta"),
+    ("optimizer.lr=-0.1", "optimizer.lr"),
+    ("optimizer.lr=nan", "optimizer.lr"),
+    ("optimizer.lr=inf", "optimizer.lr"),
+    ("optimizer.momentum=-1", "optimizer.momentum"),
+    ("optimizer.weight_decay=-1e-4", "optimizer.weight_decay"),
+    ("optimizer.gamma=-1", "optimizer.gamma"),
+    ("optimizer.warmup=1", "optimizer.warmup"),
+    ("optimizer.warmup=-0.1", "optimizer.warmup"),
+    ("optimizer.lr_schedule=linear", "optimizer.lr_schedule"),
+    ("optimizer.milestones=[0.5,1.0]", "optimizer.milestones"),
+    ("optimizer.milestones=[0]", "optimizer.milestones"),
+    ("optimizer.milestones=[nan]", "optimizer.milestones"),
+    ("trainer.devices=0", "trainer.devices"),
+    ("trainer.val_every_epochs=0", "trainer.val_every_epochs"),
+    ("trainer.log_every_steps=0", "trainer.log_every_steps"),
+    ("trainer.limit_train_batches=0", "trainer.limit_train_batches"),
+    ("trainer.limit_val_batches=-1", "trainer.limit_val_batches"),
+    ("trainer.limit_test_batches=1.5", "trainer.limit_test_batches"),
+    ("trainer.limit_test_batches=true", "trainer.limit_test_batches"),
+    ("trainer.limit_test_batches=some", "trainer.limit_test_batches"),
+    ("task=evaluate", "task=evaluate needs mixture"),
+    ("data=image_folder", "data.root"),
+    ("+foo=1", "foo"),
+    ("+schedule.foo=1", "schedule.foo"),
+    ("+optimizer.foo=1", "optimizer.foo"),
+    ("+trainer.foo=1", "trainer.foo"),
+]
+
+
+UNREADABLE_EPS = ["8px", "-1", "-1/255", "1/0", "nan", "inf", "true", "null", "", "[1,2]"]
+
+
+@pytest.mark.parametrize("text", UNREADABLE_EPS)
+def test_an_unreadable_eps_is_refused_by_its_own_message(changed, text):
+    refusal = compose_text(changed, f"eps={text}")
+    assert refusal.startswith("eps=")
+    assert "\n" not in refusal
+
+
+@pytest.mark.parametrize(("override", "key"), BAD_VALUES, ids=[text for text, _ in BAD_VALUES])
+def test_bad_values_are_refused_in_one_line_that_begins_with_the_key(changed, override, key):
+    text = compose_text(changed, override)
+    assert text.startswith(key), text
+    assert "\n" not in text
+    assert len(text) > len(key) + 15, f"no remedy: {text}"
+
+
+def compose_text(compose, *overrides):
+    """The refusal of `overrides`, wherever the check finds it."""
+    with pytest.raises(UserError) as refused:
+        config.check(compose(*overrides))
+    return str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def changed(compose):
+    """Like `compose` for one override, but a plain KEY=VALUE is set on a copy of the defaults: 100 times faster."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    defaults = compose()
+
+    def change(text):
+        override = OverridesParser.create().parse_override(text)
+        if override.is_add() or override.key_or_group in GROUPS:
+            return compose(text)
+        cfg = copy.deepcopy(defaults)
+        OmegaConf.update(cfg, override.key_or_group, override.value())
+        return cfg
+
+    return change
+
+
+def test_refusals_name_the_remedy(compose):
+    assert "did you mean eps=8/255?" in compose_text(compose, "eps=8")
+    assert "optimizer.momentum" in compose_text(compose, "optimizer.nesterov=true", "optimizer.momentum=0")
+    missing = compose_text(compose, "task=evaluate", "mixture=/nowhere/at/all")
+    assert missing.startswith("mixture=/nowhere/at/all does not exist")
+    assert "at least 1" in compose_text(compose, "L=0")
+    cfg = compose()
+    cfg.task = "fly"
+    with pytest.raises(UserError, match="task=fly is unknown: choose one of train, evaluate, report"):
+        config.check(cfg)
+
+
+def test_an_l2_radius_may_be_larger_than_one(compose):
+    cfg = compose("eps=2", "threat_model=l2")
+    config.check(cfg)
+    with open_dict(cfg):
+        cfg.threat_model.norm = "linf"
+    with pytest.raises(UserError, match="larger than the whole input range"):
+        config.check(cfg)
+
+
+# --- refusals of the composition, through main() -----------------------------------------------------------
+
+BAD_COMMANDS = [
+    (["L=abc"], "L=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+    (["L=2.5"], "L=2.5"),
+    (["L=null"], "L=null"),
+    (["seed=x"], "seed=x"),
+    (["compile=maybe"], "compile=maybe"),
+    (["members=A"], "members"),
+    (["schedule.epochs=ten"], "schedule.epochs=ten"),
+    (["optimizer.lr=fast"], "optimizer.lr=fast"),
+    (["modle=resnet18"], "modle"),
+    (["data.rot=x"], "data.rot"),
+    (["loss=foo"], "loss=foo is unknown: choose one of at, trades"),
+    (["data=mnist"], "data=mnist is unknown: choose one of cifar10, digits, image_folder"),
+    (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, oracle, uniform"),
+    (["experiment=nope"], "experiment=nope is unknown: choose one of cifar10_small, quickstart"),
+    (["L"], "cannot read 'L'"),
+    (["name=a b=c"], "cannot read 'name=a b=c'"),
+    (["eps=8"], "eps=8"),
+    (["eps=8px"], "eps=8px"),
+    (["task=fly"], "task=fly is unknown: choose one of evaluate, report, train"),
+    (["+foo=1"], "foo"),
+    (["data=image_folder"], "data.root"),
+]
+
+
+@pytest.mark.parametrize(("argv", "start"), BAD_COMMANDS)
+def test_bad_commands_say_one_line_and_write_nothing(command, tmp_path, argv, start):
+    refusal = command(*argv).refusal()
+    assert refusal.startswith(start), refusal
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_misspelt_value_in_a_sweep_runs_no_job(command, tmp_path):
+    refusal = command("-m", "loss=at,foo", "data=digits").refusal()
+    assert refusal.startswith("loss=foo is unknown")
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+# --- help --------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_groups_and_imports_nothing_heavy(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "WANDB"))}
+    started = time.perf_counter()
+    answer = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "run.py"), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        timeout=60,
+    )
+    seconds = time.perf_counter() - started
+    for group in GROUPS:
+        choices = ", ".join(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
+        assert f"{group}: {choices}" in answer.stdout, group
+    for key in ("eps=8/255", "seed=0", "resume=auto", "mixture=PATH", "runs=DIR", "experiment=quickstart"):
+        assert key in answer.stdout
+    imported = {
+        line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if line.startswith("import time")
+    }
+    assert "mixadv.config" in imported
+    heavy = {"torch", "torchvision", "pytorch_lightning", "wandb", "matplotlib", "scipy", "sklearn", "numpy", "rich"}
+    assert not imported & heavy
+    assert seconds < 5
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,325 @@
+"""Evaluation against numbers counted by hand: three members, five examples, weights that are not uniform."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from mixadv.attacks import PGD
+from mixadv.evaluation import EvaluationRecord, confidence_interval, evaluate
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel
+
+WEIGHTS = [0.5, 0.125, 0.375]
+BALL = ThreatModel("linf", 0.1)
+
+
+# --- the interval ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 50, 1000, 10000])
+def test_the_interval_is_wilsons(count):
+    for hits in {0, 1, count // 3, count // 2, count - 1, count}:
+        expected = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
+        low, high = confidence_interval(hits / count, count)
+        assert low == pytest.approx(expected.low, abs=1e-12)
+        assert high == pytest.approx(expected.high, abs=1e-12)
+        assert 0 <= low <= hits / count <= high <= 1
+
+
+def test_the_interval_does_not_collapse_at_the_ends():
+    assert confidence_interval(0.0, 20)[0] == 0
+    assert confidence_interval(0.0, 20)[1] > 0.1
+    assert confidence_interval(1.0, 20)[0] < 0.9
+    assert confidence_interval(1.0, 20)[1] == 1
+
+
+def test_an_interval_needs_examples():
+    with pytest.raises(ValueError, match="at least one example"):
+        confidence_interval(0.5, 0)
+
+
+# --- members that are right or wrong as a table says -------------------------------------------------------
+
+# The first pixel counts tenths: 0.50 is clean, 0.55 the point of `up`, 0.45 that of `down`.
+CLEAN, UP, DOWN = 0.5, 0.55, 0.45
+RIGHT = {
+    CLEAN: [[1, 1, 1, 0, 1], [1, 1, 0, 0, 1], [1, 0, 1, 0, 1]],
+    UP: [[0, 1, 1, 0, 1], [1, 0, 0, 1, 1], [1, 0, 0, 0, 1]],
+    DOWN: [[1, 1, 0, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 0, 1]],
+}
+LABELS = torch.tensor([2, 0, 1, 2, 0])
+
+
+class Table(nn.Module):
+    """Member k: reads example and point off the image, answers with the label or another class."""
+
+    def __init__(self, k, sure=4.0):
+        super().__init__()
+        self.k, self.sure = k, sure
+        self.seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        logits = torch.zeros(len(x), 3)
+        for row, image in enumerate(x.flatten(1)):
+            point, example = round(float(image[0]), 2), round(float(image[1]) * 10)
+            label = int(LABELS[example])
+            answer = label if RIGHT[point][self.k][example] else (label + 1) % 3
+            logits[row, answer] = self.sure
+        return logits
+
+
+class Shift:
+    """An attack that sets the first pixel; against one member alone it may set another value."""
+
+    def __init__(self, point, alone=None):
+        self.point, self.alone = point, alone
+
+    def __call__(self, mixture, x, y, threat_model, generator=None):
+        point = self.alone if self.alone is not None and mixture.num_members == 1 else self.point
+        x_adv = x.clone()
+        x_adv[:, :, 0, 0] = point
+        return x_adv
+
+
+def images():
+    x = torch.zeros(5, 1, 1, 2)
+    x[:, :, 0, 0] = CLEAN
+    x[:, 0, 0, 1] = torch.arange(5) / 10
+    return x
+
+
+def batches(*sizes):
+    start = 0
+    for size in sizes:
+        yield images()[start : start + size], LABELS[start : start + size]
+        start += size
+
+
+def mixture():
+    return Mixture([Table(0), Table(1), Table(2)], WEIGHTS)
+
+
+def expected(point):
+    """sum_k lambda_k right[k][i], by hand."""
+    return [sum(w * RIGHT[point][k][i] for k, w in enumerate(WEIGHTS)) for i in range(5)]
+
+
+ATTACKS = {"pgd-up": Shift(UP), "square-down": Shift(DOWN)}
+
+
+def test_accuracies_are_the_exact_expectation_over_the_draw():
+    record = evaluate(mixture(), batches(5), ATTACKS, BALL)
+    np.testing.assert_array_equal(record.labels, LABELS)
+    np.testing.assert_array_equal(record.clean, RIGHT[CLEAN])
+    np.testing.assert_array_equal(record.attacked["pgd-up"], RIGHT[UP])
+    np.testing.assert_array_equal(record.attacked["square-down"], RIGHT[DOWN])
+    np.testing.assert_allclose(record.expected(record.clean), [1, 0.625, 0.875, 0, 1], atol=1e-12)
+    np.testing.assert_allclose(record.expected(record.attacked["pgd-up"]), expected(UP), atol=1e-12)
+
+
+def test_the_worst_case_is_per_example_and_includes_the_clean_image():
+    record = evaluate(mixture(), batches(5), ATTACKS, BALL)
+    by_hand = np.min([expected(point) for point in (CLEAN, UP, DOWN)], axis=0)
+    np.testing.assert_allclose(record.worst_case(), by_hand, atol=1e-12)
+    # Example 3: wrong on the clean image, right in part at both attacks' points.
+    assert record.worst_case()[3] == 0
+    assert expected(UP)[3] > 0
+    assert expected(DOWN)[3] > 0
+    # Per example, below each attack's mean.
+    assert record.worst_case().mean() < min(np.mean(expected(UP)), np.mean(expected(DOWN)))
+
+
+def test_members_are_attacked_alone_and_by_what_hits_the_mixture():
+    attacks = {"pgd": Shift(UP, alone=DOWN)}
+    record = evaluate(mixture(), batches(5), attacks, BALL)
+    np.testing.assert_array_equal(record.attacked["pgd"], RIGHT[UP])
+    np.testing.assert_array_equal(record.alone["pgd"], RIGHT[DOWN])
+    survives = np.array(RIGHT[CLEAN]) & np.array(RIGHT[UP]) & np.array(RIGHT[DOWN])
+    np.testing.assert_array_equal(record.members_worst_case(), survives.astype(bool))
+    members = record.summary({"pgd": {}})["members"]
+    assert [member["clean"] for member in members] == pytest.approx([0.8, 0.6, 0.6])
+    assert [member["robust"] for member in members] == pytest.approx([row.mean() for row in survives])
+    assert [member["weight"] for member in members] == pytest.approx(WEIGHTS)
+
+
+def test_the_ensemble_is_the_argmax_of_the_averaged_probabilities():
+    record = evaluate(mixture(), batches(5), ATTACKS, BALL)
+    # Lambda = (1/2, 1/8, 3/8) and equally sure members: whoever holds more than half of the weight wins.
+    by_hand = [float(value > 0.5) for value in expected(UP)]
+    ties = [i for i, value in enumerate(expected(UP)) if value == 0.5]
+    for i, value in enumerate(by_hand):
+        if i not in ties:
+            assert record.ensemble_attacked["pgd-up"][i] == value
+    # One member that is surer than the others together overrules them.
+    sure = Mixture([Table(0, 0.2), Table(1, 20.0), Table(2, 0.2)], [0.3, 0.4, 0.3])
+    np.testing.assert_array_equal(evaluate(sure, batches(5), {}, BALL).ensemble_clean, RIGHT[CLEAN][1])
+
+
+def test_the_summary_is_the_record_in_numbers():
+    record = evaluate(mixture(), batches(5), ATTACKS, BALL)
+    summary = record.summary({"pgd-up": {"num_steps": 3}, "square-down": {"queries": 5}})
+    assert (summary["L"], summary["num_examples"]) == (3, 5)
+    assert summary["weights"] == pytest.approx(WEIGHTS)
+    assert summary["clean"]["expected_accuracy"] == pytest.approx(3.5 / 5)
+    assert summary["clean"]["ci95"] == confidence_interval(summary["clean"]["expected_accuracy"], 5)
+    assert summary["robust"]["expected_accuracy"] == pytest.approx(record.worst_case().mean())
+    assert summary["attacks"]["pgd-up"]["expected_accuracy"] == pytest.approx(np.mean(expected(UP)))
+    assert summary["attacks"]["square-down"]["settings"] == {"queries": 5}
+    assert all(attack["seconds"] >= 0 for attack in summary["attacks"].values())
+
+
+def test_the_arrays_allow_every_number_to_be_computed_again():
+    record = evaluate(mixture(), batches(2, 3), ATTACKS, BALL)
+    arrays = record.arrays()
+    assert set(arrays) == {
+        *("labels", "weights", "clean", "robust", "member_correct/clean"),
+        *(f"{kind}/{name}" for kind in ("attack", "member_correct", "member_alone") for name in ATTACKS),
+    }
+    lam = arrays["weights"]
+    again = [lam @ arrays[f"member_correct/{name}"] for name in ("clean", *ATTACKS)]
+    np.testing.assert_allclose(np.min(again, axis=0), arrays["robust"], atol=1e-12)
+    assert arrays["member_correct/pgd-up"].dtype == np.uint8
+    assert arrays["member_correct/pgd-up"].shape == (3, 5)
+    assert all(array.dtype != object for array in arrays.values())
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 1, 1, 1, 1), (4, 1)])
+def test_numbers_do_not_depend_on_the_batches(sizes):
+    whole = evaluate(mixture(), batches(5), ATTACKS, BALL).arrays()
+    split = evaluate(mixture(), batches(*sizes), ATTACKS, BALL).arrays()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(split[name], array, err_msg=name)
+
+
+def test_another_attack_never_raises_robust_accuracy():
+    alone = evaluate(mixture(), batches(5), {"a": Shift(UP)}, BALL)
+    both = evaluate(mixture(), batches(5), {"a": Shift(UP), "b": Shift(DOWN)}, BALL)
+    nothing = evaluate(mixture(), batches(5), {}, BALL)
+    assert (both.worst_case() <= alone.worst_case()).all()
+    assert (alone.worst_case() <= nothing.worst_case()).all()
+    assert both.worst_case().sum() < alone.worst_case().sum() < nothing.worst_case().sum()
+    np.testing.assert_array_equal(nothing.worst_case(), nothing.expected(nothing.clean))
+    assert (both.members_worst_case() <= alone.members_worst_case()).all()
+
+
+def test_weights_are_scaled_to_sum_to_one():
+    record = evaluate(Mixture([Table(k) for k in range(3)], [1 / 3] * 3), batches(5), {}, BALL)
+    assert record.weights.dtype == np.float64
+    assert record.weights.sum() == pytest.approx(1, abs=1e-15)
+    assert record.expected(np.ones((3, 5))).max() <= 1 + 1e-15
+
+
+def test_a_single_member_is_not_attacked_twice():
+    member = Table(0)
+    record = evaluate(Mixture([member]), batches(5), {"pgd": Shift(UP)}, BALL)
+    assert member.seen == 2 * 5
+    np.testing.assert_array_equal(record.alone["pgd"], record.attacked["pgd"])
+
+
+@pytest.mark.parametrize("value", [0.7, -0.2, float("nan"), float("inf")])
+def test_an_attack_that_leaves_the_ball_stops_the_evaluation(value):
+    class Cheat:
+        def __call__(self, mixture, x, y, threat_model, generator=None):
+            x_adv = x.clone()
+            x_adv[1, :, 0, 0] = value
+            return x_adv
+
+    with pytest.raises(RuntimeError, match=r"attack pgd-cheat left the threat model at example 1"):
+        evaluate(mixture(), batches(5), {"pgd-cheat": Cheat()}, BALL)
+
+
+def test_an_attack_that_cheats_only_on_members_alone_is_caught_too():
+    with pytest.raises(RuntimeError, match="left the threat model"):
+        evaluate(mixture(), batches(5), {"pgd": Shift(UP, alone=0.9)}, BALL)
+
+
+def test_nothing_to_evaluate_is_refused():
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate(mixture(), [], ATTACKS, BALL)
+
+
+def test_progress_counts_examples_per_attack():
+    seen = []
+    evaluate(mixture(), batches(2, 3), ATTACKS, BALL, on_progress=lambda name, count: seen.append((name, count)))
+    assert seen == [("pgd-up", 2), ("square-down", 2), ("pgd-up", 3), ("square-down", 3)]
+
+
+# --- with networks -----------------------------------------------------------------------------------------
+
+
+def networks():
+    torch.manual_seed(4)
+    return Mixture(
+        [
+            nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+            for _ in range(3)
+        ],
+        WEIGHTS,
+    )
+
+
+def examples(count=40):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, 3, 2, 2, generator=generator), torch.randint(3, (count,), generator=generator)
+
+
+def test_a_deterministic_attack_gives_the_same_numbers_for_every_batch_size():
+    x, y = examples()
+    attack = {"pgd": PGD(num_steps=3, start="none")}
+    found = [evaluate(networks().eval(), zip(x.split(n), y.split(n), strict=True), attack, BALL) for n in (40, 7, 16)]
+    for other in found[1:]:
+        for name, array in found[0].arrays().items():
+            np.testing.assert_array_equal(other.arrays()[name], array, err_msg=name)
+
+
+def test_evaluation_is_in_eval_mode_and_leaves_the_mixture_as_found():
+    mixture = networks().train()
+    before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    x, y = examples()
+    found = evaluate(mixture, [(x, y)], {"pgd": PGD(num_steps=2)}, BALL)
+    assert all(module.training for module in mixture.modules())
+    assert all(p.requires_grad and p.grad is None for p in mixture.parameters())
+    for name, tensor in mixture.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    again = evaluate(mixture.eval(), [(x, y)], {"pgd": PGD(num_steps=2)}, BALL)
+    np.testing.assert_array_equal(found.clean, again.clean)
+    np.testing.assert_array_equal(found.attacked["pgd"], again.attacked["pgd"])
+
+
+def test_random_attacks_depend_on_the_seed_and_the_batch_alone():
+    x, y = examples()
+
+    def points(seed, *others):
+        found = []
+
+        class Kept:
+            def __call__(self, mixture, x, y, threat_model, generator=None):
+                x_adv = PGD(num_steps=1, keep="last")(mixture, x, y, threat_model, generator)
+                if mixture.num_members > 1:
+                    found.append(x_adv)
+                return x_adv
+
+        torch.manual_seed(100 + seed + len(others))
+        attacks = {**{f"pgd-{k}": other for k, other in enumerate(others)}, "pgd": Kept()}
+        evaluate(networks().eval(), [(x[:20], y[:20]), (x[:20], y[:20])], attacks, BALL, seed=seed)
+        return found
+
+    first = points(0)
+    for mine, theirs in zip(first, points(0, PGD(num_steps=2)), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], points(7)[0])
+
+
+def test_a_record_is_plain_numbers():
+    record = EvaluationRecord(
+        weights=np.array([0.25, 0.75]),
+        labels=np.array([0, 1, 1]),
+        clean=np.array([[1, 0, 1], [1, 1, 0]], dtype=np.uint8),
+        ensemble_clean=np.array([1, 1, 0]),
+    )
+    np.testing.assert_allclose(record.worst_case(), [1, 0.75, 0.25])
+    np.testing.assert_array_equal(record.members_worst_case(), [[True, False, True], [True, True, False]])

@@ -1,0 +1,351 @@
+"""Mixtures on disk: what comes back, what is refused, and that nothing in them runs."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixadv import Mixture, load_mixture
+from mixadv.errors import UserError
+from mixadv.export import build_mixture, read_mixture, save_mixture
+from mixadv.tasks.build import instantiate
+
+RECIPE = {
+    "L": 3,
+    "model": {
+        "name": "small_cnn",
+        "num_classes": 4,
+        "image_shape": [2, 8, 8],
+        "width": 2,
+        "hidden": 5,
+        "mean": [0.3, 0.6],
+    },
+    "threat_model": {"norm": "linf", "eps": 0.1},
+    "eps": "0.1",
+}
+RECIPE["model"]["std"] = [0.2, 0.4]
+WEIGHTS = [0.5, 0.125, 0.375]
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder with three different members, and the mixture that was saved."""
+    torch.manual_seed(3)
+    mixture = build_mixture(RECIPE)
+    mixture.set_weights(WEIGHTS)
+    folder = tmp_path / "run" / "mixture"
+    save_mixture(mixture, folder, RECIPE, "# card\n")
+    return folder, mixture
+
+
+def refused(path):
+    with pytest.raises(UserError) as error:
+        read_mixture(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def change(folder, **keys):
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**record, **keys}))
+
+
+# --- there and back ----------------------------------------------------------------------------------------
+
+
+def test_a_mixture_comes_back_bit_for_bit(exported):
+    folder, mixture = exported
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "mixture.safetensors"]
+    assert (folder / "README.md").read_text() == "# card\n"
+    found, config = read_mixture(folder)
+    assert isinstance(found, Mixture)
+    before, after = mixture.state_dict(), found.state_dict()
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
+    assert not any(module.training for module in found.modules())
+    x = torch.rand(5, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.member_logits(x), mixture.eval().member_logits(x))
+    assert {key: config[key] for key in RECIPE} == RECIPE
+    assert config["weights"] == WEIGHTS
+    assert config["schema"] == 1
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_a_run_directory_stands_for_the_mixture_in_it(exported, form):
+    folder, mixture = exported
+    found = load_mixture(form(folder.parent))
+    assert torch.equal(found.weights, mixture.weights)
+
+
+def test_saving_again_replaces_and_leaves_no_temporary_files(exported):
+    folder, mixture = exported
+    mixture.set_weights([0.25, 0.25, 0.5])
+    save_mixture(mixture, folder, RECIPE, "# new\n")
+    assert load_mixture(folder).weights.tolist() == [0.25, 0.25, 0.5]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "mixture.safetensors"]
+
+
+def test_saving_detaches_and_keeps_the_mixture(exported, tmp_path):
+    _, mixture = exported
+    before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    mixture.train()
+    save_mixture(mixture, tmp_path / "b", RECIPE, "")
+    assert mixture.training
+    assert all(p.requires_grad for p in mixture.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in mixture.state_dict().items())
+
+
+def test_a_run_exports_what_it_measured_and_its_checkpoint_holds_the_same(trained):
+    results = json.loads((trained.path / "results.json").read_text())
+    found, config = read_mixture(trained.path)
+    best, _ = read_mixture(trained.path / "checkpoints" / "best.ckpt")
+    assert found.weights.tolist() == pytest.approx(results["weights"], abs=1e-7)
+    for name, tensor in best.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+    assert (config["seed"], config["eps"], config["data_name"]) == (5, "0.05", "Digits (8x8)")
+    card = (trained.path / "mixture" / "README.md").read_text()
+    assert f"{results['robust']['expected_accuracy']:.4f}" in card
+    assert f"{results['clean']['expected_accuracy']:.4f}" in card
+
+
+# --- tampered folders --------------------------------------------------------------------------------------
+
+MODEL = RECIPE["model"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"schema": 2}, "schema 2"),
+        ({"schema": None}, "schema None"),
+        ({"schema": "1"}, "schema 1"),
+        ({"model": {**MODEL, "name": "vgg"}}, "'vgg'"),
+        ({"model": {**MODEL, "name": "os.system"}}, "'os.system'"),
+        ({"model": {}}, "None"),
+        ({"model": {**MODEL, "width": 3}}, "do not fit"),
+        ({"model": {**MODEL, "num_classes": 5}}, "do not fit"),
+        ({"model": {**MODEL, "num_classes": "4"}}, "do not fit"),
+        ({"model": {**MODEL, "image_shape": [2, 8]}}, "image_shape"),
+        ({"model": {**MODEL, "std": [0, 0.1]}}, "std"),
+        ({"model": {**MODEL, "extra": 1}}, "extra"),
+        ({"L": 2}, "L=2"),
+        ({"L": 4}, "L=4"),
+        ({"L": 0}, "at least one member"),
+        ({"L": "many"}, "L=many"),
+        ({"L": None}, "L=None"),
+    ],
+    ids=str,
+)
+def test_a_tampered_recipe_is_refused_in_one_line(exported, keys, said):
+    folder, _ = exported
+    change(folder, **keys)
+    assert said in refused(folder)
+
+
+@pytest.mark.parametrize("model", ["small_cnn", None, ["small_cnn"], {**MODEL, "name": ["small_cnn"]}], ids=str)
+def test_a_recipe_of_other_types_is_refused_in_one_line(exported, model):
+    folder, _ = exported
+    change(folder, model=model)
+    assert "model" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "not JSON", "[]", "null", '"text"', "\x00\x01", '{"schema": 1'])
+def test_a_recipe_that_is_no_json_object_is_refused(exported, text):
+    folder, _ = exported
+    (folder / "config.json").write_text(text)
+    assert str(folder) in refused(folder)
+
+
+def test_a_recipe_that_is_no_text_is_refused(exported):
+    folder, _ = exported
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00\x80")
+    refused(folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9, 0.001, 0.01, 0.25, 0.5, 0.9, 0.999])
+def test_truncated_parameters_are_refused(exported, share):
+    folder, _ = exported
+    file = folder / "mixture.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, 1 if share == 1e-9 else int(size * share))
+    assert "cannot be read" in refused(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 4096, b"\xff" * 64, b"PK\x03\x04" + b"\x00" * 100, b"{}"])
+def test_parameters_that_are_something_else_are_refused(exported, content):
+    folder, _ = exported
+    (folder / "mixture.safetensors").write_bytes(content)
+    assert "cannot be read" in refused(folder)
+
+
+def test_a_flipped_header_byte_is_refused_or_changes_nothing_but_numbers(exported):
+    folder, mixture = exported
+    file = folder / "mixture.safetensors"
+    good = file.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    shapes = {name: tensor.shape for name, tensor in mixture.state_dict().items()}
+    refusals = []
+    for position in range(0, header, 37):
+        damaged = bytearray(good)
+        damaged[position] ^= 0x20
+        file.write_bytes(damaged)
+        try:
+            found = load_mixture(folder)
+        except UserError as error:
+            refusals.append(str(error))
+        else:
+            assert {name: tensor.shape for name, tensor in found.state_dict().items()} == shapes
+    assert len(refusals) > 10
+    assert not any("\n" in text for text in refusals)
+
+
+@pytest.mark.parametrize("part", ["missing member", "foreign tensor", "wrong shape", "no weights"])
+def test_parameters_that_do_not_fit_are_refused(exported, part):
+    folder, _ = exported
+    file = folder / "mixture.safetensors"
+    state = load_file(file)
+    name = next(key for key in state if key.startswith("members.2.") and key.endswith("weight"))
+    if part == "missing member":
+        state = {key: value for key, value in state.items() if not key.startswith("members.1.")}
+    elif part == "foreign tensor":
+        state["members.3.net.weight"] = torch.zeros(2)
+    elif part == "wrong shape":
+        state[name] = torch.zeros(*state[name].shape, 2)
+    else:
+        del state["weights"]
+    save_file(state, file)
+    assert "do not fit its recipe (L=3)" in refused(folder)
+
+
+@pytest.mark.parametrize("weights", [[5.0, -4.0, 0.0], [float("nan"), 1.0, 0.0], [0.5, 0.5, 0.5]], ids=str)
+def test_weights_that_are_no_distribution_are_refused(exported, weights):
+    folder, _ = exported
+    file = folder / "mixture.safetensors"
+    save_file({**load_file(file), "weights": torch.tensor(weights)}, file)
+    assert "weights" in refused(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "mixture.safetensors", "both", "folder"])
+def test_what_is_not_there_is_named(exported, tmp_path, missing):
+    folder, _ = exported
+    for name in ("config.json", "mixture.safetensors"):
+        if missing in (name, "both"):
+            (folder / name).unlink()
+    path = tmp_path / "nowhere" if missing == "folder" else folder
+    assert str(path) in refused(path)
+
+
+# --- nothing runs code -------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Pickled, it creates a file when it is read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch", "inside state_dict", "zip"])
+def test_a_checkpoint_cannot_run_code(tmp_path, form):
+    marker, path = tmp_path / "executed", tmp_path / "evil.ckpt"
+    bomb = Bomb(marker)
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(bomb))
+    elif form == "torch":
+        torch.save(bomb, path)
+    elif form == "inside state_dict":
+        torch.save({"state_dict": {"mixture.weights": bomb}, "mixture_config": RECIPE}, path)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("evil/data.pkl", pickle.dumps({"state_dict": bomb}))
+            archive.writestr("evil/version", "3")
+    assert "not a readable checkpoint" in refused(path)
+    assert not marker.exists()
+    # The bomb is a real one.
+    pickle.loads(pickle.dumps(bomb))
+    assert marker.exists()
+
+
+def test_parameters_cannot_be_a_pickle(exported, tmp_path):
+    folder, _ = exported
+    marker = tmp_path / "executed"
+    (folder / "mixture.safetensors").write_bytes(pickle.dumps(Bomb(marker)))
+    refused(folder)
+    torch.save({"weights": Bomb(marker)}, folder / "mixture.safetensors")
+    refused(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"weights": torch.ones(1)}, "holds no state_dict"),
+        ([1, 2], "holds no state_dict"),
+        ({"state_dict": {}}, "was not written by mixadv"),
+        ({"state_dict": {}, "mixture_config": RECIPE}, "do not fit its recipe"),
+    ],
+    ids=["no state", "a list", "no recipe", "empty state"],
+)
+def test_a_foreign_checkpoint_is_refused(tmp_path, content, said):
+    path = tmp_path / "foreign.ckpt"
+    torch.save(content, path)
+    assert said in refused(path)
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    assert "no checkpoint at" in refused(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("os.system", "subprocess.Popen", "builtins.eval", "eval", "", "posix.system", "torch.load", "mixadv"),
+        *("mixadv.nothing.Thing", "mixadv.losses.Nothing", "mixadvance.evil.Thing", "mixadv.export.os.system"),
+    ],
+)
+def test_a_configuration_builds_nothing_but_what_is_ours(target, tmp_path):
+    with pytest.raises(UserError, match="_target_") as error:
+        instantiate({"_target_": target, "command": f"touch {tmp_path / 'executed'}"}, "loss")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("loss._target_")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_nested_target_is_held_to_the_same_rule():
+    with pytest.raises(UserError, match=r"attack\.objective\._target_='os\.getcwd'"):
+        instantiate({"_target_": "mixadv.attacks.pgd.PGD", "objective": {"_target_": "os.getcwd"}}, "attack")
+
+
+@pytest.mark.parametrize("target", ["mixadv.export.Path", "mixadv.export.load_file", "mixadv.data.download.fetch"])
+def test_a_configuration_builds_only_classes_that_are_ours(target):
+    with pytest.raises(UserError, match="is not a class of mixadv"):
+        instantiate({"_target_": target}, "data")
+
+
+def test_a_mixtures_recipe_cannot_read_the_environment(command, trained, tmp_path):
+    shutil.copytree(trained.path / "mixture", tmp_path / "mixture")
+    record = json.loads((tmp_path / "mixture" / "config.json").read_text())
+    record["data"]["batch_size"] = "${oc.decode:${oc.env:SOME_NUMBER}}"
+    (tmp_path / "mixture" / "config.json").write_text(json.dumps(record))
+    finished = command("task=evaluate", "mixture=mixture", "name=leak", "data.num_test=10", SOME_NUMBER="4321")
+    written = [path for path in (tmp_path / "outputs").rglob("*") if path.is_file() and b"4321" in path.read_bytes()]
+    assert "4321" not in finished.out + finished.err
+    assert written == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("threat_model", "linf"), ("threat_model", None), ("data", None)])
+def test_a_recipe_whose_settings_are_of_other_types_is_refused_in_one_line(command, trained, tmp_path, key, value):
+    shutil.copytree(trained.path / "mixture", tmp_path / "mixture")
+    change(tmp_path / "mixture", **{key: value})
+    assert key in command("task=evaluate", "mixture=mixture", "name=types").refusal()
