@@ -230,6 +230,11 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"optimizer.warmup={opt.warmup} must be a share of the training in [0, 1)")
     for key in ("devices", "val_every_epochs", "log_every_steps"):
         _at_least(f"trainer.{key}", cfg.trainer[key], 1)
+    if cfg.schedule.epochs % cfg.trainer.val_every_epochs:
+        raise UserError(
+            f"trainer.val_every_epochs={cfg.trainer.val_every_epochs} must divide "
+            f"schedule.epochs={cfg.schedule.epochs}: else the last epochs could not be selected"
+        )
     for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
         _limit(f"trainer.{key}", cfg.trainer[key])
     if cfg.task == "evaluate":

@@ -50,7 +50,6 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write best.ckpt where this epoch is the best so far."""
         assert isinstance(pl_module, MixtureTraining)
-        pl_module.refuse_non_finite()
         score = {"epoch": pl_module.epochs_done, **pl_module.validation}
 
         def rank(s: dict[str, float]) -> tuple[float, float]:
@@ -63,7 +62,7 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write last.ckpt."""
         assert isinstance(pl_module, MixtureTraining)
-        pl_module.refuse_non_finite()
+        pl_module.refuse_broken()
         self._save(trainer, "last.ckpt")
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:

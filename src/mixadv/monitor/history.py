@@ -118,13 +118,12 @@ class History(pl.Callback):
                 found["weights/lower_bound"] = outputs["lower_bound"]
             self._add(pl_module, found)
         elif pl_module.t % self.every == 0:
-            rates = pl_module.learning_rates()
             self._add(
                 pl_module,
                 {
                     "train/loss": outputs["loss"],
                     "train/adversarial_accuracy": outputs["adversarial_accuracy"],
-                    "train/lr": sum(rates) / len(rates),
+                    "train/lr": outputs["lr"],
                 },
             )
 

@@ -257,7 +257,7 @@ def _fit(
         devices=1,
         precision="bf16-mixed" if cfg.precision == "bf16" else "32-true",
         deterministic=cfg.trainer.deterministic,
-        check_val_every_n_epoch=min(cfg.trainer.val_every_epochs, epochs),
+        check_val_every_n_epoch=cfg.trainer.val_every_epochs,
         limit_val_batches=build.limited(cfg.trainer.limit_val_batches, len(data.val_dataloader())),
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,

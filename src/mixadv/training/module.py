@@ -143,7 +143,13 @@ class MixtureTraining(pl.LightningModule):
         return self._members_phase(x, y)
 
     def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        self.refuse_broken()
         game = MixtureGame(self.mixture, x, y, self.threat_model, self.weights_attack, self.loss, self.attack_generator)
+        if not bool(game.member_losses(x).isfinite().all()):
+            raise UserError(
+                f"the members' losses are not finite at step {self.t}: stopped, the last good checkpoint is kept. "
+                f"Lower optimizer.lr (now {self.optimizer_settings.lr:g})"
+            )
         solution = self.solver.solve(game, lam0=self.mixture.weights.double().cpu(), generator=self.attack_generator)
         self.mixture.set_weights(solution.weights)
         return {"phase": "weights", "value": solution.value, "lower_bound": solution.lower_bound}
@@ -151,6 +157,7 @@ class MixtureTraining(pl.LightningModule):
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.member_generator)
         x_adv = self.training_attack(self.mixture, x, y, self.threat_model, self.attack_generator)
+        rates = [self._as_list(self.optimizers())[k].param_groups[0]["lr"] for k in updated]
         losses, hits = [], []
         for k in updated:
             loss, logits = self._update_member(k, x, x_adv, y)
@@ -163,6 +170,7 @@ class MixtureTraining(pl.LightningModule):
             "members": updated,
             "loss": mean_loss,
             "adversarial_accuracy": torch.stack(hits).mean(),
+            "lr": sum(rates) / len(rates),
         }
 
     def _update_member(self, k: int, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,9 +211,24 @@ class MixtureTraining(pl.LightningModule):
                 f"Lower optimizer.lr (now {self.optimizer_settings.lr:g}) or use precision=fp32"
             )
 
-    def on_train_epoch_end(self) -> None:
-        """A broken model must never become a checkpoint."""
+    def refuse_broken(self) -> None:
+        """Stop the training if a loss was, or a member is, not finite; a broken model never becomes a checkpoint.
+
+        Raises:
+            UserError: names the step or the member.
+        """
         self.refuse_non_finite()
+        for k, member in enumerate(self.mixture.members):
+            tensors = [t for t in member.state_dict().values() if t.is_floating_point()]
+            if not bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
+                raise UserError(
+                    f"member {k} is not finite after step {self.t}: stopped, the last good checkpoint is kept. "
+                    f"Lower optimizer.lr (now {self.optimizer_settings.lr:g})"
+                )
+
+    def on_validation_start(self) -> None:
+        """Look before attacking what training left."""
+        self.refuse_broken()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Exact expected accuracy, clean and under attack; every epoch meets the same random starts."""
@@ -236,10 +259,6 @@ class MixtureTraining(pl.LightningModule):
         per_epoch = self.updates_per_member / (self.trainer.max_epochs or 1)
         return sum(self.member_updates) / len(self.member_updates) / per_epoch
 
-    def learning_rates(self) -> list[float]:
-        """Current rate of every member."""
-        return [optimizer.param_groups[0]["lr"] for optimizer in self._as_list(self.optimizers())]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of: counters and generators, as tensors and plain containers."""
         assert self.attack_generator is not None
@@ -249,6 +268,9 @@ class MixtureTraining(pl.LightningModule):
             "member_updates": list(self.member_updates),
             "member_generator": self.member_generator.get_state(),
             "attack_generator": self.attack_generator.get_state(),
+            # Members may draw too (dropout).
+            "torch_generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -268,6 +290,9 @@ class MixtureTraining(pl.LightningModule):
         self.t = state["t"]
         self.member_updates = list(state["member_updates"])
         self.member_generator.set_state(state["member_generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if len(state["cuda_generators"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_generators"])
         self._attack_state = state["attack_generator"]
         if self.attack_generator is not None:
             self.attack_generator.set_state(self._attack_state)

@@ -1,0 +1,158 @@
+"""The time announced before training, and that asking for it changes nothing."""
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from mixadv.attacks import PGD
+from mixadv.data.digits import Digits
+from mixadv.lambda_solvers import OracleSubgradient
+from mixadv.losses import TRADES
+from mixadv.mixture import Mixture
+from mixadv.models import build_member
+from mixadv.monitor import estimate
+from mixadv.monitor.estimate import in_words, seconds_per_batch
+from mixadv.threat_model import ThreatModel
+from mixadv.training import MixtureTraining
+
+CPU = torch.device("cpu")
+SHAPE = (1, 8, 8)
+
+
+def training(kind="shared"):
+    torch.manual_seed(1)
+    members = [build_member("small_resnet", num_classes=10, image_shape=SHAPE, width=2) for _ in range(3)]
+    return MixtureTraining(
+        Mixture(members, [0.5, 0.2, 0.3]),
+        loss=TRADES(),
+        threat_model=ThreatModel("linf", 0.1),
+        attack=PGD(num_steps=2),
+        validation_attack=PGD(num_steps=2),
+        solver=OracleSubgradient(num_steps=2),
+        kind=kind,
+        T_theta=2,
+        updates_per_member=2,
+        total_batches=3,
+        seed=5,
+    )
+
+
+def everything(module):
+    """All that the training to come depends on."""
+    return {
+        **{name: tensor.clone() for name, tensor in module.state_dict().items()},
+        "global generator": torch.get_rng_state(),
+        "member generator": module.member_generator.get_state(),
+        "modes": torch.tensor([m.training for m in module.modules()]),
+        "frozen": torch.tensor([p.requires_grad for p in module.parameters()]),
+        "gradients": torch.tensor([p.grad is not None for p in module.parameters()]),
+        "counters": torch.tensor([module.t, *module.member_updates]),
+        "attack generator": torch.tensor(module.attack_generator is not None),
+    }
+
+
+def fit(module):
+    data = Digits(batch_size=16, num_train=96, num_val=20, num_test=20, seed=2)
+    data.batches_in_epoch = lambda epoch: 3
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, datamodule=data)
+    return everything(module) | {"noise": module.attack_generator.get_state()}
+
+
+@pytest.mark.parametrize("kind", ["sampled", "shared"])
+def test_an_estimate_leaves_the_module_and_the_generators_alone(kind):
+    module = training(kind)
+    before = everything(module)
+    assert seconds_per_batch(module, SHAPE, 10, 64, CPU) > 0
+    after = everything(module)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_the_training_that_follows_is_the_same():
+    module = training()
+    untouched = copy.deepcopy(module)
+    seconds_per_batch(module, SHAPE, 10, 64, CPU)
+    with_estimate, without = fit(module), fit(untouched)
+    assert [name for name in without if not torch.equal(with_estimate[name], without[name])] == []
+
+
+def test_a_step_is_timed_on_few_images_and_scaled_to_the_batch(monkeypatch):
+    """Too short at 2 and 8 images, long enough (0.2 s) at 32: 0.3 s there are 1.2 s for 128."""
+    shapes = []
+
+    def timed(module, mixture, x, y, generator, device):
+        shapes.append(tuple(x.shape))
+        assert y.shape == x.shape[:1]
+        assert int(y.max()) < 7
+        assert mixture is not module.mixture
+        return {2: 0.01, 8: 0.05, 32: 0.3}[len(x)]
+
+    monkeypatch.setattr(estimate, "MIN_SECONDS", 0.2)
+    monkeypatch.setattr(estimate, "_timed", timed)
+    assert seconds_per_batch(training(), (3, 5, 4), 7, 128, CPU) == pytest.approx(1.2)
+    assert [shape[0] for shape in shapes][-1] == 32
+    assert {shape[1:] for shape in shapes} == {(3, 5, 4)}
+    assert all(count in (2, 8, 32) for count, *_ in shapes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_small_batch_is_timed_whole(monkeypatch, batch_size):
+    counts = []
+
+    def timed(module, mixture, x, y, generator, device):
+        counts.append(len(x))
+        return 0.001 * len(x)
+
+    monkeypatch.setattr(estimate, "_timed", timed)
+    assert seconds_per_batch(training(), SHAPE, 10, batch_size, CPU) == pytest.approx(0.001 * batch_size)
+    assert counts[-1] == batch_size
+    assert max(counts) == batch_size
+
+
+def test_the_estimate_grows_with_the_steps_of_the_attack(monkeypatch):
+    """10 steps on 3 members cost far more than none: the training's own attack is what is timed."""
+    short, long = training(), training()
+    short.training_attack = PGD(num_steps=0, keep="last")
+    long.training_attack = PGD(num_steps=10, keep="last")
+    # One size for both: where the clock stops is another test's concern.
+    monkeypatch.setattr(estimate, "MIN_SECONDS", 0.0)
+    times = [seconds_per_batch(m, SHAPE, 10, 32, CPU) for m in (short, long)]
+    assert times[1] > 2 * times[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (40, "40 seconds"),
+        (119, "119 seconds"),
+        (120, "2 minutes"),
+        (7199, "120 minutes"),
+        (7200, "2 hours"),
+        (47 * 3600, "47 hours"),
+        (48 * 3600, "2 days"),
+        (59 * 86400, "59 days"),
+        (60 * 86400, "2 months"),
+        (2.6e7, "10 months"),
+        (3 * 365 * 86400 - 1, "36 months"),
+        (100 * 365 * 86400, "1217 months"),
+    ],
+)
+def test_durations_in_words(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_no_time_at_all_still_counts():
+    assert in_words(0.0).startswith("1 second")
+    assert in_words(0.0) == in_words(1.4)

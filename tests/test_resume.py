@@ -1,0 +1,355 @@
+"""A training that was stopped and continued ends where the uninterrupted one ends, bit for bit."""
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from mixadv import config
+from mixadv.errors import UserError
+from mixadv.export import load_mixture
+from mixadv.lambda_solvers import Uniform
+from mixadv.losses import AT
+from mixadv.mixture import Mixture
+from mixadv.models import build_member
+from mixadv.monitor.checkpoints import Checkpoints, read_checkpoint
+from mixadv.monitor.history import History
+from mixadv.tasks import train as task
+from mixadv.tasks.run_directory import State
+from mixadv.threat_model import ThreatModel
+from mixadv.training import MixtureTraining
+
+# 3 batches in a pass and T_theta=3. sampled: epochs of 9 member batches, then a phase: they end at t = 10, 20.
+# shared: epochs of 3 member batches, then a phase: they end at t = 4, 8, 12.
+COMMON = (
+    "logger=csv",
+    "data=digits",
+    "data.num_train=100",
+    "data.num_test=30",
+    "data.val_fraction=0.15",
+    "data.batch_size=32",
+    "data.padding=1",
+    "L=3",
+    "seed=3",
+    "schedule.T_theta=3",
+    "attack.num_steps=2",
+    "protocol.validation.num_steps=2",
+    "protocol.attacks.pgd-20.num_steps=2",
+    "protocol.attacks.pgd-20.restarts=1",
+    "optimizer.lr_schedule=one_cycle",
+    "lambda_solver.num_steps=3",
+    "eps=0.1",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_steps=3",
+    "trainer.progress=false",
+)
+SETTINGS = {
+    "trades-entropic-sampled": (
+        "model=small_resnet",
+        "model.width=2",
+        "loss=trades",
+        "lambda_solver=entropic",
+        "lambda_solver.num_samples=2",
+        "schedule=sampled",
+        "schedule.epochs=2",
+    ),
+    "at-oracle-shared": (
+        "model=small_cnn",
+        "model.width=2",
+        "loss=at",
+        "lambda_solver=oracle",
+        "schedule=shared",
+        "schedule.epochs=3",
+    ),
+}
+
+
+class Stopped(Exception):
+    """The power goes."""
+
+
+@pytest.fixture(scope="module")
+def configured(compose):
+    configurations = {}
+    for name, overrides in SETTINGS.items():
+        configurations[name] = compose(*overrides, *COMMON)
+        config.check(configurations[name])
+    return configurations
+
+
+@pytest.fixture(scope="module")
+def train(configured):
+    """train(setting, directory): the task, without the figures and tables at its end."""
+
+    def run(setting, directory):
+        started = (directory / "config.yaml").exists()
+        directory.mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(task, "show", lambda run_dir: None)
+            task.train(configured[setting], directory, State.UNFINISHED if started else State.NEW, None)
+        return directory
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The uninterrupted runs, made when asked for."""
+    done = {}
+
+    def run(setting):
+        if setting not in done:
+            done[setting] = train(setting, tmp_path_factory.mktemp("whole") / "run")
+        return done[setting]
+
+    return run
+
+
+def stop_at(patch, where):
+    """Raise at a point of the training, in the middle of what the program does there."""
+    kind, count = where
+    if kind == "batch":
+        original = History.on_train_batch_end
+
+        def after_batch(self, trainer, pl_module, *arguments):
+            original(self, trainer, pl_module, *arguments)
+            if pl_module.t == count:
+                with self.file.path.open("a") as file:
+                    file.write("0.77,12,3")  # a line that was being written
+                raise Stopped
+
+        patch.setattr(History, "on_train_batch_end", after_batch)
+    else:
+        original = Checkpoints.on_train_epoch_end
+
+        def end_of_epoch(self, trainer, pl_module):
+            last = trainer.current_epoch == count
+            if last and kind == "before last.ckpt":
+                raise Stopped
+            original(self, trainer, pl_module)
+            if last:
+                raise Stopped
+
+        patch.setattr(Checkpoints, "on_train_epoch_end", end_of_epoch)
+
+
+def differences(one, two, path=""):
+    """Paths of the leaves in which two nested structures differ."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return [d for k in one.keys() | two.keys() for d in differences(one.get(k), two.get(k), f"{path}/{k}")]
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)) and len(one) == len(two):
+        return [d for i, (a, b) in enumerate(zip(one, two, strict=True)) for d in differences(a, b, f"{path}/{i}")]
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return [] if one.dtype == two.dtype and torch.equal(one, two) else [path]
+    return [] if type(one) is type(two) and one == two else [path]
+
+
+def history(directory):
+    with (directory / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    seconds = [float(row.pop("seconds")) for row in rows]
+    assert seconds == sorted(seconds)
+    return rows
+
+
+def results(directory):
+    found = json.loads((directory / "results.json").read_text())
+    del found["seconds"]
+    for attack in found["attacks"].values():
+        del attack["seconds"]
+    return found
+
+
+def assert_same_run(one, two):
+    for name in ("last.ckpt", "best.ckpt"):
+        old, new = (read_checkpoint(directory / "checkpoints" / name) for directory in (one, two))
+        assert {"state_dict", "optimizer_states", "lr_schedulers", "mixadv", "mixture_config"} <= old.keys()
+        assert differences(old, new) == []
+    assert history(one) == history(two)
+    assert results(one) == results(two)
+    arrays = [np.load(directory / "records.npz") for directory in (one, two)]
+    assert sorted(arrays[0]) == sorted(arrays[1])
+    assert all(np.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
+    exports = [(directory / "mixture" / "mixture.safetensors").read_bytes() for directory in (one, two)]
+    assert exports[0] == exports[1]
+    assert (two / "DONE").exists()
+
+
+def test_the_uninterrupted_run_is_worth_comparing(whole):
+    """Weights moved, members differ, every counter and generator is in the checkpoint."""
+    directory = whole("trades-entropic-sampled")
+    last = read_checkpoint(directory / "checkpoints" / "last.ckpt")
+    assert last["mixadv"]["t"] == 20
+    assert sum(last["mixadv"]["member_updates"]) == 18
+    assert len(last["optimizer_states"]) == len(last["lr_schedulers"]) == 3
+    done = [scheduler["last_epoch"] for scheduler in last["lr_schedulers"]]
+    assert done == last["mixadv"]["member_updates"]
+    rows = history(directory)
+    assert len({row["lambda/0"] for row in rows}) > 1
+    assert [int(row["step"]) for row in rows if row["weights/value"]] == [10, 20]
+    assert [int(row["step"]) for row in rows if row["val/robust_accuracy"]] == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("setting", "where"),
+    [
+        ("trades-entropic-sampled", ("batch", 17)),
+        ("trades-entropic-sampled", ("before last.ckpt", 1)),
+        ("at-oracle-shared", ("after last.ckpt", 1)),
+        ("at-oracle-shared", ("batch", 5)),
+    ],
+    ids=lambda value: "-".join(map(str, value)).replace(" ", "-") if isinstance(value, tuple) else value,
+)
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(train, whole, tmp_path, setting, where):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, where)
+        with pytest.raises(Stopped):
+            train(setting, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    train(setting, tmp_path / "run")
+    assert_same_run(whole(setting), tmp_path / "run")
+
+
+def test_a_run_stopped_twice(train, whole, tmp_path):
+    for where in (("batch", 6), ("after last.ckpt", 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, where)
+            with pytest.raises(Stopped):
+                train("at-oracle-shared", tmp_path / "run")
+    train("at-oracle-shared", tmp_path / "run")
+    assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
+
+
+@pytest.fixture
+def trained(whole, tmp_path):
+    """A copy of a finished training that was stopped before it was measured."""
+    directory = tmp_path / "run"
+    shutil.copytree(whole("at-oracle-shared"), directory)
+    (directory / "DONE").unlink()
+    (directory / "results.json").unlink()
+    return directory
+
+
+def test_a_finished_training_is_measured_without_training_again(train, whole, trained):
+    before = (trained / "metrics.csv").read_bytes()
+    checkpoint = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    train("at-oracle-shared", trained)
+    assert (trained / "metrics.csv").read_bytes() == before
+    assert (trained / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
+    assert_same_run(whole("at-oracle-shared"), trained)
+
+
+def test_measured_members_are_those_of_the_best_epoch(whole):
+    directory = whole("at-oracle-shared")
+    state = read_checkpoint(directory / "checkpoints" / "best.ckpt")
+    exported = load_mixture(directory / "mixture").state_dict()
+    assert differences({f"mixture.{name}": t for name, t in exported.items()}, state["state_dict"]) == []
+    rows = [row for row in history(directory) if row["val/robust_accuracy"]]
+    scores = [(float(row["val/robust_accuracy"]), float(row["val/clean_accuracy"])) for row in rows]
+    assert results(directory)["best_epoch"] == pytest.approx(float(rows[scores.index(max(scores))]["epoch"]))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_torn_checkpoint_is_named(train, trained, name):
+    path = trained / "checkpoints" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="resume=never") as caught:
+        train("at-oracle-shared", trained)
+    assert str(path) in str(caught.value)
+    assert (trained / "metrics.csv").exists()
+
+
+class Malice:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_checkpoint_cannot_run_code(train, trained, tmp_path, name):
+    path, mark = trained / "checkpoints" / name, tmp_path / "executed"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "callbacks": {"x": Malice(mark)}}, path)
+    for read in (read_checkpoint, load_mixture, lambda _: train("at-oracle-shared", trained)):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+    assert not mark.exists()
+    # The trap works: without the guard the file would be there.
+    torch.load(path, weights_only=False)["callbacks"]["x"].close()
+    assert mark.exists()
+
+
+def test_other_files_are_no_checkpoints(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        read_checkpoint(tmp_path / "none.ckpt")
+    torch.save({"epoch": 3}, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match="no state_dict"):
+        read_checkpoint(tmp_path / "foreign.ckpt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
+    with pytest.raises(UserError, match="no state_dict"):
+        read_checkpoint(tmp_path / "tensor.ckpt")
+
+
+def module(count):
+    torch.manual_seed(0)
+    return MixtureTraining(
+        Mixture([build_member("linear", num_classes=10, image_shape=(1, 8, 8)) for _ in range(count)]),
+        loss=AT(),
+        threat_model=ThreatModel("linf", 0.1),
+        attack=task.build.PGD(num_steps=1),
+        validation_attack=task.build.PGD(num_steps=1),
+        solver=Uniform(),
+        updates_per_member=5,
+        total_batches=5,
+    )
+
+
+def test_draws_go_on_from_a_checkpoint():
+    first, second = module(3), module(3)
+    first.attack_generator = torch.Generator().manual_seed(first.seed + 1)
+    for _ in range(13):
+        first.schedule.members_at(first.member_generator)
+        torch.rand(4, generator=first.attack_generator)
+    first.t, first.member_updates = 14, [6, 5, 2]
+    checkpoint = {}
+    first.on_save_checkpoint(checkpoint)
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    second.on_load_checkpoint(torch.load(file, weights_only=True))
+    assert (second.t, second.member_updates) == (14, [6, 5, 2])
+    ours, theirs = ([m.schedule.members_at(m.member_generator)[0] for _ in range(30)] for m in (second, first))
+    assert ours == theirs
+    assert len(set(ours)) == 3
+    # Loaded before the device was known, the noise of the attacks goes on from there too.
+    second.trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    second.setup("fit")
+    assert torch.equal(second.attack_generator.get_state(), first.attack_generator.get_state())
+
+
+def test_checkpoints_of_another_mixture_or_program_are_refused():
+    first = module(2)
+    first.attack_generator = torch.Generator()
+    checkpoint = {}
+    first.on_save_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="holds 2 members, not L=3"):
+        module(3).on_load_checkpoint(checkpoint)
+    for foreign in ({}, {"mixadv": {**checkpoint["mixadv"], "schema": 99}}):
+        with pytest.raises(UserError, match="resume=never"):
+            module(2).on_load_checkpoint(foreign)
