@@ -160,7 +160,7 @@ def test_a_run_says_what_came_out_and_where(trained):
 def test_the_members_intervals_are_those_of_the_results(trained):
     lines = trained.finished.out.splitlines()
     for k, member in enumerate(read(trained.path)["members"]):
-        (line,) = [line for line in lines if f"member {k}" in line]
+        (line,) = [line for line in lines if line.startswith(f"│ member {k}")]
         low, high = (f"{100 * end:.1f}" for end in member["ci95"])
         assert f"[{low}, {high}]" in line
 
@@ -351,7 +351,7 @@ def test_an_evaluation_takes_what_the_command_says_over_what_was_trained(trained
     assert found["config"]["data"]["_target_"] == "mixadv.data.digits.Digits"
     assert found["config"]["model"]["name"] == "linear"
     assert found["attacks"]["pgd-20"]["settings"]["num_steps"] == 3
-    assert found["config"]["threat_model"]["eps"] == 0.2
+    assert found["config"]["eps"] == 0.2
 
 
 def test_an_evaluation_takes_another_norm(trained, command, tmp_path):

@@ -107,14 +107,14 @@ def test_the_flagship_command_is_the_papers_setting(command):
     cfg = OmegaConf.create(shown.out)
     assert (cfg.task, cfg.L, cfg.eps, cfg.seed) == ("train", 3, "8/255", 0)
     assert cfg.threat_model.norm == "linf"
-    assert cfg.threat_model.eps == 8 / 255
+    assert config.parse_eps(cfg.eps) == 8 / 255
     assert cfg.model.name == "resnet18"
     assert cfg.data._target_ == "mixadv.data.cifar10.CIFAR10"
     assert cfg.loss == {"_target_": "mixadv.losses.TRADES", "beta": 6.0}
     assert cfg.lambda_solver._target_ == "mixadv.lambda_solvers.AcceleratedEntropic"
     assert cfg.lambda_solver.include_attack_points is True
     assert (cfg.attack._target_, cfg.attack.num_steps) == ("mixadv.attacks.pgd.PGD", 10)
-    assert math.isclose(cfg.attack.step_size * cfg.threat_model.eps, 2 / 255)
+    assert math.isclose(cfg.attack.step_size * config.parse_eps(cfg.eps), 2 / 255)
     assert (cfg.schedule.kind, cfg.schedule.epochs) == ("sampled", 200)
     assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.1, 0.9, 5e-4)
     assert cfg.precision == "fp32"

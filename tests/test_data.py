@@ -345,12 +345,12 @@ def test_splits_are_disjoint_and_complete():
     assert (data.mean, data.std) == channel_statistics(data.train_images)
 
 
-def test_the_seed_moves_validation_and_never_the_test_set():
-    one, again, other = (set_up(Made(seed=seed, num_test=10)) for seed in (0, 0, 1))
-    assert torch.equal(one.val_indices, again.val_indices)
-    assert torch.equal(one.train_indices, again.train_indices)
-    assert not torch.equal(one.val_indices, other.val_indices)
-    assert torch.equal(one.test_indices, other.test_indices)
+def test_the_seed_moves_no_split():
+    """Models of different seeds can be weighed on validation images that none of them has seen."""
+    one, other = (set_up(Made(seed=seed, num_train=30, num_test=10)) for seed in (0, 1))
+    for split in ("train", "val", "test"):
+        assert torch.equal(getattr(one, f"{split}_indices"), getattr(other, f"{split}_indices"))
+    assert next(iter(one.train_dataloader()))[0].sum() != next(iter(other.train_dataloader()))[0].sum()
     assert torch.bincount(one.test_labels).tolist() == [5, 3, 2]
 
 
@@ -531,7 +531,7 @@ def test_digits_are_the_published_ones():
 def test_digits_test_images_never_move():
     one, two = set_up(Digits(seed=0)), set_up(Digits(seed=1))
     assert torch.equal(one.test_images, two.test_images)
-    assert contents(one.val_images) != contents(two.val_images)
+    assert contents(one.val_images) == contents(two.val_images)
     # Written down: a change here moves images that earlier runs trained on into the test set.
     digest = hashlib.sha256(one.test_images.numpy().tobytes()).hexdigest()
     assert digest == "2b22a8be8ef98ec1181b77fa31966467500991e8c8546946ee3df1e36f3af6ef"

@@ -136,13 +136,27 @@ def test_members_are_attacked_alone_and_by_what_hits_the_mixture():
     attacks = {"pgd": Shift(UP, alone=DOWN)}
     record = evaluate(mixture(), batches(5), attacks, BALL)
     np.testing.assert_array_equal(record.attacked["pgd"], RIGHT[UP])
-    np.testing.assert_array_equal(record.alone["pgd"], RIGHT[DOWN])
+    # Every member is attacked alone, and each of those points is shown to all members.
+    np.testing.assert_array_equal(record.alone["pgd"], [RIGHT[DOWN]] * 3)
     survives = np.array(RIGHT[CLEAN]) & np.array(RIGHT[UP]) & np.array(RIGHT[DOWN])
     np.testing.assert_array_equal(record.members_worst_case(), survives.astype(bool))
     members = record.summary({"pgd": {}})["members"]
     assert [member["clean"] for member in members] == pytest.approx([0.8, 0.6, 0.6])
     assert [member["robust"] for member in members] == pytest.approx([row.mean() for row in survives])
     assert [member["weight"] for member in members] == pytest.approx(WEIGHTS)
+
+
+def test_points_found_against_a_member_count_against_the_mixture():
+    """An attack that is weak on the mixture and strong on its members must not flatter the mixture."""
+    record = evaluate(mixture(), batches(5), {"pgd": Shift(UP, alone=DOWN)}, BALL)
+    by_hand = np.min([expected(point) for point in (CLEAN, UP, DOWN)], axis=0)
+    np.testing.assert_allclose(record.worst_case(), by_hand, atol=1e-12)
+    assert by_hand.sum() < np.min([expected(point) for point in (CLEAN, UP)], axis=0).sum()
+    summary = record.summary({"pgd": {}})
+    assert summary["attacks"]["pgd"]["expected_accuracy"] == pytest.approx(np.mean(expected(UP)))
+    assert summary["attacks"]["pgd"]["replayed_from_members"] == pytest.approx(np.mean(expected(DOWN)))
+    # Replayed on everybody: no mixture can be below the average of its members' worst cases.
+    assert (record.worst_case() >= record.weights @ record.members_worst_case() - 1e-12).all()
 
 
 def test_the_ensemble_is_the_argmax_of_the_averaged_probabilities():
@@ -175,12 +189,14 @@ def test_the_arrays_allow_every_number_to_be_computed_again():
     record = evaluate(mixture(), batches(2, 3), ATTACKS, BALL)
     arrays = record.arrays()
     assert set(arrays) == {
-        *("labels", "weights", "clean", "robust", "member_correct/clean"),
-        *(f"{kind}/{name}" for kind in ("attack", "member_correct", "member_alone") for name in ATTACKS),
+        *("labels", "weights", "clean", "robust", "members_robust", "member_correct/clean"),
+        *(f"{kind}/{name}" for kind in ("attack", "member_correct") for name in ATTACKS),
+        *(f"member_correct/{name} on each member" for name in ATTACKS),
     }
     lam = arrays["weights"]
     again = [lam @ arrays[f"member_correct/{name}"] for name in ("clean", *ATTACKS)]
     np.testing.assert_allclose(np.min(again, axis=0), arrays["robust"], atol=1e-12)
+    assert arrays["members_robust"].shape == (3, 5)
     assert arrays["member_correct/pgd-up"].dtype == np.uint8
     assert arrays["member_correct/pgd-up"].shape == (3, 5)
     assert all(array.dtype != object for array in arrays.values())
@@ -216,7 +232,7 @@ def test_a_single_member_is_not_attacked_twice():
     member = Table(0)
     record = evaluate(Mixture([member]), batches(5), {"pgd": Shift(UP)}, BALL)
     assert member.seen == 2 * 5
-    np.testing.assert_array_equal(record.alone["pgd"], record.attacked["pgd"])
+    np.testing.assert_array_equal(record.alone["pgd"][0], record.attacked["pgd"])
 
 
 @pytest.mark.parametrize("value", [0.7, -0.2, float("nan"), float("inf")])

@@ -39,6 +39,9 @@ class Attacked:
         gradient = picked.mean(0)
         return BestResponse(gradient, (gradient @ lam).item(), picked.abs().max().item(), choice)
 
+    def known(self):
+        return FiniteGame(self.losses[:, : self.tried])
+
     def pool(self, lam, num_samples, include_attack_points, generator=None):
         self.pools.append((lam, num_samples, include_attack_points, generator))
         drawn = torch.randint(self.losses.shape[1], (num_samples,), generator=generator)
@@ -313,10 +316,31 @@ def test_a_game_played_by_an_attack_has_a_lower_bound_but_no_gap():
     assert found.num_attacks == game.calls == 30
     # Points that an attack found are real: they bound V from below, whatever the attack overlooked.
     assert found.lower_bound <= weaker + 1e-12 < value
-    assert found.value == min(found.history["value"]) >= weaker - 1e-12
+    assert found.value == pytest.approx(min(found.history["value"]), rel=1e-14)
+    assert found.value >= weaker - 1e-12
     fixed = Uniform().solve(game)
     assert fixed.gap is None
     assert fixed.num_attacks == game.calls - 30 == 1
+
+
+def test_a_lucky_answer_of_an_attack_does_not_choose_the_weights():
+    """An attack that misses once gives a low value there; against all its points that iterate is no better."""
+
+    @dataclass
+    class Unsteady(Attacked):
+        def best_response(self, lam):
+            self.tried = 1 if self.calls == 3 else 3
+            response = super().best_response(lam)
+            self.tried = 3
+            return response
+
+    game = Unsteady(random_losses(seed=5), tried=3)
+    found = OracleSubgradient(8).solve(game)
+    whole = [game.known().value(torch.tensor(w, dtype=torch.float64)) for w in found.history["weights"]]
+    assert min(found.history["value"]) == found.history["value"][3] < min(whole)
+    assert found.value == pytest.approx(min(whole), rel=1e-14)
+    assert found.weights.tolist() == found.history["weights"][whole.index(min(whole))]
+    assert found.lower_bound <= found.value
 
 
 def test_entropic_draws_one_pool_and_plays_on_it():

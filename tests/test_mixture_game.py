@@ -101,7 +101,7 @@ def test_pool_holds_x_uniform_points_and_the_responses_to_lam_and_to_every_membe
     weights = mixture.weights.clone()
     pool = game.pool(LAM, 2, True, torch.Generator().manual_seed(77))
     assert pool.losses.shape == (5, 1 + 2 + 4, 3)
-    assert attack.weights == [pytest.approx(w, abs=1e-7) for w in (LAM.tolist(), [1, 0, 0], [0, 1, 0], [0, 0, 1])]
+    assert attack.weights == [pytest.approx(w, abs=1e-7) for w in (LAM.tolist(), [1.0], [1.0], [1.0])]
     assert torch.equal(mixture.weights, weights)
     draws = torch.Generator().manual_seed(77)
     low, high = (game.x - 0.1).clamp(0, 1), (game.x + 0.1).clamp(0, 1)

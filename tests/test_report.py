@@ -49,7 +49,7 @@ def config(**keys: Any) -> dict[str, Any]:
         "seed": 0,
         "loss": {"_target_": f"mixadv.losses.{loss}"},
         "lambda_solver": {"_target_": f"mixadv.lambda_solvers.{SOLVERS[solver]}", "num_steps": 10},
-        "threat_model": {"norm": "linf", "eps": "${fraction:${eps}}"},
+        "threat_model": {"norm": "linf"},
         "data": {"_target_": "mixadv.data.digits.Digits", "batch_size": 64},
         **keys,
     }

@@ -356,6 +356,9 @@ class Scripted(LambdaSolver):
     calls: list
     adapts: ClassVar[bool] = True
 
+    def attack_cost(self):
+        return 1.0
+
     def solve(self, game, lam0=None, generator=None):
         weights = torch.tensor(self.answers[len(self.calls)], dtype=torch.float64)
         self.calls.append((game, lam0, generator))

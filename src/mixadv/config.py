@@ -147,7 +147,6 @@ def run_name(overrides: Any, name: Any = None) -> str:
 
 def register() -> None:
     """Make the schema and the resolvers known to Hydra and OmegaConf (idempotent)."""
-    OmegaConf.register_new_resolver("fraction", parse_eps, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     # Cached, because Hydra hands the cache of the sweep to its jobs: every job must find the sweep's own directory.
     OmegaConf.register_new_resolver("sweep_name", run_name, replace=True, use_cache=True)
@@ -192,7 +191,6 @@ def check(cfg: DictConfig) -> None:
             raise UserError(
                 f"{prefix}{unknown[0]}: there is no such key; `--cfg job` shows all of them, --help the groups"
             )
-    # Before anything that resolves interpolations: threat_model.eps is computed from it.
     eps = parse_eps(cfg.eps)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -215,6 +213,13 @@ def check(cfg: DictConfig) -> None:
             f"did you mean eps={cfg.eps}/255?"
         )
 
+    if "eps" in cfg.threat_model:
+        raise UserError("threat_model.eps: the radius is the top-level key, eps=8/255")
+    fixed = sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack))
+    if fixed:
+        raise UserError(f"attack.{fixed[0]}: in training it follows from the loss and the phase; leave it out")
+    if cfg.members:
+        raise UserError("members=[...]: no task of this version reads it; leave it out")
     _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
     _at_least("schedule.epochs", cfg.schedule.epochs, 1)
     _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)

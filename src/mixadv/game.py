@@ -57,7 +57,7 @@ class Equilibrium:
             list of perturbations.
         status: "completed" (all steps ran), "converged" (the tolerance was reached) or "fixed".
         history: one entry per step under each key.
-        num_attacks: how many times the solver called the game's best_response.
+        num_attacks: attack calls: best responses, and those that a game made for its pool.
         average_weights: [L], the mean of the iterates, where the method has a guarantee for it.
         lower_bound: the least expected loss of a member against one fixed mix of perturbations, so <= V.
         selected: which iterate `weights` is: "best", "last" or "fixed".
@@ -96,7 +96,11 @@ class Game(Protocol):
     def pool(
         self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
     ) -> FiniteGame:
-        """A game on `num_samples` random perturbations per example and, if asked, an attack's points."""
+        """A game on `num_samples` random perturbations per example and, if asked, the points of L + 1 attacks."""
+        ...
+
+    def known(self) -> FiniteGame:
+        """The game restricted to the moves that the attacker has made so far (a finite game: itself)."""
         ...
 
 
@@ -142,6 +146,10 @@ class FiniteGame:
         self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
     ) -> FiniteGame:
         """The game itself, which already lists all its perturbations."""
+        return self
+
+    def known(self) -> FiniteGame:
+        """The game itself."""
         return self
 
     def best_response(self, lam: Tensor) -> BestResponse:

@@ -61,13 +61,13 @@ def _job(cfg: DictConfig) -> None:
         run_task(cfg, run_dir=run_dir, overrides=overrides, sweep=run_dir.parent.name if sweep else None)
     except UserError as error:
         _refuse(str(error))
-        _leave_reason(run_dir, cfg, str(error))
+        _remove_if_empty(run_dir)
         if not sweep:
             sys.exit(1)
         _failed.append(f"{run_dir.name}: {error}")
         raise
     except Exception as error:
-        _leave_reason(run_dir, cfg, f"{type(error).__name__}: {error}")
+        _remove_if_empty(run_dir)
         if sweep:
             # Hydra would show only the first failure, and that at the end.
             traceback.print_exc()
@@ -75,14 +75,10 @@ def _job(cfg: DictConfig) -> None:
         raise
 
 
-def _leave_reason(run_dir: Path, cfg: DictConfig, reason: str) -> None:
-    """FAILED tells a later sweep and the report why; a finished run keeps its DONE and its results."""
-    if cfg.task == "report":
-        return
-    if not any(run_dir.iterdir()):
+def _remove_if_empty(run_dir: Path) -> None:
+    """Hydra makes the directory before anything is checked."""
+    if run_dir.is_dir() and run_dir != Path.cwd() and not any(run_dir.iterdir()):
         run_dir.rmdir()
-    elif not (run_dir / "DONE").exists():
-        (run_dir / "FAILED").write_text(reason + "\n")
 
 
 def _exit_with(message: str) -> NoReturn:

@@ -18,6 +18,8 @@ class MixtureGame:
     The best response is as good as the attack, so values are lower estimates of the risk R(lam). The loss of any
     point found is real, so lower bounds that solvers derive from such points are certain for the batch.
 
+    Every point that the attacker plays stays known for the life of the game, so later responses are never weaker.
+
     Args:
         mixture: the members; its weights are left as they are.
         x: images [B, C, H, W]; y: labels [B].
@@ -43,6 +45,7 @@ class MixtureGame:
         self.threat_model, self.attack, self.loss = threat_model, attack, loss
         self.generator = generator
         self._clean_logits: Tensor | None = None
+        self._moves: list[Tensor] = []
 
     @property
     def num_members(self) -> int:
@@ -62,12 +65,22 @@ class MixtureGame:
         with self.mixture.using_weights(lam):
             return self.attack(self.mixture, self.x, self.y, self.threat_model, self.generator)
 
+    def known(self) -> FiniteGame:
+        """The finite game [B, m, L] on all points that the attacker has played so far.
+
+        Raises:
+            ValueError: none yet.
+        """
+        if not self._moves:
+            raise ValueError("the attacker has not moved yet: ask for a best response first")
+        return FiniteGame(torch.stack(self._moves, dim=1))
+
     def best_response(self, lam: Tensor) -> BestResponse:
-        """Approximate best response to `lam`: g_k = mean over the batch of l_k at the attack's points."""
-        losses = self.member_losses(self.respond(lam)).cpu()
-        gradient = losses.mean(dim=1)
-        value = float(gradient @ lam.to(gradient))
-        return BestResponse(gradient=gradient, value=value, max_loss=float(losses.abs().max()), choice=None)
+        """Approximate best response to `lam`: for each example the worst of a new attack's point and all before it."""
+        self._moves.append(self.member_losses(self.respond(lam)).T.cpu())
+        response = self.known().best_response(lam.cpu().double())
+        # Points, not a fixed list of perturbations: their numbers mean nothing outside.
+        return BestResponse(response.gradient, response.value, response.max_loss, choice=None)
 
     def pool(
         self,
@@ -85,7 +98,9 @@ class MixtureGame:
         generator = generator if generator is not None else self.generator
         points = [self.x] + [self.threat_model.sample(self.x, generator) for _ in range(num_samples)]
         if include_attack_points:
-            vertices = torch.eye(self.num_members, dtype=torch.float64)
-            points += [self.respond(strategy) for strategy in (lam, *vertices)]
+            # A member alone costs one network, a mixture with all its weight on it L.
+            singles = [Mixture([member]) for member in self.mixture.members]
+            points.append(self.respond(lam))
+            points += [self.attack(single, self.x, self.y, self.threat_model, self.generator) for single in singles]
         losses = torch.stack([self.member_losses(point) for point in points], dim=1)
         return FiniteGame(losses.permute(2, 1, 0).cpu())

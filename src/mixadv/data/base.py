@@ -14,7 +14,10 @@ from mixadv.data.split import channel_statistics, stratified_subset
 from mixadv.data.stream import BatchStream
 from mixadv.errors import UserError
 
-# Its own constant: the test images of two runs are the same whatever their seeds.
+# Constants of their own, so that runs of different seeds share their splits: models trained with different seeds
+# can be weighed on validation images that none of them has seen, and compared on the same test images.
+_VALIDATION_SEED = "validation"
+_TRAINING_SUBSET_SEED = "training subset"
 _TEST_SUBSET_SEED = "test subset"
 
 
@@ -60,10 +63,10 @@ class ImageDataModule(LightningDataModule):
     """Images as uint8 tensors, split into training, validation and test, served as batches in [0, 1].
 
     The test images are those that the data set itself calls test. Validation is taken out of the training
-    images, stratified, by `seed`; it has `num_val` images, or else round(n v / (1 - v)) for v =
+    images, stratified, the same for every seed; it has `num_val` images, or else round(n v / (1 - v)) for v =
     `val_fraction` and n = `num_train` training images, that is, v is the share of validation in all images
     used. Without `num_train` it has round(v N) of the N images, and training the rest. With `num_train` or
-    `num_test` a stratified subset of that size is used; the test subset does not depend on `seed`.
+    `num_test` a stratified subset of that size is used, again the same for every seed.
 
     After `setup`: `train_images`, `val_images`, `test_images` (uint8 [N, C, H, W]), `train_labels`, ... (long
     [N]), `train_indices`, `val_indices`, `test_indices` (their places in the published order), `class_names`,
@@ -74,7 +77,7 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: validation and test images per batch.
         val_fraction: v in (0, 1); ignored where `num_val` is given.
         num_val: number of validation images, at least 1.
-        seed: of the validation split, of the order of the batches and of the augmentation.
+        seed: of the order of the batches and of the augmentation; the splits do not depend on it.
         num_train: number of training images, None for all.
         num_test: number of test images, None for all.
         padding, flip: augmentation of training batches, see `random_crop_flip`.
@@ -157,11 +160,11 @@ class ImageDataModule(LightningDataModule):
         corpus.check(self.name)
         num_train, num_val, num_test = self._sizes(corpus)
         labels = corpus.train_labels
-        val = stratified_subset(labels, num_val, f"validation {self.seed}")
+        val = stratified_subset(labels, num_val, _VALIDATION_SEED)
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[val] = False
         train = rest.nonzero().squeeze(1)
-        train = train[stratified_subset(labels[train], num_train, f"training {self.seed}")]
+        train = train[stratified_subset(labels[train], num_train, _TRAINING_SUBSET_SEED)]
         test = stratified_subset(corpus.test_labels, num_test, _TEST_SUBSET_SEED)
         self.class_names = corpus.class_names
         self.train_indices, self.val_indices, self.test_indices = train, val, test

@@ -29,6 +29,10 @@ class LambdaSolver(ABC):
     adapts: ClassVar[bool] = True
 
     @abstractmethod
+    def attack_cost(self) -> float:
+        """What one call of `solve` costs on a mixture, in attacks on the whole mixture."""
+
+    @abstractmethod
     def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """Plays the game.
 

@@ -68,6 +68,10 @@ class AcceleratedEntropic(LambdaSolver):
         if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must be >= 0 and finite, or None to run all steps, got {self.tolerance}")
 
+    def attack_cost(self) -> float:
+        """The pool's attacks: on the mixture, and on each member alone."""
+        return 2.0 if self.include_attack_points else 0.0
+
     def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """See `LambdaSolver.solve`; the generator draws the pool."""
         lam = start(game, lam0)
@@ -86,7 +90,7 @@ class AcceleratedEntropic(LambdaSolver):
             attack=attack if pool is game else None,
             status=trace.status,
             history=trace.history,
-            num_attacks=0,
+            num_attacks=game.num_members + 1 if self.include_attack_points and pool is not game else 0,
             average_weights=None,
             lower_bound=lower_bound,
             selected="best",

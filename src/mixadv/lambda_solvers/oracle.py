@@ -21,8 +21,8 @@ class OracleSubgradient(LambdaSolver):
 
     Meunier et al. (ICML 2021), Algorithm 1: with responses within delta of the maximum, |l| <= M and
     eta = 2 / (M sqrt(L T)), the best of lam_0 .. lam_{T-1} has value <= V + 2 delta + 2 M sqrt(L / T). It is
-    the one returned, chosen by the value of the responses seen; `average_weights` is the mean of the same
-    iterates.
+    the one returned, chosen by its exact value, or by its value against all points that the attacks of this call
+    found; `average_weights` is the mean of the same iterates.
 
     Any mix of real perturbations bounds V from below, so `lower_bound` is min_k of the mean of the g_t, and
     on a finite game `attack` is that mix. `gap` is None unless the game's responses are exact.
@@ -47,6 +47,10 @@ class OracleSubgradient(LambdaSolver):
         if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise ValueError(f"step_size must be positive and finite, or None for the theory's, got {self.step_size}")
 
+    def attack_cost(self) -> float:
+        """One best response a step."""
+        return float(self.num_steps)
+
     def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """See `LambdaSolver.solve`; the method draws nothing, randomness of attacks is the game's."""
         lam = start(game, lam0)
@@ -54,14 +58,23 @@ class OracleSubgradient(LambdaSolver):
         if isinstance(game, FiniteGame):
             counts = torch.zeros(game.losses.shape[:2], dtype=torch.int32, device=game.losses.device)
         trace = drive(self._iterates(game, lam, counts))
+        weights, value = trace.weights, trace.value
+        if not game.exact:
+            # Attacks find different points each time, so the least value seen is partly luck: compare the
+            # iterates against all points that any of them provoked.
+            known = game.known()
+            iterates = torch.tensor(trace.history["weights"], dtype=torch.float64)
+            values = [known.value(iterate) for iterate in iterates]
+            best = min(range(len(values)), key=values.__getitem__)
+            weights, value = iterates[best], values[best]
         lower_bound = trace.average_gradient.min().item()
         attack = None
         if isinstance(game, FiniteGame) and counts is not None:
             attack = counts * (game.masses[:, None] / trace.num_steps)
         return Equilibrium(
-            weights=trace.weights,
-            value=trace.value,
-            gap=certified_gap(game, trace.value, lower_bound),
+            weights=weights,
+            value=value,
+            gap=certified_gap(game, value, lower_bound),
             attack=attack,
             status=trace.status,
             history=trace.history,

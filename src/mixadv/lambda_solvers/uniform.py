@@ -22,6 +22,10 @@ class Uniform(LambdaSolver):
 
     adapts: ClassVar[bool] = False
 
+    def attack_cost(self) -> float:
+        """One best response."""
+        return 1.0
+
     def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """See `LambdaSolver.solve`; lam0 and the generator play no part."""
         lam = uniform(game.num_members)

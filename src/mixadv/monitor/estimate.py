@@ -9,7 +9,7 @@ from torch import Tensor
 from mixadv.mixture import Mixture
 from mixadv.training import MixtureTraining
 
-MIN_SECONDS = 0.5
+ENOUGH_SECONDS = 1.0
 
 
 def _synchronize(device: torch.device) -> None:
@@ -35,20 +35,28 @@ def seconds_per_batch(
 ) -> float:
     """Seconds that one members step takes on a full batch of `batch_size`, extrapolated from few images.
 
-    Starts with two images and takes four times as many while a step is too short to time. The step runs on a copy
-    of the members and on generators of its own: the training that follows is the same as without it.
+    Starts with two images and takes four times as many while a step is short; what is left is extrapolated by the
+    seconds per further image, so that the fixed cost of a step counts once. The step runs on a copy of the members
+    and on generators of its own: the training that follows is the same as without it.
     """
     mixture = copy.deepcopy(module.mixture).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    count = min(2, batch_size)
-    while True:
+
+    def timed(count: int) -> float:
         x = torch.rand(count, *image_shape, generator=generator, device=device)
         y = torch.randint(num_classes, (count,), generator=generator, device=device)
         # The first call also pays for what libraries set up once.
-        seconds = min(_timed(module, mixture, x, y, generator, device) for _ in range(2))
-        if seconds >= MIN_SECONDS or count >= batch_size:
-            return seconds * batch_size / count
-        count = min(4 * count, batch_size)
+        return min(_timed(module, mixture, x, y, generator, device) for _ in range(2))
+
+    count = min(2, batch_size)
+    seconds = timed(count)
+    per_image = seconds / count
+    while count < batch_size and seconds < ENOUGH_SECONDS:
+        more = min(4 * count, batch_size)
+        longer = timed(more)
+        per_image = max(0.0, longer - seconds) / (more - count)
+        count, seconds = more, longer
+    return seconds + per_image * (batch_size - count)
 
 
 def _timed(

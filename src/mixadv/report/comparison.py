@@ -47,9 +47,7 @@ def compare(run: Run) -> Comparison | None:
     except ValueError as error:
         note = str(error)
     else:
-        mean = float(paired.mean())
-        half = Z95 * float(paired.std(ddof=1)) / math.sqrt(len(paired))
-        return Comparison(mean, mean - half, mean + half, True, len(paired), "")
+        return _paired(paired)
     difference = run.robust.value - other.robust.value
     half_widths = [(r.high - r.low) / 2 for r in (run.robust, other.robust) if r.low is not None and r.high is not None]
     half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
@@ -77,6 +75,47 @@ def _paired_differences(run: Run, other: Run) -> np.ndarray:
     if not np.array_equal(labels_a, labels_b):
         raise ValueError("the two were evaluated on different test images")
     return a - b
+
+
+def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
+    """The mixture against its member with the highest robust accuracy on these images, paired; None if L < 2.
+
+    Choosing the member on the same images favours it a little. None also where the records do not hold
+    `members_robust` [L, N] for the images of the results.
+    """
+    if len(run.members) < 2 or run.robust.value is None:
+        return None
+    try:
+        records = read_records(run)
+    except ValueError:
+        return None
+    robust, members = records.get("robust"), records.get("members_robust")
+    if robust is None or members is None or members.ndim != 2 or members.shape[1:] != robust.shape or len(robust) < 2:
+        return None
+    best = int(members.mean(axis=1).argmax())
+    return best, _paired(robust.astype(np.float64) - members[best].astype(np.float64))
+
+
+def _paired(differences: np.ndarray) -> Comparison:
+    mean = float(differences.mean())
+    half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return Comparison(mean, mean - half, mean + half, True, len(differences), "")
+
+
+def member_sentence(run: Run) -> str:
+    """One sentence: mixture minus its best member; "" where there is nothing to compare."""
+    found = compare_with_best_member(run)
+    if found is None:
+        return ""
+    best, result = found
+    points, low, high = (f"{100 * v:+.1f}" for v in result[:3])
+    if result.low > 0:
+        verdict = "the mixture is more robust than any of its members alone"
+    elif result.high < 0:
+        verdict = "its best member alone is more robust than the mixture"
+    else:
+        verdict = "no difference is shown"
+    return f"Mixture minus its best member (member {best}): {points} points, 95 % interval [{low}, {high}]: {verdict}."
 
 
 def comparison_sentence(run: Run) -> str:

@@ -23,6 +23,7 @@ from mixadv.errors import UserError
 from mixadv.report.names import group_name, natural_key, number
 
 BASELINE = "baseline"
+RECORDS = ("labels", "clean", "robust", "members_robust")
 _MARKERS = ("results.json", "metrics.csv", "DONE", "FAILED")
 
 
@@ -216,7 +217,8 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_records(run: Run) -> dict[str, np.ndarray]:
-    """The per-example arrays `labels` [N], `clean` [N] and `robust` [N] of `records.npz`, those it has.
+    """The per-example arrays of `records.npz` that are compared, those it has: `labels`, `clean`, `robust` [N] and
+    `members_robust` [L, N].
 
     Raises:
         ValueError: the file is missing or cannot be read.
@@ -224,7 +226,7 @@ def read_records(run: Run) -> dict[str, np.ndarray]:
     try:
         # Opened here, since np.load leaves a damaged file open.
         with open(run.path / "records.npz", "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in ("labels", "clean", "robust") if name in file.files}
+            return {name: file[name] for name in RECORDS if name in file.files}
     except FileNotFoundError:
         raise ValueError(f"{run.path / 'records.npz'} is missing") from None
     except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixadv.report.comparison import comparison_sentence
+from mixadv.report.comparison import comparison_sentence, member_sentence
 from mixadv.report.files import Interval, Run, replacing
 from mixadv.report.names import format_ball, format_eps, group_name, norm_symbol, number, short_names
 
@@ -47,8 +47,7 @@ def results_table(run: Run) -> Table:
 
     "mixture" is the randomized classifier, its accuracies exact expectations over the draw of a member;
     "ensemble accuracy" is argmax of the averaged probabilities, a different and deterministic classifier,
-    given on clean images only. Members' intervals, which the files do not carry, are normal approximations
-    p ± z sqrt(p (1 - p) / N).
+    given on clean images only. All intervals are those that the evaluation stored.
     """
     table = Table(title=Text(_headline(run)), caption=Text(_caption(run)), title_justify="left", caption_justify="left")
     table.add_column("")
@@ -81,8 +80,9 @@ def show_run(run: Run, console: Console) -> None:
 
     if run.results is not None:
         print_whole(results_table(run), console)
-        if sentence := comparison_sentence(run):
-            say(sentence)
+        for sentence in (comparison_sentence(run), member_sentence(run)):
+            if sentence:
+                say(sentence)
     if run.state == "failed":
         say(f"Failed: {run.reason}", "red")
     elif run.state == "unfinished":

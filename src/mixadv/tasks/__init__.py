@@ -18,15 +18,16 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         UserError: something outside the program has to be fixed; the message says what.
     """
     if cfg.task == "train":
-        from mixadv.tasks.run_directory import State, claim, show
+        from mixadv.tasks.run_directory import State, claim, show, working_in
 
         run_dir, state = claim(run_dir, cfg)
         if state is State.DONE:
             show(run_dir, done_before=True)
             return
-        from mixadv.tasks.train import train
+        with working_in(run_dir):
+            from mixadv.tasks.train import train
 
-        train(cfg, run_dir, state, sweep)
+            train(cfg, run_dir, state, sweep)
     elif cfg.task == "evaluate":
         from mixadv.tasks.evaluate import evaluate_mixture
 

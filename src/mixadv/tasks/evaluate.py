@@ -9,9 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from mixadv.errors import UserError
 from mixadv.export import read_mixture
+from mixadv.mixture import Mixture
 from mixadv.tasks import build
 from mixadv.tasks.measure import measure
-from mixadv.tasks.run_directory import State, claim, mark_done, show, write_config, write_results
+from mixadv.tasks.run_directory import State, claim, mark_done, show, working_in, write_config, write_results
 
 
 def evaluate_mixture(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
@@ -26,6 +27,12 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> No
     if state is State.DONE:
         show(run_dir, done_before=True)
         return
+    with working_in(run_dir):
+        _measure_in(run_dir, cfg, mixture, config)
+    show(run_dir)
+
+
+def _measure_in(run_dir: Path, cfg: DictConfig, mixture: Mixture, config: dict[str, Any]) -> None:
     device = build.resolve_device(cfg.trainer.accelerator)
     data = build.build_data(cfg.data)
     _check_fit(config, data)
@@ -41,14 +48,18 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> No
     results["seconds"]["total"] = round(time.perf_counter() - started, 3)
     write_results(run_dir, results, arrays)
     mark_done(run_dir)
-    show(run_dir)
 
 
 def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) -> DictConfig:
-    """`cfg` with data, eps and norm from the mixture's recipe, except what the command line says itself."""
+    """`cfg` with data, eps and norm from the mixture's recipe, except what the command line says itself.
+
+    Raises:
+        UserError: the command line says what only the mixture can.
+    """
     said = [text.lstrip("+").split("=", 1)[0] for text in overrides]
-    if "experiment" in said:
-        return cfg
+    for key in said:
+        if key in ("experiment", "L", "model") or key.startswith("model."):
+            raise UserError(f"{key}=...: task=evaluate takes it from the mixture; leave it out")
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
     if "data" not in said and "data" in config:

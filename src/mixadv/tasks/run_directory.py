@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -76,6 +78,20 @@ def _difference(saved: Any, cfg: DictConfig) -> str:
     keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in INDIFFERENT)]
     changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
     return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+@contextmanager
+def working_in(run_dir: Path) -> Iterator[None]:
+    """Work in a claimed directory: a failure leaves FAILED there with its reason, or nothing if it wrote nothing."""
+    try:
+        yield
+    except Exception as error:
+        if not any(run_dir.iterdir()):
+            run_dir.rmdir()
+        else:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            (run_dir / "FAILED").write_text(reason + "\n")
+        raise
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:

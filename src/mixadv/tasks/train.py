@@ -20,7 +20,7 @@ from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.export import save_mixture
-from mixadv.lambda_solvers import OracleSubgradient, Uniform
+from mixadv.lambda_solvers import Uniform
 from mixadv.mixture import Mixture
 from mixadv.monitor.checkpoints import Checkpoints, read_checkpoint
 from mixadv.monitor.console import ConsoleProgress
@@ -172,6 +172,7 @@ def _train_and_measure(setting: Setting, run_dir: Path, mirror: Any) -> None:
         "num_test": data.num_test,
     }
     results["best_epoch"] = best_epoch
+    results["member_updates"] = module.member_updates
     results["seconds"] = {
         "train": round(training_seconds, 3),
         **results["seconds"],
@@ -296,13 +297,13 @@ def _announce(setting: Setting, module: MixtureTraining) -> None:
     per_batch = seconds_per_batch(module, data.image_shape, data.num_classes, data.batch_size, device)
     member_batches = module.schedule.member_batches_in(module.total_batches)
     phases = module.total_batches - member_batches
-    # A step of Algorithm 1 attacks once; the entropic solver's pool costs about two attacks.
-    attacks = module.solver.num_steps if isinstance(module.solver, OracleSubgradient) else 2
     steps = module.validation_attack.num_steps / max(1, module.training_attack.num_steps)
     validations = epochs / cfg.trainer.val_every_epochs * steps * data.num_val / data.batch_size
-    seconds = per_batch * (member_batches + phases * attacks + validations)
+    seconds = per_batch * (member_batches + phases * module.solver.attack_cost() + validations)
     members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
-    hardware = f"{torch.get_num_threads()} CPU cores" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    cores = f"{threads} CPU core{'s' if threads > 1 else ''}"
+    hardware = cores if device.type == "cpu" else torch.cuda.get_device_name(device)
     line = f"Training {members} for {epochs} epochs each on {hardware}: about {in_words(seconds)}"
     if device.type == "cpu" and seconds > LONG_ON_CPU:
         line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"
