@@ -220,6 +220,12 @@ BAD_VALUES = [
     ("+schedule.foo=1", "schedule.foo"),
     ("+optimizer.foo=1", "optimizer.foo"),
     ("+trainer.foo=1", "trainer.foo"),
+    # What would be read, recorded, and then overruled.
+    ("+threat_model.eps=0.9", "threat_model.eps"),
+    ("+attack.restarts=7", "attack.restarts"),
+    ("+attack.keep=last", "attack.keep"),
+    ("members=[a,b]", "members"),
+    ("trainer.val_every_epochs=3", "trainer.val_every_epochs"),
 ]
 
 

@@ -29,6 +29,7 @@ from mixadv.report import (
     sweep_table,
     write_table_csv,
 )
+from mixadv.report.comparison import compare_with_best_member, member_sentence
 from mixadv.report.figures import curves_figure, member_style, running_mean
 from mixadv.report.names import format_eps, group_name, number
 from mixadv.report.sweeps import sweep_figure
@@ -369,6 +370,26 @@ def test_paired_difference_against_closed_form_and_bootstrap(run_dir: Path) -> N
     draws = np.random.default_rng(3).integers(400, size=(4000, 400))
     low, high = np.quantile(a[draws].mean(1) - b[draws].mean(1), [0.025, 0.975])
     assert (result.low, result.high) == pytest.approx((low, high), abs=0.006)
+
+
+def test_the_best_member_is_compared_on_the_same_images(run_dir: Path) -> None:
+    file = run_dir / "records.npz"
+    arrays = load(file)
+    assert compare_with_best_member(read_run(run_dir)) is None
+    draws = np.random.default_rng(8).random((3, 400))
+    members = (draws < np.array([[0.3], [0.9], [0.6]])).astype(np.uint8)
+    np.savez(file, **arrays, members_robust=members)
+    found = compare_with_best_member(read_run(run_dir))
+    assert found is not None
+    best, result = found
+    assert best == 1
+    interval = stats.ttest_rel(arrays["robust"], members[1]).confidence_interval(0.95)
+    scale = stats.norm.ppf(0.975) / stats.t.ppf(0.975, df=399)
+    assert result.difference == pytest.approx(arrays["robust"].mean() - members[1].mean(), abs=1e-12)
+    assert result.high - result.low == pytest.approx((interval.high - interval.low) * scale, rel=1e-9)
+    sentence = member_sentence(read_run(run_dir))
+    assert "member 1" in sentence
+    assert "its best member alone is more robust than the mixture" in sentence
 
 
 def test_unpaired_difference_when_records_cannot_be_paired(run_dir: Path) -> None:

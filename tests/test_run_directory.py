@@ -196,6 +196,15 @@ def test_a_finished_run_is_shown_and_not_touched(trained, tmp_path):
     assert json.loads((folder / "tiny" / "results.json").read_text())["seed"] == 5
 
 
+def test_a_refused_command_does_not_mark_the_run_of_another(command, tmp_path):
+    """The run that the directory belongs to may still be training elsewhere."""
+    folder = tmp_path / "outputs" / "train" / "taken"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("L: 99\n")
+    assert "holds a run with other settings" in command(*TINY, "name=taken").refusal()
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml"]
+
+
 def test_showing_a_finished_run_does_not_even_rewrite_its_figure(trained):
     from conftest import run_command
 
