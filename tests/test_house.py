@@ -383,3 +383,25 @@ def test_the_readme_shows_the_commands_of_the_contract():
     assert any("-m" in words or "--multirun" in words for words in shown)
     assert any("task=report" in words for words in shown)
     assert any("task=evaluate" in words for words in shown)
+
+
+def test_the_readme_is_finished_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert "docs/quickstart.png" in links
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+    assert not re.search(r"\b(TODO|TBD|FIXME|XXX|RESULTS_HERE)\b", text)
+
+
+def test_the_python_of_the_readme_runs(trained):
+    import torch
+
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert '"outputs/train/quickstart"' in block
+    names = {}
+    exec(block.replace('"outputs/train/quickstart"', repr(str(trained.path))), names)
+    assert names["x_adv"].shape == names["x"].shape
+    solution = names["solution"]
+    torch.testing.assert_close(solution.weights, torch.tensor([0.4, 0.6], dtype=torch.float64), atol=0.02, rtol=0)
+    assert solution.value == pytest.approx(0.6, abs=0.02)
+    assert 0 <= solution.gap < 0.05
