@@ -354,6 +354,15 @@ def test_an_evaluation_takes_what_the_command_says_over_what_was_trained(trained
     assert found["config"]["eps"] == 0.2
 
 
+def test_a_path_may_be_called_as_runs_are_called(trained, command, tmp_path):
+    shutil.copytree(trained.path, tmp_path / "eps=0.05,L=3")
+    shown = command("task=report", "runs=eps=0.05,L=3")
+    assert shown.rc == 0, shown.err
+    finished = command("task=evaluate", "mixture=eps=0.05,L=3/mixture", "data.num_test=20")
+    assert finished.rc == 0, finished.err
+    assert (tmp_path / "outputs" / "evaluate" / "mixture=eps=0.05,L=3-mixture,data.num_test=20").is_dir()
+
+
 def test_an_evaluation_takes_another_norm(trained, command, tmp_path):
     argv = ["task=evaluate", f"mixture={trained.path}", "threat_model=l2", "eps=0.3", "data.num_test=20", "name=l2"]
     finished = command(*argv)

@@ -122,7 +122,7 @@ def path_safe(text: str) -> str:
 
     Names longer than a file system likes are cut, and closed with a digest so that they stay distinct.
     """
-    safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text.replace("[", "").replace("]", "")).strip("-. ")
+    safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", re.sub(r"[\[\]'\"]", "", text)).strip("-. ")
     if len(safe) > MAX_NAME:
         import hashlib
 

@@ -18,6 +18,8 @@ from mixadv.errors import UserError
 # The shell's own code for a program ended by Ctrl-C.
 INTERRUPTED = 130
 
+PATH_KEYS = ("mixture", "runs", "data.root")
+
 _failed: list[str] = []
 
 
@@ -43,6 +45,14 @@ def _composition_message(error: Exception) -> str:
     # The lines after the first name OmegaConf's internals.
     reason = f": {str(error.__cause__).splitlines()[0]}" if error.__cause__ is not None else ""
     return lines[0].removeprefix("Error merging override ") + reason
+
+
+def _quoted(argument: str) -> str:
+    """Quote a path that exists: run directories are called `eps=8-255,L=3`, which Hydra's grammar would take apart."""
+    key, _, value = argument.partition("=")
+    if key in PATH_KEYS and set(value) & set("=,()[]{}: ") and "'" not in value and Path(value).exists():
+        return f"{key}='{value}'"
+    return argument
 
 
 def _job(cfg: DictConfig) -> None:
@@ -98,6 +108,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     config.register()
     _failed.clear()
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
 
     import hydra
     from hydra.errors import HydraException
