@@ -38,8 +38,8 @@ def _has_key() -> bool:
 class _Link:
     """The connection that a mirror and its views share: the first failure is told, and is the last attempt."""
 
-    def __init__(self, run: Any, console: Console) -> None:
-        self.run, self.console, self.lost = run, console, False
+    def __init__(self, console: Console) -> None:
+        self.console, self.lost = console, False
 
     def attempt(self, action: Callable[[], object]) -> None:
         if self.lost:
@@ -116,7 +116,7 @@ class WandbMirror:
             self.run = wandb.init(mode="offline", settings=settings, **arguments)
             mode = "offline"
         self.mode = mode
-        self._link = _Link(self.run, console)
+        self._link = _Link(console)
         self._link.attempt(self._define_axes)
         if self.mode == "online":
             console.print(f"Weights & Biases: {self.run.url}", highlight=False)
@@ -160,29 +160,22 @@ class WandbMirror:
 
         The difference is scaled so that -eps is black and +eps is white.
         """
-        self._link.attempt(lambda: self._send_images(clean, adversarial, labels, wrong, eps))
-
-    def _send_images(
-        self,
-        clean: np.ndarray,
-        adversarial: np.ndarray,
-        labels: Sequence[str],
-        wrong: Sequence[str],
-        eps: float,
-    ) -> None:
         import wandb
 
         def picture(image: np.ndarray) -> Any:
             pixels = np.clip(np.round(image * 255), 0, 255).astype(np.uint8).transpose(1, 2, 0)
             return wandb.Image(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
-        difference = 0.5 + (adversarial - clean) / (2 * eps) if eps > 0 else np.full_like(clean, 0.5)
-        rows = [
-            [picture(a), picture(b), picture(d), label, members]
-            for a, b, d, label, members in zip(clean, adversarial, difference, labels, wrong, strict=True)
-        ]
-        columns: list[str | int] = ["clean", "adversarial", "difference", "label", "fooled members"]
-        self.run.log({f"{self._prefix}examples": wandb.Table(columns=columns, data=rows)})
+        def send() -> None:
+            difference = 0.5 + (adversarial - clean) / (2 * eps) if eps > 0 else np.full_like(clean, 0.5)
+            rows = [
+                [picture(a), picture(b), picture(d), label, members]
+                for a, b, d, label, members in zip(clean, adversarial, difference, labels, wrong, strict=True)
+            ]
+            columns: list[str | int] = ["clean", "adversarial", "difference", "label", "fooled members"]
+            self.run.log({f"{self._prefix}examples": wandb.Table(columns=columns, data=rows)})
+
+        self._link.attempt(send)
 
     def finish(self, exit_code: int) -> None:
         """Close the run; a crash shows as one. Offline, say how to upload."""

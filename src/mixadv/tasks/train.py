@@ -71,7 +71,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     setting = Setting(cfg, data, device, threat_model, build.model_recipe(cfg.model, data), console)
     # Everything that can be refused is built once before the directory is written and the mirror started.
-    _module(setting)
+    module = _module(setting)
     build.build_protocol(cfg)
 
     write_config(run_dir, cfg)
@@ -79,7 +79,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
-        _train_and_measure(setting, run_dir, mirror)
+        _train_and_measure(setting, module, run_dir, mirror)
         if cfg.baseline:
             _train_baseline(setting, run_dir / "baseline", mirror)
     mark_done(run_dir)
@@ -133,17 +133,17 @@ def _train_baseline(setting: Setting, run_dir: Path, mirror: Any) -> None:
     cfg.L, cfg.baseline = 1, False
     run_dir.mkdir(exist_ok=True)
     write_config(run_dir, cfg)
-    _train_and_measure(replace(setting, cfg=cfg), run_dir, None if mirror is None else mirror.baseline())
+    single = replace(setting, cfg=cfg)
+    _train_and_measure(single, _module(single), run_dir, None if mirror is None else mirror.baseline())
     draw_curves(run_dir)
     mark_done(run_dir)
 
 
-def _train_and_measure(setting: Setting, run_dir: Path, mirror: Any) -> None:
-    """Train the members, evaluate the best epoch on the test set once, write everything but DONE."""
+def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path, mirror: Any) -> None:
+    """Train the module's members, evaluate the best epoch on the test set once, write everything but DONE."""
     if read_results(run_dir) is not None:
         return
     cfg, data = setting.cfg, setting.data
-    module = _module(setting)
     mixture_config = {
         "L": cfg.L,
         "model": setting.recipe,
