@@ -420,7 +420,7 @@ class Step(nn.Module):
 
 def test_members_without_gradient_are_refused():
     with pytest.raises(ValueError, match="no gradient"):
-        PGD(1)(Step(), torch.rand(2, 3), torch.zeros(2, dtype=torch.long), LINF)
+        PGD(1)(Step(), torch.rand(2, 3) / 2, torch.zeros(2, dtype=torch.long), LINF)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
+from mixadv.attacks.search import WorstPoints, check_batch, gradient
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -32,7 +33,8 @@ class PGD:
             forward pass where the objective needs clean logits).
         "objective": the highest objective among x itself, all starts and all iterates.
         "accuracy": over the same points, the lowest exact expected accuracy sum_k lambda_k 1[f_k(x') = y],
-            and among equals the highest objective.
+            and among equals the highest objective. An example whose expected accuracy has reached 0 cannot get
+            worse, and is left alone from there on.
 
     Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with
     frozen parameters, and left as found. Under autocast the iterates stay in the dtype of x.
@@ -72,9 +74,7 @@ class PGD:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        _check_batch(x, y)
-        if self.keep != "last" and not bool(threat_model.check(x, x).all()):
-            raise ValueError(f"x is not finite or lies outside the box {threat_model.bounds} of the threat model")
+        check_batch(x, y, None if self.keep == "last" else threat_model)
         if threat_model.eps == 0 or len(x) == 0:
             return x.detach().clone()
         mixture = as_mixture(mixture)
@@ -91,43 +91,87 @@ class PGD:
         generator: torch.Generator | None,
     ) -> Tensor:
         weights = mixture.weights
-        best: _Best | None = None
+        worst: WorstPoints | None = None
         clean_logits: Tensor | None = None
         if self.objective.needs_clean or self.keep != "last":
             with torch.no_grad():
                 clean = mixture.member_logits(x)
                 clean_logits = clean if self.objective.needs_clean else None
                 if self.keep != "last":
-                    best = _Best(mixture, x, y, self.keep == "accuracy")
-                    best.offer(x, clean, self.objective(clean, y, weights, clean_logits))
+                    worst = WorstPoints(mixture, x, y, self.keep == "accuracy")
+                    worst.offer(x, clean, self.objective(clean, y, weights, clean_logits))
+        if worst is None:
+            return self._climb(mixture, x, y, threat_model, clean_logits, generator)
 
-        x_adv = x
-        for _ in range(1 if self.keep == "last" or self.start == "none" else self.restarts):
-            x_adv = self._start(x, threat_model, generator)
-            for _ in range(self.num_steps):
-                x_adv.requires_grad_(True)
-                logits = mixture.member_logits(x_adv)
-                objective = self.objective(logits, y, weights, clean_logits)
-                grad = _gradient(objective, x_adv)
-                x_adv = x_adv.detach()
-                if best is not None:
-                    best.offer(x_adv, logits.detach(), objective.detach())
-                    best.masked |= grad.flatten(1).isnan().any(1)
-                x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
-                x_adv = threat_model.project(x_adv, x)
-            if best is not None:
-                with torch.no_grad():
-                    logits = mixture.member_logits(x_adv)
-                    best.offer(x_adv, logits, self.objective(logits, y, weights, clean_logits))
-        if best is None:
-            return x_adv
-        if bool(best.masked.any()):
+        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(1 if self.start == "none" else self.restarts):
+            self._search(mixture, x, y, threat_model, clean_logits, generator, worst, blind)
+        if bool(blind.any()):
             warnings.warn(
-                f"PGD met NaN gradients on {int(best.masked.sum())} of {len(x)} examples and could not climb "
+                f"PGD met NaN gradients on {int(blind.sum())} of {len(x)} examples and could not climb "
                 "there: robustness measured with it is overstated",
                 stacklevel=3,
             )
-        return best.x
+        return worst.x
+
+    def _climb(
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        clean_logits: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The last iterate, and nothing but the passes that it takes."""
+        x_adv = self._start(x, threat_model, generator)
+        for _ in range(self.num_steps):
+            x_adv.requires_grad_(True)
+            objective = self.objective(mixture.member_logits(x_adv), y, mixture.weights, clean_logits)
+            grad = gradient(objective, x_adv)
+            x_adv = threat_model.ascent_step(x_adv.detach(), grad, self.step_size * threat_model.eps)
+            x_adv = threat_model.project(x_adv, x)
+        return x_adv
+
+    def _search(
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        clean_logits: Tensor | None,
+        generator: torch.Generator | None,
+        worst: WorstPoints,
+        blind: Tensor,
+    ) -> None:
+        """One start, whose points go to `worst`; `blind` marks the examples that met NaN gradients."""
+        rows = torch.arange(len(x), device=x.device)
+        x_adv: Tensor | None = None
+        for step in range(self.num_steps + 1):
+            if self.keep == "accuracy":
+                open_ = worst.accuracy[rows] > 0
+                if not bool(open_.all()):
+                    rows = rows[open_]
+                    x_adv = None if x_adv is None else x_adv[open_]
+            if not len(rows):
+                return
+            if x_adv is None:
+                x_adv = self._start(x[rows], threat_model, generator)
+            clean = None if clean_logits is None else clean_logits[:, rows]
+            last = step == self.num_steps
+            x_adv.requires_grad_(not last)
+            with torch.set_grad_enabled(not last):
+                logits = mixture.member_logits(x_adv)
+                objective = self.objective(logits, y[rows], mixture.weights, clean)
+            if last:
+                worst.offer(x_adv, logits, objective, rows)
+                return
+            grad = gradient(objective, x_adv)
+            x_adv = x_adv.detach()
+            worst.offer(x_adv, logits.detach(), objective.detach(), rows)
+            blind[rows] |= grad.flatten(1).isnan().any(1)
+            x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
+            x_adv = threat_model.project(x_adv, x[rows])
 
     def _start(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
         if self.start == "none":
@@ -137,47 +181,3 @@ class PGD:
         device = x.device if generator is None else generator.device
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
         return threat_model.project(x + 1e-3 * noise, x)
-
-
-class _Best:
-    """The best point seen so far for each example: lowest expected accuracy (if `by_accuracy`), then highest
-    objective. Points that are not finite, and objectives that are NaN, never win."""
-
-    def __init__(self, mixture: Mixture, x: Tensor, y: Tensor, by_accuracy: bool) -> None:
-        self.mixture, self.y, self.by_accuracy = mixture, y, by_accuracy
-        self.x = x
-        self.masked = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.objective = torch.full((len(x),), float("-inf"), device=x.device)
-        self.accuracy = torch.full((len(x),), float("inf"), device=x.device)
-
-    def offer(self, x: Tensor, logits: Tensor, objective: Tensor) -> None:
-        objective = objective.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-        better = objective > self.objective
-        if self.by_accuracy:
-            accuracy = self.mixture.expectation(logits.argmax(-1) == self.y)
-            better = (accuracy < self.accuracy) | ((accuracy == self.accuracy) & better)
-        better &= x.flatten(1).isfinite().all(1)
-        if self.by_accuracy:
-            self.accuracy = torch.where(better, accuracy, self.accuracy.to(accuracy.dtype))
-        self.objective = torch.where(better, objective, self.objective.to(objective.dtype))
-        self.x = torch.where(better.reshape(-1, *[1] * (x.ndim - 1)), x, self.x)
-
-
-def _gradient(objective: Tensor, x_adv: Tensor) -> Tensor:
-    """d sum_i objective_i / dx: the examples do not interact in eval mode, so each gets its own gradient."""
-    if not objective.requires_grad:
-        raise ValueError(
-            "the objective has no gradient with respect to the input: no member is differentiable; "
-            "use an attack without gradients"
-        )
-    (grad,) = torch.autograd.grad(objective.sum(), x_adv)
-    return grad
-
-
-def _check_batch(x: Tensor, y: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x is {x.dtype}: convert it to float32 (or float64), in the units of the threat model")
-    if x.ndim < 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not match: expected [B, ...] and [B]")
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"labels are {y.dtype}: expected class numbers (torch.long)")

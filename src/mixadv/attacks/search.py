@@ -1,0 +1,93 @@
+"""What attacks share: checks of their input, the gradient of their objective, and the worst point found so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel
+
+
+class WorstPoints:
+    """The worst point seen so far for each example: lowest expected accuracy, then highest objective.
+
+    Points that are not finite, and objectives that are NaN, never win.
+
+    Args:
+        mixture: whose exact expected accuracy sum_k lambda_k 1[f_k(x') = y] counts.
+        x: [B, ...], the start; offer it first, so that nothing returned is better for the mixture than x itself.
+        y: labels [B].
+        by_accuracy: False compares objectives alone.
+
+    Attributes:
+        x: [B, ...], the worst points; accuracy: [B] float64, their expected accuracy, and objective: [B] float64.
+    """
+
+    def __init__(self, mixture: Mixture, x: Tensor, y: Tensor, by_accuracy: bool = True) -> None:
+        self.mixture, self.y, self.by_accuracy = mixture, y, by_accuracy
+        self.x = x.clone()
+        # As `Mixture.expectation`: Apple's devices have no float64.
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        self.objective = torch.full((len(x),), float("-inf"), dtype=wide, device=x.device)
+        self.accuracy = torch.full((len(x),), float("inf"), dtype=wide, device=x.device)
+
+    def offer(self, x: Tensor, logits: Tensor, objective: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Compare one more point of each example, or of the examples `rows`, with the worst so far.
+
+        Args:
+            x: [R, ...]; logits: of all members there, [L, R, C]; objective: [R]; rows: [R] long, None for all in order.
+
+        Returns:
+            [R] bool, where the new point is worse for the mixture and was kept.
+        """
+        rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        objective = objective.to(self.objective)
+        objective = objective.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        worse = objective > self.objective[rows]
+        if self.by_accuracy:
+            accuracy = self.mixture.expectation(logits.argmax(-1) == self.y[rows]).to(self.accuracy)
+            worse = (accuracy < self.accuracy[rows]) | ((accuracy == self.accuracy[rows]) & worse)
+        worse &= x.flatten(1).isfinite().all(1)
+        kept = rows[worse]
+        if self.by_accuracy:
+            self.accuracy[kept] = accuracy[worse]
+        self.objective[kept] = objective[worse]
+        self.x[kept] = x[worse]
+        return worse
+
+    def open(self) -> Tensor:
+        """[R] long, the examples that can still get worse: some member that may be drawn is right."""
+        return (self.accuracy > 0).nonzero().flatten()
+
+
+def gradient(objective: Tensor, x_adv: Tensor, retain_graph: bool = False) -> Tensor:
+    """d sum_i objective_i / dx: the examples do not interact in eval mode, so each gets its own gradient.
+
+    Raises:
+        ValueError: the objective does not depend on x_adv differentiably.
+    """
+    if not objective.requires_grad:
+        raise ValueError(
+            "the objective has no gradient with respect to the input: no member is differentiable; "
+            "use an attack without gradients"
+        )
+    (grad,) = torch.autograd.grad(objective.sum(), x_adv, retain_graph=retain_graph)
+    return grad
+
+
+def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel | None = None) -> None:
+    """Refuse what no attack can work on.
+
+    Raises:
+        ValueError: x is not float32 or float64 (half precision cannot hold a point of the ball), labels do not match,
+            or, where a threat model is given, x is not finite or outside its box (asking waits for the device).
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x is {x.dtype}: convert it to float32 (or float64), in the units of the threat model")
+    if x.ndim < 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not match: expected [B, ...] and [B]")
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"labels are {y.dtype}: expected class numbers (torch.long)")
+    if threat_model is not None and not bool(threat_model.check(x, x).all()):
+        raise ValueError(f"x is not finite or lies outside the box {threat_model.bounds} of the threat model")
