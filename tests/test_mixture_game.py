@@ -48,7 +48,7 @@ def game_on(mixture, loss, seed=9, batch=5):
     x, y = torch.rand(batch, 1, 8, 8), torch.arange(batch) % 4
     attack = Recorder(PGD(num_steps=3, objective=InnerLoss(loss), start=loss.start, keep="objective"))
     generator = torch.Generator().manual_seed(seed)
-    return MixtureGame(mixture, x, y, ThreatModel("linf", 0.1), attack, loss, generator), attack
+    return MixtureGame(mixture, x, y, ThreatModel("linf", 0.1), [attack], loss, generator), attack
 
 
 def losses_by_hand(mixture, loss, game, x_adv):
@@ -170,7 +170,7 @@ def lines():
         losses[i, j, k] = math.log1p(math.exp(-z if y[i] == 1 else z))
     attack = PGD(num_steps=12, step_size=0.5, restarts=5, objective=InnerLoss(AT()), keep="objective")
     generator = torch.Generator().manual_seed(0)
-    game = MixtureGame(Mixture(members), x, y, ThreatModel("linf", EPS, None), attack, AT(), generator)
+    game = MixtureGame(Mixture(members), x, y, ThreatModel("linf", EPS, None), [attack], AT(), generator)
     return game, losses
 
 

@@ -380,7 +380,8 @@ def test_a_weights_phase_starts_from_the_current_weights_on_its_own_batch(digits
         assert game.loss is module.loss
         assert torch.equal(game.x, batches[t - 1][0])
         assert torch.equal(game.y, batches[t - 1][1])
-        assert (game.attack.keep, game.attack.start) == ("objective", "gaussian")
+        (attack,) = game.attacks
+        assert (attack.keep, attack.start) == ("objective", "gaussian")
     assert module.mixture.weights.tolist() == pytest.approx([0.1, 0.65, 0.25])
 
 

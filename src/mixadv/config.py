@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mixadv.errors import UserError
 
-TASKS = ("train", "evaluate", "report")
+TASKS = ("train", "evaluate", "solve", "game", "report")
 PRECISIONS = ("fp32", "bf16")
 RESUME = ("auto", "never")
 MAX_NAME = 120
@@ -93,6 +93,7 @@ class Config:
     attack: dict[str, Any] = MISSING
     protocol: dict[str, Any] = MISSING
     lambda_solver: dict[str, Any] = MISSING
+    game: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
 
 
@@ -218,8 +219,8 @@ def check(cfg: DictConfig) -> None:
     fixed = sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack))
     if fixed:
         raise UserError(f"attack.{fixed[0]}: in training it follows from the loss and the phase; leave it out")
-    if cfg.members:
-        raise UserError("members=[...]: no task of this version reads it; leave it out")
+    if cfg.members and cfg.task not in ("solve", "evaluate"):
+        raise UserError(f"members=[...]: task={cfg.task} does not read it; it lists what task=solve weighs")
     _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
     _at_least("schedule.epochs", cfg.schedule.epochs, 1)
     _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)

@@ -4,30 +4,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mixadv.attacks.search import Attack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 NORMAL_QUANTILE_975 = 1.959963984540054
-
-
-class Attack(Protocol):
-    """Anything that maps a mixture and a batch to perturbed images inside the threat model."""
-
-    def __call__(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Perturbed images of the shape of x."""
 
 
 def confidence_interval(mean: float, count: int) -> tuple[float, float]:

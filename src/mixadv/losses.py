@@ -62,6 +62,26 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (top[..., 0] - top[..., 2] + 1e-12)
 
 
+def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """z_t - z_y for the classes t of `target` [B]: positive only where t beats y."""
+    z = _at_least_float32(logits)
+    return (z.gather(-1, _labels(z, target)) - z.gather(-1, _labels(z, y))).squeeze(-1)
+
+
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted DLR: (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), t the classes of `target` [B].
+
+    Invariant to shifting and scaling the logits (Croce & Hein, ICML 2020, section 4). Needs 4 classes: ValueError
+    with fewer.
+    """
+    if logits.shape[-1] < 4:
+        raise ValueError(
+            f"targeted DLR needs at least 4 classes, got {logits.shape[-1]}: use the targeted margin instead"
+        )
+    top = _at_least_float32(logits).topk(4, dim=-1).values
+    return margin_targeted(logits, y, target) / (top[..., 0] - (top[..., 2] + top[..., 3]) / 2 + 1e-12)
+
+
 def zero_one(logits: Tensor, y: Tensor) -> Tensor:
     """1 where the largest logit is not that of y, else 0, in float32 (of equal logits, argmax decides)."""
     return (logits.argmax(-1) != _labels(logits, y).squeeze(-1)).float()
@@ -71,6 +91,11 @@ ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": cross_entropy,
     "margin": margin,
     "dlr": dlr,
+}
+
+TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "margin": margin_targeted,
+    "dlr": dlr_targeted,
 }
 
 
@@ -134,6 +159,23 @@ class TRADES(RobustLoss):
     def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         clean = _required(clean_logits)
         return cross_entropy(clean, y) + self.beta * kl_divergence(clean, adv_logits)
+
+
+@dataclass(frozen=True)
+class ZeroOne(RobustLoss):
+    """The loss that is reported: 1 where the member errs at the attacked input, else 0.
+
+    The attacker climbs the cross-entropy in its place; `outer` has no gradient, so nothing can be trained on it.
+    """
+
+    needs_clean: ClassVar[bool] = False
+    start: ClassVar[str] = "uniform"
+
+    def inner(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        return cross_entropy(adv_logits, y)
+
+    def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        return zero_one(adv_logits, y)
 
 
 def _required(clean_logits: Tensor | None) -> Tensor:

@@ -1,32 +1,48 @@
-"""The adversarial examples game played by a mixture on a batch: the best response is an attack."""
+"""The adversarial examples game played by a mixture on images: the best response is an attack."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixadv.attacks.pgd import PGD
+from mixadv.attacks.search import Attack
 from mixadv.game import BestResponse, FiniteGame
 from mixadv.losses import RobustLoss
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 
+class AttackedBatch(NamedTuple):
+    """Images x [R, C, H, W] attacked earlier, the points x_adv found then, and labels y [R]."""
+
+    x: Tensor
+    x_adv: Tensor
+    y: Tensor
+
+
 class MixtureGame:
-    """Weights against an attacker, on one batch, members fixed (the inner game of Algorithm 2).
+    """Weights against an attacker, on one set of images, members fixed (the inner game of Algorithm 2).
 
     The classifier chooses `lam` in the simplex, the attacker one x'_i in the ball of every example; the payoff is
-    ``(1/B) sum_i sum_k lam_k l_k(x'_i, y_i)`` with l_k the outer loss of member k, members in evaluation mode.
-    The best response is as good as the attack, so values are lower estimates of the risk R(lam). The loss of any
-    point found is real, so lower bounds that solvers derive from such points are certain for the batch.
+    ``(1/N) sum_i sum_k lam_k l_k(x'_i, y_i)`` with l_k the outer loss of member k, members in evaluation mode.
 
-    Every point that the attacker plays stays known for the life of the game, so later responses are never weaker.
+    Every point that the attacker plays stays known for the life of the game, and x itself is known from the start, so
+    later responses are never weaker. What is certain and what is an estimate: the points are real, so the value of the
+    finite game `known()` is a lower bound of the value V on these images, for certain. The best response is only as
+    good as the attacks, so the value of given weights is a lower estimate of their risk R(lam): no upper bound.
 
     Args:
         mixture: the members; its weights are left as they are.
         x: images [B, C, H, W]; y: labels [B].
         threat_model: the ball.
-        attack: the approximate best-response oracle.
+        attacks: the approximate best-response oracle: each of them makes one move in every response.
         loss: the robust loss whose outer part is the payoff.
-        generator: source of the attack's random starts and of `pool`'s uniform points, on x's device.
+        generator: source of the attacks' random starts and of `pool`'s uniform points, on x's device.
+        batch_size: images per call of an attack or a member; None takes all at once.
+        recent: batches attacked earlier, B' examples more: their payoffs are those of the members as they are now, at
+            x and at x_adv. They are not attacked again.
+        on_attack: called with the number of images after each attacked batch.
     """
 
     exact = False
@@ -37,15 +53,21 @@ class MixtureGame:
         x: Tensor,
         y: Tensor,
         threat_model: ThreatModel,
-        attack: PGD,
+        attacks: Sequence[Attack],
         loss: RobustLoss,
         generator: torch.Generator | None = None,
+        *,
+        batch_size: int | None = None,
+        recent: Sequence[AttackedBatch] = (),
+        on_attack: Callable[[int], None] | None = None,
     ) -> None:
         self.mixture, self.x, self.y = mixture, x, y
-        self.threat_model, self.attack, self.loss = threat_model, attack, loss
-        self.generator = generator
+        self.threat_model, self.attacks, self.loss = threat_model, tuple(attacks), loss
+        self.generator, self.on_attack = generator, on_attack
+        self._batch_size = batch_size or max(1, len(x))
         self._clean_logits: Tensor | None = None
-        self._moves: list[Tensor] = []
+        self._moves: list[Tensor] = [self.member_losses(x).T.cpu()]
+        self._recent = [self._payoffs_of(batch) for batch in recent]
 
     @property
     def num_members(self) -> int:
@@ -56,28 +78,52 @@ class MixtureGame:
         """Losses l_k(x', y) of every member at `x_adv` [B, ...] -> float64 [L, B]."""
         with self.mixture.attack_mode(), torch.no_grad():
             if self.loss.needs_clean and self._clean_logits is None:
-                self._clean_logits = self.mixture.member_logits(self.x)
-            losses = self.loss.outer(self.mixture.member_logits(x_adv), self._clean_logits, self.y)
-        return losses.double()
+                self._clean_logits = self._logits(self.x)
+            return self.loss.outer(self._logits(x_adv), self._clean_logits, self.y).double()
 
-    def respond(self, lam: Tensor) -> Tensor:
-        """Attack the mixture with weights `lam` [L]; the perturbed batch [B, ...]."""
+    def _logits(self, x: Tensor) -> Tensor:
+        return torch.cat([self.mixture.member_logits(part) for part in x.split(self._batch_size)], dim=1)
+
+    def _payoffs_of(self, batch: AttackedBatch) -> Tensor:
+        """[R, 2, L], at x and at x_adv."""
+        with self.mixture.attack_mode(), torch.no_grad():
+            clean, attacked = self._logits(batch.x), self._logits(batch.x_adv)
+            losses = [self.loss.outer(logits, clean, batch.y).double() for logits in (clean, attacked)]
+        return torch.stack(losses, dim=2).permute(1, 2, 0).cpu()
+
+    def respond(self, lam: Tensor) -> list[Tensor]:
+        """Attack the mixture with weights `lam` [L]; the perturbed images [B, ...] of each attack."""
         with self.mixture.using_weights(lam):
-            return self.attack(self.mixture, self.x, self.y, self.threat_model, self.generator)
+            return [self._attacked(attack, self.mixture) for attack in self.attacks]
+
+    def _attacked(self, attack: Attack, mixture: Mixture) -> Tensor:
+        found = []
+        for x, y in zip(self.x.split(self._batch_size), self.y.split(self._batch_size), strict=True):
+            found.append(attack(mixture, x, y, self.threat_model, self.generator))
+            if self.on_attack is not None:
+                self.on_attack(len(x))
+        return torch.cat(found)
+
+    def _play(self, points: Sequence[Tensor]) -> None:
+        self._moves += [self.member_losses(point).T.cpu() for point in points]
 
     def known(self) -> FiniteGame:
-        """The finite game [B, m, L] on all points that the attacker has played so far.
-
-        Raises:
-            ValueError: none yet.
-        """
-        if not self._moves:
-            raise ValueError("the attacker has not moved yet: ask for a best response first")
-        return FiniteGame(torch.stack(self._moves, dim=1))
+        """The finite game on x and all points that the attacker has played so far: [B + B', m, L]."""
+        here = torch.stack(self._moves, dim=1)
+        if not self._recent:
+            return FiniteGame(here)
+        before = torch.cat(self._recent)
+        width = max(here.shape[1], before.shape[1])
+        losses = torch.zeros(len(here) + len(before), width, self.num_members, dtype=here.dtype)
+        mask = torch.zeros(losses.shape[:2], dtype=torch.bool)
+        for rows, part in ((slice(len(here)), here), (slice(len(here), None), before)):
+            losses[rows, : part.shape[1]] = part
+            mask[rows, : part.shape[1]] = True
+        return FiniteGame(losses, mask)
 
     def best_response(self, lam: Tensor) -> BestResponse:
-        """Approximate best response to `lam`: for each example the worst of a new attack's point and all before it."""
-        self._moves.append(self.member_losses(self.respond(lam)).T.cpu())
+        """Approximate best response to `lam`: for each example the worst of the attacks' points and all before."""
+        self._play(self.respond(lam))
         response = self.known().best_response(lam.cpu().double())
         # Points, not a fixed list of perturbations: their numbers mean nothing outside.
         return BestResponse(response.gradient, response.value, response.max_loss, choice=None)
@@ -89,18 +135,18 @@ class MixtureGame:
         include_attack_points: bool,
         generator: torch.Generator | None = None,
     ) -> FiniteGame:
-        """A finite game [B, m, L] on sampled moves of the attacker.
+        """`known()` after the attacker has sampled moves.
 
-        The moves are x itself, `num_samples` uniform points of the ball and, with `include_attack_points`, the
-        responses to `lam` and to every pure member: without the latter the weights could run to a vertex whose
-        attacks the pool has never seen.
+        The moves are `num_samples` uniform points of the ball and, with `include_attack_points`, the responses to
+        `lam` and to every pure member: without the latter the weights could run to a vertex whose attacks the pool
+        has never seen.
         """
         generator = generator if generator is not None else self.generator
-        points = [self.x] + [self.threat_model.sample(self.x, generator) for _ in range(num_samples)]
+        self._play([self.threat_model.sample(self.x, generator) for _ in range(num_samples)])
         if include_attack_points:
-            # A member alone costs one network, a mixture with all its weight on it L.
-            singles = [Mixture([member]) for member in self.mixture.members]
-            points.append(self.respond(lam))
-            points += [self.attack(single, self.x, self.y, self.threat_model, self.generator) for single in singles]
-        losses = torch.stack([self.member_losses(point) for point in points], dim=1)
-        return FiniteGame(losses.permute(2, 1, 0).cpu())
+            self._play(self.respond(lam))
+            for member in self.mixture.members:
+                # A member alone costs one network, a mixture with all its weight on it L.
+                single = Mixture([member])
+                self._play([self._attacked(attack, single) for attack in self.attacks])
+        return self.known()

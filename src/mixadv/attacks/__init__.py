@@ -4,5 +4,6 @@ generator)`.
 
 from mixadv.attacks.objectives import AveragedCE, ExpectedLoss, InnerLoss, Objective
 from mixadv.attacks.pgd import PGD
+from mixadv.attacks.search import Attack
 
-__all__ = ["PGD", "AveragedCE", "ExpectedLoss", "InnerLoss", "Objective"]
+__all__ = ["PGD", "AveragedCE", "Attack", "ExpectedLoss", "InnerLoss", "Objective"]

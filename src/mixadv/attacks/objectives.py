@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mixadv.losses import ATTACK_LOSSES, RobustLoss, cross_entropy
+from mixadv.losses import ATTACK_LOSSES, TARGETED_LOSSES, RobustLoss, cross_entropy
+
+ON = ("expected", "averaged")
 
 
 class Objective(Protocol):
@@ -30,6 +32,12 @@ class Objective(Protocol):
 def _expectation(losses: Tensor, weights: Tensor) -> Tensor:
     """sum_k lambda_k losses_k, [L, B] -> [B]; not a matrix product, which autocast and TF32 would round."""
     return (weights.to(losses)[:, None] * losses).sum(0)
+
+
+def _log_average(logits: Tensor, weights: Tensor) -> Tensor:
+    """log sum_k lambda_k softmax(logits_k), [L, B, C] -> [B, C], in float32 at least."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return torch.logsumexp(logits.log_softmax(-1) + weights.to(logits).log()[:, None, None], dim=0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,72 @@ class AveragedCE:
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         losses = cross_entropy(logits, y)
         return -torch.logsumexp(weights.to(losses).log()[:, None] - losses, dim=0)
+
+
+@dataclass(frozen=True)
+class AveragedLoss:
+    """loss(log sum_k lambda_k softmax(f_k(x')), y), loss one of "ce", "margin", "dlr"; ValueError for another name.
+
+    The log-probabilities of the averaged prediction take the place of the logits; with one member "margin" and "dlr"
+    are those of its logits, which a softmax only shifts. It measures the ensemble, not the randomized classifier.
+    """
+
+    loss: str = "ce"
+
+    def __post_init__(self) -> None:
+        if self.loss not in ATTACK_LOSSES:
+            raise ValueError(f"unknown attack loss {self.loss!r}: choose one of {', '.join(ATTACK_LOSSES)}")
+
+    @property
+    def needs_clean(self) -> bool:
+        return False
+
+    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        return ATTACK_LOSSES[self.loss](_log_average(logits, weights), y)
+
+
+@dataclass(frozen=True)
+class TargetedLoss:
+    """A targeted loss that pulls all members towards one wrong class t(x), the same from start to end.
+
+    t(x) is the `rank`-th most probable wrong class (from 1) of the averaged prediction at the clean input.
+
+    loss: "dlr" (needs 4 classes) or "margin".
+    on: "expected", sum_k lambda_k loss_t(f_k(x')); "averaged", loss_t(log sum_k lambda_k softmax(f_k(x'))).
+
+    Raises ValueError for unknown names, a rank below 1 or beyond the wrong classes, missing clean logits.
+    """
+
+    loss: str = "dlr"
+    rank: int = 1
+    on: str = "expected"
+
+    def __post_init__(self) -> None:
+        if self.loss not in TARGETED_LOSSES:
+            raise ValueError(f"unknown targeted loss {self.loss!r}: choose one of {', '.join(TARGETED_LOSSES)}")
+        if self.on not in ON:
+            raise ValueError(f"unknown on={self.on!r}: choose one of {', '.join(ON)}")
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}: 1 is the most probable wrong class")
+
+    @property
+    def needs_clean(self) -> bool:
+        return True
+
+    def target(self, clean_logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """t(x): [L, B, C], [B], [L] -> [B] long."""
+        wrong = _log_average(clean_logits, weights).scatter(-1, y[:, None], float("-inf"))
+        if self.rank >= wrong.shape[-1]:
+            raise ValueError(f"there is no wrong class of rank {self.rank}: the members have {wrong.shape[-1]} classes")
+        return wrong.topk(self.rank, dim=-1).indices[:, -1]
+
+    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        if clean_logits is None:
+            raise ValueError("targets are chosen at the clean input: pass the clean logits")
+        target = self.target(clean_logits, y, weights)
+        if self.on == "averaged":
+            return TARGETED_LOSSES[self.loss](_log_average(logits, weights), y, target)
+        return _expectation(TARGETED_LOSSES[self.loss](logits, y, target), weights)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
+
+
+class Attack(Protocol):
+    """Anything that maps a mixture and a batch to perturbed images inside the threat model."""
+
+    def __call__(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+    ) -> Tensor:
+        """Perturbed images of the shape of x [B, ...], for labels y [B]."""
 
 
 class WorstPoints:

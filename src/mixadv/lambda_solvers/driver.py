@@ -24,9 +24,11 @@ class LambdaSolver(ABC):
 
     Attributes:
         adapts: whether the weights depend on the game; False lets a caller skip the call.
+        recent_batches: how many recently attacked batches Algorithm 2 lets join the game of a weights phase.
     """
 
     adapts: ClassVar[bool] = True
+    recent_batches: int = 0
 
     @abstractmethod
     def attack_cost(self) -> float:

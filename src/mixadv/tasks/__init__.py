@@ -28,6 +28,14 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
             from mixadv.tasks.train import train
 
             train(cfg, run_dir, state, sweep)
+    elif cfg.task == "game":
+        from mixadv.tasks.run_directory import claim, working_in
+
+        run_dir, state = claim(run_dir, cfg)
+        with working_in(run_dir):
+            from mixadv.tasks.game import play_game
+
+            play_game(cfg, run_dir, state)
     elif cfg.task == "evaluate":
         from mixadv.tasks.evaluate import evaluate_mixture
 

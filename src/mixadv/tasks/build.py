@@ -10,10 +10,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mixadv.attacks.pgd import PGD
+from mixadv.attacks.search import Attack
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.evaluation import Attack
 from mixadv.export import build_mixture
 from mixadv.mixture import Mixture
 from mixadv.models import build_member

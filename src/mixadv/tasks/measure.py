@@ -10,8 +10,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from mixadv.attacks.search import Attack
 from mixadv.config import parse_eps
-from mixadv.evaluation import Attack, evaluate
+from mixadv.evaluation import evaluate
 from mixadv.mixture import Mixture
 from mixadv.tasks.build import as_dict, build_protocol
 from mixadv.tasks.run_directory import RESULTS_SCHEMA, provenance

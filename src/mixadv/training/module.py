@@ -1,5 +1,6 @@
 """Algorithm 2: adversarial training of the members alternating with weights phases, as manual optimization."""
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,13 +16,13 @@ from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss
 from mixadv.mixture import Mixture
-from mixadv.mixture_game import MixtureGame
+from mixadv.mixture_game import AttackedBatch, MixtureGame
 from mixadv.threat_model import ThreatModel
 from mixadv.training.learning_rate import LearningRate
 from mixadv.training.metrics import MeanAccuracy
 from mixadv.training.schedule import Schedule
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class MixtureTraining(pl.LightningModule):
         threat_model: the ball.
         attack: PGD settings of training; objective, start and `keep` follow from the loss and the phase.
         validation_attack: PGD whose exact expected accuracy selects the best epoch.
-        solver: weights of a phase; one with ``adapts = False`` keeps them fixed, without phases.
+        solver: weights of a phase; one with ``adapts = False`` keeps them fixed, without phases. Where its
+            ``recent_batches`` says so, the last batches of the members' phases, with the points found for them then,
+            join the game of a weights phase.
         kind, T_theta: the schedule, see `Schedule`.
         optimizer: settings of the members' optimizers.
         updates_per_member: length of the learning-rate schedule, in updates of one member.
@@ -100,6 +103,7 @@ class MixtureTraining(pl.LightningModule):
         self.member_generator = torch.Generator().manual_seed(seed)
         self.attack_generator: torch.Generator | None = None
         self._attack_state: Tensor | None = None
+        self._recent: deque[AttackedBatch] = deque(maxlen=solver.recent_batches)
         self._bad_step: Tensor | None = None
 
         self.validation: dict[str, float] = {}
@@ -144,12 +148,17 @@ class MixtureTraining(pl.LightningModule):
 
     def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         self.refuse_broken()
-        game = MixtureGame(self.mixture, x, y, self.threat_model, self.weights_attack, self.loss, self.attack_generator)
-        if not bool(game.member_losses(x).isfinite().all()):
+        attacks, generator = [self.weights_attack], self.attack_generator
+        # After a resume they come from a file.
+        recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
+        game = MixtureGame(self.mixture, x, y, self.threat_model, attacks, self.loss, generator, recent=recent)
+        try:
+            game.known()
+        except ValueError as error:
             raise UserError(
                 f"the members' losses are not finite at step {self.t}: stopped, the last good checkpoint is kept. "
                 f"Lower optimizer.lr (now {self.optimizer_settings.lr:g})"
-            )
+            ) from error
         solution = self.solver.solve(game, lam0=self.mixture.weights.double().cpu(), generator=self.attack_generator)
         self.mixture.set_weights(solution.weights)
         return {"phase": "weights", "value": solution.value, "lower_bound": solution.lower_bound}
@@ -157,6 +166,7 @@ class MixtureTraining(pl.LightningModule):
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.member_generator)
         x_adv = self.training_attack(self.mixture, x, y, self.threat_model, self.attack_generator)
+        self._recent.append(AttackedBatch(x, x_adv, y))
         rates = [self._as_list(self.optimizers())[k].param_groups[0]["lr"] for k in updated]
         losses, hits = [], []
         for k in updated:
@@ -271,6 +281,7 @@ class MixtureTraining(pl.LightningModule):
             # Members may draw too (dropout).
             "torch_generator": torch.get_rng_state(),
             "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "recent": [list(batch) for batch in self._recent],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -293,6 +304,7 @@ class MixtureTraining(pl.LightningModule):
         torch.set_rng_state(state["torch_generator"])
         if len(state["cuda_generators"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_generators"])
+        self._recent.extend(AttackedBatch(*batch) for batch in state["recent"])
         self._attack_state = state["attack_generator"]
         if self.attack_generator is not None:
             self.attack_generator.set_state(self._attack_state)
