@@ -4,16 +4,18 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mixadv import Mixture, load_mixture
 from mixadv.errors import UserError
-from mixadv.export import build_mixture, read_mixture, save_mixture
+from mixadv.export import build_factory, build_mixture, member_recipes, read_config, read_mixture, save_mixture
 from mixadv.tasks.build import instantiate
 
 RECIPE = {
@@ -44,9 +46,9 @@ def exported(tmp_path):
     return folder, mixture
 
 
-def refused(path):
+def refused(path, factories=()):
     with pytest.raises(UserError) as error:
-        read_mixture(path)
+        read_mixture(path, factories)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -116,6 +118,227 @@ def test_a_run_exports_what_it_measured_and_its_checkpoint_holds_the_same(traine
     assert f"{results['clean']['expected_accuracy']:.4f}" in card
 
 
+# --- members that differ -----------------------------------------------------------------------------------
+
+LINEAR = {"name": "linear", "num_classes": 4, "image_shape": [2, 8, 8]}
+FACTORY = "mixadv_test_nets:wide"
+FACTORIES = """
+import pathlib
+import torch
+from torch import nn
+
+pathlib.Path("imported").touch()
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(128, 128), nn.Linear(128, 128)
+        self.second.weight = self.first.weight
+        self.register_buffer("all", torch.arange(6.0).reshape(2, 3))
+        self.register_buffer("row", self.all[1])
+        self.register_buffer("count", torch.tensor(3))
+        self.norm = nn.BatchNorm1d(128)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x.flatten(1))))[:, :4] + self.row.sum() * self.count
+
+
+def wide():
+    return Tied()
+
+
+def wider():
+    return nn.Sequential(nn.Flatten(), nn.Linear(128, 4))
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    """A working directory with a module of factories, which leaves a file when it is imported."""
+    (tmp_path / "mixadv_test_nets.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "mixadv_test_nets", raising=False)
+    paths = list(sys.path)
+    yield tmp_path / "imported"
+    sys.modules.pop("mixadv_test_nets", None)
+    assert sys.path == paths
+
+
+def different(*models):
+    return {**{key: value for key, value in RECIPE.items() if key != "model"}, "L": len(models), "models": [*models]}
+
+
+def test_members_that_differ_come_back_bit_for_bit(nets):
+    recipe = different(RECIPE["model"], LINEAR, {"factory": FACTORY})
+    torch.manual_seed(4)
+    mixture = build_mixture(recipe, [FACTORY])
+    mixture.set_weights(WEIGHTS)
+    with torch.no_grad():
+        for buffer in mixture.members[2].norm.buffers():
+            buffer.add_(2)
+    folder = Path("run/mixture")
+    save_mixture(mixture, folder, recipe, "# card\n")
+    # Nothing of the mixture that was saved is left but the folder.
+    expected, before = mixture.eval(), {name: t.clone() for name, t in mixture.state_dict().items()}
+    sys.modules.pop("mixadv_test_nets")
+    torch.manual_seed(99)
+    found, config = read_mixture(folder.parent, [FACTORY])
+    assert list(found.state_dict()) == list(before)
+    for name, tensor in found.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name]), name
+    assert [type(member).__name__ for member in found.members] == ["Sequential", "Sequential", "Tied"]
+    assert found.members[2].first.weight is found.members[2].second.weight
+    assert not any(module.training for module in found.modules())
+    x = torch.rand(5, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.member_logits(x), expected.member_logits(x))
+    assert config == {"schema": 2, **recipe, "weights": WEIGHTS}
+    assert read_config(folder) == config
+    # And once more, from what was read.
+    save_mixture(found, Path("again"), config, "")
+    assert Path("again/mixture.safetensors").read_bytes() == (folder / "mixture.safetensors").read_bytes()
+    assert json.loads(Path("again/config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_recipe_for_all_is_stored_once_in_the_older_schema(tmp_path, same):
+    models = [LINEAR, dict(LINEAR), LINEAR if same else {**LINEAR, "mean": [0.5, 0.5], "std": [1.0, 1.0]}]
+    save_mixture(build_mixture(different(*models)), tmp_path, different(*models), "")
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["schema"] == (1 if same else 2)
+    assert ("model" in record, "models" in record) == (same, not same)
+    assert member_recipes(record) == models
+    assert load_mixture(tmp_path).num_members == 3
+
+
+def test_saving_again_may_change_the_form(tmp_path):
+    first, second = different(LINEAR, RECIPE["model"]), {"L": 1, "model": LINEAR}
+    save_mixture(build_mixture(first), tmp_path, first, "")
+    _, config = read_mixture(tmp_path)
+    save_mixture(build_mixture(second), tmp_path, {**config, **different(LINEAR)}, "")
+    found, config = read_mixture(tmp_path)
+    assert (found.num_members, config["schema"], config["model"], "models" in config) == (1, 1, LINEAR, False)
+
+
+@pytest.mark.parametrize("form", ["folder", "checkpoint"])
+@pytest.mark.parametrize("recipe", ["models", "model"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        *([], ["mixadv_test_nets"], ["mixadv_test_nets:wid"], ["mixadv_test_nets:wider"], ["mixadv_test_nets:*"]),
+        *([" mixadv_test_nets:wide"], ["MIXADV_TEST_NETS:WIDE"], ["mixadv_test_nets.wide"]),
+    ],
+    ids=str,
+)
+def test_code_runs_only_where_it_is_named(nets, form, recipe, named):
+    factory = {"factory": FACTORY}
+    config = different(LINEAR, factory) if recipe == "models" else {"L": 2, "model": factory}
+    mixture = build_mixture(config, [FACTORY])
+    assert nets.exists()
+    nets.unlink()
+    sys.modules.pop("mixadv_test_nets")
+    path = Path("saved")
+    if form == "folder":
+        save_mixture(mixture, path, config, "")
+    else:
+        path = Path("saved.ckpt")
+        state = {f"mixture.{name}": tensor for name, tensor in mixture.state_dict().items()}
+        torch.save({"state_dict": state, "mixture_config": config}, path)
+    message = refused(path, named)
+    k = 1 if recipe == "models" else 0
+    remedy = ",".join([*named, FACTORY])
+    assert message == (
+        f"{path}: member {k} is built by {FACTORY} (code that is not in this file): name it, members=[{remedy}]"
+    )
+    assert read_config(path)["L"] == 2
+    with pytest.raises(UserError, match="members="):
+        build_mixture(config, named)
+    assert not nets.exists()
+    assert "mixadv_test_nets" not in sys.modules
+    assert load_mixture(path, [*named, FACTORY]).num_members == 2
+    assert nets.exists()
+
+
+def test_all_code_that_is_wanted_is_named_at_once(nets):
+    config = different({"factory": FACTORY}, LINEAR, {"factory": "mixadv_test_nets:wider"}, {"factory": FACTORY})
+    with pytest.raises(UserError, match=r"members=\[mixadv_test_nets:wide,mixadv_test_nets:wider\]$"):
+        build_mixture(config)
+    assert not nets.exists()
+
+
+def test_a_text_is_no_list_of_factories(nets):
+    """Its parts would count as names."""
+    with pytest.raises(ValueError, match="give a list"):
+        build_mixture({"L": 1, "model": {"factory": "mixadv_test_nets:wide"}}, "mixadv_test_nets:wider")
+    assert not nets.exists()
+
+
+def test_parameters_come_from_the_file_and_have_to_fit_the_code(nets):
+    config = {"L": 1, "model": {"factory": FACTORY}}
+    save_mixture(build_mixture(config, [FACTORY]), Path("saved"), config, "")
+    change(Path("saved"), model={"factory": "mixadv_test_nets:wider"})
+    message = refused("saved", ["mixadv_test_nets:wider"])
+    assert "do not fit its recipe (L=1): Missing key(s)" in message
+    assert len(message) < 400
+
+
+def test_a_factory_gives_a_module_in_eval_mode(nets):
+    module = build_factory(FACTORY)
+    assert type(module).__name__ == "Tied"
+    assert not any(part.training for part in module.modules())
+    with pytest.raises(UserError, match="has no attribute 'narrow'"):
+        build_factory("mixadv_test_nets:narrow")
+
+
+class Extra(nn.Linear):
+    """Keeps a word in its state dict."""
+
+    def get_extra_state(self):
+        return "word"
+
+    def set_extra_state(self, state):
+        pass
+
+
+def odd_buffer(value):
+    module = nn.Linear(2, 2)
+    module.register_buffer("odd", value)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Extra(2, 2), "members.0._extra_state is a str: only tensors can be exported"),
+        (odd_buffer(torch.zeros(2).to_sparse()), "members.0.odd is no dense tensor"),
+        (odd_buffer(torch.zeros(2, device="meta")), "members.0.odd is no dense tensor"),
+        (odd_buffer(torch.zeros(2, dtype=torch.complex128)), "cannot hold tensors of torch.complex128"),
+    ],
+)
+def test_what_safetensors_cannot_hold_is_refused(tmp_path, module, said):
+    with pytest.raises(UserError) as error:
+        save_mixture(Mixture([module]), tmp_path / "saved", {"L": 1, "model": {"factory": "a:b"}}, "")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "saved").iterdir())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"L": 2, "model": LINEAR}, {"L": 4, "model": LINEAR}, {"L": 3, "models": [LINEAR] * 2}, {"L": 3}),
+        *({"L": 3, "model": LINEAR, "models": [LINEAR] * 3}, {"L": True, "model": LINEAR}, {"L": 3.0, "model": LINEAR}),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_is_not_the_mixtures_is_not_stored(exported, tmp_path, config):
+    with pytest.raises(ValueError, match=r"L|model"):
+        save_mixture(exported[1], tmp_path / "b", config, "")
+    assert not (tmp_path / "b").exists()
+
+
 # --- tampered folders --------------------------------------------------------------------------------------
 
 MODEL = RECIPE["model"]
@@ -141,6 +364,17 @@ MODEL = RECIPE["model"]
         ({"L": 0}, "at least one member"),
         ({"L": "many"}, "L=many"),
         ({"L": None}, "L=None"),
+        ({"L": True}, "L=True"),
+        ({"L": 3.0}, "not a whole number"),
+        ({"L": 10**12}, "there are weights for 3 members"),
+        ({"L": float("inf")}, "not a whole number"),
+        ({"models": [RECIPE["model"]] * 3}, "schema 1"),
+        ({"schema": 2, "models": [RECIPE["model"]] * 3}, "either model, for all members, or models"),
+        ({"model": {"factory": "os:getcwd", "name": "linear"}}, "expected only factory=package.module:callable"),
+        ({"model": {"factory": 3}}, "expected only factory="),
+        ({"model": {"factory": "os.getcwd"}}, "expected only factory="),
+        ({"model": {"factory": "a:b\nc"}}, "expected only factory="),
+        ({"model": {"factory": "os:getcwd"}}, "members=[os:getcwd]"),
     ],
     ids=str,
 )
@@ -155,6 +389,42 @@ def test_a_recipe_of_other_types_is_refused_in_one_line(exported, model):
     folder, _ = exported
     change(folder, model=model)
     assert "model" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (None, "not a list of mappings"),
+        (LINEAR, "not a list of mappings"),
+        ([LINEAR, None, LINEAR], "not a list of mappings"),
+        ([LINEAR, "linear", LINEAR], "not a list of mappings"),
+        ([], "recipes for 0 members"),
+        ([LINEAR] * 2, "recipes for 2 members"),
+        ([LINEAR, LINEAR, {**LINEAR, "name": "vgg"}], "'vgg'"),
+        ([LINEAR, LINEAR, {**LINEAR, "name": ["linear"]}], "['linear']"),
+        ([LINEAR, LINEAR, {}], "wants the model None"),
+        ([LINEAR, {**LINEAR, "num_classes": 5}, LINEAR], "do not fit"),
+        ([LINEAR, {**LINEAR, "width": 5}, LINEAR], "width"),
+        ([LINEAR, {**LINEAR, "mean": "${oc.env:HOME}"}, LINEAR], "interpolation"),
+        ([LINEAR, {"factory": "os:getcwd", "x": 1}, LINEAR], "expected only factory="),
+        ([LINEAR, {"factory": "os:getcwd"}, LINEAR], "member 1 is built by os:getcwd"),
+    ],
+    ids=str,
+)
+def test_every_recipe_of_a_list_is_checked(tmp_path, models, said):
+    config = {"L": 3, "model": LINEAR}
+    save_mixture(build_mixture(config), tmp_path, config, "")
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["model"]
+    (tmp_path / "config.json").write_text(json.dumps({**record, "schema": 2, "models": models}))
+    assert said in refused(tmp_path)
+
+
+@pytest.mark.parametrize("start", ['{"L": 1', "[", '{"a":'])
+def test_numbers_and_nesting_without_end_are_refused(exported, start):
+    folder, _ = exported
+    (folder / "config.json").write_text(start + start[-1] * 5000 + "}" if start[-1] == "1" else start * 100_000)
+    assert "cannot be read" in refused(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "not JSON", "[]", "null", '"text"', "\x00\x01", '{"schema": 1'])
@@ -294,8 +564,13 @@ def test_parameters_cannot_be_a_pickle(exported, tmp_path):
         ([1, 2], "holds no state_dict"),
         ({"state_dict": {}}, "was not written by mixadv"),
         ({"state_dict": {}, "mixture_config": RECIPE}, "do not fit its recipe"),
+        ({"state_dict": 3, "mixture_config": RECIPE}, "holds no state_dict"),
+        ({"state_dict": {"mixture.weights": "x"}, "mixture_config": RECIPE}, "do not fit its recipe"),
+        ({"state_dict": {}, "mixture_config": [1]}, "is a list, not a mapping"),
+        ({"state_dict": {}, "mixture_config": {**RECIPE, "eps": torch.ones(1)}}, "more than plain settings"),
+        ({"state_dict": {}, "mixture_config": {**RECIPE, "model": None}}, "model=None"),
+        ({"state_dict": {}, "mixture_config": {"L": 1}}, "wants the model None"),
     ],
-    ids=["no state", "a list", "no recipe", "empty state"],
 )
 def test_a_foreign_checkpoint_is_refused(tmp_path, content, said):
     path = tmp_path / "foreign.ckpt"

@@ -175,16 +175,39 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
     """
     path = Path(path)
     if path.suffix == ".ckpt":
-        from mixadv.monitor.checkpoints import read_checkpoint
+        return mixture_of_checkpoint(path, _checkpoint(path), factories)
+    folder, config = _folder(path)
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the mixture in {folder} cannot be read ({error}): export it again") from error
+    return _assemble(folder, config, state, factories), config
 
-        return mixture_of_checkpoint(path, read_checkpoint(path), factories)
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The recipe alone of the mixture at `path`, checked but not built: no parameters, no code.
+
+    Raises:
+        UserError: as for `read_mixture`, as far as the recipe tells.
+    """
+    path = Path(path)
+    return config_of_checkpoint(path, _checkpoint(path)) if path.suffix == ".ckpt" else _folder(path)[1]
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from mixadv.monitor.checkpoints import read_checkpoint
+
+    return read_checkpoint(path)
+
+
+def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The exported folder at `path` or in it, and its recipe."""
     folder = path if (path / CONFIG_FILE).is_file() else path / "mixture"
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"no mixture at {path}: expected a folder with {CONFIG_FILE}, a run directory or a .ckpt file")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-        state = load_file(folder / WEIGHTS_FILE)
-    except (ValueError, RecursionError, SafetensorError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"the mixture in {folder} cannot be read ({error}): export it again") from error
     found = config.get("schema") if isinstance(config, dict) else None
     wanted = EXPORT_SCHEMAS["models" if isinstance(config, dict) and "models" in config else "model"]
@@ -193,7 +216,21 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
             f"{folder / CONFIG_FILE} has schema {found}; this version reads schema 1 (all members of one model) and "
             "schema 2 (models): export it again, or update mixadv"
         )
-    return _assemble(folder, config, state, factories), config
+    _check_recipe(folder, config)
+    return folder, config
+
+
+def config_of_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe in a loaded training checkpoint, checked but not built; `path` is for messages.
+
+    Raises:
+        UserError: the checkpoint is not ours, or its recipe is not one.
+    """
+    config = checkpoint.get("mixture_config")
+    if config is None:
+        raise UserError(f"{path} does not say how to build its mixture: it was not written by mixadv")
+    _check_recipe(path, config)
+    return config
 
 
 def mixture_of_checkpoint(
@@ -204,9 +241,7 @@ def mixture_of_checkpoint(
     Raises:
         UserError: the checkpoint is not ours, or as for `read_mixture`.
     """
-    config = checkpoint.get("mixture_config")
-    if config is None:
-        raise UserError(f"{path} does not say how to build its mixture: it was not written by mixadv")
+    config = config_of_checkpoint(path, checkpoint)
     stored = checkpoint.get("state_dict")
     if not isinstance(stored, Mapping):
         raise UserError(f"{path} holds no state_dict: it is not a training checkpoint")
@@ -215,7 +250,7 @@ def mixture_of_checkpoint(
     return _assemble(path, config, state, factories), config
 
 
-def _check_recipe(path: Path, config: Any, factories: Sequence[str]) -> None:
+def _check_recipe(path: Path, config: Any) -> None:
     """A recipe may come from anywhere: only plain settings of the right kinds, and nothing that gets resolved."""
     try:
         text = json.dumps(config)
@@ -240,11 +275,12 @@ def _check_recipe(path: Path, config: Any, factories: Sequence[str]) -> None:
             raise UserError(f"the recipe in {path} wants the model {name!r}: known are {', '.join(MODELS)}")
     if "${" in text:
         raise UserError(f"the recipe in {path} holds an interpolation ${{...}}: those are not resolved for a mixture")
-    _check_factories(path, recipes, factories)
 
 
 def _check_factories(where: object, recipes: Sequence[dict[str, Any]], factories: Sequence[str]) -> None:
     """Code runs only where whoever runs the program named it, letter for letter."""
+    if isinstance(factories, str):
+        raise ValueError(f"factories is the text {factories!r}: give a list of import paths")
     unnamed = [(k, r["factory"]) for k, r in enumerate(recipes) if "factory" in r and r["factory"] not in factories]
     if unnamed:
         k, first = unnamed[0]
@@ -254,9 +290,13 @@ def _check_factories(where: object, recipes: Sequence[dict[str, Any]], factories
         )
 
 
-def _assemble(path: Path, config: Any, state: Mapping[str, Any], factories: Sequence[str]) -> Mixture:
-    _check_recipe(path, config, factories)
+def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], factories: Sequence[str]) -> Mixture:
+    num_members, weights = config.get("L"), state.get("weights")
     try:
+        # Before they are built: a tampered L may ask for more members than memory holds.
+        if isinstance(num_members, int) and isinstance(weights, torch.Tensor) and num_members > weights.numel():
+            raise ValueError(f"there are weights for {weights.numel()} members")
+        _check_factories(path, member_recipes(config), factories)
         mixture = build_mixture(config, factories)
         mixture.load_state_dict(state)
         # The file's lambda has to be one: set_weights refuses anything else.
@@ -266,7 +306,7 @@ def _assemble(path: Path, config: Any, state: Mapping[str, Any], factories: Sequ
         # load_state_dict puts its reasons below a heading.
         reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
         reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
-        raise UserError(f"the parameters in {path} do not fit its recipe (L={config.get('L')}): {reason}") from error
+        raise UserError(f"the parameters in {path} do not fit its recipe (L={num_members}): {reason}") from error
     return mixture.eval()
 
 
