@@ -129,3 +129,32 @@ def motivating_example():
     moved = points[:, None] + torch.tensor([0.0, -0.5, 0.5])
     predictions = torch.stack([moved <= -0.5, moved >= 0.5], dim=2) * 2 - 1
     return (predictions != labels[:, None, None]), torch.tensor([0.5, 0.25, 0.25])
+
+
+def dual_linear_program(losses, masses=None, mask=None):
+    """D = max over the attacker's strategies Q of min_k sum_ij Q[i, j] l_k(i, j), by a program of its own."""
+    n, m, members = losses.shape
+    masses = np.full(n, 1 / n) if masses is None else np.asarray(masses, dtype=float)
+    allowed = np.ones((n, m), dtype=bool) if mask is None else np.asarray(mask)
+    flat = np.where(allowed[..., None], np.asarray(losses, dtype=float), 0.0).reshape(n * m, members)
+    found = linprog(
+        np.concatenate([np.zeros(n * m), [-1.0]]),
+        A_ub=np.concatenate([-flat.T, np.ones((members, 1))], axis=1),
+        b_ub=np.zeros(members),
+        A_eq=np.concatenate([np.kron(np.eye(n), np.ones(m)), np.zeros((n, 1))], axis=1),
+        b_eq=masses,
+        bounds=[(0, 1.0 if ok else 0.0) for ok in allowed.reshape(-1)] + [(None, None)],
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    assert found.status == 0
+    return -found.fun
+
+
+def best_pure_attack(losses, masses=None):
+    """max over maps i -> j of min_k sum_i mass_i l_k(i, map(i)): every map is tried. Exact on fractions."""
+    n, m, members = len(losses), len(losses[0]), len(losses[0][0])
+    masses = [1 / n] * n if masses is None else masses
+    return max(
+        min(sum(masses[i] * losses[i][choice[i]][k] for i in range(n)) for k in range(members))
+        for choice in itertools.product(range(m), repeat=n)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,8 +33,9 @@ class AcceleratedEntropic(LambdaSolver):
     lower estimate of R. The last iterate, which minimises F, is `history["weights"][-1]`. The attacker's
     smoothed response with the largest lower bound becomes `lower_bound` and, on a finite game, `attack`.
 
-    At a fixed number of steps a smaller alpha can end farther from the equilibrium: take num_steps
-    proportional to alpha^(-1/2), or continue in alpha by starting at lam0 = the weights of a larger one.
+    At a fixed number of steps a smaller alpha can end farther from the equilibrium. num_steps proportional to
+    alpha^(-1/2) only keeps the bound C / T^2 from growing; to approach the value take num_steps proportional to
+    1 / alpha, or continue in alpha by starting at lam0 = the weights of a larger one.
 
     History (T + 1 entries, the start included): value, best_value, weights, smoothed_value, smoothed_gap
     (max over the simplex of grad F(lam)·(lam - mu) >= F(lam) - min F), lower_bound.
@@ -44,7 +46,8 @@ class AcceleratedEntropic(LambdaSolver):
         num_samples: random perturbations per example of the pool.
         include_attack_points: whether the pool also holds the points of an attack. In high dimension random
             points are noise; False is the pure Monte-Carlo form.
-        tolerance: stop once smoothed_gap <= tolerance, in units of the losses; None runs all steps.
+        tolerance: stop once smoothed_gap <= tolerance, in units of the losses; None runs all steps. If num_steps
+            do not reach it, the status is "stopped" and a RuntimeWarning says so.
 
     Raises:
         ValueError: an argument is outside its range; in solve, losses so large that their squares overflow.
@@ -79,6 +82,16 @@ class AcceleratedEntropic(LambdaSolver):
         if pool.num_members != game.num_members:
             raise ValueError(f"the game has {game.num_members} members, but its pool has {pool.num_members}")
         trace = drive(self._iterates(pool, lam))
+        status = trace.status
+        if self.tolerance is not None and status != "converged":
+            status = "stopped"
+            warnings.warn(
+                f"the entropic solver stopped after {self.num_steps} steps with a smoothed gap of "
+                f"{trace.history['smoothed_gap'][-1]:.1e}, above the tolerance {self.tolerance:g}: take more "
+                "num_steps, or a larger alpha or tolerance",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         bounds = trace.history["lower_bound"]
         where = trace.history["weights"][max(range(len(bounds)), key=bounds.__getitem__)]
         attack = pool.smoothed_response(torch.tensor(where, dtype=torch.float64), self.alpha)
@@ -88,7 +101,7 @@ class AcceleratedEntropic(LambdaSolver):
             value=trace.value,
             gap=certified_gap(game, trace.value, lower_bound),
             attack=attack if pool is game else None,
-            status=trace.status,
+            status=status,
             history=trace.history,
             num_attacks=game.num_members + 1 if self.include_attack_points and pool is not game else 0,
             average_weights=None,
