@@ -2,8 +2,29 @@
 generator)`.
 """
 
-from mixadv.attacks.objectives import AveragedCE, ExpectedLoss, InnerLoss, Objective
+from mixadv.attacks.apgd import APGD
+from mixadv.attacks.arc import ARC
+from mixadv.attacks.noise import UniformNoise
+from mixadv.attacks.objectives import AveragedCE, AveragedLoss, ExpectedLoss, InnerLoss, Objective, TargetedLoss
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import Attack
+from mixadv.attacks.square import Square
+from mixadv.attacks.subsets import SubsetAttack
+from mixadv.attacks.transfer import Transfer
 
-__all__ = ["PGD", "AveragedCE", "Attack", "ExpectedLoss", "InnerLoss", "Objective"]
+__all__ = [
+    "APGD",
+    "ARC",
+    "PGD",
+    "Attack",
+    "AveragedCE",
+    "AveragedLoss",
+    "ExpectedLoss",
+    "InnerLoss",
+    "Objective",
+    "Square",
+    "SubsetAttack",
+    "TargetedLoss",
+    "Transfer",
+    "UniformNoise",
+]

@@ -23,7 +23,8 @@ class Attack(Protocol):
 class WorstPoints:
     """The worst point seen so far for each example: lowest expected accuracy, then highest objective.
 
-    Points that are not finite, and objectives that are NaN, never win.
+    Points that are not finite never win, nor do objectives that are NaN; a member whose logits are NaN counts as its
+    argmax says, as everywhere.
 
     Args:
         mixture: whose exact expected accuracy sum_k lambda_k 1[f_k(x') = y] counts.

@@ -1,0 +1,277 @@
+"""Auto-PGD: projected gradient ascent with momentum that halves its own step sizes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.attacks.objectives import ON, AveragedCE, AveragedLoss, ExpectedLoss, Objective, TargetedLoss
+from mixadv.attacks.search import WorstPoints, check_batch, gradient
+from mixadv.mixture import Mixture, as_mixture
+from mixadv.threat_model import ThreatModel
+
+LOSSES = ("ce", "margin", "dlr", "dlr-targeted")
+STARTS = ("uniform", "none")
+DEFAULT_TARGETS = 9
+
+
+def checkpoints(num_steps: int) -> tuple[int, ...]:
+    """The numbers of steps w_j = ceil(p_j N) after which step sizes are reviewed.
+
+    p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), as far as p_j <= 1 (Croce & Hein, ICML
+    2020, section 3). Without w_0 = 0; where N is small several p_j share one step, which is listed once.
+    """
+    # In whole percent: 0.57 * 100 in floating point lies above 57, and its ceiling would be 58.
+    before, percent = 0, 22
+    steps = set()
+    while percent <= 100:
+        steps.add(-(-percent * num_steps // 100))
+        before, percent = percent, percent + max(percent - before - 3, 6)
+    return tuple(sorted(steps))
+
+
+@dataclass(frozen=True)
+class APGD:
+    """Auto-PGD (Croce & Hein, ICML 2020, Algorithm 1) on an objective of the whole mixture, differentiated exactly.
+
+    With eta_0 = 2 eps, z = P(x_k + eta * direction of the gradient) and P the projection, a step is
+        x_{k+1} = P(x_k + momentum (z - x_k) + (1 - momentum) (x_k - x_{k-1})),    x_1 = z.
+    At each of `checkpoints(num_steps)`, and for each example on its own, eta is halved and the search goes back to
+    the best point of the run where since the last checkpoint the objective rose in fewer than the fraction rho of
+    the steps, or where eta was not halved at the last checkpoint and the best objective has not moved since.
+
+    num_steps: gradient steps N of each run: N + 1 forward and N backward passes per member.
+    restarts: independent starts, for each target. With start="none" they would coincide: one is run.
+    loss: what is climbed: "ce", "margin", "dlr", or "dlr-targeted" (one run per target class).
+    on: "expected": sum_k lambda_k loss(f_k(x')). "averaged": the loss of the averaged prediction
+        log sum_k lambda_k softmax(f_k(x')).
+    targets: the number T of targets of "dlr-targeted": the T most probable wrong classes of the averaged prediction
+        at x, or all of them where there are fewer; None means 9, as in AutoAttack.
+    objective: any other objective of `mixadv.attacks.objectives`, in place of `loss` and `on`.
+    rho, momentum: see above; momentum=1 is none.
+    start: "uniform" in the ball, "none" (x).
+
+    DLR needs 3 classes, targeted DLR 4. With fewer classes the margin (the targeted margin) is climbed instead: it
+    has the same sign, but is not invariant to the scale of the logits.
+
+    What is returned, per example: over x itself, all starts and all iterates, the point of lowest exact expected
+    accuracy sum_k lambda_k 1[f_k(x') = y], and among equals of highest objective; whatever `on` says. To measure the
+    ensemble, attack `Mixture([mixture])`, whose only member is the averaged prediction: then its accuracy decides.
+    An example whose expected accuracy has reached 0 cannot get worse, and is left alone from there on.
+
+    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
+    parameters, and left as found. Logits so large that a loss saturates in floating point are not rescaled: the
+    cross-entropy then has no gradient to climb, DLR has.
+
+    Warns where NaN gradients kept it from climbing.
+
+    Raises ValueError for unknown names, numbers out of range, settings that others overrule; for x not float32 or
+    float64, labels that do not match, x outside the box; for an objective without a gradient.
+    """
+
+    num_steps: int = 100
+    restarts: int = 1
+    loss: str = "ce"
+    on: str = "expected"
+    targets: int | None = None
+    objective: Objective | None = None
+    rho: float = 0.75
+    momentum: float = 0.75
+    start: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 0:
+            raise ValueError(f"num_steps is {self.num_steps}: it must be at least 0")
+        if self.restarts < 1:
+            raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
+        for name, value, known in (("loss", self.loss, LOSSES), ("on", self.on, ON), ("start", self.start, STARTS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho is {self.rho}: it is a fraction of steps, from 0 to 1")
+        if not (math.isfinite(self.momentum) and 0 < self.momentum <= 1):
+            raise ValueError(f"momentum is {self.momentum}: the weight of the new step must be above 0, at most 1")
+        if self.targets is not None and self.loss != "dlr-targeted":
+            raise ValueError(f"targets is {self.targets}, but loss={self.loss} has none: use loss=dlr-targeted")
+        if self.targets is not None and self.targets < 1:
+            raise ValueError(f"targets is {self.targets}: it must be at least 1")
+        if self.objective is not None and (self.loss, self.on) != ("ce", "expected"):
+            raise ValueError("an objective takes the place of loss and on: give either it or them")
+
+    def __call__(
+        self,
+        mixture: Mixture | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
+        check_batch(x, y, threat_model)
+        if threat_model.eps == 0 or len(x) == 0:
+            return x.detach().clone()
+        mixture = as_mixture(mixture)
+        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
+        with torch.inference_mode(False), torch.enable_grad(), mixture.attack_mode():
+            return self._attack(mixture, x.detach().clone(), y.clone(), threat_model, generator)
+
+    def objectives(self, num_classes: int) -> tuple[Objective, ...]:
+        """What is climbed on C classes, one objective per run (times restarts)."""
+        if self.objective is not None:
+            return (self.objective,)
+        if self.loss == "dlr-targeted":
+            loss = "dlr" if num_classes >= 4 else "margin"
+            targets = min(DEFAULT_TARGETS if self.targets is None else self.targets, num_classes - 1)
+            # With a single class the first rank is refused by name.
+            return tuple(TargetedLoss(loss, rank, self.on) for rank in range(1, max(targets, 1) + 1))
+        loss = "margin" if self.loss == "dlr" and num_classes < 3 else self.loss
+        if self.on == "expected":
+            return (ExpectedLoss(loss),)
+        return (AveragedCE() if loss == "ce" else AveragedLoss(loss),)
+
+    def _attack(
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        with torch.no_grad():
+            clean = mixture.member_logits(x)
+        objectives = self.objectives(clean.shape[-1])
+        worst = WorstPoints(mixture, x, y)
+        worst.offer(x, clean, objectives[0](clean, y, mixture.weights, clean))
+        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        # Restarts outside, so that more of them repeat what fewer do, and then go on.
+        for _ in range(1 if self.start == "none" else self.restarts):
+            for objective in objectives:
+                self._climb(_Run(mixture, objective, x, y, clean, worst, blind), threat_model, generator)
+        if bool(blind.any()):
+            warnings.warn(
+                f"APGD met NaN gradients on {int(blind.sum())} of {len(x)} examples and could not climb "
+                "there: robustness measured with it is overstated",
+                stacklevel=3,
+            )
+        return worst.x
+
+    def _climb(self, run: _Run, threat_model: ThreatModel, generator: torch.Generator | None) -> None:
+        """One start, whose points go to `run.worst`."""
+        rows = run.worst.open()
+        if not len(rows):
+            return
+        origin = run.x[rows]
+        x = threat_model.sample(origin, generator) if self.start == "uniform" else origin
+        value, grad = run.measure(x, rows, self.num_steps > 0)
+        state = _State.begin(rows, origin, x, grad, value, 2 * threat_model.eps)
+        reviews, reviewed = checkpoints(self.num_steps), 0
+        for step in range(1, self.num_steps + 1):
+            open_ = run.worst.accuracy[state.rows] > 0
+            if not bool(open_.all()):
+                state.keep(open_)
+                if not len(state.rows):
+                    return
+            x = threat_model.ascent_step(state.x, state.grad, state.step_size)
+            x = threat_model.project(x, state.origin)
+            if step > 1:
+                x = torch.lerp(state.x, x, self.momentum).add_(state.x - state.previous, alpha=1 - self.momentum)
+                x = threat_model.project(x, state.origin)
+            value, grad = run.measure(x, state.rows, step < self.num_steps)
+            if step < self.num_steps:
+                state.move(x, grad, value)
+                if step in reviews:
+                    state.review(self.rho * (step - reviewed))
+                    reviewed = step
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What does not change from step to step. worst, blind: see `APGD._attack`; both are written to."""
+
+    mixture: Mixture
+    objective: Objective
+    x: Tensor
+    y: Tensor
+    clean: Tensor
+    worst: WorstPoints
+    blind: Tensor
+
+    def measure(self, points: Tensor, rows: Tensor, climbing: bool) -> tuple[Tensor, Tensor]:
+        """Offer one point of each example of `rows` [R]; its objective [R] (NaN counts as -inf) and gradient [R, ...].
+
+        Where climbing goes no further no gradient is computed; zeros take its place.
+        """
+        points = points.detach().requires_grad_(climbing)
+        clean = self.clean[:, rows] if self.objective.needs_clean else None
+        with torch.set_grad_enabled(climbing):
+            logits = self.mixture.member_logits(points)
+            value = self.objective(logits, self.y[rows], self.mixture.weights, clean)
+        grad = gradient(value, points) if climbing else torch.zeros_like(points)
+        points, value = points.detach(), value.detach()
+        self.worst.offer(points, logits.detach(), value, rows)
+        self.blind[rows] |= grad.flatten(1).isnan().any(1)
+        return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
+
+
+@dataclass
+class _State:
+    """What each example that is still climbed remembers, [R] or [R, ...].
+
+    rows: their places in the batch. origin: the clean inputs. x, grad, value: where they are. previous: where they
+    were a step ago. best_*: the best of this run. rises: steps since the last review on which the objective rose.
+    reviewed_value: the best objective at the last review. halved: whether the last review halved step_size.
+    """
+
+    rows: Tensor
+    origin: Tensor
+    previous: Tensor
+    x: Tensor
+    grad: Tensor
+    value: Tensor
+    best_x: Tensor
+    best_grad: Tensor
+    best_value: Tensor
+    reviewed_value: Tensor
+    rises: Tensor
+    halved: Tensor
+    step_size: Tensor
+
+    @classmethod
+    def begin(cls, rows: Tensor, origin: Tensor, x: Tensor, grad: Tensor, value: Tensor, step_size: float) -> _State:
+        """At the start x, with one step size for all."""
+        no = torch.zeros_like(rows, dtype=torch.bool)
+        steps = torch.full(rows.shape, step_size, dtype=x.dtype, device=x.device)
+        return cls(rows, origin, x, x, grad, value, x, grad, value, value, torch.zeros_like(rows), no, steps)
+
+    def keep(self, mask: Tensor) -> None:
+        """Forget the examples where the mask [R] is False."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name)[mask])
+
+    def move(self, x: Tensor, grad: Tensor, value: Tensor) -> None:
+        """Take a step that was measured."""
+        self.rises = self.rises + (value > self.value)
+        self.previous, self.x, self.grad, self.value = self.x, x, grad, value
+        better = value > self.best_value
+        self.best_value = torch.where(better, value, self.best_value)
+        self.best_x = _choose(better, x, self.best_x)
+        self.best_grad = _choose(better, grad, self.best_grad)
+
+    def review(self, wanted_rises: float) -> None:
+        """Conditions 1 and 2 of Algorithm 1: halve step sizes and go back to the best points where either holds."""
+        stuck = ~self.halved & (self.best_value == self.reviewed_value)
+        self.halved = (self.rises < wanted_rises) | stuck
+        self.step_size = torch.where(self.halved, self.step_size / 2, self.step_size)
+        self.x = _choose(self.halved, self.best_x, self.x)
+        self.grad = _choose(self.halved, self.best_grad, self.grad)
+        self.value = torch.where(self.halved, self.best_value, self.value)
+        self.reviewed_value, self.rises = self.best_value, torch.zeros_like(self.rises)
+
+
+def _choose(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """torch.where with one decision per example: [R], [R, ...], [R, ...] -> [R, ...]."""
+    return torch.where(mask.reshape(-1, *[1] * (one.ndim - 1)), one, other)

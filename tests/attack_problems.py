@@ -1,0 +1,145 @@
+"""Problems that attacks on mixtures are tried on: many small linear mixtures in one batch, and small networks."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixadv.mixture import Mixture
+from mixadv.models import build_member
+from mixadv.threat_model import ThreatModel
+from oracles_linear import signs, worst_cases_in_the_plane
+
+WEIGHTS = [0.5, 0.2, 0.3]
+
+
+class LinearByRow(nn.Module):
+    """A linear member of its own for each instance: inputs [B, 3] are two coordinates and the instance's number.
+
+    So that instances stay themselves where an attack drops some of them. No gradient leads to the number.
+    """
+
+    def __init__(self, W, b):
+        super().__init__()
+        self.register_buffer("W", torch.as_tensor(W))
+        self.register_buffer("b", torch.as_tensor(b))
+
+    def forward(self, x):
+        row = x[:, 2].detach().round().long()
+        score = (x[:, :2] * self.W[row]).sum(1) + self.b[row]
+        return torch.stack([torch.zeros_like(score), score], dim=1)
+
+
+class Plane(ThreatModel):
+    """Random points leave the instance's number alone."""
+
+    def sample(self, x, generator=None):
+        return torch.cat([super().sample(x[:, :2], generator), x[:, 2:]], dim=1)
+
+
+class LinearProblem:
+    """N mixtures of L linear members in the plane, all with the same lambda, attacked around x = 0 with eps = 1.
+
+    Unit normals in random directions, boundaries at distances uniform in `distances` from 0 (negative: the member errs
+    there), in the norm of the attack; the sizes of the logits spread over two decades.
+
+    Attributes: W [N, L, 2], b [N, L], x [N, 3], y [N], threat_model, lam [L], best [N]: the exact minimum of the
+    expected accuracy.
+    """
+
+    def __init__(self, count, lam, norm, seed, distances=(-0.2, 1.2)):
+        random = np.random.default_rng(seed)
+        L = len(lam)
+        angle = random.uniform(0, 2 * np.pi, (count, L))
+        W = np.stack([np.cos(angle), np.sin(angle)], axis=2)
+        dual = np.abs(W).sum(2) if norm == "linf" else np.ones((count, L))
+        labels = random.integers(0, 2, count)
+        b = signs(labels)[:, None] * random.uniform(*distances, (count, L)) * dual
+        scale = 10 ** random.uniform(-1, 1, (count, L))
+        self.lam = Mixture([nn.Identity()] * L, lam).weights.double().numpy()
+        self.norm, self.threat_model = norm, Plane(norm, 1.0, None)
+        self._select(W * scale[..., None], b * scale, labels)
+
+    def _select(self, W, b, labels):
+        self.W, self.b = W, b
+        self.x = torch.zeros(len(W), 3, dtype=torch.float64)
+        self.x[:, 2] = torch.arange(len(W))
+        self.y = torch.as_tensor(labels)
+        loss, _ = worst_cases_in_the_plane(W, b, labels, np.zeros((len(W), 2)), 1.0, self.norm, self.lam)
+        self.best = self.lam.sum() - loss
+
+    def keep(self, mask):
+        """The instances where mask [N] holds, renumbered."""
+        self._select(self.W[mask], self.b[mask], self.y.numpy()[mask])
+        return self
+
+    @property
+    def mixture(self):
+        return Mixture([LinearByRow(self.W[:, k], self.b[:, k]) for k in range(len(self.lam))], self.lam)
+
+    def attacked(self, attack, seed=0):
+        """The expected accuracy [N] at the points found; nobody finds less than the exact minimum."""
+        mixture = self.mixture
+        found = attack(mixture, self.x, self.y, self.threat_model, torch.Generator().manual_seed(seed))
+        assert self.threat_model.check(found, self.x).all()
+        assert torch.equal(found[:, 2], self.x[:, 2])
+        accuracy = mixture.expected_accuracy(found, self.y).numpy()
+        assert (accuracy >= self.best - 1e-6).all()
+        return accuracy
+
+    def solved(self, *accuracies):
+        """Where the exact minimum was reached by one of several attacks, [N]."""
+        return np.minimum.reduce(accuracies) <= self.best + 1e-6
+
+
+def linear_problems(count, seeds):
+    """Pairs and triples, l2 and linf, with random weights: `count` instances for each seed, size and norm."""
+    for seed in seeds:
+        for L in (2, 3):
+            lam = np.random.default_rng(1000 + seed).dirichlet(2 * np.ones(L))
+            for norm in ("l2", "linf"):
+                yield LinearProblem(count, lam, norm, seed)
+
+
+def networks():
+    """Three members whose logits are centred over the batch, so that they answer differently, and 6 inputs."""
+    torch.manual_seed(5)
+    build = {"num_classes": 4, "image_shape": (3, 8, 8), "width": 6}
+    mixture = Mixture([build_member("small_resnet", **build) for _ in range(3)], WEIGHTS).eval()
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        for member in mixture.members:
+            member.net.fc.weight *= 5
+            member.net.fc.bias -= member(x).mean(0)
+        y = mixture(x).argmax(-1)
+    return mixture, x, y
+
+
+class Step(nn.Module):
+    """Without gradient: class 1 where the first coordinate is above one half."""
+
+    def forward(self, x):
+        return nn.functional.one_hot((x.flatten(1)[:, 0] > 0.5).long(), 2).float()
+
+
+class Fragile(nn.Module):
+    """Logits finite everywhere, gradient NaN for the examples whose first coordinate is below one half."""
+
+    def forward(self, x):
+        u = x.flatten(1)[:, 0]
+        bit = torch.where(u < 0.5, 0 * u, 0 * u + 1)
+        score = u + bit.sqrt() - bit
+        return torch.stack([torch.zeros_like(u), score], dim=1)
+
+
+class Failing(nn.Module):
+    """A member that raises in its n-th forward pass."""
+
+    def __init__(self, member, n):
+        super().__init__()
+        self.member, self.left = member, n
+
+    def forward(self, x):
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("out of order")
+        return self.member(x)
