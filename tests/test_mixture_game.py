@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from mixadv.attacks import PGD, InnerLoss
-from mixadv.lambda_solvers import AcceleratedEntropic, OracleSubgradient
-from mixadv.losses import AT, TRADES
+from mixadv.lambda_solvers import AcceleratedEntropic, LinearProgram, OracleSubgradient
+from mixadv.losses import AT, TRADES, ZeroOne
 from mixadv.mixture import Mixture
-from mixadv.mixture_game import MixtureGame
+from mixadv.mixture_game import AttackedBatch, MixtureGame
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 from oracles_game import full_linear_program
@@ -233,3 +233,110 @@ def test_the_entropic_solver_plays_on_its_pool(lines):
     assert solution.value == pytest.approx(pool_value, abs=0.02)
     assert risk(losses, solution.weights) == pytest.approx(value, abs=0.1)
     assert game.mixture.weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+# --- what the attacker knows -------------------------------------------------------------------------------
+
+
+def test_x_is_known_from_the_start_and_every_move_stays_known():
+    mixture = networks()
+    game, attack = game_on(mixture, AT())
+    assert game.known().losses.shape == (5, 1, 3)
+    game.best_response(LAM)
+    game.pool(LAM, 1, True, torch.Generator().manual_seed(5))
+    known = game.known().losses
+    assert known.shape == (5, 1 + 1 + 1 + 4, 3)
+    for j, point in ((0, game.x), (1, attack.points[0]), (3, attack.points[1]), (6, attack.points[4])):
+        by_hand = losses_by_hand(mixture, AT(), game, point).T
+        torch.testing.assert_close(known[:, j], by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_every_attack_makes_a_move_in_batches_of_any_size():
+    mixture = networks()
+    torch.manual_seed(1)
+    x, y = torch.rand(5, 1, 8, 8), torch.arange(5) % 4
+    attacks = [PGD(2, start="none", keep="last"), PGD(3, 0.5, start="none", keep="last")]
+    seen = []
+    ball = ThreatModel("linf", 0.1)
+    game = MixtureGame(mixture, x, y, ball, attacks, AT(), batch_size=2, on_attack=seen.append)
+    game.best_response(LAM)
+    assert seen == [2, 2, 1] * 2
+    assert game.known().losses.shape == (5, 3, 3)
+    mixture.set_weights(LAM)
+    for j, attack in enumerate(attacks, 1):
+        by_hand = losses_by_hand(mixture, AT(), game, attack(mixture, x, y, ball)).T
+        torch.testing.assert_close(game.known().losses[:, j], by_hand, rtol=1e-4, atol=1e-5)
+
+
+@LOSSES
+def test_recent_batches_join_with_the_payoffs_of_the_members_as_they_are(loss):
+    mixture = networks()
+    torch.manual_seed(6)
+    recent = [AttackedBatch(torch.rand(n, 1, 8, 8), torch.rand(n, 1, 8, 8), torch.randint(4, (n,))) for n in (3, 2)]
+    game, attack = game_on(mixture, loss)
+    alone = game.best_response(LAM)
+    game = MixtureGame(mixture, game.x, game.y, game.threat_model, [attack], loss, recent=recent)
+    attack.points.clear()
+    torch.manual_seed(0)
+    game.best_response(LAM)
+    game.best_response(LAM)
+    assert [len(points) for points in attack.points] == [5, 5]
+    known = game.known()
+    assert known.losses.shape == (5 + 3 + 2, 3, 3)
+    assert known.mask.tolist() == [[True] * 3] * 5 + [[True, True, False]] * 5
+    row = 5
+    for batch in recent:
+        at = MixtureGame(mixture, batch.x, batch.y, game.threat_model, [], loss)
+        for j, point in enumerate((batch.x, batch.x_adv)):
+            by_hand = losses_by_hand(mixture, loss, at, point).T
+            torch.testing.assert_close(known.losses[row : row + len(batch.y), j], by_hand, rtol=1e-4, atol=1e-5)
+        row += len(batch.y)
+    response, known = game.best_response(LAM), game.known()
+    scores = (known.losses @ LAM).masked_fill(~known.mask, -math.inf)
+    assert response.value == pytest.approx(float(scores.amax(1).mean()), rel=1e-6)
+    assert response.value != pytest.approx(alone.value, rel=1e-3)
+
+
+def test_before_any_attack_recent_batches_know_more_than_the_batch():
+    mixture = networks()
+    batch = AttackedBatch(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.tensor([1, 3]))
+    game = MixtureGame(
+        mixture, torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2]), ThreatModel("linf", 0.1), [], AT(), recent=[batch]
+    )
+    assert game.known().mask.tolist() == [[True, False]] * 3 + [[True, True]] * 2
+
+
+# --- the double oracle -------------------------------------------------------------------------------------
+
+
+def test_the_double_oracle_solves_the_game_on_linear_members(lines):
+    """The corners of the box hold the exact game; the attack finds them one response at a time."""
+    game, losses = lines
+    value = full_linear_program(losses.numpy())[0]
+    fresh = MixtureGame(
+        game.mixture, game.x, game.y, game.threat_model, game.attacks, AT(), torch.Generator().manual_seed(3)
+    )
+    found = LinearProgram(num_rounds=12, attack_tolerance=1e-4).solve(fresh)
+    assert found.status == "converged"
+    assert risk(losses, found.weights) == pytest.approx(value, abs=2e-3)
+    # Certain: the points are real, so their game is worth no more than the whole one.
+    assert found.lower_bound <= value + 1e-9
+    assert found.lower_bound == pytest.approx(value, abs=2e-3)
+    bounds = found.history["lower_bound"]
+    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(bounds))
+    assert found.value >= found.lower_bound - 1e-12
+    assert found.gap is None
+    assert found.value == pytest.approx(fresh.known().value(found.weights))
+
+
+def test_zero_one_payoffs_count_the_members_that_err():
+    mixture = networks()
+    game, attack = game_on(mixture, AT())
+    game = MixtureGame(mixture, game.x, game.y, game.threat_model, [attack], ZeroOne())
+    response = game.best_response(LAM)
+    mixture.eval()
+    with torch.no_grad():
+        wrong = [torch.stack([m(x).argmax(1) != game.y for m in mixture.members]) for x in (game.x, attack.points[0])]
+    by_hand = torch.stack([LAM @ w.double() for w in wrong]).amax(0).mean()
+    assert response.value == pytest.approx(float(by_hand), abs=1e-9)
+    assert response.value > 0

@@ -96,7 +96,7 @@ class Game(Protocol):
     def pool(
         self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
     ) -> FiniteGame:
-        """A game on `num_samples` random perturbations per example and, if asked, the points of L + 1 attacks."""
+        """`known()` once `num_samples` random perturbations per example and, if asked, L + 1 attacks have joined it."""
         ...
 
     def known(self) -> FiniteGame:

@@ -3,16 +3,16 @@ generator=None)`.
 
 - `OracleSubgradient`: projected subgradient on best responses, whatever they come from. Algorithm 1.
 - `AcceleratedEntropic`: accelerated gradient on the entropic relaxation over a pool of perturbations.
+- `LinearProgram`: exact equilibria of finite games, by constraint generation; the double oracle on attacks.
 - `Uniform`: weights 1/L, for comparison.
-
-A `LinearProgram` belongs here too: exact equilibria of finite games, by constraint generation.
 
 They know the `Game` protocol of `mixadv.game` and nothing of networks, data or attacks.
 """
 
 from mixadv.lambda_solvers.driver import LambdaSolver
 from mixadv.lambda_solvers.entropic import AcceleratedEntropic
+from mixadv.lambda_solvers.lp import LinearProgram
 from mixadv.lambda_solvers.oracle import OracleSubgradient
 from mixadv.lambda_solvers.uniform import Uniform
 
-__all__ = ["AcceleratedEntropic", "LambdaSolver", "OracleSubgradient", "Uniform"]
+__all__ = ["AcceleratedEntropic", "LambdaSolver", "LinearProgram", "OracleSubgradient", "Uniform"]
