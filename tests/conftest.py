@@ -23,6 +23,9 @@ TINY = (
     "lambda_solver.num_steps=2",
     "protocol.validation.num_steps=4",
     "protocol.attacks.pgd-20.restarts=1",
+    "protocol.attacks.arc.num_steps=2",
+    "protocol.attacks.subsets.num_steps=2",
+    "protocol.diagnosed=0",
     "eps=0.05",
     "trainer.accelerator=cpu",
     "logger=csv",
@@ -100,9 +103,10 @@ def compose_shipped(*overrides: str) -> DictConfig:
     import hydra
 
     from mixadv import config
+    from mixadv.shipped import config_dir
 
     config.register()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=config.config_dir()):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=config_dir()):
         return hydra.compose("config", overrides=list(overrides))
 
 

@@ -129,6 +129,8 @@ def test_every_choice_of_every_group_composes_and_passes(compose):
         said = [f"{group}={names[number % len(names)]}" for group, names in choices.items()]
         if "data=image_folder" in said:
             said.append("data.root=somewhere")
+        if "task=solve" in said:
+            said.append("members=[here,there]")
         cfg = compose(*said, f"mixture={ROOT}")
         config.check(cfg)
         assert cfg.loss._target_.rpartition(".")[2].lower() in said[GROUPS.index("loss")]
@@ -280,7 +282,7 @@ def test_refusals_name_the_remedy(compose):
     assert "at least 1" in compose_text(compose, "L=0")
     cfg = compose()
     cfg.task = "fly"
-    with pytest.raises(UserError, match="task=fly is unknown: choose one of train, evaluate, report"):
+    with pytest.raises(UserError, match="task=fly is unknown: choose one of train, evaluate, solve, game, report"):
         config.check(cfg)
 
 
@@ -308,13 +310,13 @@ BAD_COMMANDS = [
     (["data.rot=x"], "data.rot"),
     (["loss=foo"], "loss=foo is unknown: choose one of at, trades"),
     (["data=mnist"], "data=mnist is unknown: choose one of cifar10, digits, image_folder"),
-    (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, oracle, uniform"),
+    (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, lp, oracle, uniform"),
     (["experiment=nope"], "experiment=nope is unknown: choose one of cifar10_small, quickstart"),
     (["L"], "cannot read 'L'"),
     (["name=a b=c"], "cannot read 'name=a b=c'"),
     (["eps=8"], "eps=8"),
     (["eps=8px"], "eps=8px"),
-    (["task=fly"], "task=fly is unknown: choose one of evaluate, report, train"),
+    (["task=fly"], "task=fly is unknown: choose one of evaluate, game, report, solve, train"),
     (["+foo=1"], "foo"),
     (["data=image_folder"], "data.root"),
 ]

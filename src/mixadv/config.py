@@ -22,13 +22,6 @@ RESUME = ("auto", "never")
 MAX_NAME = 120
 
 
-def config_dir() -> str:
-    """The directory of the shipped configuration: inside the package when installed, else the checkout's."""
-    here = Path(__file__).resolve().parent
-    installed = here / "conf"
-    return str(installed if installed.is_dir() else here.parents[1] / "conf")
-
-
 @dataclass
 class ScheduleConfig:
     """When members and weights are updated (Algorithm 2)."""
@@ -243,6 +236,11 @@ def check(cfg: DictConfig) -> None:
         )
     for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
         _limit(f"trainer.{key}", cfg.trainer[key])
+    if cfg.task == "solve" and not cfg.members:
+        raise UserError(
+            "task=solve needs members=[A,B,...]: exported mixtures, run directories, checkpoints, state dicts "
+            "(with model=NAME), .safetensors files or module:callable"
+        )
     if cfg.task == "evaluate":
         wanted = "an exported mixture/ folder, a run directory or a .ckpt"
         if not cfg.mixture:

@@ -7,6 +7,7 @@ heavy is imported before the checks have passed.
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 
 from mixadv import config
 from mixadv.errors import UserError
+from mixadv.shipped import config_dir
 
 # The shell's own code for a program ended by Ctrl-C.
 INTERRUPTED = 130
@@ -50,9 +52,25 @@ def _composition_message(error: Exception) -> str:
 def _quoted(argument: str) -> str:
     """Quote a path that exists: run directories are called `eps=8-255,L=3`, which Hydra's grammar would take apart."""
     key, _, value = argument.partition("=")
-    if key in PATH_KEYS and set(value) & set("=,()[]{}: ") and "'" not in value and Path(value).exists():
+    if key in PATH_KEYS and _needs_quotes(value) and Path(value).exists():
         return f"{key}='{value}'"
+    if key == "members" and value.startswith("[") and value.endswith("]"):
+        return f"members=[{','.join(_quoted_members(value[1:-1]))}]"
     return argument
+
+
+def _needs_quotes(value: str) -> bool:
+    return bool(set(value) & set("=,()[]{}: ")) and not set(value) & set("'\"")
+
+
+def _quoted_members(text: str) -> Iterator[str]:
+    """The parts of `text` between commas; as many of them together as make up a path that exists."""
+    parts = text.split(",")
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n]).strip()).exists()), 1)
+        member = ",".join(parts[:count]).strip()
+        parts = parts[count:]
+        yield f"'{member}'" if _needs_quotes(member) else member
 
 
 def _job(cfg: DictConfig) -> None:
@@ -115,7 +133,7 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        hydra.main(version_base="1.3", config_path=config.config_dir(), config_name="config")(_job)()
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(_job)()
     except UserError as error:
         # Jobs have reported their own refusals already.
         if not _failed:
@@ -130,7 +148,7 @@ def main() -> None:
             "Choose a writable place with hydra.run.dir=DIR (a sweep: hydra.sweep.dir=DIR)"
         )
     except KeyboardInterrupt:
-        _refuse("interrupted; the same command continues from the last checkpoint")
+        _refuse("interrupted; the same command goes on with what it has")
         sys.exit(INTERRUPTED)
     if _failed:
         _exit_with(f"{len(_failed)} job(s) of the sweep failed:\n" + "\n".join(f"  {line}" for line in _failed))

@@ -1,8 +1,8 @@
 """From configuration to objects, with refusals that name the key."""
 
-import importlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mixadv.errors import UserError
 from mixadv.export import build_mixture
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
+from mixadv.shipped import construct
 from mixadv.threat_model import ThreatModel
 from mixadv.training import LearningRate, MemberOptimizer
 
@@ -24,32 +25,8 @@ BYTES_PER_PARAMETER = 12  # float32 parameter, gradient and momentum
 
 
 def instantiate(node: Any, key: str) -> Any:
-    """Build the object that ``_target_`` names, from this package alone.
-
-    Raises:
-        UserError: the target is not of this package, does not exist, or refuses its arguments.
-    """
-    settings = as_dict(node)
-    target = str(settings.pop("_target_", ""))
-    module, _, name = target.rpartition(".")
-    if not module.startswith("mixadv."):
-        raise UserError(f"{key}._target_={target!r} is not a class of mixadv: nothing else is run from a configuration")
-    nested = {
-        k: instantiate(v, f"{key}.{k}") if isinstance(v, dict) and "_target_" in v else v for k, v in settings.items()
-    }
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise UserError(f"{key}._target_={target} does not exist") from None
-    # A module also holds functions and what it imports: neither may be called by a configuration.
-    if not isinstance(cls, type) or not cls.__module__.startswith("mixadv."):
-        raise UserError(f"{key}._target_={target} is not a class of mixadv: nothing else is run from a configuration")
-    try:
-        return cls(**nested)
-    except TypeError as error:
-        raise UserError(f"{key}: {str(error).replace('.__init__()', '')}") from error
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
+    """Build the object that ``_target_`` names, from this package alone; see `construct`."""
+    return construct(as_dict(node), key)
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -77,6 +54,28 @@ def limited(limit: Any, count: int) -> int:
     if limit is None:
         return count
     return min(count, limit) if isinstance(limit, int) else max(1, round(limit * count))
+
+
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """The keys that a command line sets."""
+    return [text.lstrip("+~").split("=", 1)[0] for text in overrides]
+
+
+def as_recorded(cfg: DictConfig, config: dict[str, Any], said: Sequence[str]) -> DictConfig:
+    """`cfg` with data, eps and norm from the recipe of a mixture, except the keys that the command line `said`."""
+    merged = cfg.copy()
+    OmegaConf.set_struct(merged, False)
+    if "data" not in said and "data" in config:
+        own = OmegaConf.create(config["data"])
+        for key in said:
+            if key.startswith("data."):
+                OmegaConf.update(own, key.removeprefix("data."), OmegaConf.select(cfg, key))
+        merged.data = own
+    if "eps" not in said and "eps" in config:
+        merged.eps = config["eps"]
+    if not any(key == "threat_model" or key.startswith("threat_model.") for key in said) and "threat_model" in config:
+        merged.threat_model.norm = config["threat_model"]["norm"]
+    return merged
 
 
 def build_data(node: Any) -> ImageDataModule:
