@@ -10,6 +10,7 @@ from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import Attack
 from mixadv.attacks.square import Square
 from mixadv.attacks.subsets import SubsetAttack
+from mixadv.attacks.suite import AttackSuite, SuiteRecord
 from mixadv.attacks.transfer import Transfer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ARC",
     "PGD",
     "Attack",
+    "AttackSuite",
     "AveragedCE",
     "AveragedLoss",
     "ExpectedLoss",
@@ -24,6 +26,7 @@ __all__ = [
     "Objective",
     "Square",
     "SubsetAttack",
+    "SuiteRecord",
     "TargetedLoss",
     "Transfer",
     "UniformNoise",

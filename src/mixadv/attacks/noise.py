@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class UniformNoise:
     Raises ValueError for num_samples below 1; for x not float32 or float64, labels that do not match, x outside the
     box.
     """
+
+    transfers: ClassVar[bool] = False
 
     num_samples: int = 100
     objective: Objective = field(default_factory=ExpectedLoss)

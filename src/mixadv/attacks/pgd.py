@@ -72,15 +72,23 @@ class PGD:
         y: Tensor,
         threat_model: ThreatModel,
         generator: torch.Generator | None = None,
+        start_at: Tensor | None = None,
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
+        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member.
+
+        start_at: points of the ball, of the shape of x, that take the place of the first start; further restarts
+            begin as `start` says. A run of K steps continued from its last iterate is a run of more steps, bit for bit.
+        """
         check_batch(x, y, None if self.keep == "last" else threat_model)
+        if start_at is not None and start_at.shape != x.shape:
+            raise ValueError(f"start_at has shape {tuple(start_at.shape)}, x has {tuple(x.shape)}")
         if threat_model.eps == 0 or len(x) == 0:
             return x.detach().clone()
         mixture = as_mixture(mixture)
         # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
         with torch.inference_mode(False), torch.enable_grad(), mixture.attack_mode():
-            return self._attack(mixture, x.detach().clone(), y.clone(), threat_model, generator)
+            first = None if start_at is None else start_at.detach().to(x.dtype, copy=True)
+            return self._attack(mixture, x.detach().clone(), y.clone(), threat_model, generator, first)
 
     def _attack(
         self,
@@ -89,6 +97,7 @@ class PGD:
         y: Tensor,
         threat_model: ThreatModel,
         generator: torch.Generator | None,
+        first: Tensor | None,
     ) -> Tensor:
         weights = mixture.weights
         worst: WorstPoints | None = None
@@ -101,11 +110,12 @@ class PGD:
                     worst = WorstPoints(mixture, x, y, self.keep == "accuracy")
                     worst.offer(x, clean, self.objective(clean, y, weights, clean_logits))
         if worst is None:
-            return self._climb(mixture, x, y, threat_model, clean_logits, generator)
+            return self._climb(mixture, x, y, threat_model, clean_logits, generator, first)
 
         blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for _ in range(1 if self.start == "none" else self.restarts):
-            self._search(mixture, x, y, threat_model, clean_logits, generator, worst, blind)
+        for run in range(1 if self.start == "none" else self.restarts):
+            start = first if run == 0 else None
+            self._search(mixture, x, y, threat_model, clean_logits, generator, worst, blind, start)
         if bool(blind.any()):
             warnings.warn(
                 f"PGD met NaN gradients on {int(blind.sum())} of {len(x)} examples and could not climb "
@@ -122,9 +132,10 @@ class PGD:
         threat_model: ThreatModel,
         clean_logits: Tensor | None,
         generator: torch.Generator | None,
+        first: Tensor | None,
     ) -> Tensor:
         """The last iterate, and nothing but the passes that it takes."""
-        x_adv = self._start(x, threat_model, generator)
+        x_adv = self._start(x, threat_model, generator) if first is None else first
         for _ in range(self.num_steps):
             x_adv.requires_grad_(True)
             objective = self.objective(mixture.member_logits(x_adv), y, mixture.weights, clean_logits)
@@ -143,6 +154,7 @@ class PGD:
         generator: torch.Generator | None,
         worst: WorstPoints,
         blind: Tensor,
+        first: Tensor | None,
     ) -> None:
         """One start, whose points go to `worst`; `blind` marks the examples that met NaN gradients."""
         rows = torch.arange(len(x), device=x.device)
@@ -156,7 +168,7 @@ class PGD:
             if not len(rows):
                 return
             if x_adv is None:
-                x_adv = self._start(x[rows], threat_model, generator)
+                x_adv = self._start(x[rows], threat_model, generator) if first is None else first[rows]
             clean = None if clean_logits is None else clean_logits[:, rows]
             last = step == self.num_steps
             x_adv.requires_grad_(not last)

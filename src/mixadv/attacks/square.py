@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class Square:
     Raises ValueError for num_queries or restarts below 1, p_init outside (0, 1]; for x not float32 or float64 or of
     another shape, labels that do not match, x outside the box.
     """
+
+    transfers: ClassVar[bool] = False
 
     num_queries: int = 5000
     p_init: float = 0.8

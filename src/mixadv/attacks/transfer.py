@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class Transfer:
     Raises ValueError where the attack cannot be called, or raises it (an attack with gradients does so on a member
     that has none); for x not float32 or float64, labels that do not match, x outside the box.
     """
+
+    transfers: ClassVar[bool] = False
 
     attack: Attack
     objective: Objective = field(default_factory=ExpectedLoss)

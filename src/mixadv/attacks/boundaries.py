@@ -1,0 +1,135 @@
+"""Decision boundaries of single members, linearised: what ARC and the subset attacks walk along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.attacks.search import gradient
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The nearest linearised boundary of one member at each of R points, in the geometry of a threat model.
+
+    With t the class to leave, j the class beyond the boundary and w = grad f_t - grad f_j at the point, a step u
+    crosses the boundary, to first order, where <normal, u> >= distance.
+
+    Attributes:
+        distance: [R], (f_t - f_j) / ||w||_q with q dual to the norm (linf: 1, l2: 2), in input units: the length of
+            the shortest step that crosses. Negative where f_j is above f_t already; infinite, with the sign of
+            f_t - f_j, where w = 0.
+        normal: [R, ...], -w / ||w||_q, of dual norm 1 (0 where w = 0).
+        direction: [R, ...], the step of norm 1 that crosses soonest: -sign(w) for linf, -w / ||w||_2 for l2.
+        logits: [R, C], the member's at the points.
+        blind: [R] bool, where a gradient was NaN (it counts as 0 there).
+    """
+
+    distance: Tensor
+    normal: Tensor
+    direction: Tensor
+    logits: Tensor
+    blind: Tensor
+
+
+def nearest_boundary(
+    member: nn.Module,
+    points: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    num_runner_ups: int = 1,
+    leave_top: bool = False,
+) -> Boundary:
+    """The boundary of smallest distance between a class to leave and the highest `num_runner_ups` other classes.
+
+    One forward pass, and one backward pass per runner-up, for the whole batch.
+
+    Args:
+        member: frozen, in eval mode, maps points [R, ...] to logits [R, C].
+        points: [R, ...]; y: labels [R].
+        num_runner_ups: how many classes are tried, at most C - 1 of them.
+        leave_top: leave the class that the member answers; by default its label, so that where the member errs
+            already the distance is negative (and the most negative one over the runner-ups).
+
+    Raises:
+        ValueError: the member has no gradient.
+    """
+    with torch.enable_grad():
+        points = points.detach().requires_grad_(True)
+        logits = member(points)
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        here = logits.detach()
+        leave = (here.argmax(-1) if leave_top else y).unsqueeze(1)
+        count = min(num_runner_ups, here.shape[1] - 1)
+        rivals = here.scatter(1, leave, float("-inf")).topk(count, dim=1).indices
+        leads = logits.gather(1, leave) - logits.gather(1, rivals)
+        slopes = [gradient(leads[:, i], points, retain_graph=i + 1 < count) for i in range(count)]
+    best = _linearised(leads[:, 0].detach(), slopes[0], here, threat_model)
+    for i in range(1, count):
+        best = _nearer(_linearised(leads[:, i].detach(), slopes[i], here, threat_model), best)
+    return best
+
+
+def _linearised(lead: Tensor, slope: Tensor, logits: Tensor, threat_model: ThreatModel) -> Boundary:
+    blind = slope.flatten(1).isnan().any(1)
+    slope = slope.nan_to_num(nan=0.0)
+    direction = threat_model.ascent_step(torch.zeros_like(slope), -slope, 1.0)
+    # The dual norm by Hölder's equality, without squares, which underflow where a member is very sure.
+    dual = -inner(slope, direction)
+    endless = torch.where(lead < 0, float("-inf"), float("inf")).to(dual)
+    distance = torch.where(dual > 0, lead.to(dual) / dual, endless)
+    tiny = torch.finfo(dual.dtype).tiny
+    normal = direction if threat_model.norm == "l2" else -slope / per_example(dual.clamp_min(tiny), slope)
+    return Boundary(distance, normal, direction, logits, blind)
+
+
+def _nearer(a: Boundary, b: Boundary) -> Boundary:
+    """Per example the one of smaller distance; b where they are equal."""
+    closer = a.distance < b.distance
+    wide = per_example(closer, a.normal)
+    return Boundary(
+        torch.where(closer, a.distance, b.distance),
+        torch.where(wide, a.normal, b.normal),
+        torch.where(wide, a.direction, b.direction),
+        b.logits,
+        a.blind | b.blind,
+    )
+
+
+def drawn_members(mixture: Mixture) -> Mixture:
+    """The same modules without those of weight 0, which no attack needs to fool or to ask."""
+    drawn = mixture.weights.nonzero().flatten().tolist()
+    if len(drawn) == mixture.num_members:
+        return mixture
+    return Mixture([mixture.members[k] for k in drawn], mixture.weights[drawn])
+
+
+def members_with_gradient(mixture: Mixture, x: Tensor) -> list[int]:
+    """The members whose logits depend on the input differentiably, asked at the first input of x [B, ...].
+
+    Raises:
+        ValueError: there is none.
+    """
+    with torch.enable_grad():
+        point = x[:1].detach().requires_grad_(True)
+        found = [k for k, member in enumerate(mixture.members) if member(point).requires_grad]
+    if not found:
+        raise ValueError(
+            "no member that may be drawn has a gradient with respect to the input: use an attack without gradients"
+        )
+    return found
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> per example, [R, ...] x [R, ...] -> [R]."""
+    return (a * b).flatten(1).sum(1)
+
+
+def per_example(values: Tensor, like: Tensor) -> Tensor:
+    """[R] -> [R, 1, ...], to broadcast over the numbers of each example."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,174 @@
+"""Several attacks on one mixture, and the worst that any of them finds for each example."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.attacks.search import Attack, WorstPoints, check_batch
+from mixadv.errors import UserError
+from mixadv.mixture import Mixture, as_mixture
+from mixadv.seeding import derive_seed
+from mixadv.shipped import config_dir, construct
+from mixadv.threat_model import ThreatModel
+
+MIXTURE, TWIN = "mixture", "averaged twin"
+
+
+class Pass(NamedTuple):
+    """One attack against one classifier; its points are replayed on the whole mixture.
+
+    name: of the attack. attack: what is called. against: "mixture", "member k" or "averaged twin".
+    target: that classifier as a mixture; it shares the members' modules.
+    """
+
+    name: str
+    attack: Attack
+    against: str
+    target: Mixture
+
+    @property
+    def key(self) -> str:
+        """The attack's name, followed by " on " and whom it is against unless that is the mixture."""
+        return self.name if self.against == MIXTURE else f"{self.name} on {self.against}"
+
+    def seed(self, seed: int, batch: int) -> int:
+        """Of the pass on one batch: the same whatever other passes there are."""
+        return derive_seed(seed, self.name, self.against, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class SuiteRecord:
+    """What a suite found on a batch.
+
+    Attributes:
+        expected_accuracy: [B] float64, the least exact expected accuracy sum_k lambda_k 1[f_k(x') = y] over x itself
+            and all points found. The mean over examples is the robust accuracy (an upper bound of it).
+        clean: [B] float64, at x.
+        by_attack: [B] float64 for each attack against the mixture, under its name, and for each attack against a part
+            of it, under "NAME on member k" and "NAME on averaged twin".
+        x_adv: [B, ...], the points behind `expected_accuracy`.
+        found_by: B names: which entry of `by_attack` first found them, "clean" for x itself.
+        seconds: for each entry of `by_attack`.
+    """
+
+    expected_accuracy: Tensor
+    clean: Tensor
+    by_attack: dict[str, Tensor]
+    x_adv: Tensor
+    found_by: list[str]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AttackSuite:
+    """Named attacks, each run on the mixture and, where it `transfers`, on every member alone and on the averaged twin.
+
+    Per example the result is the minimum over all points found by anyone, so adding an attack never raises it. Every
+    pass draws from a generator of its own, so an attack finds the same whatever stands beside it.
+
+    An attack class whose points against one classifier are not worth replaying says ``transfers = False`` (attacks
+    made for mixtures, slow black boxes, noise).
+
+    attacks: name -> attack; names begin with their algorithm.
+    name: of the protocol.
+
+    Raises ValueError where there is no attack or one cannot be called.
+    """
+
+    attacks: Mapping[str, Attack]
+    name: str = field(default="custom")
+
+    def __post_init__(self) -> None:
+        if not self.attacks:
+            raise ValueError("a suite needs at least one attack")
+        for name, attack in self.attacks.items():
+            if not callable(attack):
+                raise ValueError(f"attack {name} is {attack!r}: give an attack, for example PGD()")
+
+    @classmethod
+    def from_protocol(cls, name: str) -> AttackSuite:
+        """The suite that `protocol=NAME` runs: "fast", "strict" or "paper".
+
+        Raises:
+            UserError: there is no such protocol.
+        """
+        import yaml
+
+        folder = Path(config_dir()) / "protocol"
+        path = folder / f"{name}.yaml"
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        if name not in known:
+            raise UserError(f"protocol={name} is unknown: choose one of {', '.join(known)}")
+        nodes = yaml.safe_load(path.read_text())["attacks"]
+        return cls({key: construct(node, f"protocol.attacks.{key}") for key, node in nodes.items()}, name)
+
+    def __call__(
+        self, mixture: Mixture | nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel, *, seed: int = 0
+    ) -> SuiteRecord:
+        """Attack x [B, ...] with labels y [B] by everything; a plain module counts as a mixture of one member.
+
+        Raises:
+            ValueError: a batch that no attack can work on. RuntimeError: an attack left ball or box.
+        """
+        check_batch(x, y, threat_model)
+        mixture = as_mixture(mixture)
+        worst = WorstPoints(mixture, x.detach(), y)
+
+        def replay(points: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), mixture.attack_mode():
+                logits = mixture.member_logits(points)
+            accuracy = mixture.expectation(logits.argmax(-1) == y)
+            return accuracy, worst.offer(points, logits, -accuracy)
+
+        clean, _ = replay(x.detach())
+        found_by = ["clean"] * len(x)
+        by_attack: dict[str, Tensor] = {}
+        seconds: dict[str, float] = {}
+        for one in passes_of(self.attacks, mixture):
+            started = time.perf_counter()
+            points = checked_points(one, x, y, threat_model, one.seed(seed, 0))
+            by_attack[one.key], worse = replay(points)
+            for i in worse.nonzero().flatten().tolist():
+                found_by[i] = one.key
+            seconds[one.key] = time.perf_counter() - started
+        return SuiteRecord(worst.accuracy, clean, by_attack, worst.x, found_by, seconds)
+
+
+def passes_of(
+    attacks: Mapping[str, Attack], mixture: Mixture, other_weights: Sequence[Sequence[float]] = ()
+) -> Iterator[Pass]:
+    """Every attack on the mixture, then on its members alone, its averaged twin and the mixture with other weights."""
+    for name, attack in attacks.items():
+        yield Pass(name, attack, MIXTURE, mixture)
+    if mixture.num_members == 1:
+        return
+    for name, attack in attacks.items():
+        if getattr(attack, "transfers", True):
+            for k, member in enumerate(mixture.members):
+                yield Pass(name, attack, f"member {k}", Mixture([member]))
+            # The forward pass of a mixture is its averaged prediction.
+            yield Pass(name, attack, TWIN, Mixture([mixture]))
+        for j, weights in enumerate(other_weights):
+            yield Pass(name, attack, f"other weights {j}", Mixture(mixture.members, weights))
+
+
+def checked_points(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int) -> Tensor:
+    """The points that a pass finds, checked by code that attacks do not share.
+
+    Raises:
+        RuntimeError: the attack left ball or box: a defect of the attack, never corrected silently.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    x_adv = one.attack(one.target, x, y, threat_model, generator)
+    inside = threat_model.check(x_adv, x)
+    if not bool(inside.all()):
+        index = int((~inside).nonzero()[0])
+        raise RuntimeError(f"attack {one.name} left the threat model at example {index} of a batch: this is a defect")
+    return x_adv
