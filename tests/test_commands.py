@@ -22,6 +22,7 @@ FILES = {
     "checkpoints",
     "config.yaml",
     "curves.png",
+    "examples.npz",
     "metrics.csv",
     "mixture",
     "records.npz",
@@ -326,11 +327,14 @@ def test_an_exported_mixture_gives_the_numbers_of_its_training(trained, command,
     with np.load(path / "records.npz") as a, np.load(trained.path / "records.npz") as b:
         for name in b.files:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert {entry.name for entry in path.iterdir()} == {"DONE", "config.yaml", "records.npz", "results.json"}
+    assert {entry.name for entry in path.iterdir()} == {
+        *("DONE", "config.yaml", "records.npz", "results.json", "report.html"),
+        *("examples.npz", "examples.png", "attacks.png"),
+    }
 
 
 def test_an_evaluation_is_continued_and_shown_like_a_run(trained, command, tmp_path):
-    argv = ["task=evaluate", f"mixture={trained.path}", "name=shown", "data.num_test=10"]
+    argv = ["task=evaluate", f"mixture={trained.path}", "name=shown", "data.num_test=10", "protocol.diagnosed=0"]
     assert command(*argv).rc == 0
     path = tmp_path / "outputs" / "evaluate" / "shown"
     before = {entry: entry.stat().st_mtime_ns for entry in path.iterdir()}

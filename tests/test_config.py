@@ -136,6 +136,15 @@ def test_every_choice_of_every_group_composes_and_passes(compose):
         assert cfg.loss._target_.rpartition(".")[2].lower() in said[GROUPS.index("loss")]
 
 
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("solver", sorted(path.stem for path in (ROOT / "conf" / "lambda_solver").glob("*.yaml")))
+def test_every_solver_goes_with_every_experiment(compose, experiment, solver):
+    from mixadv.tasks.build import instantiate
+
+    cfg = compose(f"experiment={experiment}", f"lambda_solver={solver}")
+    assert instantiate(cfg.lambda_solver, "lambda_solver").attack_cost() >= 0
+
+
 def test_types_and_defaults_of_the_schema_agree_with_the_files(compose):
     cfg = compose()
     for key in ("L", "seed"):

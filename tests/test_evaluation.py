@@ -7,7 +7,9 @@ from scipy import stats
 from torch import nn
 
 from mixadv.attacks import PGD
-from mixadv.evaluation import EvaluationRecord, confidence_interval, evaluate
+from mixadv.attacks.suite import TWIN
+from mixadv.errors import UserError
+from mixadv.evaluation import EvaluationRecord, EvaluationState, confidence_interval, evaluate, fingerprint
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -84,6 +86,12 @@ class Shift:
         return x_adv
 
 
+class Alone(Shift):
+    """Not worth replaying from members."""
+
+    transfers = False
+
+
 def images():
     x = torch.zeros(5, 1, 1, 2)
     x[:, :, 0, 0] = CLEAN
@@ -114,10 +122,10 @@ def test_accuracies_are_the_exact_expectation_over_the_draw():
     record = evaluate(mixture(), batches(5), ATTACKS, BALL)
     np.testing.assert_array_equal(record.labels, LABELS)
     np.testing.assert_array_equal(record.clean, RIGHT[CLEAN])
-    np.testing.assert_array_equal(record.attacked["pgd-up"], RIGHT[UP])
-    np.testing.assert_array_equal(record.attacked["square-down"], RIGHT[DOWN])
+    np.testing.assert_array_equal(record.found["pgd-up"], RIGHT[UP])
+    np.testing.assert_array_equal(record.found["square-down"], RIGHT[DOWN])
     np.testing.assert_allclose(record.expected(record.clean), [1, 0.625, 0.875, 0, 1], atol=1e-12)
-    np.testing.assert_allclose(record.expected(record.attacked["pgd-up"]), expected(UP), atol=1e-12)
+    np.testing.assert_allclose(record.expected(record.found["pgd-up"]), expected(UP), atol=1e-12)
 
 
 def test_the_worst_case_is_per_example_and_includes_the_clean_image():
@@ -135,9 +143,11 @@ def test_the_worst_case_is_per_example_and_includes_the_clean_image():
 def test_members_are_attacked_alone_and_by_what_hits_the_mixture():
     attacks = {"pgd": Shift(UP, alone=DOWN)}
     record = evaluate(mixture(), batches(5), attacks, BALL)
-    np.testing.assert_array_equal(record.attacked["pgd"], RIGHT[UP])
+    np.testing.assert_array_equal(record.found["pgd"], RIGHT[UP])
     # Every member is attacked alone, and each of those points is shown to all members.
-    np.testing.assert_array_equal(record.alone["pgd"], [RIGHT[DOWN]] * 3)
+    assert set(record.found) == {"pgd", *(f"pgd on {whom}" for whom in ("member 0", "member 1", "member 2", TWIN))}
+    for key in set(record.found) - {"pgd"}:
+        np.testing.assert_array_equal(record.found[key], RIGHT[DOWN])
     survives = np.array(RIGHT[CLEAN]) & np.array(RIGHT[UP]) & np.array(RIGHT[DOWN])
     np.testing.assert_array_equal(record.members_worst_case(), survives.astype(bool))
     members = record.summary({"pgd": {}})["members"]
@@ -154,7 +164,7 @@ def test_points_found_against_a_member_count_against_the_mixture():
     assert by_hand.sum() < np.min([expected(point) for point in (CLEAN, UP)], axis=0).sum()
     summary = record.summary({"pgd": {}})
     assert summary["attacks"]["pgd"]["expected_accuracy"] == pytest.approx(np.mean(expected(UP)))
-    assert summary["attacks"]["pgd"]["replayed_from_members"] == pytest.approx(np.mean(expected(DOWN)))
+    assert summary["attacks"]["pgd"]["replayed_from_parts"] == pytest.approx(np.mean(expected(DOWN)))
     # Replayed on everybody: no mixture can be below the average of its members' worst cases.
     assert (record.worst_case() >= record.weights @ record.members_worst_case() - 1e-12).all()
 
@@ -166,7 +176,7 @@ def test_the_ensemble_is_the_argmax_of_the_averaged_probabilities():
     ties = [i for i, value in enumerate(expected(UP)) if value == 0.5]
     for i, value in enumerate(by_hand):
         if i not in ties:
-            assert record.ensemble_attacked["pgd-up"][i] == value
+            assert record.ensemble["pgd-up"][i] == value
     # One member that is surer than the others together overrules them.
     sure = Mixture([Table(0, 0.2), Table(1, 20.0), Table(2, 0.2)], [0.3, 0.4, 0.3])
     np.testing.assert_array_equal(evaluate(sure, batches(5), {}, BALL).ensemble_clean, RIGHT[CLEAN][1])
@@ -189,12 +199,12 @@ def test_the_arrays_allow_every_number_to_be_computed_again():
     record = evaluate(mixture(), batches(2, 3), ATTACKS, BALL)
     arrays = record.arrays()
     assert set(arrays) == {
-        *("labels", "weights", "clean", "robust", "members_robust", "member_correct/clean"),
-        *(f"{kind}/{name}" for kind in ("attack", "member_correct") for name in ATTACKS),
-        *(f"member_correct/{name} on each member" for name in ATTACKS),
+        *("labels", "weights", "clean", "robust", "found_by", "members_robust", "averaged_twin_robust"),
+        *(f"attack/{name}" for name in ATTACKS),
+        *(f"member_correct/{key}" for key in ("clean", *record.found)),
     }
     lam = arrays["weights"]
-    again = [lam @ arrays[f"member_correct/{name}"] for name in ("clean", *ATTACKS)]
+    again = [lam @ arrays[f"member_correct/{key}"] for key in ("clean", *record.found)]
     np.testing.assert_allclose(np.min(again, axis=0), arrays["robust"], atol=1e-12)
     assert arrays["members_robust"].shape == (3, 5)
     assert arrays["member_correct/pgd-up"].dtype == np.uint8
@@ -232,7 +242,8 @@ def test_a_single_member_is_not_attacked_twice():
     member = Table(0)
     record = evaluate(Mixture([member]), batches(5), {"pgd": Shift(UP)}, BALL)
     assert member.seen == 2 * 5
-    np.testing.assert_array_equal(record.alone["pgd"][0], record.attacked["pgd"])
+    assert list(record.found) == ["pgd"]
+    assert record.summary({"pgd": {}})["attacks"]["pgd"]["members"] == [record.found["pgd"].mean()]
 
 
 @pytest.mark.parametrize("value", [0.7, -0.2, float("nan"), float("inf")])
@@ -259,8 +270,132 @@ def test_nothing_to_evaluate_is_refused():
 
 def test_progress_counts_examples_per_attack():
     seen = []
-    evaluate(mixture(), batches(2, 3), ATTACKS, BALL, on_progress=lambda name, count: seen.append((name, count)))
-    assert seen == [("pgd-up", 2), ("square-down", 2), ("pgd-up", 3), ("square-down", 3)]
+    attacks = {"pgd-up": Shift(UP), "square-down": Alone(DOWN)}
+    evaluate(mixture(), batches(2, 3), attacks, BALL, on_progress=lambda key, count: seen.append((key, count)))
+    parts = [f"pgd-up on {whom}" for whom in ("member 0", "member 1", "member 2", TWIN)]
+    assert seen == [(key, count) for key in ("clean", "pgd-up", "square-down", *parts) for count in (2, 3)]
+
+
+# --- what everybody was shown --------------------------------------------------------------------------------
+
+
+def test_other_weights_are_attacked_as_well_and_judged_on_everything():
+    class Weighed:
+        """Finds `DOWN` where the last member has most of the weight, else `UP`."""
+
+        transfers = False
+
+        def __call__(self, mixture, x, y, threat_model, generator=None):
+            x_adv = x.clone()
+            x_adv[:, :, 0, 0] = DOWN if mixture.weights[-1] > 0.5 else UP
+            return x_adv
+
+    other = np.array([0.1, 0.2, 0.7])
+    record = evaluate(mixture(), batches(5), {"pgd": Weighed()}, BALL, other_weights=[other.tolist()])
+    assert set(record.found) == {"pgd", "pgd on other weights 0"}
+    np.testing.assert_array_equal(record.found["pgd on other weights 0"], RIGHT[DOWN])
+    for lam in (WEIGHTS, other):
+        by_hand = [
+            min(sum(w * RIGHT[point][k][i] for k, w in enumerate(lam)) for point in (CLEAN, UP, DOWN)) for i in range(5)
+        ]
+        np.testing.assert_allclose(record.worst_case(np.asarray(lam)), by_hand, atol=1e-7)
+
+
+def test_the_first_to_find_the_worst_case_is_named():
+    record = evaluate(mixture(), batches(5), {"pgd": Shift(UP), "square": Alone(DOWN)}, BALL)
+    by_hand = []
+    for i in range(5):
+        values = {"clean": expected(CLEAN)[i], "pgd": expected(UP)[i], "square": expected(DOWN)[i]}
+        by_hand.append(min(values, key=values.get))
+    assert record.found_by() == by_hand
+    counts = record.summary({"pgd": {}, "square": {}})["attacks"]
+    assert [counts[name]["worst_found"] for name in ("pgd", "square")] == [
+        by_hand.count("pgd"),
+        by_hand.count("square"),
+    ]
+    assert len(set(by_hand)) == 3
+
+
+def test_the_averaged_twin_is_measured_under_its_own_name():
+    weights = [0.45, 0.2, 0.35]
+    record = evaluate(Mixture([Table(k) for k in range(3)], weights), batches(5), {"pgd": Shift(UP, alone=DOWN)}, BALL)
+    # Equally sure members: whoever holds more than half of the weight wins the average.
+    survives = [
+        all(sum(w * RIGHT[point][k][i] for k, w in enumerate(weights)) > 0.5 for point in (CLEAN, UP, DOWN))
+        for i in range(5)
+    ]
+    np.testing.assert_array_equal(record.averaged_twin_worst_case(), survives)
+    assert 0 < sum(survives) < 5
+    summary = record.summary({"pgd": {}})
+    assert summary["attacks"]["pgd"]["averaged_twin"] == record.ensemble["pgd on averaged twin"].mean()
+    assert summary["averaged_twin"]["robust"] == np.mean(survives)
+
+
+def test_the_first_images_are_kept():
+    record = evaluate(mixture(), batches(2, 3), {"pgd": Alone(UP)}, BALL, keep_images=3)
+    assert record.images["clean"].shape == (3, 1, 1, 2)
+    np.testing.assert_allclose(record.images["pgd"][:, 0, 0, 0], UP)
+    assert evaluate(mixture(), batches(5), {"pgd": Alone(UP)}, BALL).images == {}
+
+
+# --- resuming ------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """Random points, and a count of the calls; refuses the call number `limit`."""
+
+    def __init__(self, limit=None):
+        self.calls, self.limit = 0, limit
+
+    def __call__(self, mixture, x, y, threat_model, generator=None):
+        self.calls += 1
+        if self.calls == self.limit:
+            raise KeyError("killed")
+        return threat_model.sample(x, generator)
+
+
+def measured(state, limit=None, weights=WEIGHTS, seed=3):
+    x, y = examples()
+    torch.manual_seed(4)
+    mixture = networks().eval()
+    mixture.set_weights(weights)
+    attacks = {"a": Counted(), "b": Counted(limit)}
+    parts = [(x[:30], y[:30]), (x[30:], y[30:])]
+    mark = fingerprint(mixture, parts, [sorted(attacks), BALL, seed])
+    record = evaluate(mixture, parts, attacks, BALL, seed=seed, state=EvaluationState(state, mark))
+    return record, attacks
+
+
+def test_a_killed_evaluation_continues_with_the_pass_it_was_in(tmp_path):
+    whole, _ = measured(None)
+    with pytest.raises(KeyError, match="killed"):
+        measured(tmp_path / "state", limit=4)
+    files = {path.name for path in (tmp_path / "state").iterdir()}
+    parts = [f"a_on_{whom}.npz" for whom in ("member_0", "member_1", "member_2", "averaged_twin")]
+    assert files == {"clean.npz", "a.npz", "b.npz", *parts}
+    resumed, attacks = measured(tmp_path / "state")
+    assert (attacks["a"].calls, attacks["b"].calls) == (0, 2 * 4)
+    for name, array in whole.arrays().items():
+        np.testing.assert_array_equal(resumed.arrays()[name], array, err_msg=name)
+    again, attacks = measured(tmp_path / "state")
+    assert attacks["a"].calls == attacks["b"].calls == 0
+    np.testing.assert_array_equal(again.worst_case(), whole.worst_case())
+
+
+@pytest.mark.parametrize("change", [{"weights": [0.4, 0.3, 0.3]}, {"seed": 4}])
+def test_the_state_of_another_evaluation_is_refused(tmp_path, change):
+    measured(tmp_path / "state")
+    with pytest.raises(UserError, match="belongs to another evaluation"):
+        measured(tmp_path / "state", **change)
+
+
+def test_a_torn_state_file_is_named(tmp_path):
+    measured(tmp_path / "state")
+    path = tmp_path / "state" / "b.npz"
+    for count in (0, 10, len(path.read_bytes()) // 2):
+        path.write_bytes(path.read_bytes()[:count])
+        with pytest.raises(UserError, match=r"b\.npz cannot be read"):
+            measured(tmp_path / "state")
 
 
 # --- with networks -----------------------------------------------------------------------------------------
@@ -302,7 +437,7 @@ def test_evaluation_is_in_eval_mode_and_leaves_the_mixture_as_found():
         assert torch.equal(tensor, before[name]), name
     again = evaluate(mixture.eval(), [(x, y)], {"pgd": PGD(num_steps=2)}, BALL)
     np.testing.assert_array_equal(found.clean, again.clean)
-    np.testing.assert_array_equal(found.attacked["pgd"], again.attacked["pgd"])
+    np.testing.assert_array_equal(found.found["pgd"], again.found["pgd"])
 
 
 def test_random_attacks_depend_on_the_seed_and_the_batch_alone():

@@ -1,20 +1,14 @@
-"""Exact, per-example measurement of a mixture under attacks."""
+"""What was found about a mixture, example by example, and the numbers that follow from it."""
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from mixadv.attacks.search import Attack
-from mixadv.mixture import Mixture
-from mixadv.threat_model import ThreatModel
 
 NORMAL_QUANTILE_975 = 1.959963984540054
+ON = " on "
 
 
 def confidence_interval(mean: float, count: int) -> tuple[float, float]:
@@ -39,46 +33,64 @@ def confidence_interval(mean: float, count: int) -> tuple[float, float]:
 class EvaluationRecord:
     """What was found, per example, so that every number can be computed again.
 
+    A pass is one attack against one classifier: "NAME" is attack NAME against the mixture, "NAME on member k",
+    "NAME on averaged twin" and "NAME on other weights j" are the same attack against parts or variants of it. Points
+    of every pass were replayed on everybody.
+
     Attributes:
-        labels: [N]. weights: lambda [L], float64.
+        weights: lambda [L], float64. labels: [N].
         clean: per-member correctness [L, N] on the clean images.
         ensemble_clean: [N], correctness of the argmax of the averaged probabilities.
-        attacked: attack name -> per-member correctness [L, N] at the points found against the mixture.
-        ensemble_attacked: attack name -> [N], the averaged prediction at the same points.
-        alone: attack name -> [L, L, N]: entry [j, k] is the correctness of member k at the points found against member
-            j alone.
-        seconds: attack name -> wall seconds against the mixture, over all examples.
+        found: pass -> per-member correctness [L, N] at its points.
+        ensemble: pass -> [N], the averaged prediction at the same points.
+        seconds: pass -> wall seconds over all examples.
+        images: pass (and "clean") -> the first attacked images [K, C, H, W].
     """
 
     weights: np.ndarray
     labels: np.ndarray
     clean: np.ndarray
     ensemble_clean: np.ndarray
-    attacked: dict[str, np.ndarray] = field(default_factory=dict)
-    ensemble_attacked: dict[str, np.ndarray] = field(default_factory=dict)
-    alone: dict[str, np.ndarray] = field(default_factory=dict)
+    found: dict[str, np.ndarray] = field(default_factory=dict)
+    ensemble: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    images: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def expected(self, correct: np.ndarray) -> np.ndarray:
-        """sum_k lambda_k correct_k: [L, N] -> float64 [N]."""
-        return self.weights @ correct.astype(np.float64)
+    @property
+    def attacks(self) -> list[str]:
+        """Names of the attacks, in their order."""
+        return [key for key in self.found if ON not in key]
 
-    def _points(self) -> np.ndarray:
-        """Correctness of every member at every point found by anyone, the clean image included: [P, L, N]."""
-        found = [self.clean[None], *(correct[None] for correct in self.attacked.values()), *self.alone.values()]
-        return np.concatenate(found).astype(bool)
+    def expected(self, correct: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """sum_k lambda_k correct_k: [L, N] -> float64 [N], with `weights` in the place of lambda where given."""
+        return (self.weights if weights is None else weights) @ correct.astype(np.float64)
 
-    def worst_case(self) -> np.ndarray:
+    def points(self) -> np.ndarray:
+        """Correctness of every member at every point found by anyone, the clean image first: [P, L, N] bool."""
+        return np.stack([self.clean, *self.found.values()]).astype(bool)
+
+    def worst_case(self, weights: np.ndarray | None = None) -> np.ndarray:
         """Per example, the lowest exact expected accuracy over all points found by anyone: [N].
 
         Points found against a single member are replayed on the mixture: an attack on the mixture misses some of
-        them, and leaving them out would overstate it.
+        them, and leaving them out would overstate it. Other `weights` [L] may be asked for; they are judged fairly
+        only if they were attacked as well.
         """
-        return np.min([self.expected(correct) for correct in self._points()], axis=0)
+        return np.min([self.expected(correct, weights) for correct in self.points()], axis=0)
+
+    def found_by(self) -> list[str]:
+        """Per example the first pass that reached the worst case, "clean" where x itself is."""
+        names = ["clean", *self.found]
+        first = np.argmin([self.expected(correct) for correct in self.points()], axis=0)
+        return [names[int(index)] for index in first]
 
     def members_worst_case(self) -> np.ndarray:
         """Per example, whether each member survives all points found by anyone: [L, N] bool."""
-        return np.all(self._points(), axis=0, keepdims=False)
+        return np.all(self.points(), axis=0)
+
+    def averaged_twin_worst_case(self) -> np.ndarray:
+        """Per example, whether the argmax of the averaged probabilities survives all points found by anyone: [N]."""
+        return np.all([self.ensemble_clean, *self.ensemble.values()], axis=0)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The content of records.npz."""
@@ -87,21 +99,21 @@ class EvaluationRecord:
             "weights": self.weights,
             "clean": self.expected(self.clean),
             "robust": self.worst_case(),
+            "found_by": np.asarray(self.found_by()),
             "members_robust": self.members_worst_case().astype(np.uint8),
+            "averaged_twin_robust": self.averaged_twin_worst_case().astype(np.uint8),
             "member_correct/clean": self.clean,
         }
-        for name, correct in self.attacked.items():
-            arrays[f"attack/{name}"] = self.expected(correct)
-            arrays[f"member_correct/{name}"] = correct
-        for name, correct in self.alone.items():
-            arrays[f"member_correct/{name} on each member"] = correct
-        return arrays
+        arrays |= {f"attack/{name}": self.expected(self.found[name]) for name in self.attacks}
+        return arrays | {f"member_correct/{key}": correct for key, correct in self.found.items()}
 
     def summary(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The measured part of results.json; `settings` maps attack names to what they were called with."""
         clean, robust = self.expected(self.clean), self.worst_case()
         count = len(self.labels)
         alone = self.members_worst_case()
+        twin = float(self.averaged_twin_worst_case().mean())
+        first = self.found_by()
         return {
             "L": len(self.weights),
             "weights": self.weights.tolist(),
@@ -112,20 +124,16 @@ class EvaluationRecord:
                 "ci95": confidence_interval(float(clean.mean()), count),
             },
             "attacks": {
-                name: {
-                    "expected_accuracy": float(self.expected(correct).mean()),
-                    "ensemble_accuracy": float(self.ensemble_attacked[name].mean()),
-                    "replayed_from_members": float(
-                        np.min([self.expected(each) for each in self.alone[name]], axis=0).mean()
-                    ),
-                    "settings": settings[name],
-                    "seconds": round(self.seconds[name], 3),
-                }
-                for name, correct in self.attacked.items()
+                name: self._attack_summary(name, first) | {"settings": settings[name]} for name in self.attacks
             },
             "robust": {
                 "expected_accuracy": float(robust.mean()),
                 "ci95": confidence_interval(float(robust.mean()), count),
+            },
+            "averaged_twin": {
+                "clean": float(self.ensemble_clean.mean()),
+                "robust": twin,
+                "ci95": confidence_interval(twin, count),
             },
             "members": [
                 {
@@ -138,102 +146,23 @@ class EvaluationRecord:
             ],
         }
 
-
-def _correct(mixture: Mixture, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Per-member and averaged correctness from one plain forward: uint8 [L, B], [B]."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), mixture.attack_mode():
-        logits = mixture.member_logits(x)
-        averaged = mixture.log_average(logits)
-    members = logits.argmax(-1) == y
-    ensemble = averaged.argmax(-1) == y
-    return members.to(torch.uint8).cpu().numpy(), ensemble.to(torch.uint8).cpu().numpy()
-
-
-def _checked_attack(
-    attack: Attack,
-    name: str,
-    mixture: Mixture,
-    x: Tensor,
-    y: Tensor,
-    tm: ThreatModel,
-    generator: torch.Generator,
-) -> Tensor:
-    x_adv = attack(mixture, x, y, tm, generator)
-    inside = tm.check(x_adv, x)
-    if not bool(inside.all()):
-        index = int((~inside).nonzero()[0])
-        raise RuntimeError(f"attack {name} left the threat model at example {index} of a batch: this is a defect")
-    return x_adv
-
-
-def evaluate(
-    mixture: Mixture,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    attacks: Mapping[str, Attack],
-    threat_model: ThreatModel,
-    *,
-    seed: int = 0,
-    on_progress: Callable[[str, int], None] | None = None,
-) -> EvaluationRecord:
-    """Attack the mixture, and every member alone, on all batches; every point is replayed on everybody.
-
-    Every point is checked against norm, box and NaN by code that the attacks do not share. Correctness comes
-    from a plain forward pass in the parameters' own precision, members in evaluation mode. Each attack and
-    batch draws from a generator seeded by `seed` and the batch's number, so attacks do not disturb one another.
-
-    Args:
-        mixture: on the device of the batches.
-        batches: (x, y) pairs, x in [0, 1].
-        attacks: name -> attack; names begin with their algorithm.
-        threat_model: the ball.
-        seed: of the attacks' random starts.
-        on_progress: called with (attack name, examples done).
-
-    Raises:
-        ValueError: no batches. RuntimeError: an attack left the threat model (a defect, never corrected silently).
-    """
-    parts: dict[str, list[np.ndarray]] = {}
-    seconds = dict.fromkeys(attacks, 0.0)
-    singles = [Mixture([member]) for member in mixture.members]
-
-    def keep(key: str, value: np.ndarray) -> None:
-        parts.setdefault(key, []).append(value)
-
-    for number, (x, y) in enumerate(batches):
-        keep("labels", y.cpu().numpy())
-        members, ensemble = _correct(mixture, x, y)
-        keep("clean", members)
-        keep("ensemble", ensemble)
-        for name, attack in attacks.items():
-            generator = torch.Generator(x.device).manual_seed(seed + number)
-            started = time.perf_counter()
-            x_adv = _checked_attack(attack, name, mixture, x, y, threat_model, generator)
-            members, ensemble = _correct(mixture, x_adv, y)
-            seconds[name] += time.perf_counter() - started
-            keep(f"attacked/{name}", members)
-            keep(f"ensemble/{name}", ensemble)
-            if len(singles) == 1:
-                keep(f"alone/{name}", members[None])
-            else:
-                alone = []
-                for single in singles:
-                    generator = torch.Generator(x.device).manual_seed(seed + number)
-                    x_alone = _checked_attack(attack, name, single, x, y, threat_model, generator)
-                    alone.append(_correct(mixture, x_alone, y)[0])
-                keep(f"alone/{name}", np.stack(alone))
-            if on_progress is not None:
-                on_progress(name, len(y))
-    if not parts:
-        raise ValueError("nothing to evaluate: there are no batches")
-    whole = {key: np.concatenate(values, axis=-1) for key, values in parts.items()}
-    weights = mixture.weights.double().cpu().numpy()
-    return EvaluationRecord(
-        weights=weights / weights.sum(),
-        labels=whole["labels"],
-        clean=whole["clean"],
-        ensemble_clean=whole["ensemble"],
-        attacked={name: whole[f"attacked/{name}"] for name in attacks},
-        ensemble_attacked={name: whole[f"ensemble/{name}"] for name in attacks},
-        alone={name: whole[f"alone/{name}"] for name in attacks},
-        seconds=seconds,
-    )
+    def _attack_summary(self, name: str, first: list[str]) -> dict[str, Any]:
+        """Accuracies of everybody under one attack against them, what its replayed points add, and what it cost."""
+        passes = [key for key in self.found if key == name or key.startswith(name + ON)]
+        accuracy = self.expected(self.found[name])
+        parts = [self.expected(self.found[key]) for key in passes[1:]]
+        # A single model is its own only member.
+        on_member = [name if len(self.weights) == 1 else f"{name}{ON}member {k}" for k in range(len(self.weights))]
+        twin = f"{name}{ON}averaged twin"
+        return {
+            "expected_accuracy": float(accuracy.mean()),
+            "ensemble_accuracy": float(self.ensemble[name].mean()),
+            "replayed_from_parts": float(np.min(parts, axis=0).mean()) if parts else None,
+            "members": [
+                float(self.found[key][k].mean()) if key in self.found else None for k, key in enumerate(on_member)
+            ],
+            "averaged_twin": float(self.ensemble[twin].mean()) if twin in self.ensemble else None,
+            "worst_found": sum(key in passes for key in first),
+            "seconds": round(self.seconds[name], 3),
+            "seconds_on_parts": round(sum(self.seconds[key] for key in passes[1:]), 3),
+        }

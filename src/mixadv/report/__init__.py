@@ -14,18 +14,28 @@ from pathlib import Path
 from rich.console import Console
 
 from mixadv.errors import UserError
+from mixadv.report.attack_figures import draw_evaluation
+from mixadv.report.attacks import attacks_table
 from mixadv.report.comparison import Comparison, compare
 from mixadv.report.figures import draw_curves
 from mixadv.report.files import Interval, Run, find_runs, read_run
+from mixadv.report.game_tables import games_table, is_game
+from mixadv.report.games import draw_game
+from mixadv.report.html import write_report
+from mixadv.report.show import show_run
+from mixadv.report.solve import draw_solution
 from mixadv.report.sweeps import draw_sweep
-from mixadv.report.tables import print_whole, results_table, show_run, sweep_table, write_table_csv
+from mixadv.report.tables import print_whole, results_table, sweep_table, write_table_csv
 
 __all__ = [
     "Comparison",
     "Interval",
     "Run",
+    "attacks_table",
     "compare",
     "draw_curves",
+    "draw_evaluation",
+    "draw_solution",
     "draw_sweep",
     "find_runs",
     "read_run",
@@ -33,6 +43,7 @@ __all__ = [
     "results_table",
     "show_run",
     "sweep_table",
+    "write_report",
     "write_table_csv",
 ]
 
@@ -58,7 +69,17 @@ def report(root: str | Path, console: Console) -> list[Path]:
     if len(runs) == 1:
         if runs[0].has_history:
             written.append(draw_curves(runs[0].path))
+        if is_game(runs[0]) and (runs[0].path / "game.npz").exists():
+            written.append(draw_game(runs[0].path))
+        if runs[0].attacks:
+            written.append(write_report(runs[0].path))
         show_run(runs[0], console)
+        return written
+    games = [run for run in runs if is_game(run)]
+    runs = [run for run in runs if not is_game(run)]
+    if games:
+        print_whole(games_table(games), console)
+    if not runs:
         return written
     print_whole(sweep_table(runs), console)
     if any(run.robust.value is not None for run in runs):

@@ -29,6 +29,16 @@ class Comparison(NamedTuple):
     num_examples: int | None
     note: str
 
+    def in_points(self) -> tuple[str, str, str]:
+        """Difference and ends of the interval as signed percentage points."""
+        return f"{100 * self.difference:+.1f}", f"{100 * self.low:+.1f}", f"{100 * self.high:+.1f}"
+
+    def verdict(self, higher: str, lower: str) -> str:
+        """`higher` or `lower` where the whole interval is on that side of 0, else that no difference is shown."""
+        if self.low > 0:
+            return higher
+        return lower if self.high < 0 else "no difference is shown"
+
 
 def compare(run: Run) -> Comparison | None:
     """Mixture against its baseline; None without a baseline or without results of both.
@@ -43,11 +53,11 @@ def compare(run: Run) -> Comparison | None:
     if other is None or run.robust.value is None or other.robust.value is None:
         return None
     try:
-        paired = _paired_differences(run, other)
+        differences = _paired_differences(run, other)
     except ValueError as error:
         note = str(error)
     else:
-        return _paired(paired)
+        return paired(differences)
     difference = run.robust.value - other.robust.value
     half_widths = [(r.high - r.low) / 2 for r in (run.robust, other.robust) if r.low is not None and r.high is not None]
     half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
@@ -93,10 +103,11 @@ def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
     if robust is None or members is None or members.ndim != 2 or members.shape[1:] != robust.shape or len(robust) < 2:
         return None
     best = int(members.mean(axis=1).argmax())
-    return best, _paired(robust.astype(np.float64) - members[best].astype(np.float64))
+    return best, paired(robust.astype(np.float64) - members[best].astype(np.float64))
 
 
-def _paired(differences: np.ndarray) -> Comparison:
+def paired(differences: np.ndarray) -> Comparison:
+    """mean(d) ± z s(d) / sqrt(N) of differences d [N], N >= 2, per example."""
     mean = float(differences.mean())
     half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
     return Comparison(mean, mean - half, mean + half, True, len(differences), "")
@@ -108,13 +119,11 @@ def member_sentence(run: Run) -> str:
     if found is None:
         return ""
     best, result = found
-    points, low, high = (f"{100 * v:+.1f}" for v in result[:3])
-    if result.low > 0:
-        verdict = "the mixture is more robust than any of its members alone"
-    elif result.high < 0:
-        verdict = "its best member alone is more robust than the mixture"
-    else:
-        verdict = "no difference is shown"
+    verdict = result.verdict(
+        "the mixture is more robust than any of its members alone",
+        "its best member alone is more robust than the mixture",
+    )
+    points, low, high = result.in_points()
     return f"Mixture minus its best member (member {best}): {points} points, 95 % interval [{low}, {high}]: {verdict}."
 
 
@@ -123,7 +132,7 @@ def comparison_sentence(run: Run) -> str:
     result = compare(run)
     if result is None:
         return ""
-    points, low, high = (f"{100 * v:+.1f}" for v in result[:3])
+    points, low, high = result.in_points()
     how = "paired" if result.paired else f"unpaired, since {result.note}"
     count = "" if result.num_examples is None else f" over {result.num_examples:,} test images"
     if math.isnan(result.low):
@@ -131,12 +140,9 @@ def comparison_sentence(run: Run) -> str:
             f"Mixture minus baseline: {points} points of robust accuracy; without intervals in results.json "
             "nothing can be said about chance."
         )
-    if result.low > 0:
-        verdict = "the mixture is more robust than the baseline"
-    elif result.high < 0:
-        verdict = "the mixture is less robust than the baseline"
-    else:
-        verdict = "no difference is shown"
+    verdict = result.verdict(
+        "the mixture is more robust than the baseline", "the mixture is less robust than the baseline"
+    )
     return (
         f"Mixture minus baseline: {points} points of robust accuracy, 95 % interval [{low}, {high}] "
         f"({how}{count}): {verdict}, as far as the draw of test images goes "

@@ -23,7 +23,7 @@ from mixadv.errors import UserError
 from mixadv.report.names import group_name, natural_key, number
 
 BASELINE = "baseline"
-RECORDS = ("labels", "clean", "robust", "members_robust")
+RECORDS = ("labels", "clean", "robust", "members_robust", "robust uniform")
 _MARKERS = ("results.json", "metrics.csv", "DONE", "FAILED")
 
 
@@ -217,8 +217,8 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_records(run: Run) -> dict[str, np.ndarray]:
-    """The per-example arrays of `records.npz` that are compared, those it has: `labels`, `clean`, `robust` [N] and
-    `members_robust` [L, N].
+    """The per-example arrays of `records.npz` that are compared, those it has: `labels`, `clean`, `robust`,
+    `robust uniform` [N] (of weights 1/L, from task=solve) and `members_robust` [L, N].
 
     Raises:
         ValueError: the file is missing or cannot be read.

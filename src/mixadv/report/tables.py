@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixadv.report.comparison import comparison_sentence, member_sentence
 from mixadv.report.files import Interval, Run, replacing
 from mixadv.report.names import format_ball, format_eps, group_name, norm_symbol, number, short_names
 
@@ -70,42 +69,6 @@ def results_table(run: Run) -> Table:
         label = "baseline (one model)" if base.state == "done" else f"baseline ({base.state})"
         table.add_row(label, _percent(base.clean.value), _with_interval(base.robust), "")
     return table
-
-
-def show_run(run: Run, console: Console) -> None:
-    """Print a run: its table, the comparison with its baseline, what is wrong, where the files are."""
-
-    def say(text: str, style: str = "") -> None:
-        console.print(Text(text, style=style))
-
-    if run.results is not None:
-        print_whole(results_table(run), console)
-        for sentence in (comparison_sentence(run), member_sentence(run)):
-            if sentence:
-                say(sentence)
-    if run.state == "failed":
-        say(f"Failed: {run.reason}", "red")
-    elif run.state == "unfinished":
-        say(f"Unfinished{_progress(run)}: the same command resumes it.", "yellow")
-    base = run.baseline
-    if base is not None and base.state != "done":
-        reason = base.reason or "the same command resumes it"
-        say(f"The baseline is {'unfinished' if base.state == 'unfinished' else 'failed'}: {reason}", "yellow")
-    flags = run.get("flags")
-    for flag in flags if isinstance(flags, list) else []:
-        say(f"Flag: {flag}", "yellow")
-    for note in (*run.notes, *(base.notes if base is not None else ())):
-        say(f"Damaged: {note}", "red")
-    seconds = run.get("seconds")
-    if isinstance(seconds, dict):
-        parts = [f"{name} {value:.0f} s" for name, v in seconds.items() if (value := number(v)) is not None]
-        say("Time: " + ", ".join(parts))
-    names = ["results.json", "metrics.csv", "records.npz", "curves.png", "mixture", "checkpoints"]
-    here = [name for name in names if (run.path / name).exists()]
-    # Unwrapped, so that the path can be copied.
-    console.print(Text(f"Files: {run.path}"), soft_wrap=True)
-    if here:
-        say(f"       {', '.join(here)}")
 
 
 def sweep_table(runs: Sequence[Run]) -> Table:
@@ -268,7 +231,7 @@ def _sweep_caption(runs: Sequence[Run], common: bool) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _progress(run: Run) -> str:
+def progress(run: Run) -> str:
     """How far an unfinished run came, from its history."""
     epochs = run.history.get("epoch", np.array([]))
     epochs = epochs[np.isfinite(epochs)]

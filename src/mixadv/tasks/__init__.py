@@ -1,12 +1,15 @@
 """What the command line can do; the only place that sees the configuration and builds objects from it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 
 def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> None:
-    """Run ``cfg.task`` in `run_dir`.
+    """Run ``cfg.task`` in `run_dir`; a finished run there is shown instead.
 
     Args:
         cfg: a checked configuration.
@@ -17,30 +20,39 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
     Raises:
         UserError: something outside the program has to be fixed; the message says what.
     """
-    if cfg.task == "train":
-        from mixadv.tasks.run_directory import State, claim, show, working_in
-
-        run_dir, state = claim(run_dir, cfg)
-        if state is State.DONE:
-            show(run_dir, done_before=True)
-            return
-        with working_in(run_dir):
-            from mixadv.tasks.train import train
-
-            train(cfg, run_dir, state, sweep)
-    elif cfg.task == "game":
-        from mixadv.tasks.run_directory import claim, working_in
-
-        run_dir, state = claim(run_dir, cfg)
-        with working_in(run_dir):
-            from mixadv.tasks.game import play_game
-
-            play_game(cfg, run_dir, state)
-    elif cfg.task == "evaluate":
-        from mixadv.tasks.evaluate import evaluate_mixture
-
-        evaluate_mixture(cfg, run_dir, overrides)
-    else:
+    if cfg.task == "report":
         from mixadv.tasks.report import report_runs
 
         report_runs(cfg)
+        return
+    from mixadv.tasks.run_directory import State, claim, show, working_in
+
+    cfg, work = _prepared(cfg, overrides, sweep)
+    run_dir, state = claim(run_dir, cfg)
+    if state is State.DONE:
+        show(run_dir, done_before=True)
+        return
+    with working_in(run_dir):
+        work(cfg, run_dir, state)
+    show(run_dir)
+
+
+def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any]]:
+    """The settings, settled where files have a say in them, and what to do: called with (cfg, run_dir, state)."""
+    if cfg.task == "train":
+        from mixadv.tasks.train import train
+
+        return cfg, partial(train, sweep=sweep)
+    if cfg.task == "game":
+        from mixadv.tasks.game import play_game
+
+        return cfg, play_game
+    if cfg.task == "solve":
+        from mixadv.tasks.solve import as_recorded_by_members, solve_weights
+
+        return as_recorded_by_members(cfg, overrides), solve_weights
+    from mixadv.export import read_mixture
+    from mixadv.tasks.evaluate import as_trained, evaluate_mixture
+
+    mixture, config = read_mixture(cfg.mixture, factories=list(cfg.members))
+    return as_trained(cfg, config, overrides), partial(evaluate_mixture, mixture=mixture, config=config)

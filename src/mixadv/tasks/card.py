@@ -2,21 +2,22 @@
 
 from typing import Any
 
+_USE = """
+```python
+from mixadv import load_mixture
 
-def model_card(results: dict[str, Any], config: dict[str, Any]) -> str:
-    """What the mixture is, what was measured, and how to load it."""
-    ball = f"{config['threat_model']['norm']} ball of radius {config['eps']}"
-    weights = ", ".join(f"{weight:.4f}" for weight in results["weights"])
+mixture = load_mixture("mixture"%s)   # this folder
+labels = mixture.predict(images)    # one member drawn per image, images float [B, C, H, W] in [0, 1]
+```
+"""
+
+
+def _measured(results: dict[str, Any]) -> str:
     robust, clean = results["robust"], results["clean"]
     low, high = robust["ci95"]
     attacks = ", ".join(results["attacks"])
     measured = f"{robust['expected_accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
-    return f"""# A mixture of {config["L"]} classifiers
-
-Draws member k with probability lambda_k for every image; lambda = ({weights}). Members: `{config["model"]["name"]}`,
-trained on {config["data_name"]} ({results["data"]["num_train"]} images) against attacks in the {ball}, images in
-[0, 1], seed {config["seed"]}.
-
+    return f"""
 | on {results["num_examples"]} test images | accuracy |
 |---|---|
 | clean, exact expectation over the draw | {clean["expected_accuracy"]:.4f} |
@@ -24,11 +25,45 @@ trained on {config["data_name"]} ({results["data"]["num_train"]} images) against
 | clean, argmax of the averaged probabilities | {clean["ensemble_accuracy"]:.4f} |
 
 Robust accuracy is an upper bound: stronger attacks may find more.
-
-```python
-from mixadv import load_mixture
-
-mixture = load_mixture("mixture")   # this folder
-labels = mixture.predict(images)    # one member drawn per image, images float [B, C, H, W] in [0, 1]
-```
 """
+
+
+def _ball(config: dict[str, Any]) -> str:
+    return f"{config['threat_model']['norm']} ball of radius {config['eps']}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def model_card(results: dict[str, Any], config: dict[str, Any]) -> str:
+    """What a trained mixture is, what was measured, and how to load it."""
+    weights = ", ".join(f"{weight:.4f}" for weight in results["weights"])
+    return f"""# A mixture of {config["L"]} classifiers
+
+Draws member k with probability lambda_k for every image; lambda = ({weights}). Members: `{config["model"]["name"]}`,
+trained on {config["data_name"]} ({results["data"]["num_train"]} images) against attacks in the {_ball(config)},
+images in [0, 1], seed {config["seed"]}.
+{_measured(results)}{_USE % ""}"""
+
+
+def solved_card(results: dict[str, Any], config: dict[str, Any]) -> str:
+    """What a mixture of existing classifiers is, what was measured, and how to load it."""
+    solved = results["solve"]
+    rows = [
+        f"| {_cell(member['name'])} | {weight:.4f} | `{_cell(member['source'])}` |"
+        for member, weight in zip(solved["members"], results["weights"], strict=True)
+    ]
+    limit = 1 - solved["certificate"]["value_lp"]
+    table = "\n".join(["| member | lambda | from |", "|---|---|---|", *rows])
+    recipes = config.get("models", [])
+    factories = [recipe["factory"] for recipe in recipes or [config["model"]] if "factory" in recipe]
+    known = f", factories={sorted(set(factories))!r}" if factories else ""
+    return f"""# Optimal weights over {config["L"]} classifiers
+
+Draws member k with probability lambda_k for every image. The weights minimise the adversarial risk on
+{solved["fit"]["num_examples"]} validation images of {config["data_name"]} against attacks in the {_ball(config)},
+images in [0, 1]; there no weights over these members have a robust accuracy above {limit:.4f}.
+
+{table}
+{_measured(results)}{_USE % known}"""

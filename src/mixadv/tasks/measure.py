@@ -1,22 +1,42 @@
 """The measured part of a run, the same for training and for evaluation."""
 
+import json
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mixadv.attacks.search import Attack
+from mixadv.attacks.suite import passes_of
 from mixadv.config import parse_eps
-from mixadv.evaluation import evaluate
+from mixadv.evaluation import (
+    EvaluationRecord,
+    EvaluationState,
+    equilibrium_of,
+    evaluate,
+    fingerprint,
+    pool_of,
+)
 from mixadv.mixture import Mixture
+from mixadv.shipped import config_dir
 from mixadv.tasks.build import as_dict, build_protocol
 from mixadv.tasks.run_directory import RESULTS_SCHEMA, provenance
 from mixadv.threat_model import ThreatModel
+
+# Attacked images that a run keeps to look at.
+EXAMPLES = 8
+STATE = "evaluation"
 
 
 def device_name(device: torch.device) -> str:
@@ -32,12 +52,96 @@ def measure(
     batches: Iterable[tuple[Tensor, Tensor]],
     threat_model: ThreatModel,
     device: torch.device,
+    run_dir: Path,
+    class_names: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Run the protocol's attacks: results.json without the training's part, and the arrays of records.npz."""
+    """Run the protocol's attacks: results.json without the training's part, and the arrays of records.npz.
+
+    Finished attacks are kept in ``run_dir/evaluation``, so that a killed measurement continues with the attack it was
+    in; examples.npz, a few attacked images, is written.
+
+    Raises:
+        UserError: the directory holds the state of another measurement.
+    """
     started = time.perf_counter()
-    record = evaluate(mixture, batches, build_protocol(cfg), threat_model, seed=cfg.seed)
-    settings = {name: as_dict(node) for name, node in cfg.protocol.attacks.items()}
-    results = {
+    batches = list(batches)
+    attacks = build_protocol(cfg)
+    mark = fingerprint(mixture, batches, [json.dumps(settings_of(cfg), sort_keys=True), threat_model, cfg.seed])
+    console = Console()
+    total = sum(1 for _ in passes_of(attacks, mixture)) * sum(len(y) for _, y in batches)
+    with _bar(total, cfg.trainer.progress, console) as advance:
+        record = evaluate(
+            mixture,
+            batches,
+            attacks,
+            threat_model,
+            seed=cfg.seed,
+            keep_images=EXAMPLES,
+            state=EvaluationState(run_dir / STATE, mark),
+            on_progress=advance,
+        )
+    flags: list[Any] = []
+    results: dict[str, Any] = {
+        **header(cfg, threat_model, device),
+        **record.summary(settings_of(cfg)),
+        "game": equilibrium_of(pool_of(record), mixture.weights),
+    }
+    looked_at = cfg.protocol.get("diagnosed", 0)
+    if looked_at:
+        from mixadv.evaluation.curves import curves
+        from mixadv.evaluation.distrust import FLAGS, distrust
+
+        x, y = (torch.cat(parts)[:looked_at] for parts in zip(*batches, strict=True))
+        flags = distrust(mixture, x, y, threat_model, record, seed=cfg.seed)
+        results["checks"] = list(FLAGS)
+        results["curves"] = curves(mixture, x, y, threat_model, seed=cfg.seed)
+    results["flags"] = [asdict(flag) for flag in flags]
+    results["seconds"] = {"evaluate": round(time.perf_counter() - started, 3)}
+    _keep_examples(run_dir / "examples.npz", record, class_names)
+    return results, record.arrays()
+
+
+def _bar(total: int, wanted: bool, console: Console) -> Any:
+    """A live bar in a terminal, else nothing."""
+    if not wanted or not console.is_terminal:
+        return nullcontext(None)
+    return _Bar(total, console)
+
+
+class _Bar:
+    def __init__(self, total: int, console: Console) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task = self.progress.add_task("", total=total)
+
+    def __enter__(self) -> Any:
+        self.progress.start()
+        return lambda key, count: self.progress.update(self.task, advance=count, description=key)
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+
+def _keep_examples(path: Path, record: EvaluationRecord, class_names: Sequence[str]) -> None:
+    """The first images, their worst points, who is still right there, and which attack found them."""
+    count = len(record.images["clean"])
+    found_by = record.found_by()[:count]
+    everything = {"clean": record.clean, **record.found}
+    arrays = {
+        "x": record.images["clean"],
+        "x_adv": np.stack([record.images[key][i] for i, key in enumerate(found_by)]),
+        "labels": np.asarray([class_names[int(label)] for label in record.labels[:count]]),
+        "correct": np.stack([everything[key][:, i] for i, key in enumerate(found_by)], axis=1),
+        "found_by": np.asarray(found_by),
+    }
+    temporary = path.with_name("examples.tmp.npz")
+    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+    temporary.replace(path)
+
+
+def header(cfg: DictConfig, threat_model: ThreatModel, device: torch.device) -> dict[str, Any]:
+    """How results.json begins: what was asked for, and what computed it."""
+    return {
         "schema": RESULTS_SCHEMA,
         "task": cfg.task,
         "seed": cfg.seed,
@@ -45,13 +149,21 @@ def measure(
         **provenance(),
         "config": as_dict(cfg),
         "threat_model": {"norm": threat_model.norm, "eps": parse_eps(threat_model.eps)},
-        "protocol": cfg.protocol.name,
-        **record.summary(settings),
-        "game": {"value_at_weights": None, "value_lp": None, "gap": None, "matching_penny_gap": None},
-        "flags": [],
-        "seconds": {"evaluate": round(time.perf_counter() - started, 3)},
+        "protocol": protocol_name(cfg),
     }
-    return results, record.arrays()
+
+
+def protocol_name(cfg: DictConfig) -> str:
+    """The protocol's name, with "(changed)" behind it where its attacks are not the shipped ones."""
+    name = str(cfg.protocol.name)
+    path = Path(config_dir()) / "protocol" / f"{name}.yaml"
+    shipped = yaml.safe_load(path.read_text())["attacks"] if path.is_file() else None
+    return name if settings_of(cfg) == shipped else f"{name} (changed)"
+
+
+def settings_of(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The protocol's attacks by name, as configured."""
+    return {str(name): as_dict(node) for name, node in cfg.protocol.attacks.items()}
 
 
 def example_images(

@@ -19,6 +19,7 @@ from rich.console import Console
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
+from mixadv.evaluation import EvaluationState
 from mixadv.export import save_mixture
 from mixadv.lambda_solvers import Uniform
 from mixadv.mixture import Mixture
@@ -29,8 +30,8 @@ from mixadv.monitor.history import History, Mirror
 from mixadv.report import draw_curves
 from mixadv.tasks import build
 from mixadv.tasks.card import model_card
-from mixadv.tasks.measure import example_images, measure
-from mixadv.tasks.run_directory import State, mark_done, read_results, show, write_config, write_results
+from mixadv.tasks.measure import STATE, example_images, measure
+from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining, Schedule
 
@@ -83,7 +84,6 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         if cfg.baseline:
             _train_baseline(setting, run_dir / "baseline", mirror)
     mark_done(run_dir)
-    show(run_dir)
 
 
 @contextmanager
@@ -164,7 +164,8 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
     console = setting.console
     console.print(f"Measuring on {min(data.num_test, limit * data.eval_batch_size)} test images", highlight=False)
     batches = itertools.islice(data.test_dataloader(), limit)
-    results, arrays = measure(cfg, mixture, batches, setting.threat_model, setting.device)
+    names = data.class_names
+    results, arrays = measure(cfg, mixture, batches, setting.threat_model, setting.device, run_dir, names)
     results["data"] = {
         "name": data.name,
         "num_train": data.num_train,
@@ -183,6 +184,7 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
         mirror.summary(results)
         _log_images(setting, mixture, mirror)
     write_results(run_dir, results, arrays)
+    EvaluationState(run_dir / STATE).clear()
 
 
 def _log_images(setting: Setting, mixture: Mixture, mirror: Any) -> None:

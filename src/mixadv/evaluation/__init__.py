@@ -1,0 +1,16 @@
+"""Exact, per-example measurement of a mixture under attacks, as a Lightning test loop that can be resumed."""
+
+from mixadv.evaluation.pool import equilibrium_of, pool_of
+from mixadv.evaluation.record import EvaluationRecord, confidence_interval
+from mixadv.evaluation.run import evaluate
+from mixadv.evaluation.state import EvaluationState, fingerprint
+
+__all__ = [
+    "EvaluationRecord",
+    "EvaluationState",
+    "confidence_interval",
+    "equilibrium_of",
+    "evaluate",
+    "fingerprint",
+    "pool_of",
+]

@@ -1,0 +1,187 @@
+"""The test loop: every attack against the mixture and its parts, every point replayed on everybody."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from mixadv.attacks.search import Attack
+from mixadv.attacks.suite import MIXTURE, Pass, checked_points, passes_of
+from mixadv.evaluation.record import EvaluationRecord
+from mixadv.evaluation.state import EvaluationState
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel
+
+CLEAN = "clean"
+
+
+def evaluate(
+    mixture: Mixture,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    attacks: Mapping[str, Attack],
+    threat_model: ThreatModel,
+    *,
+    seed: int = 0,
+    other_weights: Sequence[Sequence[float]] = (),
+    keep_images: int = 0,
+    state: EvaluationState | None = None,
+    on_progress: Callable[[str, int], None] | None = None,
+) -> EvaluationRecord:
+    """Attack the mixture, its members alone and its averaged twin on all batches; replay every point on everybody.
+
+    Every point is checked against norm, box and NaN by code that the attacks do not share. Correctness comes
+    from a plain forward pass in the parameters' own precision, members in evaluation mode. Each pass and batch
+    draws from a generator of its own (`derive_seed`), so attacks do not disturb one another.
+
+    Args:
+        mixture: on the device of the batches.
+        batches: (x, y) pairs, x in [0, 1].
+        attacks: name -> attack; names begin with their algorithm. Those that do not ``transfer`` meet the mixture only.
+        threat_model: the ball.
+        seed: of the attacks' random starts.
+        other_weights: further distributions over the members, attacked like the mixture's own.
+        keep_images: how many of the first examples keep their attacked images in the record.
+        state: finished passes in it are not repeated, further ones are added; None keeps nothing beyond the call.
+        on_progress: called with (pass, examples done) after each batch; a pass is "NAME" or "NAME on WHOM".
+
+    Raises:
+        ValueError: no batches. RuntimeError: an attack left the threat model (a defect, never corrected silently).
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("nothing to evaluate: there are no batches")
+    state = state or EvaluationState()
+    passes = {CLEAN: Pass(CLEAN, _stay, MIXTURE, mixture)}
+    passes |= {one.key: one for one in passes_of(attacks, mixture, other_weights)}
+    todo = {key: one for key, one in passes.items() if state.load(key) is None}
+    if todo:
+        loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), keep_images, state, on_progress)
+        _test(loop, batches)
+    found = {key: state.load(key) or {} for key in passes}
+    weights = mixture.weights.double().cpu().numpy()
+    attacked = {key: arrays for key, arrays in found.items() if key != CLEAN}
+    return EvaluationRecord(
+        weights=weights / weights.sum(),
+        labels=torch.cat([y for _, y in batches]).cpu().numpy(),
+        clean=found[CLEAN]["correct"],
+        ensemble_clean=found[CLEAN]["ensemble"],
+        found={key: arrays["correct"] for key, arrays in attacked.items()},
+        ensemble={key: arrays["ensemble"] for key, arrays in attacked.items()},
+        seconds={key: float(arrays["seconds"]) for key, arrays in attacked.items()},
+        images={key: arrays["images"] for key, arrays in found.items()} if keep_images else {},
+    )
+
+
+class MixtureEvaluation(pl.LightningModule):
+    """One dataloader for each pass; what a pass found goes to `state` when its last batch is done.
+
+    Args: see `evaluate`; `passes` by key, `num_batches` in each.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        passes: Mapping[str, Pass],
+        threat_model: ThreatModel,
+        seed: int,
+        num_batches: int,
+        keep_images: int,
+        state: EvaluationState,
+        on_progress: Callable[[str, int], None] | None,
+    ) -> None:
+        super().__init__()
+        self.mixture = mixture
+        # Registered, so that what a target owns moves with the members.
+        self.targets = nn.ModuleList([one.target for one in passes.values()])
+        self.passes = list(passes.items())
+        self.threat_model, self.seed, self.num_batches = threat_model, seed, num_batches
+        self.keep_images, self.state, self.on_progress = keep_images, state, on_progress
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._seconds, self._kept = 0.0, 0
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """One batch of one pass."""
+        key, one = self.passes[dataloader_idx]
+        x, y = batch
+        started = time.perf_counter()
+        with torch.enable_grad():
+            x_adv = checked_points(one, x, y, self.threat_model, one.seed(self.seed, batch_idx))
+        correct, ensemble = _correct(self.mixture, x_adv, y)
+        self._seconds += time.perf_counter() - started
+        images = x_adv[: max(0, self.keep_images - self._kept)].cpu().numpy()
+        self._kept += len(images)
+        for name, part in (("correct", correct), ("ensemble", ensemble), ("images", images)):
+            self._parts.setdefault(name, []).append(part)
+        if self.on_progress is not None:
+            self.on_progress(key, len(y))
+        if batch_idx == self.num_batches - 1:
+            self._finish(key)
+
+    def _finish(self, key: str) -> None:
+        arrays = {
+            "correct": np.concatenate(self._parts["correct"], axis=-1),
+            "ensemble": np.concatenate(self._parts["ensemble"], axis=-1),
+            "images": np.concatenate(self._parts["images"]),
+            "seconds": np.asarray(self._seconds),
+        }
+        self.state.save(key, arrays)
+        self._parts, self._seconds, self._kept = {}, 0.0, 0
+
+
+class _Loader:
+    """The batches as one loader: Lightning takes a list apart into loaders."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]]) -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    trainer = pl.Trainer(
+        accelerator="cpu" if batches[0][0].device.type == "cpu" else "gpu",
+        devices=1,
+        precision="32-true",
+        inference_mode=False,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    with warnings.catch_warnings():
+        # Lightning 2.6 under newer torch, and advice on loaders that do not apply to lists of tensors.
+        warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+        try:
+            trainer.test(loop, dataloaders=[_Loader(batches) for _ in loop.passes], verbose=False)
+        except SystemExit:
+            # Lightning turns Ctrl-C into an exit without a word.
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _stay(
+    mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+) -> Tensor:
+    return x
+
+
+def _correct(mixture: Mixture, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Per-member and averaged correctness from one plain forward: uint8 [L, B], [B]."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), mixture.attack_mode():
+        logits = mixture.member_logits(x)
+        averaged = mixture.log_average(logits)
+    members = logits.argmax(-1) == y
+    ensemble = averaged.argmax(-1) == y
+    return members.to(torch.uint8).cpu().numpy(), ensemble.to(torch.uint8).cpu().numpy()

@@ -1,0 +1,46 @@
+"""The papers behind the numbers of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# (who, what and where; number at arXiv)
+OURS = (
+    "L. Meunier, M. Scetbon, R. Pinot, J. Atif, Y. Chevaleyre. Mixed Nash Equilibria in the Adversarial Examples "
+    "Game. ICML 2021,",
+    "2102.06905",
+)
+BIBTEX = """@inproceedings{meunier2021mixed,
+  title     = {Mixed {N}ash Equilibria in the Adversarial Examples Game},
+  author    = {Meunier, Laurent and Scetbon, Meyer and Pinot, Rafael and Atif, Jamal and Chevaleyre, Yann},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2021}
+}"""
+# By the algorithm with which the name of an attack begins.
+_PAPERS = {
+    "apgd": (
+        "APGD: F. Croce, M. Hein. Reliable evaluation of adversarial robustness with an ensemble of diverse "
+        "parameter-free attacks. ICML 2020,",
+        "2003.01690",
+    ),
+    "square": (
+        "Square: M. Andriushchenko, F. Croce, N. Flammarion, M. Hein. Square Attack: a query-efficient black-box "
+        "adversarial attack via random search. ECCV 2020,",
+        "1912.00049",
+    ),
+    "arc": (
+        "ARC: H. Dbouk, N. R. Shanbhag. Adversarial Vulnerability of Randomized Ensembles. ICML 2022,",
+        "2206.06737",
+    ),
+    "pgd": (
+        "PGD: A. Madry, A. Makelov, L. Schmidt, D. Tsipras, A. Vladu. Towards Deep Learning Models Resistant to "
+        "Adversarial Attacks. ICLR 2018,",
+        "1706.06083",
+    ),
+}
+
+
+def papers_of(attacks: Iterable[str]) -> list[tuple[str, str]]:
+    """The papers of the algorithms with which the attacks' names begin, each once, in our order."""
+    used = {name.partition("-")[0] for name in attacks}
+    return [paper for algorithm, paper in _PAPERS.items() if algorithm in used]

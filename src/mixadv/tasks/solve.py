@@ -1,0 +1,249 @@
+"""``task=solve``: the optimal weights over classifiers that exist already."""
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from mixadv.attacks.search import Attack
+from mixadv.config import parse_eps
+from mixadv.data.base import ImageDataModule
+from mixadv.errors import UserError
+from mixadv.evaluation import EvaluationRecord, confidence_interval, equilibrium_of, evaluate, pool_of
+from mixadv.export import save_mixture
+from mixadv.game import Equilibrium, FiniteGame
+from mixadv.lambda_solvers import LambdaSolver
+from mixadv.losses import ZeroOne
+from mixadv.members import LoadedMember, check_members, load_members, recorded_config, with_unique_names
+from mixadv.mixture import Mixture
+from mixadv.mixture_game import MixtureGame
+from mixadv.report import draw_solution
+from mixadv.simplex import uniform
+from mixadv.tasks import build
+from mixadv.tasks.card import solved_card
+from mixadv.tasks.measure import header, settings_of
+from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
+from mixadv.threat_model import ThreatModel
+
+# Attacks that judge the weights start elsewhere than those that found them.
+FRESH = 100_003
+# What members have to agree in to be compared: the game, and which images it is played on.
+DECIDES = (
+    *("eps", "threat_model.norm", "data._target_", "data.root"),
+    *("data.val_fraction", "data.num_val", "data.num_test", "data.image_size"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the steps of the task share."""
+
+    cfg: DictConfig
+    mixture: Mixture
+    threat_model: ThreatModel
+    attacks: dict[str, Attack]
+    device: torch.device
+    console: Console
+
+
+def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
+    """Weigh ``cfg.members`` on the validation split and measure the result on the test set, in a claimed directory.
+
+    The weights are those of the game whose payoff is the 0/1 loss and whose best response is every attack of the
+    protocol; `cfg.lambda_solver` plays it. The test set is used once, for the table.
+
+    Raises:
+        UserError: members that cannot be loaded, or do not fit one another or the data.
+    """
+    console = Console()
+    started = time.perf_counter()
+    device = build.resolve_device(cfg.trainer.accelerator)
+    solver = build.instantiate(cfg.lambda_solver, "lambda_solver")
+    attacks = build.build_protocol(cfg)
+    data = build.build_data(cfg.data)
+    threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
+    x, y = _validation_images(cfg, data, device)
+    members = _members(cfg, data, x, device)
+    mixture = Mixture([member.module for member in members]).to(device)
+    setting = Setting(cfg, mixture, threat_model, attacks, device, console)
+    write_config(run_dir, cfg)
+
+    solution, game, seconds = _play(setting, solver, x, y, data.eval_batch_size)
+    mixture.set_weights(solution.weights)
+    other = [uniform(len(members)).tolist()]
+    console.print("Attacking the weights anew on the images that chose them, then on the test set", highlight=False)
+    parts = zip(x.split(data.eval_batch_size), y.split(data.eval_batch_size), strict=True)
+    fresh = evaluate(mixture, parts, attacks, threat_model, seed=cfg.seed + FRESH, other_weights=other)
+    loader = data.test_dataloader()
+    limit = build.limited(cfg.trainer.limit_test_batches, len(loader))
+    batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
+    test = evaluate(mixture, batches, attacks, threat_model, seed=cfg.seed, other_weights=other)
+
+    certificate = _certificate(game, fresh, solution.weights)
+    record = {
+        "members": [{"name": m.name, "source": m.source, "note": m.note} for m in members],
+        "fit": {
+            "num_examples": len(y),
+            "solver": cfg.lambda_solver["_target_"],
+            "status": solution.status,
+            "num_attacks": solution.num_attacks,
+            "num_points": game.num_perturbations,
+            "seconds": round(seconds, 3),
+        },
+        "certificate": certificate,
+        "rows": _rows([m.name for m in members], solution.weights, game, fresh, test),
+        "history": {
+            key: solution.history[key] for key in ("value", "lower_bound", "weights") if key in solution.history
+        },
+    }
+    results = {
+        **header(cfg, threat_model, device),
+        **test.summary(settings_of(cfg)),
+        "game": equilibrium_of(pool_of(test), solution.weights),
+        "flags": [],
+        "solve": record,
+        "data": {"name": data.name, "num_val": data.num_val, "num_test": data.num_test},
+        "seconds": {"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
+    }
+    mixture_config = _mixture_config(cfg, data, members)
+    save_mixture(mixture, run_dir / "mixture", mixture_config, solved_card(results, mixture_config))
+    arrays = test.arrays() | {"robust uniform": test.worst_case(np.asarray(other[0]))}
+    write_results(run_dir, results, arrays)
+    draw_solution(run_dir)
+    mark_done(run_dir)
+
+
+def as_recorded_by_members(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """`cfg` with data, eps and norm as the members' own records say, except what the command line says itself.
+
+    Raises:
+        UserError: the records disagree, and the command line does not decide.
+    """
+    said = build.keys_of(overrides)
+    first: tuple[str, DictConfig] | None = None
+    for source in map(str, cfg.members):
+        config = recorded_config(source)
+        if config is None:
+            continue
+        own = build.as_recorded(cfg, config, said)
+        if first is None:
+            first = source, own
+        for key in DECIDES:
+            ours, theirs = (OmegaConf.select(node, key) for node in (own, first[1]))
+            if ours != theirs:
+                raise UserError(f"{source} was trained with {key}={ours}, {first[0]} with {theirs}: say {key}=...")
+    return cfg if first is None else first[1]
+
+
+def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
+    loader = data.val_dataloader()
+    limit = build.limited(cfg.trainer.limit_val_batches, len(loader))
+    parts = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit)]
+    if not parts:
+        raise UserError("the validation split is empty, and weights are fitted on it: set data.num_val=1000")
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def _members(cfg: DictConfig, data: ImageDataModule, x: Tensor, device: torch.device) -> list[LoadedMember]:
+    own = build.as_dict(cfg.model)
+    recipe = {key: value for key, value in build.model_recipe(cfg.model, data).items() if key not in ("mean", "std")}
+    # The statistics of these images need not be those that a foreign network was trained with: only what was said.
+    recipe |= {key: own[key] for key in ("mean", "std") if key in own}
+    named = [str(source) for source in cfg.members]
+    members = with_unique_names(
+        [m for source in named for m in load_members(source, default_recipe=recipe, device=device, factories=named)]
+    )
+    if len(members) < 2:
+        raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
+    num_classes = check_members(members, x[:8])
+    if num_classes != data.num_classes:
+        raise UserError(
+            f"the members tell {num_classes} classes apart, but {data.name} has {data.num_classes}: "
+            "choose the data they were trained for with data=..."
+        )
+    return members
+
+
+def _play(
+    setting: Setting, solver: LambdaSolver, x: Tensor, y: Tensor, batch_size: int
+) -> tuple[Equilibrium, FiniteGame, float]:
+    """The solver's answer, all points that it provoked, and seconds."""
+    started = time.perf_counter()
+    columns = (TextColumn("Weighing {task.fields[members]} members on {task.fields[images]} validation images"),)
+    progress = Progress(
+        *columns, BarColumn(), TextColumn("{task.completed} attacked"), TimeElapsedColumn(), console=setting.console
+    )
+    with progress:
+        task = progress.add_task("", members=setting.mixture.num_members, images=len(y), total=None)
+        game = MixtureGame(
+            setting.mixture,
+            x,
+            y,
+            setting.threat_model,
+            list(setting.attacks.values()),
+            ZeroOne(),
+            torch.Generator(setting.device).manual_seed(setting.cfg.seed),
+            batch_size=batch_size,
+            on_attack=lambda images: progress.advance(task, images),
+        )
+        solution = solver.solve(game, generator=game.generator)
+    return solution, game.known(), time.perf_counter() - started
+
+
+def _certificate(pool: FiniteGame, fresh: EvaluationRecord, lam: Tensor) -> dict[str, float]:
+    """What is known of the weights on the images that chose them, over every point that anyone found there."""
+    game = FiniteGame(torch.cat([pool.losses, pool_of(fresh).losses.to(pool.losses)], dim=1))
+    return {
+        **equilibrium_of(game, lam),
+        "best_member": float(game.deterministic_values().min()),
+        "value_at_uniform": game.value(uniform(len(lam))),
+    }
+
+
+def _rows(
+    names: list[str], lam: Tensor, pool: FiniteGame, fresh: EvaluationRecord, test: EvaluationRecord
+) -> list[dict[str, Any]]:
+    """Members, uniform mixture and optimal mixture: accuracies on the pool, under fresh attacks, on the test set."""
+
+    def row(who: str, weights: Tensor) -> dict[str, Any]:
+        array = weights.numpy()
+        entry: dict[str, Any] = {"who": who, "weights": weights.tolist()}
+        columns = {
+            "clean": (float(test.expected(test.clean, array).mean()), len(test.labels)),
+            "pool": (1.0 - pool.value(weights), pool.num_examples),
+            "fresh": (float(fresh.worst_case(array).mean()), len(fresh.labels)),
+            "test": (float(test.worst_case(array).mean()), len(test.labels)),
+        }
+        for column, (accuracy, count) in columns.items():
+            entry[column] = {"accuracy": accuracy, "ci95": confidence_interval(accuracy, count)}
+        return entry
+
+    vertices = torch.eye(len(names), dtype=torch.float64)
+    rows = [row(name, vertex) for name, vertex in zip(names, vertices, strict=True)]
+    return [*rows, row("uniform mixture", uniform(len(names))), row("optimal mixture", lam)]
+
+
+def _mixture_config(cfg: DictConfig, data: ImageDataModule, members: list[LoadedMember]) -> dict[str, Any]:
+    recipes = [member.recipe for member in members]
+    same = all(recipe == recipes[0] for recipe in recipes)
+    return {
+        "L": len(members),
+        **({"model": recipes[0]} if same else {"models": recipes}),
+        "num_classes": data.num_classes,
+        "image_shape": list(data.image_shape),
+        "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
+        "eps": str(cfg.eps),
+        "data": build.as_dict(cfg.data),
+        "data_name": data.name,
+        "class_names": list(data.class_names),
+        "seed": cfg.seed,
+        "members": [member.source for member in members],
+    }

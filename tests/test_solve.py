@@ -1,0 +1,259 @@
+"""task=solve: weights over classifiers that exist, from the command line to the exported mixture."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import TINY, run_command
+from mixadv import load_mixture
+from mixadv.main import _quoted
+from mixadv.report import read_run
+from mixadv.report.solve import solution_figure, solution_sentences
+from oracles_game import full_linear_program
+
+FACTORY = """
+import torch
+from torch import nn
+
+def wide():
+    torch.manual_seed(11)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        net[1].weight.mul_(4)
+    return net
+"""
+SETTINGS = ("eps=0.05", "data=digits", "data.num_test=60", "data.val_fraction=0.1", "trainer.accelerator=cpu")
+FAST = ("protocol.diagnosed=0", "protocol.attacks.pgd-20.num_steps=6", "protocol.attacks.pgd-20.restarts=1", "lambda_solver.num_rounds=4")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Two trained runs of different seeds, a state dict of the first, and a factory."""
+    cwd = tmp_path_factory.mktemp("shelf")
+    for seed in (1, 2):
+        finished = run_command(cwd, *TINY, "L=1", f"seed={seed}", f"name='single,seed={seed}'")
+        assert finished.rc == 0, finished.err
+    export = cwd / "outputs" / "train" / "single,seed=1" / "mixture" / "mixture.safetensors"
+    state = {key.removeprefix("members.0."): value for key, value in load_file(export).items() if key != "weights"}
+    torch.save({"state_dict": {f"module.{key}": 0.5 * value for key, value in state.items()}}, cwd / "old.pt")
+    (cwd / "shelf_models.py").write_text(FACTORY)
+    return cwd
+
+
+@pytest.fixture(scope="module")
+def solved(shelf):
+    """The weights over all four: look, do not touch."""
+    members = "members=[outputs/train/single,seed=1,outputs/train/single,seed=2,old.pt,shelf_models:wide]"
+    argv = ("task=solve", members, "model=linear", "name=four", *SETTINGS, *FAST)
+    finished = run_command(shelf, *argv)
+    assert finished.rc == 0, finished.err
+    return shelf / "outputs" / "solve" / "four", finished, argv
+
+
+def results_of(path):
+    return json.loads((path / "results.json").read_text())
+
+
+def test_the_weights_are_optimal_on_everything_that_was_found(solved):
+    path, _, _ = solved
+    results = results_of(path)
+    solve = results["solve"]
+    assert results["L"] == 4
+    assert sum(results["weights"]) == pytest.approx(1)
+    assert [row["who"] for row in solve["rows"]] == [
+        *("single,seed=1", "single,seed=2", "old", "shelf_models:wide"),
+        *("uniform mixture", "optimal mixture"),
+    ]
+    certificate = solve["certificate"]
+    assert 0 <= certificate["gap"] < 0.06
+    assert certificate["value_lp"] <= certificate["value_at_weights"] + 1e-9 <= certificate["value_at_uniform"] + 2e-9
+    assert certificate["value_lp"] <= certificate["best_member"] + 1e-9
+    pool = {row["who"]: row["pool"]["accuracy"] for row in solve["rows"]}
+    assert pool["optimal mixture"] >= max(pool.values()) - 1e-9
+    bounds = solve["history"]["lower_bound"]
+    assert bounds == sorted(bounds)
+    # The factory's net is random: it gets next to nothing.
+    assert results["weights"][3] < 0.1
+
+
+def test_the_regret_on_the_test_points_is_that_of_the_full_linear_program(solved):
+    path, _, _ = solved
+    results = results_of(path)
+    with np.load(path / "records.npz") as arrays:
+        right = np.stack([arrays[name] for name in arrays.files if name.startswith("member_correct/")])
+        robust, uniform = arrays["robust"], arrays["robust uniform"]
+    losses = 1.0 - right.transpose(2, 0, 1)
+    value, _, _ = full_linear_program(losses)
+    lam = np.asarray(results["weights"])
+    assert results["game"]["value_lp"] == pytest.approx(value, abs=1e-7)
+    assert results["game"]["value_at_weights"] == pytest.approx((losses @ lam).max(1).mean(), abs=1e-6)
+    assert results["robust"]["expected_accuracy"] == pytest.approx(1 - (losses @ lam).max(1).mean(), abs=1e-6)
+    assert uniform.mean() == pytest.approx(1 - losses.mean(2).max(1).mean(), abs=1e-6)
+    rows = {row["who"]: row for row in results["solve"]["rows"]}
+    assert rows["optimal mixture"]["test"]["accuracy"] == pytest.approx(robust.mean(), abs=1e-6)
+    assert rows["uniform mixture"]["test"]["accuracy"] == pytest.approx(uniform.mean(), abs=1e-6)
+    for k, who in enumerate(("single,seed=1", "single,seed=2", "old", "shelf_models:wide")):
+        assert rows[who]["test"]["accuracy"] == pytest.approx(right[:, k].min(0).mean(), abs=1e-9)
+
+
+def test_the_table_the_certificate_and_what_holds_beyond_the_interval_are_printed(solved):
+    path, finished, _ = solved
+    for part in ("single,seed=2", "uniform mixture", "optimal mixture", "fresh %", "Certain:", "Estimate:"):
+        assert part in finished.out, part
+    sentences = solution_sentences(read_run(path))
+    assert len(sentences) == 4
+    with np.load(path / "records.npz") as arrays:
+        difference = arrays["robust"] - arrays["robust uniform"]
+    points = 100 * difference.mean()
+    half = 100 * 1.959963984540054 * difference.std(ddof=1) / np.sqrt(len(difference))
+    assert (
+        f"minus uniform mixture: {points:+.1f} points, 95 % interval [{points - half:+.1f}, {points + half:+.1f}]"
+        in (sentences[3])
+    )
+
+
+def test_the_figure_shows_rounds_weights_and_everybody(solved):
+    path, _, _ = solved
+    assert (path / "solve.png").stat().st_size > 20_000
+    run = read_run(path)
+    figure = solution_figure(run)
+    axes = {axes.get_label(): axes for axes in figure.axes}
+    assert len(axes["weights"].lines) == 4
+    limit = axes["rounds"].lines[0].get_ydata()
+    np.testing.assert_allclose(limit, [100 * (1 - v) for v in run.get("solve", "history")["lower_bound"]])
+    assert len(axes["accuracy"].get_yticks()) == 6
+
+
+def test_the_exported_mixture_is_evaluated_by_name_only_where_it_needs_code(solved, shelf):
+    path, _, _ = solved
+    refused = run_command(shelf, "task=evaluate", f"mixture={path}", "name=no", *FAST[:3])
+    assert "shelf_models:wide" in refused.refusal()
+    named = run_command(
+        shelf,
+        "task=evaluate",
+        f"mixture={path}",
+        "members=[shelf_models:wide]",
+        "name=yes",
+        *FAST[:3],
+        "trainer.accelerator=cpu",
+    )
+    assert named.rc == 0, named.err
+    again = results_of(shelf / "outputs" / "evaluate" / "yes")
+    assert again["num_examples"] == 60
+    assert again["weights"] == pytest.approx(results_of(path)["weights"], abs=1e-7)
+    assert again["clean"]["expected_accuracy"] == pytest.approx(
+        results_of(path)["clean"]["expected_accuracy"], abs=1e-6
+    )
+    before = os.getcwd()
+    os.chdir(shelf)
+    try:
+        mixture = load_mixture(path, factories=["shelf_models:wide"])
+    finally:
+        os.chdir(before)
+    assert mixture.num_members == 4
+    card = (path / "mixture" / "README.md").read_text()
+    assert "factories=['shelf_models:wide']" in card
+    assert f"{results_of(path)['robust']['expected_accuracy']:.4f}" in card
+
+
+def test_the_same_command_shows_what_it_found(solved, shelf):
+    path, _, argv = solved
+    before = (path / "results.json").read_bytes()
+    again = run_command(shelf, *argv)
+    assert again.rc == 0
+    assert "is done; its results" in again.out
+    assert "optimal mixture" in again.out
+    assert (path / "results.json").read_bytes() == before
+
+
+def test_another_solver_may_play(shelf):
+    members = "members=[outputs/train/single,seed=1,outputs/train/single,seed=2]"
+    # Data, eps and norm are those that the members record.
+    finished = run_command(
+        shelf,
+        "task=solve",
+        members,
+        "lambda_solver=oracle",
+        "lambda_solver.num_steps=3",
+        "name=oracle",
+        *FAST[:3],
+        "trainer.accelerator=cpu",
+        "trainer.limit_val_batches=1",
+    )
+    assert finished.rc == 0, finished.err
+    results = results_of(shelf / "outputs" / "solve" / "oracle")
+    assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
+    assert results["solve"]["certificate"]["gap"] >= 0
+    assert results["solve"]["fit"]["num_attacks"] == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ((), "needs members=["),
+        (("members=[outputs/train/single,seed=1]",), "holds one classifier"),
+        (("members=[outputs/train/single,seed=1,nowhere.pt]",), "nothing at nowhere.pt"),
+        (("members=[old.pt,old.pt]", "model=small_cnn"), "model="),
+        (("members=[old.pt,shelf_models:narrow]", "model=linear"), "shelf_models:narrow"),
+        (("members=[old.pt,shelf_models:wide]", "model=linear", "eps=2"), "larger than the whole input range"),
+        (("members=[old.pt,shelf_models:wide]", "model=linear", "lambda_solver.num_rounds=0"), "num_rounds"),
+    ],
+)
+def test_what_cannot_be_weighed_is_refused_in_one_line(shelf, argv, part):
+    finished = run_command(shelf, "task=solve", "name=refused", *SETTINGS, *argv)
+    assert part in finished.refusal()
+    assert not (shelf / "outputs" / "solve" / "refused").exists()
+
+
+def test_members_trained_for_other_balls_need_a_decision(shelf):
+    other = run_command(shelf, *TINY, "L=1", "seed=3", "eps=0.1", "name=other")
+    assert other.rc == 0, other.err
+    members = "members=[outputs/train/single,seed=1,outputs/train/other]"
+    finished = run_command(shelf, "task=solve", members, "name=undecided")
+    assert "was trained with eps=0.1" in finished.refusal()
+    assert "say eps=..." in finished.refusal()
+
+
+def test_members_that_answer_with_probabilities_are_refused(shelf):
+    (shelf / "soft_models.py").write_text(
+        "from torch import nn\n\ndef soft():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(1))\n"
+    )
+    finished = run_command(shelf, "task=solve", "members=[old.pt,soft_models:soft]", "model=linear", *SETTINGS)
+    assert "probabilities" in finished.refusal()
+
+
+def test_members_of_other_classes_are_refused(shelf):
+    (shelf / "few_models.py").write_text(
+        "from torch import nn\n\ndef few():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))\n"
+    )
+    finished = run_command(shelf, "task=solve", "members=[old.pt,few_models:few]", "model=linear", *SETTINGS)
+    assert "7" in finished.refusal()
+
+
+def test_members_on_the_command_line_are_taken_apart_where_paths_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=1,b=2").mkdir()
+    (tmp_path / "plain").mkdir()
+    assert _quoted("members=[plain,a=1,b=2,pkg.mod:fn]") == "members=[plain,'a=1,b=2','pkg.mod:fn']"
+    assert _quoted("members=['a=1,b=2',plain]") == "members=['a=1,b=2',plain]"
+    assert _quoted("members=[]") == "members=[]"
+    assert _quoted("L=3") == "L=3"
+
+
+def test_a_safetensors_file_is_a_member(shelf):
+    state = torch.load(shelf / "old.pt", weights_only=True)["state_dict"]
+    save_file({key.removeprefix("module."): value for key, value in state.items()}, shelf / "new.safetensors")
+    finished = run_command(
+        shelf, "task=solve", "members=[old.pt,new.safetensors]", "model=linear", "name=twins", *SETTINGS, *FAST
+    )
+    assert finished.rc == 0, finished.err
+    results = results_of(shelf / "outputs" / "solve" / "twins")
+    # The same classifier twice: nothing to gain.
+    rows = results["solve"]["rows"]
+    assert len({row["pool"]["accuracy"] for row in rows}) == 1
+    assert results["game"]["matching_penny_gap"] == pytest.approx(0, abs=1e-9)
