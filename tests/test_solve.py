@@ -27,7 +27,10 @@ def wide():
     return net
 """
 SETTINGS = ("eps=0.05", "data=digits", "data.num_test=60", "data.val_fraction=0.1", "trainer.accelerator=cpu")
-FAST = ("protocol.diagnosed=0", "protocol.attacks.pgd-20.num_steps=6", "protocol.attacks.pgd-20.restarts=1", "lambda_solver.num_rounds=4")
+FAST = (
+    *("protocol.diagnosed=0", "protocol.attacks.pgd-20.num_steps=6"),
+    *("protocol.attacks.pgd-20.restarts=1", "lambda_solver.num_rounds=4"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,20 @@
 """Exact, per-example measurement of a mixture under attacks, as a Lightning test loop that can be resumed."""
 
+from mixadv.evaluation.curves import curves
+from mixadv.evaluation.distrust import FLAGS, Flag, distrust
 from mixadv.evaluation.pool import equilibrium_of, pool_of
 from mixadv.evaluation.record import EvaluationRecord, confidence_interval
 from mixadv.evaluation.run import evaluate
 from mixadv.evaluation.state import EvaluationState, fingerprint
 
 __all__ = [
+    "FLAGS",
     "EvaluationRecord",
     "EvaluationState",
+    "Flag",
     "confidence_interval",
+    "curves",
+    "distrust",
     "equilibrium_of",
     "evaluate",
     "fingerprint",

@@ -21,8 +21,11 @@ from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import passes_of
 from mixadv.config import parse_eps
 from mixadv.evaluation import (
+    FLAGS,
     EvaluationRecord,
     EvaluationState,
+    curves,
+    distrust,
     equilibrium_of,
     evaluate,
     fingerprint,
@@ -88,9 +91,6 @@ def measure(
     }
     looked_at = cfg.protocol.get("diagnosed", 0)
     if looked_at:
-        from mixadv.evaluation.curves import curves
-        from mixadv.evaluation.distrust import FLAGS, distrust
-
         x, y = (torch.cat(parts)[:looked_at] for parts in zip(*batches, strict=True))
         flags = distrust(mixture, x, y, threat_model, record, seed=cfg.seed)
         results["checks"] = list(FLAGS)

@@ -1,0 +1,132 @@
+"""How the loss climbs with the steps of an attack, and how accuracy falls with its radius."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixadv.attacks.objectives import ExpectedLoss
+from mixadv.attacks.pgd import PGD
+from mixadv.attacks.search import check_batch
+from mixadv.attacks.suite import MIXTURE, TWIN, Pass, checked_points, passes_of
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel
+
+# Times eps.
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+STEPS = (0, 1, 2, 5, 10, 20, 50)
+# At each radius: one start where the smaller radius ended, one at random.
+STEPS_PER_RADIUS, STARTS_PER_RADIUS = 10, 2
+
+
+def curves(
+    mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, *, seed: int = 0, batch_size: int = 128
+) -> dict[str, Any]:
+    """Two curves each for the mixture, its members and its averaged twin, every one attacked as itself.
+
+    eps: the robust (expected) accuracy at `RADII` times eps, linf no further than the width of the box, under PGD on
+        the margin. Balls are nested: each search begins at the worst point of the smaller radius and keeps it where it
+        finds nothing worse, and every point is replayed on everybody, so no curve rises anywhere, example by example.
+    steps: the mean attack loss, the expected cross-entropy (for the twin -log sum_k lambda_k p_k), after `STEPS` steps
+        of PGD on it from one random start: the iterates of one run, no best kept.
+
+    Args:
+        mixture: on the device of x, attacked in eval mode and left as found.
+        x: [N, ...], y: [N], part of the test set.
+        seed: of the random starts. With deterministic members the result depends on it and on batch_size alone.
+
+    Returns:
+        num_examples; "eps" and "steps", each with its abscissae under its own name and, of the same length, the lists
+        "mixture", "members" (one each) and "averaged_twin". Numbers are plain floats.
+
+    Raises:
+        ValueError: no images, a batch that no attack can work on, a member without gradient.
+    """
+    check_batch(x, y, threat_model)
+    if not len(x):
+        raise ValueError("a curve needs at least one image")
+    low, high = threat_model.bounds or (-np.inf, np.inf)
+    most = high - low if threat_model.norm == "linf" else np.inf
+    radii = [min(factor * threat_model.eps, most) for factor in RADII]
+    accuracies: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    batches = list(zip(x.detach().split(batch_size), y.split(batch_size), strict=True))
+    passes = list(passes_of({"curves": PGD()}, mixture))
+    with mixture.attack_mode():
+        for i, (images, labels) in enumerate(batches):
+            accuracies.append(_against_eps(mixture, passes, images, labels, threat_model, radii, seeds=(seed, i)))
+            losses.append(np.stack([_against_steps(one, images, labels, threat_model, (seed, i)) for one in passes]))
+    names = [one.against for one in passes]
+    return {
+        "num_examples": len(x),
+        "eps": {"eps": radii} | _named(names, np.concatenate(accuracies, axis=-1).mean(-1)),
+        "steps": {"steps": list(STEPS)} | _named(names, np.concatenate(losses, axis=-1).mean(-1)),
+    }
+
+
+def _against_eps(
+    mixture: Mixture,
+    passes: list[Pass],
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    radii: list[float],
+    seeds: tuple[int, int],
+) -> np.ndarray:
+    """Expected accuracies [targets, radii, B]."""
+    attack = PGD(STEPS_PER_RADIUS, restarts=STARTS_PER_RADIUS, objective=ExpectedLoss("margin"))
+    worst = torch.stack(_accuracies(mixture, passes, x, y))
+    points = [x.clone() for _ in passes]
+    curve = []
+    for j, eps in enumerate(radii):
+        if eps > 0:
+            ball = ThreatModel(threat_model.norm, eps, threat_model.bounds)
+            for t, one in enumerate(passes):
+                from_here = one._replace(name=f"eps {j}", attack=partial(attack, start_at=points[t]))
+                found = checked_points(from_here, x, y, ball, from_here.seed(*seeds))
+                for who, accuracy in enumerate(_accuracies(mixture, passes, found, y)):
+                    # Equals go to the target's own attack, which climbed its margin further.
+                    worse = (accuracy < worst[who]) | ((accuracy == worst[who]) & (who == t))
+                    worst[who] = torch.where(worse, accuracy, worst[who])
+                    points[who][worse] = found[worse]
+        curve.append(worst.clone())
+    return torch.stack(curve, dim=1).cpu().numpy()
+
+
+def _against_steps(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, seeds: tuple[int, int]) -> np.ndarray:
+    """Attack losses [steps, B] of one target: a run of PGD is continued from mark to mark."""
+    one = one._replace(name="steps")
+    at: Tensor | None = None
+    curve = []
+    for done, steps in zip((0, *STEPS), STEPS, strict=False):
+        attack = PGD(steps - done, keep="last")
+        at = checked_points(one._replace(attack=partial(attack, start_at=at)), x, y, threat_model, one.seed(*seeds))
+        with torch.no_grad():
+            curve.append(ExpectedLoss()(one.target.member_logits(at), y, one.target.weights))
+    return torch.stack(curve).double().cpu().numpy()
+
+
+def _accuracies(mixture: Mixture, passes: list[Pass], x: Tensor, y: Tensor) -> list[Tensor]:
+    """Expected accuracy [B] of every target, from one forward pass of each member."""
+    with torch.no_grad():
+        logits = mixture.member_logits(x)
+    members = logits.argmax(-1) == y
+    everybody = {MIXTURE: mixture.expectation(members), TWIN: mixture.log_average(logits).argmax(-1) == y}
+    everybody |= {f"member {k}": right for k, right in enumerate(members)}
+    expected = everybody[MIXTURE]
+    return [everybody[one.against].to(expected) for one in passes]
+
+
+def _named(names: list[str], values: np.ndarray) -> dict[str, Any]:
+    """[targets, points] by name; a single model is its own member and twin."""
+    rows = dict(zip(names, values.tolist(), strict=True))
+    alone = rows[MIXTURE]
+    return {
+        "mixture": alone,
+        "members": [row for name, row in rows.items() if name.startswith("member ")] or [list(alone)],
+        "averaged_twin": rows.get(TWIN, list(alone)),
+    }

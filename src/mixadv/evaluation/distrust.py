@@ -1,0 +1,194 @@
+"""Reasons to distrust a measured robustness: what a sound model under a working attack cannot show.
+
+The symptoms are those of Carlini et al., "On Evaluating Adversarial Robustness" (2019), and Athalye, Carlini & Wagner
+(ICML 2018). They are made countable here, so that what is reported does not depend on who looks at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixadv.attacks.pgd import PGD
+from mixadv.attacks.search import check_batch
+from mixadv.attacks.suite import TWIN, Pass, passes_of
+from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named, paired_interval
+from mixadv.evaluation.record import ON, EvaluationRecord
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel
+
+# An attack that follows gradients cannot work where there is none. Up to this share of the images the accuracy is
+# overstated by less than the disagreement between two losses that is tolerated, see MAX_DISAGREEMENT.
+MAX_SHARE_WITHOUT_GRADIENT = 0.05
+# Random search and noise know less than an attack with gradients; on the sound models of tests/test_distrust.py they
+# find nothing that it missed. One image may be an odd one in any set.
+MAX_SHARE_BEATEN, MIN_BEATEN = 0.01, 2
+# By how much two losses may differ, beyond the 95 % interval of the difference. The differences themselves are at most
+# 7 points on the sound models of the tests, and 40 on saturated ones.
+MAX_DISAGREEMENT = 0.05
+WHITE_BOX, BLACK_BOX, NOISE_ATTACKS = ("pgd", "apgd", "arc", "subset"), ("square",), ("noise",)
+CE_BASED, WITHOUT_CE = ("pgd", "apgd"), {"dlr", "margin", "cw"}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A reason for distrust.
+
+    name: one of `FLAGS`. evidence: one sentence with the numbers. remedy: one sentence.
+    """
+
+    name: str
+    evidence: str
+    remedy: str
+
+
+# Name -> what to do about it. docs/evaluation.md explains each under a heading of its name.
+FLAGS: dict[str, str] = {
+    "zero-gradients": "Attack a differentiable version of the model (for a rounding step its identity), climb the "
+    "margin or DLR in place of the cross-entropy, or trust attacks without gradients only.",
+    "probabilities": "Return the logits, without softmax.",
+    "random-outputs": "Make the noise a mixture's members with fixed weights, or attack the mean over many draws.",
+    "batch-dependent": "Let every layer use stored statistics in eval mode, so that an image's answer is its own.",
+    "black-box-beats-white-box": "Find out why gradients mislead on these images (their numbers are in records.npz), "
+    "and give the white-box attacks more steps, restarts or another loss.",
+    "noise-beats-pgd": "Check step size, loss and the model's gradient: PGD begins at a random point itself and must "
+    "not do worse than noise.",
+    "more-steps-do-not-hurt": "Climb another loss, check the step size, and look for a layer that stops or falsifies "
+    "the gradient.",
+    "larger-eps-does-not-hurt": "Give the attack steps that grow with eps, and look for a layer that stops or "
+    "falsifies the gradient.",
+    "ce-and-dlr-disagree": "Count the attack that finds more, with more restarts, and check the scale of the logits.",
+    "robust-above-clean": "Check that clean and attacked images meet the same model, with the same preprocessing, in "
+    "eval mode.",
+    "survives-grey": "Look for what the model knows besides the image, such as the test set or the label, and for what "
+    "hides its gradient.",
+    "left-the-ball": "Repair the attack, and discard what it found.",
+}
+
+
+def distrust(
+    mixture: Mixture,
+    x: Tensor,
+    y: Tensor,
+    threat_model: ThreatModel,
+    record: EvaluationRecord | None = None,
+    *,
+    seed: int = 0,
+    left_the_ball: Mapping[str, int] = MappingProxyType({}),
+    batch_size: int = 128,
+) -> list[Flag]:
+    """What speaks against the measured robustness of a mixture, in the order of `FLAGS`; nothing, if all goes well.
+
+    The members, and the mixture where it has several, are asked and attacked on the images x [N, ...] with labels
+    y [N], a few hundred of the test set; own attacks climb the margin, which logits of any size leave a gradient. Per
+    target that costs at most 20 + 20 + 2 * 20 forward and backward passes of N images. All randomness comes from
+    `seed`, also that of members which draw numbers from torch; the caller's random state stays as it is.
+
+    Args:
+        mixture: on the device of x; attacked in eval mode and left as found.
+        record: what the evaluation found, on these or more images; its attacks are judged by their names.
+        left_the_ball: attack -> number of points outside ball or box.
+        batch_size: of everything but the comparison of batches.
+
+    Raises:
+        ValueError: no images, or a batch that no attack can work on.
+    """
+    check_batch(x, y, threat_model)
+    if not len(x):
+        raise ValueError("there are no images to judge by")
+    x = x.detach()
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), mixture.attack_mode():
+        torch.manual_seed(seed)
+        found = answers(mixture, x)
+        shares, blind = gradients(mixture, x, y, threat_model, seed, batch_size)
+        found |= _no_gradients(shares, record)
+        runs = OwnAttacks(x, y, threat_model, seed, batch_size)
+        for one in passes_of({"distrust": PGD()}, mixture):
+            # A mixture climbs where any of its members does; the twin is nobody's claim.
+            own = set(range(mixture.num_members)) if one.target is mixture else {_member(one)}
+            if one.against != TWIN and not own <= blind:
+                for name, sentence in runs.judge(one).items():
+                    found[name] = f"{found[name]}; {sentence}" if name in found else sentence
+    if record is not None:
+        found |= _record(record)
+    outside = {name: count for name, count in left_the_ball.items() if count}
+    if outside:
+        found["left-the-ball"] = "points outside ball or box: " + ", ".join(f"{k} {n}" for k, n in outside.items())
+    return [Flag(name, f"{found[name]}.", remedy) for name, remedy in FLAGS.items() if name in found]
+
+
+def _no_gradients(shares: Mapping[str, list[float]], record: EvaluationRecord | None) -> dict[str, str]:
+    """Members that give attacks nothing to climb; sound but very sure ones where only cross-entropy was climbed."""
+    without = {loss: [k for k, s in enumerate(each) if s > MAX_SHARE_WITHOUT_GRADIENT] for loss, each in shares.items()}
+    loss, of, members = "margin", "the margin", without["margin"]
+    if not members and record is not None and _only_cross_entropy(record):
+        robust = record.members_worst_case().mean(1)
+        # Where hardly an image survives, nothing is overstated.
+        members = [k for k in without["ce"] if robust[k] > MAX_SHARE_WITHOUT_GRADIENT]
+        loss, of = "ce", "the cross-entropy, which all gradient attacks climbed,"
+    if not members:
+        return {}
+    each = ", ".join(f"{shares[loss][k]:.1%}" for k in members)
+    return {"zero-gradients": f"{named(members)}: the gradient of {of} is 0 or rounding noise on {each} of the images"}
+
+
+def _record(record: EvaluationRecord) -> dict[str, str]:
+    """Attacks that contradict one another."""
+    found: dict[str, str] = {}
+    accuracy = {key: record.expected(correct) for key, correct in record.found.items()}
+
+    def lowest(names: list[str], parts: bool) -> np.ndarray:
+        keys = [key for key in accuracy if key in names or (parts and key.split(ON)[0] in names)]
+        return np.min([accuracy[key] for key in keys], axis=0)
+
+    def beaten(flag: str, weaker: tuple[str, ...], stronger: tuple[str, ...]) -> None:
+        weak, strong = _beginning(record, weaker), _beginning(record, stronger)
+        if weak and strong:
+            # Up to the rounding of a sum of weights.
+            count = int((lowest(weak, False) < lowest(strong, True) - 1e-9).sum())
+            total = len(record.labels)
+            if count >= MIN_BEATEN and count > MAX_SHARE_BEATEN * total:
+                found[flag] = f"{', '.join(weak)} found what {', '.join(strong)} missed on {count} of {total} images"
+
+    beaten("black-box-beats-white-box", BLACK_BOX, WHITE_BOX)
+    beaten("noise-beats-pgd", NOISE_ATTACKS, ("pgd",))
+    ce = [name for name in record.attacks if "ce" in _words(name)]
+    dlr = [name for name in record.attacks if "dlr" in _words(name)]
+    # Several targets are more than another loss.
+    dlr = [name for name in dlr if "targeted" not in _words(name)] or dlr
+    if ce and dlr:
+        low, _, high = paired_interval(lowest(ce, False) - lowest(dlr, False))
+        if low > MAX_DISAGREEMENT or high < -MAX_DISAGREEMENT:
+            found["ce-and-dlr-disagree"] = (
+                f"{', '.join(ce)} leave {lowest(ce, False).mean():.1%} accuracy, {', '.join(dlr)} "
+                f"{lowest(dlr, False).mean():.1%}"
+            )
+    clean = record.expected(record.clean)
+    above = [name for name in record.attacks if paired_interval(accuracy[name] - clean)[0] > 0]
+    if above:
+        found["robust-above-clean"] = f"clean accuracy is {clean.mean():.1%}, under attack it is " + ", ".join(
+            f"{accuracy[name].mean():.1%} ({name})" for name in above
+        )
+    return found
+
+
+def _beginning(record: EvaluationRecord, algorithms: tuple[str, ...]) -> list[str]:
+    return [name for name in record.attacks if name.startswith(algorithms)]
+
+
+def _words(name: str) -> set[str]:
+    return set(name.replace("_", "-").split("-"))
+
+
+def _only_cross_entropy(record: EvaluationRecord) -> bool:
+    white = _beginning(record, WHITE_BOX)
+    return bool(white) and all(name.startswith(CE_BASED) and not _words(name) & WITHOUT_CE for name in white)
+
+
+def _member(one: Pass) -> int | None:
+    return int(one.against.split()[-1]) if one.against.startswith("member ") else None

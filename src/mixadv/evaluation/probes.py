@@ -1,0 +1,215 @@
+"""What a mixture is asked and what is tried on it where its robustness is to be distrusted, see
+`mixadv.evaluation.distrust`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixadv.attacks.objectives import ExpectedLoss
+from mixadv.attacks.pgd import PGD
+from mixadv.attacks.search import gradient
+from mixadv.attacks.suite import Pass
+from mixadv.evaluation.record import NORMAL_QUANTILE_975, confidence_interval
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel
+
+# In roundings of the numbers that an objective is the difference of: a change of a few of them is not measured.
+NOISE = 8
+# Probabilities in float32 or float16 sum to 1 up to this; logits do not, on all images at once.
+PROBABILITY_TOLERANCE = 1e-3
+# Relative to an image's largest difference of logits: ten times what TF32 and other orders of summation leave.
+ANSWER_TOLERANCE = 1e-2
+# How often, and about how many images, a member is asked the same: a choice of two at random repeats itself in all
+# answers with probability 2^-7.
+REPEATS, NUM_ASKED = 8, 32
+# Steps of PGD, of a quarter of the radius each: enough to cross the ball twice.
+NUM_STEPS, RESTARTS = 20, 2
+# A sound model's loss rises under PGD on practically all images, one of a search that goes nowhere on half of them.
+SOUND_SHARE = 0.75
+
+
+def answers(mixture: Mixture, x: Tensor) -> dict[str, str]:
+    """What the same images get when asked again, and in other company."""
+    found: dict[str, str] = {}
+    x = x[:NUM_ASKED]
+    with torch.no_grad():
+        first = mixture.member_logits(x)
+        again = torch.stack([mixture.member_logits(x) for _ in range(REPEATS - 1)])
+        order = torch.arange(len(x) - 1, -1, -1, device=x.device)
+        company = [mixture.member_logits(x[order])[:, order]]
+        for size in {2, max(2, len(x) // 2)}:
+            # Batch normalisation refuses to learn from a single image.
+            parts = [mixture.member_logits(part) for part in x.split(size) if len(part) > 1]
+            company += [torch.cat(parts, dim=1)] if parts else []
+    total = first.double().sum(-1)
+    sums_to_one = ((total - 1).abs() <= PROBABILITY_TOLERANCE).all(1) & (first >= 0).all(-1).all(-1)
+    members = _indices(sums_to_one)
+    if members:
+        found["probabilities"] = f"{named(members)}: all outputs are at least 0 and sum to 1"
+    moved = torch.stack([_difference(first, other) for other in again]).amax(0)
+    random = moved > ANSWER_TOLERANCE
+    if random.any():
+        found["random-outputs"] = (
+            f"{named(_indices(random))}: asked {REPEATS} times about the same batch, the logits move by up to "
+            f"{float(moved.max()):.1%} of their range{_training(mixture, random)}"
+        )
+    moved = torch.stack([_difference(first[:, : other.shape[1]], other) for other in company]).amax(0)
+    # Who answers at random differs between any two batches.
+    dependent = (moved > ANSWER_TOLERANCE) & ~random
+    if dependent.any():
+        found["batch-dependent"] = (
+            f"{named(_indices(dependent))}: in another batch the logits of the same image move by up to "
+            f"{float(moved[dependent].max()):.1%} of their range{_training(mixture, dependent)}"
+        )
+    return found
+
+
+def gradients(
+    mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch_size: int
+) -> tuple[dict[str, list[float]], set[int]]:
+    """Where at random points of the ball a member's gradient is nothing to climb.
+
+    A gradient g vanishes where even over the whole width of the box the linear model promises a change ||g||_1 width
+    of at most NOISE roundings: of the largest logit for the margin; of max(1, CE) for the cross-entropy, whose
+    probability p_y is a float close to 1, so that 1 - p_y, and with it the direction of g, is known up to one rounding.
+
+    Returns:
+        For "margin" and "ce" each member's share of images whose gradient vanishes or is NaN; the members whose
+        logits are not differentiable at all.
+    """
+    width = 1.0 if threat_model.bounds is None else threat_model.bounds[1] - threat_model.bounds[0]
+    generator = torch.Generator(x.device).manual_seed(seed)
+    vanishing: dict[str, list[list[Tensor]]] = {loss: [[] for _ in mixture.members] for loss in ("margin", "ce")}
+    blind: set[int] = set()
+    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        points = threat_model.sample(images, generator)
+        for k, member in enumerate(mixture.members):
+            alone = Mixture([member])
+            at = points.clone().requires_grad_()
+            with torch.enable_grad():
+                logits = alone.member_logits(at)
+                values = {loss: ExpectedLoss(loss)(logits, labels, alone.weights) for loss in vanishing}
+            scale = {"margin": logits.detach().abs().amax((0, 2)), "ce": values["ce"].detach().clamp_min(1)}
+            for loss, value in values.items():
+                if value.requires_grad:
+                    size = gradient(value, at, retain_graph=True).nan_to_num(nan=0.0).abs().flatten(1).sum(1)
+                    vanishing[loss][k].append(size * width <= NOISE * torch.finfo(value.dtype).eps * scale[loss])
+                else:
+                    blind.add(k)
+                    vanishing[loss][k].append(torch.ones_like(labels, dtype=torch.bool))
+    return {loss: [int(torch.cat(each).sum()) / len(x) for each in vanishing[loss]] for loss in vanishing}, blind
+
+
+class OwnAttacks:
+    """Own small attacks on one target after the other; see `distrust` for the arguments."""
+
+    def __init__(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch_size: int) -> None:
+        self.x, self.y, self.threat_model, self.seed, self.batch_size = x, y, threat_model, seed, batch_size
+
+    def judge(self, one: Pass) -> dict[str, str]:
+        """What attacks on the target of a pass find that they should not."""
+        found: dict[str, str] = {}
+        ball = self.threat_model
+        if ball.eps > 0:
+            near = self._last(one, ball, NUM_STEPS)
+            sentence = _not_worse(self._last(one, ball, 0), near)
+            if sentence:
+                found["more-steps-do-not-hurt"] = f"{one.against}: {NUM_STEPS} steps of PGD against none, {sentence}"
+            width = float("inf") if ball.bounds is None else ball.bounds[1] - ball.bounds[0]
+            radius = width if ball.norm == "linf" else width * sqrt(prod(self.x.shape[1:]))
+            if 2 * ball.eps <= radius:
+                far = self._last(one, ThreatModel(ball.norm, 2 * ball.eps, ball.bounds), NUM_STEPS)
+                sentence = _not_worse(near, far)
+                if sentence:
+                    found["larger-eps-does-not-hurt"] = f"{one.against}: PGD with twice the eps, {sentence}"
+        return found | self._grey(one)
+
+    def _grey(self, one: Pass) -> dict[str, str]:
+        """The grey image lies within half the box of every image, and there one answer is given to all of them."""
+        if self.threat_model.bounds is None:
+            return {}
+        low, high = self.threat_model.bounds
+        ball = ThreatModel("linf", (high - low) / 2, (low, high))
+        attack = PGD(num_steps=NUM_STEPS, restarts=RESTARTS, objective=ExpectedLoss("margin"))
+        attacked = float(self._at(one, self._points(one, attack, ball))[0].mean())
+        grey = float(self._at(one, torch.full_like(self.x, (low + high) / 2).split(self.batch_size))[0].mean())
+        share = int(self.y.bincount().max()) / len(self.y)
+        if max(attacked, grey) <= confidence_interval(share, len(self.y))[1]:
+            return {}
+        return {
+            "survives-grey": f"{one.against}: {attacked:.1%} accuracy is left by PGD at linf eps {ball.eps:g} and "
+            f"{grey:.1%} at constant grey, which lies in that ball around every image, so that at most {share:.1%}, "
+            "the share of the largest class, can be robust"
+        }
+
+    def _last(self, one: Pass, ball: ThreatModel, steps: int) -> tuple[Tensor, Tensor]:
+        attack = PGD(num_steps=steps, objective=ExpectedLoss("margin"), keep="last")
+        return self._at(one, self._points(one, attack, ball))
+
+    def _points(self, one: Pass, attack: PGD, ball: ThreatModel) -> Iterator[Tensor]:
+        for i, (x, y) in enumerate(zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)):
+            yield attack(one.target, x, y, ball, torch.Generator(x.device).manual_seed(one.seed(self.seed, i)))
+
+    def _at(self, one: Pass, points: Iterator[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Expected accuracy and expected margin of the target at one point of each image: [N], [N]."""
+        accuracy, margin = [], []
+        for part, labels in zip(points, self.y.split(self.batch_size), strict=True):
+            with torch.no_grad():
+                logits = one.target.member_logits(part)
+            accuracy.append(one.target.expectation(logits.argmax(-1) == labels))
+            margin.append(ExpectedLoss("margin")(logits, labels, one.target.weights))
+        return torch.cat(accuracy), torch.cat(margin)
+
+
+def _not_worse(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> str:
+    """The numbers where a stronger attack lowers neither accuracy nor, on most images not yet lost, the margin."""
+    open_ = before[0] > 0
+    count = int(open_.sum())
+    if not count:
+        return ""
+    hurt = int(((after[0] < before[0]) | (after[1] > before[1]))[open_].sum())
+    falls = paired_interval((before[0] - after[0]).cpu().numpy())[0] > 0
+    if falls or confidence_interval(hurt / count, count)[1] >= SOUND_SHARE:
+        return ""
+    return (
+        f"accuracy {float(after[0].mean()):.1%} after {float(before[0].mean()):.1%}, and the loss rises on no more "
+        f"than {hurt} of {count} images not yet lost"
+    )
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Largest change of a logit, relative to the range of the image's logits: [L, B, C] twice -> [L]."""
+    spread = (a.amax(-1) - a.amin(-1)).clamp_min(torch.finfo(a.dtype).tiny)
+    return ((a - b).abs().amax(-1) / spread).nan_to_num(nan=0.0).amax(1)
+
+
+def _training(mixture: Mixture, members: Tensor) -> str:
+    layers = [
+        f"{k}.{name}" if name else f"{k}"
+        for k in _indices(members)
+        for name, module in mixture.members[k].named_modules()
+        if module.training
+    ]
+    return f" (in train mode although asked to leave it: {', '.join(layers[:3])})" if layers else ""
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return [int(k) for k in mask.nonzero().flatten()]
+
+
+def named(members: list[int]) -> str:
+    """Members in words."""
+    return f"member{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}"
+
+
+def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
+    """Mean of paired differences between the ends of its 95 % interval."""
+    mean = float(differences.mean())
+    half = NORMAL_QUANTILE_975 * float(differences.std()) / sqrt(len(differences))
+    return mean - half, mean, mean + half
