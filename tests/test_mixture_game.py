@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,11 +323,23 @@ def test_the_double_oracle_solves_the_game_on_linear_members(lines):
     # Certain: the points are real, so their game is worth no more than the whole one.
     assert found.lower_bound <= value + 1e-9
     assert found.lower_bound == pytest.approx(value, abs=2e-3)
-    bounds = found.history["lower_bound"]
-    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(bounds))
+    # Its value on the points known after each of its rounds, by the full program: the pool only grows.
+    moves = fresh.known().losses.numpy()
+    values = [full_linear_program(moves[:, :count])[0] for count in range(5, moves.shape[1] + 1)]
+    assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(values))
+    np.testing.assert_allclose(found.history["lower_bound"], values[: len(found.history["lower_bound"])], atol=1e-7)
+    assert values[-1] > full_linear_program(moves[:, :1])[0] + 1e-3
     assert found.value >= found.lower_bound - 1e-12
     assert found.gap is None
     assert found.value == pytest.approx(fresh.known().value(found.weights))
+
+
+@pytest.mark.parametrize("value", [3.0, float("nan")])
+def test_points_outside_the_ball_prove_nothing(value):
+    game, _ = game_on(networks(), AT())
+    rogue = MixtureGame(game.mixture, game.x, game.y, game.threat_model, [lambda m, x, *_: x + value], AT())
+    with pytest.raises(RuntimeError, match="left the threat model at example 0"):
+        LinearProgram().solve(rogue)
 
 
 def test_zero_one_payoffs_count_the_members_that_err():

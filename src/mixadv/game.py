@@ -55,9 +55,10 @@ class Equilibrium:
         gap: value - lower_bound >= 0, which bounds value - V; None where the game's responses are not exact.
         attack: [N, m], the attacker's strategy Q with sum_j Q[i, j] = mass_i; None where there is no fixed
             list of perturbations.
-        status: "completed" (all steps ran), "converged" (the tolerance was reached) or "fixed".
+        status: "completed" (all steps ran), "converged" (the tolerance was reached), "stopped" (it was not, within the
+            steps allowed), "stalled" (rounding allows no better) or "fixed".
         history: one entry per step under each key.
-        num_attacks: attack calls: best responses, and those that a game made for its pool.
+        num_attacks: best responses, and those that a game made for its pool.
         average_weights: [L], the mean of the iterates, where the method has a guarantee for it.
         lower_bound: the least expected loss of a member against one fixed mix of perturbations, so <= V.
         selected: which iterate `weights` is: "best", "last" or "fixed".

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixadv.attacks.search import Attack
+from mixadv.attacks.search import Attack, check_points
 from mixadv.game import BestResponse, FiniteGame
 from mixadv.losses import RobustLoss
 from mixadv.mixture import Mixture
@@ -43,6 +43,9 @@ class MixtureGame:
         recent: batches attacked earlier, B' examples more: their payoffs are those of the members as they are now, at
             x and at x_adv. They are not attacked again.
         on_attack: called with the number of images after each attacked batch.
+
+    Raises:
+        RuntimeError: in a response, an attack left ball or box: its points would prove nothing.
     """
 
     exact = False
@@ -99,7 +102,9 @@ class MixtureGame:
     def _attacked(self, attack: Attack, mixture: Mixture) -> Tensor:
         found = []
         for x, y in zip(self.x.split(self._batch_size), self.y.split(self._batch_size), strict=True):
-            found.append(attack(mixture, x, y, self.threat_model, self.generator))
+            x_adv = attack(mixture, x, y, self.threat_model, self.generator)
+            check_points(type(attack).__name__, x_adv, x, self.threat_model)
+            found.append(x_adv)
             if self.on_attack is not None:
                 self.on_attack(len(x))
         return torch.cat(found)

@@ -88,6 +88,18 @@ def gradient(objective: Tensor, x_adv: Tensor, retain_graph: bool = False) -> Te
     return grad
 
 
+def check_points(name: str, x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> None:
+    """Look at what an attack returned, by code that attacks do not share.
+
+    Raises:
+        RuntimeError: a point is not finite, or outside ball or box: a defect of the attack, never corrected silently.
+    """
+    inside = threat_model.check(x_adv, x)
+    if not bool(inside.all()):
+        index = int((~inside).nonzero()[0])
+        raise RuntimeError(f"attack {name} left the threat model at example {index} of a batch: this is a defect")
+
+
 def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel | None = None) -> None:
     """Refuse what no attack can work on.
 

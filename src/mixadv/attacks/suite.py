@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixadv.attacks.search import Attack, WorstPoints, check_batch
+from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
 from mixadv.errors import UserError
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.seeding import derive_seed
@@ -160,15 +160,8 @@ def passes_of(
 
 
 def checked_points(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int) -> Tensor:
-    """The points that a pass finds, checked by code that attacks do not share.
-
-    Raises:
-        RuntimeError: the attack left ball or box: a defect of the attack, never corrected silently.
-    """
+    """The points that a pass finds, checked; see `check_points`."""
     generator = torch.Generator(x.device).manual_seed(seed)
     x_adv = one.attack(one.target, x, y, threat_model, generator)
-    inside = threat_model.check(x_adv, x)
-    if not bool(inside.all()):
-        index = int((~inside).nonzero()[0])
-        raise RuntimeError(f"attack {one.name} left the threat model at example {index} of a batch: this is a defect")
+    check_points(one.name, x_adv, x, threat_model)
     return x_adv

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixadv.game import FiniteGame
+from mixadv.lambda_solvers.driver import SolverError
 from mixadv.lambda_solvers.grouping import SAMPLE, Grouping
 
 # Entries of picked losses that are float64 at one time.
@@ -217,16 +218,16 @@ def _mix(
     for presolve in (False, True):
         remaining = deadline - time.perf_counter()
         if remaining <= 0:
-            raise RuntimeError(_OUT_OF_TIME)
+            raise SolverError(_OUT_OF_TIME)
         found = linprog(
             **program, method="highs", options={**_TOLERANCES, "presolve": presolve, "time_limit": remaining}
         )
         if found.status == 0:
             return found.x[:count] * largest, -found.ineqlin.marginals
         if found.status == 1:
-            raise RuntimeError(_OUT_OF_TIME)
+            raise SolverError(_OUT_OF_TIME)
         message = found.message
-    raise RuntimeError(
+    raise SolverError(
         f"HiGHS failed on a linear program of {count} cuts and {members} members: {message.strip()} "
         "Rescale the losses, or take another num_groups"
     )

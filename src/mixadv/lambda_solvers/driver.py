@@ -15,8 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mixadv.errors import UserError
 from mixadv.game import BestResponse, Equilibrium, Game
 from mixadv.simplex import is_distribution, project_simplex, uniform
+
+
+class SolverError(UserError, RuntimeError):
+    """A solver cannot go on: out of time, or the library below it failed; the message names the remedy."""
 
 
 class LambdaSolver(ABC):

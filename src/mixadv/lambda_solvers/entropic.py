@@ -116,9 +116,11 @@ class AcceleratedEntropic(LambdaSolver):
         if not math.isfinite(constant):
             raise ValueError(
                 f"losses of {pool.max_loss} at alpha {self.alpha} make the smoothness constant {constant}: "
-                "rescale the losses or take a larger alpha"
+                "divide losses and alpha by the same number"
             )
         step_size = 1.0 / constant if constant > 0 else 0.0
+        if not math.isfinite(step_size):
+            raise ValueError(f"losses of {pool.max_loss} are too small to be told apart: rescale them, and alpha alike")
         ahead, momentum, restarted = lam, 1.0, 0
         for step in range(self.num_steps + 1):
             values, smoothed, gradients = (

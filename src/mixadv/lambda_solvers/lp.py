@@ -37,8 +37,9 @@ class LinearProgram(LambdaSolver):
     **Games whose responses are attacks** (not a `FiniteGame`). The double oracle: the same with an attack for the
     best response (McMahan, Gordon, Blum, ICML 2003). The pool first holds what `game.pool` gives, with attacks on
     lam0 and on each member alone; each round solves the program on `game.known()` exactly, and attacks its weights,
-    which adds points. It ends when the attack gains at most `attack_tolerance` over the program's value, with status
-    "converged", or after num_rounds with "completed", the ordinary end of a phase with a budget. Of all weights that
+    which adds points. It ends when the attack gains at most `attack_tolerance` over the program's bound, with status
+    "converged", or after num_rounds with "stopped", the ordinary end of a phase with a budget, so without warning. Of
+    all weights that
     were attacked, lam0 and the members alone included, those with the least value on all known points are returned,
     so they are never worse there than the best member. `value` is a lower estimate of R; `lower_bound` is certain
     for these examples, since all points are real, and bounds V from below; `gap` is None. History (one entry per
@@ -47,7 +48,8 @@ class LinearProgram(LambdaSolver):
     Args:
         tolerance: of value - lower_bound on a finite game, in units of its largest |loss|.
         max_rounds: responses at most on a finite game.
-        time_limit: seconds for the whole call, checked by every linear program; None is no limit.
+        time_limit: seconds for the whole call, checked by every linear program and not during attacks; None is no
+            limit.
         cuts: "examples", "aggregated", or "auto": examples up to twice num_groups of them.
         num_groups: groups of examples, for aggregated cuts.
         num_rounds: attacks of the double oracle, after those for its pool.
@@ -57,7 +59,7 @@ class LinearProgram(LambdaSolver):
 
     Raises:
         ValueError: an argument is outside its range.
-        RuntimeError: in solve, the time limit passed, or HiGHS failed.
+        SolverError: in solve, the time limit passed, or HiGHS failed (a RuntimeError).
     """
 
     tolerance: float = 1e-9
@@ -171,7 +173,7 @@ class LinearProgram(LambdaSolver):
             value=values[best],
             gap=None,
             attack=None,
-            status=trace.status,
+            status=trace.status if trace.status == "converged" else "stopped",
             history=trace.history,
             num_attacks=game.num_members + 1 + trace.num_steps,
             average_weights=None,
@@ -191,7 +193,7 @@ class LinearProgram(LambdaSolver):
             known = game.known()
             value = known.value(lam)
             record = {"lower_bound": bound, "num_perturbations": known.num_perturbations}
-            met = value - found.value <= self.attack_tolerance * known.max_loss
+            met = value - bound <= (self.attack_tolerance + self.tolerance) * known.max_loss
             yield Iterate(lam, value, response.gradient, record, met)
 
 

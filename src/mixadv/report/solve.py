@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,9 @@ def _headline(run: Run) -> str:
 def _caption(run: Run, fit: dict[str, Any]) -> str:
     return (
         f"Robust accuracy: pool, on the points that chose the weights ({fit.get('num_examples')} validation images, "
-        f"{fit.get('num_attacks')} attacks, {fit.get('status')}); fresh, new attacks there; test, {run.num_examples} "
-        f"test images. Attacks: {', '.join(run.attacks)}; every point is replayed on everybody."
+        f"{fit.get('num_attacks')} responses of the attacker, {fit.get('status')}); fresh, new attacks there; test, "
+        f"{run.num_examples} test images. Attacks: {', '.join(run.attacks)}; every point is replayed on everybody; "
+        "members alone are attacked by PGD and APGD."
     )
 
 
@@ -82,21 +84,33 @@ def solution_sentences(run: Run) -> list[str]:
     if not known or len(rows) < 3:
         return []
     images = (run.get("solve", "fit") or {}).get("num_examples")
-    limit, reached = 100 * (1 - known["value_lp"]), 100 * (1 - known["value_at_weights"])
+    # Rounded so that the sentences stay true: the limit up, what is reached down.
+    limit = math.ceil(1e4 * (1 - known["value_lp"]) - 1e-6) / 100
+    reached = math.floor(1e4 * (1 - known["value_at_weights"]) + 1e-6) / 100
+    apart = 100 * max(0.0, known["value_at_weights"] - known["value_lp"])
     sentences = [
         f"Certain: on these {images} validation images no weights over these members have a robust accuracy above "
         f"{limit:.2f} %, because the points found are real.",
-        f"Estimate: the chosen weights have {reached:.2f} % against every point found there ({limit - reached:.2f} "
-        "points from the limit); stronger attacks may lower it.",
+        f"Estimate: the chosen weights have {reached:.2f} % against every point found there ({apart:.2f} points from "
+        "the limit); stronger attacks may lower it.",
     ]
+    notes = [f"{m['name']}: {m['note']}" for m in run.get("solve", "members") or [] if m.get("note") != "as exported"]
+    if notes:
+        sentences.append(f"Inputs: {'; '.join(notes)}.")
+    fit = run.get("solve", "fit") or {}
+    if fit.get("status") == "stopped":
+        sentences.append("The value was still moving when the rounds were over: raise lambda_solver.num_rounds.")
     try:
         records = read_records(run)
     except ValueError as error:
         return [*sentences, f"No paired differences: {error}."]
     robust, even, members = records["robust"], records.get("robust uniform"), records.get("members_robust")
     best = max(range(len(rows) - 2), key=lambda k: rows[k]["fresh"]["accuracy"])
+    if max(run.weights) == 1.0:
+        alone = run.weights.index(1.0)
+        sentences.append(f"The optimal weights are those of {rows[alone]['who']} alone: mixing gains nothing here.")
     rivals = [("uniform mixture", even)]
-    if members is not None:
+    if members is not None and run.weights[best] < 1:
         rivals.insert(0, (f"best member on the validation images ({rows[best]['who']})", members[best]))
     for name, other in rivals:
         if other is None or other.shape != robust.shape or len(robust) < 2:

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from mixadv.config import check
+
 
 def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> None:
     """Run ``cfg.task`` in `run_dir`; a finished run there is shown instead.
@@ -28,6 +30,8 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
     from mixadv.tasks.run_directory import State, claim, show, working_in
 
     cfg, work = _prepared(cfg, overrides, sweep)
+    # What members and mixtures record of themselves has not been looked at yet.
+    check(cfg)
     run_dir, state = claim(run_dir, cfg)
     if state is State.DONE:
         show(run_dir, done_before=True)

@@ -74,7 +74,7 @@ def as_recorded(cfg: DictConfig, config: dict[str, Any], said: Sequence[str]) ->
     if "eps" not in said and "eps" in config:
         merged.eps = config["eps"]
     if not any(key == "threat_model" or key.startswith("threat_model.") for key in said) and "threat_model" in config:
-        merged.threat_model.norm = config["threat_model"]["norm"]
+        merged.threat_model.norm = config["threat_model"].get("norm")
     return merged
 
 

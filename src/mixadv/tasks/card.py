@@ -1,5 +1,6 @@
 """README.md of an exported mixture."""
 
+import math
 from typing import Any
 
 _USE = """
@@ -54,16 +55,19 @@ def solved_card(results: dict[str, Any], config: dict[str, Any]) -> str:
         f"| {_cell(member['name'])} | {weight:.4f} | `{_cell(member['source'])}` |"
         for member, weight in zip(solved["members"], results["weights"], strict=True)
     ]
-    limit = 1 - solved["certificate"]["value_lp"]
+    # Rounded so that the sentence stays true.
+    limit = math.ceil(1e4 * (1 - solved["certificate"]["value_lp"]) - 1e-6) / 1e4
+    reached = math.floor(1e4 * (1 - solved["certificate"]["value_at_weights"]) + 1e-6) / 1e4
     table = "\n".join(["| member | lambda | from |", "|---|---|---|", *rows])
     recipes = config.get("models", [])
     factories = [recipe["factory"] for recipe in recipes or [config["model"]] if "factory" in recipe]
     known = f", factories={sorted(set(factories))!r}" if factories else ""
     return f"""# Optimal weights over {config["L"]} classifiers
 
-Draws member k with probability lambda_k for every image. The weights minimise the adversarial risk on
+Draws member k with probability lambda_k for every image. The weights were chosen to minimise the adversarial risk on
 {solved["fit"]["num_examples"]} validation images of {config["data_name"]} against attacks in the {_ball(config)},
-images in [0, 1]; there no weights over these members have a robust accuracy above {limit:.4f}.
+images in [0, 1]. On all points found there they have a robust accuracy of {reached:.4f}, and no weights over these
+members have more than {limit:.4f}.
 
 {table}
 {_measured(results)}{_USE % known}"""

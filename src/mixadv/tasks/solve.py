@@ -38,8 +38,10 @@ FRESH = 100_003
 # What members have to agree in to be compared: the game, and which images it is played on.
 DECIDES = (
     *("eps", "threat_model.norm", "data._target_", "data.root"),
-    *("data.val_fraction", "data.num_val", "data.num_test", "data.image_size"),
+    *("data.val_fraction", "data.num_val", "data.num_train", "data.num_test", "data.image_size"),
 )
+# Which images are for validation follows from these.
+SPLITS = ("data._target_", "data.val_fraction", "data.num_val", "data.num_train")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     started = time.perf_counter()
     device = build.resolve_device(cfg.trainer.accelerator)
     solver = build.instantiate(cfg.lambda_solver, "lambda_solver")
+    if not solver.adapts:
+        raise UserError("lambda_solver=uniform solves nothing: use lp, oracle or entropic (1/L is in the table anyway)")
     attacks = build.build_protocol(cfg)
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
@@ -108,7 +112,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
         **header(cfg, threat_model, device),
         **test.summary(settings_of(cfg)),
         "game": equilibrium_of(pool_of(test), solution.weights),
-        "flags": [],
+        "flags": _seen_in_training(cfg),
         "solve": record,
         "data": {"name": data.name, "num_val": data.num_val, "num_test": data.num_test},
         "seconds": {"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
@@ -138,17 +142,42 @@ def as_recorded_by_members(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             first = source, own
         for key in DECIDES:
             ours, theirs = (OmegaConf.select(node, key) for node in (own, first[1]))
-            if ours != theirs:
+            if ours != theirs and not (key == "eps" and parse_eps(ours) == parse_eps(theirs)):
                 raise UserError(f"{source} was trained with {key}={ours}, {first[0]} with {theirs}: say {key}=...")
     return cfg if first is None else first[1]
+
+
+def _seen_in_training(cfg: DictConfig) -> list[dict[str, str]]:
+    """A flag for members that record another split of the same data: some validation images may have trained them."""
+    flags = []
+    for source in map(str, cfg.members):
+        config = recorded_config(source)
+        if config is None or "data" not in config:
+            continue
+        own = OmegaConf.create({"data": config["data"]})
+        different = [key for key in SPLITS if OmegaConf.select(own, key) != OmegaConf.select(cfg, key)]
+        if different and OmegaConf.select(own, "data._target_") == OmegaConf.select(cfg, "data._target_"):
+            said = ", ".join(
+                f"{key}={OmegaConf.select(own, key)} there, {OmegaConf.select(cfg, key)} here" for key in different
+            )
+            flags.append(
+                {
+                    "name": "fitted-on-training-images",
+                    "evidence": f"{source} was trained with another split ({said}); it may know validation images.",
+                    "remedy": "Leave the keys of the split out, so that they are the members' own.",
+                }
+            )
+    return flags
 
 
 def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
     loader = data.val_dataloader()
     limit = build.limited(cfg.trainer.limit_val_batches, len(loader))
     parts = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit)]
-    if not parts:
-        raise UserError("the validation split is empty, and weights are fitted on it: set data.num_val=1000")
+    if sum(len(y) for _, y in parts) < 2:
+        raise UserError(
+            "weights are fitted on the validation split, which has fewer than 2 images: set data.num_val=1000"
+        )
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
