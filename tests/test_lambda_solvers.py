@@ -411,7 +411,7 @@ def test_uniform_reports_what_is_not_finite():
 
 def test_overflow_in_a_finite_game_is_reported():
     spread = torch.tensor([[[1.7e308, -1.7e308], [-1.7e308, 1.7e308]]], dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"smoothness constant (inf|nan): rescale"):
+    with pytest.raises(ValueError, match=r"smoothness constant (inf|nan): divide"):
         AcceleratedEntropic(num_steps=2).solve(FiniteGame(spread))
     same = torch.full((1, 1, 2), 1.7e308, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"smoothness constant|step 0: .*inf"):
@@ -471,3 +471,13 @@ def test_lam0_is_checked(solver, lam0, message):
 def test_settings_are_checked(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_around_a_value_of_zero_is_no_contradiction(seed):
+    """Every member loses the same at every perturbation, and the masses cancel the losses."""
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(20, 1, 1, dtype=torch.float64, generator=generator).expand(20, 3, 4)
+    game = FiniteGame(torch.cat([half, -half]))
+    for solver in (OracleSubgradient(7), AcceleratedEntropic(num_steps=7), Uniform()):
+        assert solver.solve(game).gap == pytest.approx(0, abs=1e-12)

@@ -696,7 +696,7 @@ def test_sweep_does_not_average_over_settings_other_than_the_seed(tmp_path: Path
 def test_report_of_one_run(run_dir: Path) -> None:
     console = recorder(120)
     (run_dir / "curves.png").write_text("old")
-    assert report(run_dir.parent, console) == [run_dir / "curves.png"]
+    assert report(run_dir.parent, console) == [run_dir / "curves.png", run_dir / "report.html"]
     assert (run_dir / "curves.png").read_bytes().startswith(PNG)
     assert "mixture" in console.export_text()
     assert not list(run_dir.glob(".*"))

@@ -20,8 +20,8 @@ from torch import Generator, Tensor
 
 from mixadv.game_checks import checked_attack, checked_losses, checked_mask, checked_masses, largest_loss
 
-# Losses that are float64 at one time: 8 MiB stay in a CPU's cache, an accelerator wants long kernels.
-_CHUNK_ENTRIES_CPU = 1 << 20
+# Losses that are float64 at one time: 2 MiB stay in a CPU's cache, an accelerator wants long kernels.
+_CHUNK_ENTRIES_CPU = 1 << 18
 _CHUNK_ENTRIES_ACCELERATOR = 1 << 25
 # Multiply-adds that the exact diameters of `smoothness` may cost: about a second.
 _DIAMETER_BUDGET = 4e9
@@ -160,15 +160,16 @@ class FiniteGame:
         lam = self._vector(lam)
         gradient = torch.zeros_like(lam)
         value = torch.zeros((), dtype=torch.float64, device=lam.device)
-        choices = []
+        # Filled in place: a list of parts fragments the heap at 1e8 entries.
+        choice = torch.empty(self.num_examples, dtype=torch.long, device=lam.device)
         for rows, losses, mask in self._chunks():
             scores = _forbid(losses @ lam, mask)
-            choice = scores.argmax(1)
-            picked = torch.arange(len(choice), device=lam.device)
-            gradient += self.masses[rows] @ losses[picked, choice]
-            value += self.masses[rows] @ scores[picked, choice]
-            choices.append(choice)
-        return BestResponse(gradient, value.item(), self.max_loss, torch.cat(choices))
+            chosen = scores.argmax(1)
+            picked = torch.arange(len(chosen), device=lam.device)
+            gradient += self.masses[rows] @ losses[picked, chosen]
+            value += self.masses[rows] @ scores[picked, chosen]
+            choice[rows] = chosen
+        return BestResponse(gradient, value.item(), self.max_loss, choice)
 
     def value(self, lam: Tensor) -> float:
         """R(lam) = sum_i mass_i max_j sum_k lam_k A[i, j, k]."""

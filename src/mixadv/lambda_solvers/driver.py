@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import UserError
-from mixadv.game import BestResponse, Equilibrium, Game
+from mixadv.game import BestResponse, Equilibrium, FiniteGame, Game
 from mixadv.simplex import is_distribution, project_simplex, uniform
 
 
@@ -154,7 +154,9 @@ def certified_gap(game: Game, value: float, lower_bound: float) -> float | None:
     if not game.exact:
         return None
     gap = value - lower_bound
-    if gap < -1e-9 * max(abs(value), abs(lower_bound)):
+    # A value of 0 is a sum of losses that cancel: its rounding is theirs.
+    scale = game.max_loss if isinstance(game, FiniteGame) else 0.0
+    if gap < -1e-9 * max(abs(value), abs(lower_bound)) - 1e-12 * scale:
         raise ValueError(
             f"the value {value} is below the lower bound {lower_bound}, which contradicts weak duality: "
             "the game's best responses are not maxima, so its `exact` must be False"
