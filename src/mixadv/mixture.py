@@ -96,9 +96,7 @@ class Mixture(nn.Module):
 
     def log_average(self, logits: Tensor) -> Tensor:
         """log sum_k lambda_k softmax(logits_k) for member logits [L, B, C] -> [B, C]."""
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        log_weights = self.weights.to(logits).log()
-        return torch.logsumexp(logits.log_softmax(-1) + log_weights[:, None, None], dim=0)
+        return log_average(logits, self.weights)
 
     def expectation(self, values: Tensor) -> Tensor:
         """sum_k lambda_k values_k, exactly the expectation over the draw of a member: [L, ...] -> [...].
@@ -185,6 +183,12 @@ class Mixture(nn.Module):
         dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * self.num_members)
         for member in self.members:
             member.compile(*args, **kwargs)
+
+
+def log_average(logits: Tensor, weights: Tensor) -> Tensor:
+    """log sum_k lambda_k softmax(logits_k) for weights [L]: [L, B, C] -> [B, C], in float32 at least."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return torch.logsumexp(logits.log_softmax(-1) + weights.to(logits).log()[:, None, None], dim=0)
 
 
 def as_mixture(model: nn.Module) -> Mixture:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ON, AveragedCE, AveragedLoss, ExpectedLoss, Objective, TargetedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, gradient
+from mixadv.attacks.search import WorstPoints, check_batch, gradient, warn_of_nan_gradients
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -151,12 +150,7 @@ class APGD:
         for _ in range(1 if self.start == "none" else self.restarts):
             for objective in objectives:
                 self._climb(_Run(mixture, objective, x, y, clean, worst, blind), threat_model, generator)
-        if bool(blind.any()):
-            warnings.warn(
-                f"APGD met NaN gradients on {int(blind.sum())} of {len(x)} examples and could not climb "
-                "there: robustness measured with it is overstated",
-                stacklevel=3,
-            )
+        warn_of_nan_gradients("APGD", blind, "climb", stacklevel=3)
         return worst.x
 
     def _climb(self, run: _Run, threat_model: ThreatModel, generator: torch.Generator | None) -> None:

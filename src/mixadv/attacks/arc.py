@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from mixadv.attacks.boundaries import (
     per_example,
 )
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import WorstPoints, check_batch
+from mixadv.attacks.search import WorstPoints, check_batch, warn_of_nan_gradients
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -112,13 +111,7 @@ class ARC:
             search = _Search(self, drawn_members(mixture), x.detach().clone(), y.clone(), threat_model, generator)
             for restart in range(self.restarts):
                 search.run(from_x=restart == 0)
-        blind = int(search.blind.sum())
-        if blind:
-            warnings.warn(
-                f"ARC met NaN gradients on {blind} of {len(x)} examples and could not move there: robustness "
-                "measured with it is overstated",
-                stacklevel=2,
-            )
+        warn_of_nan_gradients("ARC", search.blind, "move", stacklevel=2)
         return search.worst.x
 
 

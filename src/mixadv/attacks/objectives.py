@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixadv.losses import ATTACK_LOSSES, TARGETED_LOSSES, RobustLoss, cross_entropy
+from mixadv.mixture import log_average
 
 ON = ("expected", "averaged")
 
@@ -32,12 +33,6 @@ class Objective(Protocol):
 def _expectation(losses: Tensor, weights: Tensor) -> Tensor:
     """sum_k lambda_k losses_k, [L, B] -> [B]; not a matrix product, which autocast and TF32 would round."""
     return (weights.to(losses)[:, None] * losses).sum(0)
-
-
-def _log_average(logits: Tensor, weights: Tensor) -> Tensor:
-    """log sum_k lambda_k softmax(logits_k), [L, B, C] -> [B, C], in float32 at least."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return torch.logsumexp(logits.log_softmax(-1) + weights.to(logits).log()[:, None, None], dim=0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ class AveragedLoss:
         return False
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
-        return ATTACK_LOSSES[self.loss](_log_average(logits, weights), y)
+        return ATTACK_LOSSES[self.loss](log_average(logits, weights), y)
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class TargetedLoss:
 
     def target(self, clean_logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """t(x): [L, B, C], [B], [L] -> [B] long."""
-        wrong = _log_average(clean_logits, weights).scatter(-1, y[:, None], float("-inf"))
+        wrong = log_average(clean_logits, weights).scatter(-1, y[:, None], float("-inf"))
         if self.rank >= wrong.shape[-1]:
             raise ValueError(f"there is no wrong class of rank {self.rank}: the members have {wrong.shape[-1]} classes")
         return wrong.topk(self.rank, dim=-1).indices[:, -1]
@@ -136,7 +131,7 @@ class TargetedLoss:
             raise ValueError("targets are chosen at the clean input: pass the clean logits")
         target = self.target(clean_logits, y, weights)
         if self.on == "averaged":
-            return TARGETED_LOSSES[self.loss](_log_average(logits, weights), y, target)
+            return TARGETED_LOSSES[self.loss](log_average(logits, weights), y, target)
         return _expectation(TARGETED_LOSSES[self.loss](logits, y, target), weights)
 
 

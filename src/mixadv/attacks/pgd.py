@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import WorstPoints, check_batch, gradient
+from mixadv.attacks.search import WorstPoints, check_batch, gradient, warn_of_nan_gradients
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -116,12 +115,7 @@ class PGD:
         for run in range(1 if self.start == "none" else self.restarts):
             start = first if run == 0 else None
             self._search(mixture, x, y, threat_model, clean_logits, generator, worst, blind, start)
-        if bool(blind.any()):
-            warnings.warn(
-                f"PGD met NaN gradients on {int(blind.sum())} of {len(x)} examples and could not climb "
-                "there: robustness measured with it is overstated",
-                stacklevel=3,
-            )
+        warn_of_nan_gradients("PGD", blind, "climb", stacklevel=3)
         return worst.x
 
     def _climb(

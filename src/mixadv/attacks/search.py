@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mixadv.attacks.objectives import Objective
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -71,6 +73,26 @@ class WorstPoints:
     def open(self) -> Tensor:
         """[R] long, the examples that can still get worse: some member that may be drawn is right."""
         return (self.accuracy > 0).nonzero().flatten()
+
+
+def worst_from_x(mixture: Mixture, x: Tensor, y: Tensor, objective: Objective) -> tuple[WorstPoints, Tensor | None]:
+    """The record of worst points with x itself offered, and the members' logits there if the objective needs them."""
+    clean = mixture.member_logits(x)
+    clean_logits = clean if objective.needs_clean else None
+    worst = WorstPoints(mixture, x, y)
+    worst.offer(x, clean, objective(clean, y, mixture.weights, clean_logits))
+    return worst, clean_logits
+
+
+def warn_of_nan_gradients(attack: str, blind: Tensor, verb: str, stacklevel: int) -> None:
+    """Say how many of the examples, marked in `blind` [B], met NaN gradients; `stacklevel` as seen by the caller."""
+    count = int(blind.sum())
+    if count:
+        warnings.warn(
+            f"{attack} met NaN gradients on {count} of {len(blind)} examples and could not {verb} there: robustness "
+            "measured with it is overstated",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def gradient(objective: Tensor, x_adv: Tensor, retain_graph: bool = False) -> Tensor:

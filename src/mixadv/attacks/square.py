@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import WorstPoints, check_batch
+from mixadv.attacks.search import WorstPoints, check_batch, worst_from_x
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -86,10 +86,7 @@ class Square:
         # Tensors made under inference_mode cannot be written to outside it; their clones can.
         with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
             x, y = x.detach().clone(), y.clone()
-            clean = mixture.member_logits(x)
-            clean_logits = clean if self.objective.needs_clean else None
-            worst = WorstPoints(mixture, x, y)
-            worst.offer(x, clean, self.objective(clean, y, mixture.weights, clean_logits))
+            worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
             dice = _Dice(generator, x.device)
             for _ in range(self.restarts):
                 self._search(mixture, x, y, threat_model, clean_logits, dice, worst)

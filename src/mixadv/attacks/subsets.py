@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from mixadv.attacks.boundaries import drawn_members, members_with_gradient, nearest_boundary, per_example
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import WorstPoints, check_batch
+from mixadv.attacks.search import WorstPoints, check_batch, warn_of_nan_gradients
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -101,13 +100,7 @@ class SubsetAttack:
             sets = subsets_by_weight(search.weights.tolist(), self.max_subsets, generator)
             for restart, members in itertools.product(range(self.restarts), sets):
                 search.run(members, from_x=restart == 0)
-        blind = int(search.blind.sum())
-        if blind:
-            warnings.warn(
-                f"SubsetAttack met NaN gradients on {blind} of {len(x)} examples and could not move there: robustness "
-                "measured with it is overstated",
-                stacklevel=2,
-            )
+        warn_of_nan_gradients("SubsetAttack", search.blind, "move", stacklevel=2)
         return search.worst.x
 
 

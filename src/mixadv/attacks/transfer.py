@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import Attack, WorstPoints, check_batch
+from mixadv.attacks.search import Attack, check_batch, worst_from_x
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -63,10 +63,7 @@ class Transfer:
             return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
             x, y = x.detach().clone(), y.clone()
-            clean = mixture.member_logits(x)
-            clean_logits = clean if self.objective.needs_clean else None
-            worst = WorstPoints(mixture, x, y)
-            worst.offer(x, clean, self.objective(clean, y, mixture.weights, clean_logits))
+            worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
             for surrogate in _surrogates(mixture):
                 rows = worst.open()
                 if not len(rows):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mixadv.report.figures import footnote, new_figure
-from mixadv.report.files import Run
+from mixadv.report.files import Run, read_arrays
 from mixadv.report.tables import headline_parts
 
 if TYPE_CHECKING:
@@ -42,22 +41,6 @@ def printable(value: Any) -> str:
     words = str(value)
     # Most text is, and an image inside a page is half a million characters of it.
     return words if words.isprintable() else "".join(c if c.isprintable() else " " for c in words)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an npz file; None where there is no file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        # Opened here, since np.load leaves a damaged file open.
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def read_examples(run: Run) -> Examples | None:

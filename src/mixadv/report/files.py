@@ -216,6 +216,22 @@ def read_run(path: str | Path) -> Run:
     return Run(path, state, reason, results, history, baseline, config, tuple(notes))
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of an npz file; None where there is no file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        # Opened here, since np.load leaves a damaged file open.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
 def read_records(run: Run) -> dict[str, np.ndarray]:
     """The per-example arrays of `records.npz` that are compared, those it has: `labels`, `clean`, `robust`,
     `robust uniform` [N] (of weights 1/L, from task=solve) and `members_robust` [L, N].
@@ -223,14 +239,10 @@ def read_records(run: Run) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file is missing or cannot be read.
     """
-    try:
-        # Opened here, since np.load leaves a damaged file open.
-        with open(run.path / "records.npz", "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in RECORDS if name in file.files}
-    except FileNotFoundError:
-        raise ValueError(f"{run.path / 'records.npz'} is missing") from None
-    except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
-        raise ValueError(f"{run.path / 'records.npz'} cannot be read: {error}") from error
+    arrays = read_arrays(run.path / "records.npz")
+    if arrays is None:
+        raise ValueError(f"{run.path / 'records.npz'} is missing")
+    return {name: arrays[name] for name in RECORDS if name in arrays}
 
 
 def is_run(path: Path) -> bool:

@@ -17,8 +17,7 @@ from mixadv.report.attacks import (
     wilson,
     worst_cases,
 )
-from mixadv.report.examples import read_arrays
-from mixadv.report.files import Run
+from mixadv.report.files import Run, read_arrays
 from mixadv.report.markup import Markup, note, percent, percent_interval, plain, section, table, tag
 from mixadv.report.names import number
 
