@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test slow lint format bench clean
+.PHONY: quickstart test slow soak lint format bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/python run.py experiment=quickstart name=quickstart
@@ -15,6 +15,11 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Kills and signals at random moments, checkpoints half written, thousands of cycles: about half an hour.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	$(BIN)/python -m pytest -m slow tests/test_ddp.py tests/test_sweeps.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -151,7 +151,9 @@ def test_types_and_defaults_of_the_schema_agree_with_the_files(compose):
         assert type(cfg[key]) is int
     for key in ("compile", "baseline"):
         assert type(cfg[key]) is bool
-    assert (cfg.name, cfg.mixture, list(cfg.members), cfg.runs) == (None, None, [], "outputs")
+    assert (cfg.name, cfg.mixture, list(cfg.members), cfg.weights, cfg.runs) == (None, None, [], None, "outputs")
+    assert list(compose("weights=[1,0]").weights) == [1.0, 0.0]
+    assert all(type(weight) is float for weight in compose("weights=[1,0]").weights)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,7 @@ BAD_VALUES = [
     ("+attack.restarts=7", "attack.restarts"),
     ("+attack.keep=last", "attack.keep"),
     ("members=[a,b]", "members"),
+    ("weights=[0.5,0.5]", "weights=[0.5,0.5]: task=train does not read it"),
     ("trainer.val_every_epochs=3", "trainer.val_every_epochs"),
 ]
 
@@ -283,6 +286,54 @@ def changed(compose):
     return change
 
 
+@pytest.mark.parametrize(
+    "weights",
+    ["null", "[0.5,0.3,0.2]", "[1]", "[0,1]", "[0.333333,0.333333,0.333334]", "[0.2,0.8000009]", "[1e-300,1]"],
+)
+def test_weights_that_sum_to_one_are_accepted(compose, weights):
+    config.check(compose("task=evaluate", "members=[a]", f"weights={weights}"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("[]", "weights=[] lets no member be drawn: give positive weights, or leave it out for 1/L each"),
+        ("[0,0.0]", "weights=[0,0] lets no member be drawn"),
+        ("[-0.5,1.5]", "weights=[-0.5,1.5]: -0.5 is no probability; give one number of at least 0 for each member"),
+        ("[-1e-9,1]", "-1e-09 is no probability"),
+        ("[nan,1]", "nan is no probability"),
+        ("[1,inf]", "inf is no probability"),
+        ("[0.5,0.3,0.3]", "sum to 1.1, not to 1: divide them by their sum, weights=[0.454545455,0.272727273,0.27272"),
+        ("[0.2,0.800002]", "sum to 1.000002, not to 1"),
+        ("[0.2,0.799998]", "sum to 0.999998, not to 1"),
+        ("[2,1]", "weights=[2,1] sum to 3, not to 1: divide them by their sum, weights=[0.666666667,0.333333333]"),
+        ("[1e308,1e308]", "weights=[0.5,0.5]"),
+        ("[1e-320]", "weights=[1]"),
+    ],
+)
+def test_weights_that_are_no_distribution_are_refused_with_one_that_is(compose, weights, said):
+    refusal = compose_text(compose, "task=evaluate", "members=[a,b]", f"weights={weights}")
+    assert refusal.startswith("weights=[")
+    assert said in refusal
+    assert "\n" not in refusal
+    if "divide" in refusal:
+        config.check(compose("task=evaluate", "members=[a,b]", refusal.rpartition(", ")[2]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["task=solve", "members=[a,b]"], "task=solve finds the weights itself; task=evaluate measures those"),
+        (["task=report"], "task=report does not read it; it belongs to task=evaluate members=[A,B,...]"),
+        (["task=evaluate", "mixture=here"], "mixture=here has weights of its own; to give its members others, name it"),
+        (["task=evaluate", "mixture=here", "members=[a,b]"], "name it in members=[...] and leave mixture=... out"),
+        (["task=evaluate"], "task=evaluate needs mixture=PATH"),
+    ],
+)
+def test_weights_that_nobody_reads_are_refused(compose, argv, said):
+    assert said in compose_text(compose, *argv, "weights=[0.5,0.5]")
+
+
 def test_refusals_name_the_remedy(compose):
     assert "did you mean eps=8/255?" in compose_text(compose, "eps=8")
     assert "optimizer.momentum" in compose_text(compose, "optimizer.nesterov=true", "optimizer.momentum=0")
@@ -313,6 +364,10 @@ BAD_COMMANDS = [
     (["seed=x"], "seed=x"),
     (["compile=maybe"], "compile=maybe"),
     (["members=A"], "members"),
+    (["weights=0.5"], "weights=0.5"),
+    (["weights=[a,0.5]"], "weights=[a,0.5]"),
+    (["weights=[0.5,null]"], "weights=[0.5,null]"),
+    (["weights=[true,0]"], "weights=[true,0]"),
     (["schedule.epochs=ten"], "schedule.epochs=ten"),
     (["optimizer.lr=fast"], "optimizer.lr=fast"),
     (["modle=resnet18"], "modle"),

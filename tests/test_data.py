@@ -139,6 +139,7 @@ def test_resuming_continues_with_the_same_batches(served):
     source = endless(stopped)
     for _ in range(served):
         next(source)
+    stopped.close_epoch()
     state = stopped.state_dict()
     assert state["position"] == served
     assert all(type(value) is int for value in state.values())
@@ -150,11 +151,63 @@ def test_resuming_continues_with_the_same_batches(served):
 
 
 def test_resuming_in_an_epoch_serves_what_is_left_of_it():
+    stopped = stream(24, 4)
+    source = iter(stopped)
+    reference = [next(source) for _ in range(6)]
     batches = stream(24, 4)
-    batches.load_state_dict({**batches.state_dict(), "position": 8})
-    assert len(batches) == 6
-    assert len(list(batches)) == 4
-    assert len(list(batches)) == 6
+    batches.load_state_dict({**stopped.state_dict(), "position": 2, "open": 1})
+    assert len(batches) == 4
+    assert same(list(batches), reference[2:])
+    assert len(batches) == len(list(batches)) == 6
+
+
+@pytest.mark.parametrize("lengths", [None, lambda epoch: 3 + epoch])
+def test_an_epoch_whose_end_is_due_is_one_batch_of_no_examples(lengths):
+    settings = {"seed": 2, "batch_size": 4, "batches_in_epoch": lengths}
+    stopped = stream(24, **settings)
+    assert stopped.between_epochs
+    list(stopped)
+    assert not stopped.between_epochs
+    resumed = stream(24, **settings)
+    resumed.load_state_dict(stopped.state_dict())
+    assert stopped.epoch_under_way == resumed.epoch_under_way == 0
+    assert len(resumed) == 1
+    ((x, y),) = resumed
+    assert (x.shape, y.shape) == ((0, *stopped.images.shape[1:]), (0,))
+    # Not yet closed: stopped again, it is still due.
+    assert resumed.state_dict() == stopped.state_dict()
+    resumed.close_epoch()
+    assert resumed.between_epochs
+    assert resumed.epoch_under_way == 1
+    assert resumed.state_dict() == {**stopped.state_dict(), "open": 0}
+    assert len(resumed) == (6 if lengths is None else 4)
+    assert same(list(resumed), list(stopped))
+
+
+def test_a_batch_taken_back_is_served_again():
+    batches = stream(24, 4, seed=3)
+    source = iter(batches)
+    first, second = next(source), next(source)
+    batches.take_back()
+    assert batches.state_dict()["position"] == 1
+    again = list(batches)
+    assert len(again) == 5
+    assert same([second], again[:1])
+    assert not same([first], [second])
+
+
+def test_taken_back_the_first_batch_of_an_epoch_leaves_the_one_before_closed():
+    batches = stream(24, 4)
+    list(batches)
+    batches.close_epoch()
+    next(iter(batches))
+    assert not batches.between_epochs
+    batches.take_back()
+    assert batches.between_epochs
+    assert batches.epoch_under_way == 1
+    resumed = stream(24, 4)
+    resumed.load_state_dict(batches.state_dict())
+    assert len(resumed) == 6
 
 
 def test_resuming_with_other_settings_is_refused():
@@ -450,25 +503,37 @@ class Recorder(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.automatic_optimization = False
         self.folder = folder
-        self.seen = []
+        self.seen, self.validated = [], []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
+        if not len(y):
+            return
         self.seen.append((self.current_epoch, batch_idx, x.clone(), y.clone()))
         self.optimizers().step()
 
     def save(self):
         if self.folder is not None:
-            self.trainer.save_checkpoint(self.folder / f"{self.global_step}.ckpt")
+            between = self.trainer.datamodule.train_dataloader().between_epochs
+            self.trainer.save_checkpoint(self.folder / f"{self.global_step}{'-closed' if between else ''}.ckpt")
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.save()
 
     def on_train_epoch_end(self):
+        self.trainer.datamodule.train_dataloader().close_epoch()
         self.save()
 
+    def on_save_checkpoint(self, checkpoint):
+        # A resumed epoch is a shorter one for the trainer: its own counters would not fit it.
+        del checkpoint["loops"]
+        checkpoint["epoch"] = self.trainer.datamodule.train_dataloader().epoch_under_way
+
+    def on_load_checkpoint(self, checkpoint):
+        self.trainer.fit_loop.epoch_progress.current.processed = checkpoint["epoch"]
+
     def validation_step(self, batch, batch_idx):
-        pass
+        self.validated.append(self.current_epoch)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -489,18 +554,22 @@ def record(save_to=None, checkpoint=None):
         reload_dataloaders_every_n_epochs=1,
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
-    return module.seen
+    return module
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_a_trainer_serves_epochs_of_the_lengths_asked_for_and_resumes_in_their_middle(tmp_path):
-    whole = record(save_to=tmp_path)
+def test_a_trainer_serves_epochs_of_the_lengths_asked_for_and_resumes_anywhere(tmp_path):
+    run = record(save_to=tmp_path)
+    whole = run.seen
     assert [epoch for epoch, *_ in whole] == [0] * 5 + [1] * 2 + [2] * 7
-    # In an epoch, at the end of one, one before the end, and in the last one.
-    for served in (3, 5, 6, 7, 10):
-        rest = record(checkpoint=tmp_path / f"{served}.ckpt")
-        assert [(epoch, index) for epoch, index, *_ in rest] == [(e, i) for e, i, *_ in whole[served:]]
-        assert same([tuple(batch[2:]) for batch in whole[served:]], [tuple(batch[2:]) for batch in rest])
+    assert run.validated == [0, 1, 2]
+    # In an epoch, at the end of one before and after its validation, one before the end, and in the last one.
+    for name, epoch in (("3", 0), ("5", 0), ("5-closed", 1), ("6", 1), ("7", 1), ("7-closed", 2), ("10", 2), ("14", 2)):
+        served = int(name.split("-")[0])
+        rest = record(checkpoint=tmp_path / f"{name}.ckpt")
+        assert [epoch for epoch, *_ in rest.seen] == [epoch for epoch, *_ in whole[served:]]
+        assert same([tuple(batch[2:]) for batch in whole[served:]], [tuple(batch[2:]) for batch in rest.seen])
+        assert rest.validated == run.validated[epoch:]
 
 
 # --- digits ----------------------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ ALLOWED = {
     "errors": set(),
     "shipped": set(),
     "seeding": set(),
+    "signals": set(),
+    "ranks": set(),
+    "launchers": set(),
+    "locks": set(),
     # The mathematics wing: tensors only.
     "simplex": set(),
     "game_checks": set(),
@@ -45,20 +49,21 @@ ALLOWED = {
     "attacks": {"mixture", "losses", "threat_model", "shipped", "seeding"},
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
-    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "threat_model"},
+    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "threat_model"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         "evaluation",
+        "ranks",
     },
     # What watches, keeps and shows.
-    "monitor": {"training", "mixture"},
+    "monitor": {"training", "mixture", "signals", "data"},
     "monitor.wandb_mirror": set(),
     "export": {"mixture", "models", "monitor"},
     "members": {"export", "mixture", "models", "monitor"},
-    "report": set(),
+    "report": {"locks"},
     # The shell.
     "config": set(),
-    "main": {"config", "shipped", "tasks"},
+    "main": {"config", "launchers", "locks", "shipped", "signals", "tasks"},
     "tasks": None,  # everything
 }
 

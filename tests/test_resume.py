@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import os
+import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,14 +14,16 @@ import pytorch_lightning as pl
 import torch
 
 from mixadv import config
+from mixadv.attacks import pgd
 from mixadv.errors import UserError
 from mixadv.export import load_mixture
 from mixadv.lambda_solvers import Uniform
 from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
-from mixadv.monitor.checkpoints import Checkpoints, read_checkpoint
+from mixadv.monitor.checkpoints import Checkpoints, digest_of, newest, read_checkpoint
 from mixadv.monitor.history import History
+from mixadv.signals import Stopped as ToldToStop
 from mixadv.tasks import train as task
 from mixadv.tasks.run_directory import State
 from mixadv.threat_model import ThreatModel
@@ -47,7 +52,7 @@ COMMON = (
     "optimizer.lr_schedule=one_cycle",
     "eps=0.1",
     "trainer.accelerator=cpu",
-    "trainer.log_every_steps=3",
+    "trainer.log_every_steps=1",
     "trainer.progress=false",
 )
 SETTINGS = {
@@ -97,12 +102,14 @@ def configured(compose):
 
 @pytest.fixture(scope="module")
 def train(configured):
-    """train(setting, directory): the task, without the tables at its end."""
+    """train(setting, directory): the task, without the tables at its end; a checkpoint every so many updates."""
 
-    def run(setting, directory):
+    def run(setting, directory, checkpoint_updates=None):
         started = (directory / "config.yaml").exists()
         directory.mkdir(exist_ok=True)
-        task.train(configured[setting], directory, State.UNFINISHED if started else State.NEW, None)
+        cfg = configured[setting].copy()
+        cfg.trainer.checkpoint_updates = checkpoint_updates
+        task.train(cfg, directory, State.UNFINISHED if started else State.NEW, None)
         return directory
 
     return run
@@ -170,7 +177,7 @@ def history(directory):
 
 def results(directory):
     found = json.loads((directory / "results.json").read_text())
-    del found["seconds"]
+    del found["seconds"], found["config"]["trainer"]["checkpoint_updates"]
     for attack in found["attacks"].values():
         del attack["seconds"], attack["seconds_on_parts"]
     return found
@@ -238,6 +245,102 @@ def test_a_run_stopped_twice(train, whole, tmp_path):
     assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
 
 
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_run_stopped_inside_its_epochs(train, whole, tmp_path, monkeypatch, setting, every):
+    """Stopped again and again, wherever there is a new checkpoint."""
+    saved = Checkpoints._save_last
+    stops = []
+
+    def save_and_stop(self, trainer, module):
+        saved(self, trainer, module)
+        # The last state of all is the end of the training, not of an epoch.
+        if module.t not in stops and not trainer.datamodule.train_dataloader().between_epochs:
+            stops.append(module.t)
+            raise Stopped
+
+    monkeypatch.setattr(Checkpoints, "_save_last", save_and_stop)
+    for _ in range(40):
+        try:
+            train(setting, tmp_path / "run", every)
+        except Stopped:
+            continue
+        break
+    assert len(stops) >= (5 if every == 1 else 2)
+    assert_same_run(whole(setting), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("setting", "nth"),
+    [
+        *(("trades-entropic-sampled", nth) for nth in (1, 2, 20, 31, 41, 55)),
+        *(("at-oracle-shared", nth) for nth in (1, 8, 15, 30, 41)),
+    ],
+)
+def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_path, monkeypatch, setting, nth):
+    """A gradient of an attack is being computed, for members, for weights or in validation, when the signal comes."""
+    gradient, calls = pgd.gradient, []
+
+    def and_a_signal(*arguments):
+        calls.append(None)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradient(*arguments)
+
+    monkeypatch.setattr(pgd, "gradient", and_a_signal)
+    # Its trial step attacks too, before there is anything to keep.
+    monkeypatch.setattr(task, "_announce", lambda *_: None)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(ToldToStop) as stop:
+        train(setting, tmp_path / "run")
+    assert stop.value.exit_code == 143
+    assert len(calls) == nth
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    # Nothing is lost but the batch under way.
+    state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert state["mixadv"]["t"] == max([int(row["step"]) for row in history(tmp_path / "run")], default=0)
+    train(setting, tmp_path / "run")
+    assert_same_run(whole(setting), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_a_signal_in_an_update_waits_for_the_end_of_the_batch(train, whole, tmp_path, monkeypatch, name):
+    step, calls = torch.optim.SGD.step, []
+
+    def and_a_signal(self, *arguments, **settings):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.Signals[name])
+        return step(self, *arguments, **settings)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", and_a_signal)
+    with pytest.raises(ToldToStop, match=name):
+        train("at-oracle-shared", tmp_path / "run")
+    # L=3: the fifth update is in the middle of the second batch.
+    assert len(calls) == 6
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["mixadv"]["t"] == 2
+    train("at-oracle-shared", tmp_path / "run")
+    assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it(train, whole, tmp_path, monkeypatch, nth):
+    save, calls = torch.save, []
+
+    def and_a_signal(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "save", and_a_signal)
+    with pytest.raises(ToldToStop):
+        train("at-oracle-shared", tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    train("at-oracle-shared", tmp_path / "run")
+    assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
+
+
 @pytest.fixture
 def trained(whole, tmp_path):
     """A copy of a finished training that was stopped before it was measured."""
@@ -270,11 +373,66 @@ def test_measured_members_are_those_of_the_best_epoch(whole):
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
 def test_a_torn_checkpoint_is_named(train, trained, name):
     path = trained / "checkpoints" / name
+    (trained / "checkpoints" / "previous.ckpt").unlink()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="resume=never") as caught:
         train("at-oracle-shared", trained)
     assert str(path) in str(caught.value)
     assert (trained / "metrics.csv").exists()
+
+
+def test_from_a_torn_checkpoint_the_run_goes_on_with_the_one_before(train, whole, trained, capsys):
+    path = trained / "checkpoints" / "last.ckpt"
+    torn = path.read_bytes()[:-100]
+    path.write_bytes(torn)
+    train("at-oracle-shared", trained)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "last.ckpt" in said
+    assert "going on from previous.ckpt" in said
+    assert_same_run(whole("at-oracle-shared"), trained)
+    assert path.with_name("last.ckpt.torn").read_bytes() == torn
+
+
+def test_a_changed_bit_is_found(trained):
+    path = trained / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content["digest"] == digest_of(content)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name].view(-1)[0] += 1e-6
+    torch.save(content, path)
+    with pytest.raises(UserError, match="changed since it was written"):
+        read_checkpoint(path)
+
+
+def test_every_kind_of_content_is_in_the_digest():
+    content = {"a": torch.arange(4.0), "b": [1, (2.5, None)], "c": {"d": "text", "e": True}}
+    seen = {digest_of(content)}
+    for other in (
+        {**content, "a": torch.arange(4)},
+        {**content, "a": torch.arange(4.0).view(2, 2)},
+        {**content, "a": torch.tensor([0.0, 1.0, 3.0, 2.0])},
+        {**content, "b": [1, (2.5, 0)]},
+        {**content, "b": [1, [2.5, None]]},
+        {**content, "b": [[1], (2.5, None)]},
+        {**content, "c": {"d": "text", "e": 1}},
+        {**content, "c": {"f": "text", "e": True}},
+        {**content, "f": 0},
+    ):
+        seen.add(digest_of(other))
+    assert len(seen) == 10
+    assert digest_of({**content, "digest": "itself is left out"}) in seen
+
+
+def test_without_any_checkpoint_that_can_be_read_the_last_is_named(trained):
+    for name in ("last.ckpt", "previous.ckpt"):
+        (trained / "checkpoints" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"previous\.ckpt"):
+        newest(trained / "checkpoints", print)
+    (trained / "checkpoints" / "previous.ckpt").unlink()
+    with pytest.raises(UserError, match=r"last\.ckpt"):
+        newest(trained / "checkpoints", print)
+    (trained / "checkpoints" / "last.ckpt").unlink()
+    assert newest(trained / "checkpoints", print) is None
 
 
 class Malice:
@@ -290,6 +448,7 @@ class Malice:
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
 def test_a_checkpoint_cannot_run_code(train, trained, tmp_path, name):
     path, mark = trained / "checkpoints" / name, tmp_path / "executed"
+    (trained / "checkpoints" / "previous.ckpt").unlink()
     content = torch.load(path, weights_only=True)
     torch.save({**content, "callbacks": {"x": Malice(mark)}}, path)
     for read in (read_checkpoint, load_mixture, lambda _: train("at-oracle-shared", trained)):
@@ -334,13 +493,18 @@ def test_draws_go_on_from_a_checkpoint():
         first.schedule.members_at(first.member_generator)
         torch.rand(4, generator=first.attack_generator)
     first.t, first.member_updates = 14, [6, 5, 2]
+    numpy_random = np.random.random_sample
+    for draw in (random.random, numpy_random, lambda: float(torch.rand(()))):
+        draw()
     checkpoint = {}
     first.on_save_checkpoint(checkpoint)
     file = io.BytesIO()
     torch.save(checkpoint, file)
     file.seek(0)
+    expected = [random.random(), numpy_random(), float(torch.rand(()))]
     second.on_load_checkpoint(torch.load(file, weights_only=True))
     assert (second.t, second.member_updates) == (14, [6, 5, 2])
+    assert [random.random(), numpy_random(), float(torch.rand(()))] == expected
     ours, theirs = ([m.schedule.members_at(m.member_generator)[0] for _ in range(30)] for m in (second, first))
     assert ours == theirs
     assert len(set(ours)) == 3

@@ -1,16 +1,27 @@
 """The life of a run directory: claimed, continued, finished, and never overwritten."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from conftest import TINY
+from mixadv import locks
 from mixadv.errors import UserError
+from mixadv.locks import LOCK, DirectoryLock, Held, holder
 from mixadv.tasks import build
 from mixadv.tasks import run_directory as rd
-from mixadv.tasks.run_directory import State, claim, mark_done, read_results, write_config, write_results
+from mixadv.tasks.run_directory import State, claimed, mark_done, read_results, write_config, write_results
 
 
 def snapshot(root):
@@ -24,20 +35,99 @@ def cfg(compose):
     return compose(*TINY)
 
 
-# --- claim -------------------------------------------------------------------------------------------------
+# --- claimed -----------------------------------------------------------------------------------------------
+
+
+def look(path, cfg):
+    """What `claimed` says, and nothing done."""
+    with claimed(path, cfg) as found:
+        return found
+
+
+def work_until(error, path, cfg):
+    """A run that begins to write and then raises."""
+    with claimed(path, cfg):
+        write_config(path, cfg)
+        raise error
 
 
 def test_a_directory_goes_from_new_over_unfinished_to_done(tmp_path, cfg):
     path = tmp_path / "a" / "b"
-    assert claim(path, cfg) == (path, State.NEW)
-    assert list(path.iterdir()) == []
-    write_config(path, cfg)
-    assert claim(path, cfg) == (path, State.UNFINISHED)
+    with claimed(path, cfg) as found:
+        assert found == (path, State.NEW)
+        assert [entry.name for entry in path.iterdir()] == [LOCK]
+        write_config(path, cfg)
+    assert [entry.name for entry in path.iterdir()] == ["config.yaml"]
+    assert look(path, cfg) == (path, State.UNFINISHED)
     (path / "FAILED").write_text("why\n")
-    assert claim(path, cfg) == (path, State.UNFINISHED)
+    assert look(path, cfg) == (path, State.UNFINISHED)
     mark_done(path)
-    assert claim(path, cfg) == (path, State.DONE)
+    assert look(path, cfg) == (path, State.DONE)
     assert not (path / "FAILED").exists()
+
+
+def test_where_nothing_was_written_no_directory_is_left(tmp_path, cfg):
+    look(tmp_path / "idle", cfg)
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "refused", cfg):
+        raise ZeroDivisionError
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "stopped", cfg):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("no data:\nfetch them"), "no data: fetch them"),
+        (ZeroDivisionError("inside"), "ZeroDivisionError: inside"),
+        (MemoryError(), "MemoryError:"),
+    ],
+)
+def test_a_failure_leaves_its_reason_in_one_line(tmp_path, cfg, error, reason):
+    path = tmp_path / "run"
+    with pytest.raises(type(error)):
+        work_until(error, path, cfg)
+    assert (path / "FAILED").read_text() == reason + "\n"
+    assert sorted(entry.name for entry in path.iterdir()) == ["FAILED", "config.yaml"]
+
+
+def test_a_disk_that_is_full_does_not_hide_what_failed(tmp_path, cfg, monkeypatch):
+    (tmp_path / "run").mkdir()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_config(tmp_path / "run", cfg)
+    monkeypatch.setattr(rd, "_replace", full)
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run", cfg):
+        raise ZeroDivisionError
+    rd.leave_reason(tmp_path / "other", ZeroDivisionError())
+    assert not (tmp_path / "other" / "FAILED").exists()
+    assert holder(tmp_path / "other") is None
+
+
+def test_a_lock_that_cannot_say_whose_it_is_is_given_back(tmp_path, cfg, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", full)
+        with pytest.raises(UserError, match=r"cannot write to .*run: No space left on device"):
+            look(tmp_path / "run", cfg)
+    assert look(tmp_path / "run", cfg) == (tmp_path / "run", State.NEW)
+
+
+def test_the_working_directory_itself_is_not_removed(tmp_path, cfg, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    look(tmp_path, cfg)
+    assert tmp_path.is_dir()
+
+
+def test_being_told_to_stop_is_no_failure(tmp_path, cfg):
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        work_until(KeyboardInterrupt(), path, cfg)
+    assert [entry.name for entry in path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -46,8 +136,9 @@ def test_a_directory_goes_from_new_over_unfinished_to_done(tmp_path, cfg):
 def test_settings_that_change_nothing_may_differ(tmp_path, compose, cfg, override):
     write_config(tmp_path, cfg)
     other = compose(*TINY, override)
+    assert rd.digest(other) == rd.digest(cfg)
     other.resume = "auto"
-    assert claim(tmp_path, other) == (tmp_path, State.UNFINISHED)
+    assert look(tmp_path, other) == (tmp_path, State.UNFINISHED)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +154,17 @@ def test_settings_that_change_nothing_may_differ(tmp_path, compose, cfg, overrid
     ],
 )
 def test_settings_that_change_the_numbers_are_refused(tmp_path, compose, override, said):
-    write_config(tmp_path, compose(*TINY, "loss=trades"))
+    cfg, other = compose(*TINY, "loss=trades"), compose(*TINY, "loss=trades", override)
+    write_config(tmp_path, cfg)
     with pytest.raises(UserError) as refused:
-        claim(tmp_path, compose(*TINY, "loss=trades", override))
+        look(tmp_path, other)
     message = str(refused.value)
     assert said in message
     assert "resume=never" in message
     assert "\n" not in message
+    assert rd.digest(other) != rd.digest(cfg)
+    # Whoever the run belongs to, it has not failed.
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_many_differences_are_counted_not_listed(tmp_path, compose, cfg):
@@ -77,24 +172,214 @@ def test_many_differences_are_counted_not_listed(tmp_path, compose, cfg):
     # The seed is the data's seed too.
     other = compose(*TINY, "L=3", "seed=1", "precision=bf16", "baseline=true", "schedule.epochs=9")
     with pytest.raises(UserError, match="and 3 more"):
-        claim(tmp_path, other)
+        look(tmp_path, other)
 
 
 def test_resume_never_numbers_the_directories(tmp_path, cfg):
     cfg.resume = "never"
     path = tmp_path / "run"
     for expected in ("run", "run.2", "run.3"):
-        found, state = claim(path, cfg)
-        assert (found, state) == (tmp_path / expected, State.NEW)
-        write_config(found, cfg)
+        with claimed(path, cfg) as (found, state):
+            assert (found, state) == (tmp_path / expected, State.NEW)
+            write_config(found, cfg)
     cfg.resume = "auto"
-    assert claim(path, cfg) == (path, State.UNFINISHED)
+    assert look(path, cfg) == (path, State.UNFINISHED)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path, cfg):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write to .*file/run: Not a directory.*hydra\.run\.dir=DIR"):
-        claim(tmp_path / "file" / "run", cfg)
+        look(tmp_path / "file" / "run", cfg)
+
+
+def test_a_seal_is_for_its_settings_alone(tmp_path, cfg):
+    settings = rd.digest(cfg)
+    assert not rd.is_sealed(tmp_path, settings)
+    mark_done(tmp_path)
+    # Finished, but nobody knows for which settings.
+    assert not rd.is_sealed(tmp_path, settings)
+    rd.seal(tmp_path, settings)
+    assert rd.is_sealed(tmp_path, settings)
+    cfg.seed = 1
+    assert not rd.is_sealed(tmp_path, rd.digest(cfg))
+
+
+# --- one process at a time ---------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mixadv.locks import DirectoryLock
+with DirectoryLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def hold():
+    """hold(folder): a process that has its lock; killed, if it still lives, at the end."""
+    started = []
+
+    def start(folder):
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(hold, command, tmp_path):
+    path = tmp_path / "outputs" / "train" / "busy"
+    process = hold(path)
+    assert holder(path).startswith(f"pid {process.pid} on {socket.gethostname()} since ")
+    refusal = command(*TINY, "name=busy").refusal()
+    assert refusal.startswith(f"another process is working in {path} (pid {process.pid} on {socket.gethostname()}")
+    assert [entry.name for entry in path.iterdir()] == [LOCK]
+
+    process.kill()
+    process.wait()
+    assert (path / LOCK).exists()
+    assert holder(path) is None
+    finished = command(*TINY, "name=busy", "schedule.epochs=1")
+    assert finished.rc == 0, finished.err
+    assert (path / "DONE").exists()
+    assert not (path / LOCK).exists()
+
+
+def test_the_lock_is_held_while_there_is_something_to_write(command, tmp_path, monkeypatch):
+    from mixadv.tasks import train
+
+    path = tmp_path / "outputs" / "train" / "watched"
+    seen = {}
+
+    def watched(name):
+        real = getattr(train, name)
+
+        def call(*args, **kwargs):
+            seen[name] = holder(path)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(train, name, call)
+
+    for name in ("write_config", "measure", "write_results", "mark_done"):
+        watched(name)
+    assert command(*TINY, "name=watched", "schedule.epochs=1").rc == 0
+    assert len(seen) == 4
+    assert all(who.startswith(f"pid {os.getpid()} ") for who in seen.values())
+    assert holder(path) is None
+
+
+def test_a_finished_run_can_be_shown_by_many_and_where_nothing_can_be_written(tmp_path, cfg, monkeypatch):
+    write_config(tmp_path, cfg)
+    mark_done(tmp_path)
+    monkeypatch.setattr(rd.DirectoryLock, "acquired", lambda self: pytest.fail("locked"))
+    assert look(tmp_path, cfg) == (tmp_path, State.DONE)
+
+
+def in_threads(count, work):
+    """work(index) in `count` threads that start together; what they raise is raised here."""
+    barrier = threading.Barrier(count)
+
+    def run(index):
+        barrier.wait(30)
+        return work(index)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_directories_that_are_numbered_at_the_same_time_differ(tmp_path, compose):
+    cfg = compose(*TINY, "resume=never")
+    everybody = threading.Barrier(6)
+
+    def work(index):
+        with claimed(tmp_path / "run", cfg) as (path, state):
+            everybody.wait(30)
+            (path / "config.yaml").write_text("mine: true\n")
+            return path.name, state
+
+    found = in_threads(6, work)
+    assert sorted(name for name, _ in found) == ["run", "run.2", "run.3", "run.4", "run.5", "run.6"]
+    assert {state for _, state in found} == {State.NEW}
+
+
+def test_numbering_passes_over_what_another_has_just_taken_and_what_is_not_ours(tmp_path, compose, monkeypatch):
+    cfg = compose(*TINY, "resume=never")
+    real = DirectoryLock.acquired
+
+    def late(self):
+        if self.folder.name == "run":
+            # Another run began and ended after the look at this directory.
+            self.folder.mkdir()
+            (self.folder / "config.yaml").touch()
+        return real(self)
+
+    monkeypatch.setattr(DirectoryLock, "acquired", late)
+    (tmp_path / "run.2").mkdir()
+    with claimed(tmp_path / "run", cfg) as (path, state):
+        assert (path.name, state) == ("run.3", State.NEW)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run", "run.2"]
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_one_at_a_time_though_the_file_comes_and_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.002)
+    inside, most, entered = [], [], []
+
+    def work(index):
+        while len(entered) < 400:
+            with contextlib.suppress(Held), DirectoryLock(tmp_path / "run"):
+                inside.append(index)
+                most.append(len(inside))
+                time.sleep(0.0002)
+                inside.remove(index)
+                entered.append(index)
+
+    in_threads(8, work)
+    assert max(most) == 1
+    assert len(set(entered)) > 1
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_glance_does_not_refuse_the_one_who_comes_to_work(tmp_path):
+    lock = DirectoryLock(tmp_path)
+    (tmp_path / LOCK).touch()
+    glancing = open(tmp_path / LOCK)  # noqa: SIM115
+    fcntl.flock(glancing, fcntl.LOCK_SH)
+    threading.Timer(0.1, glancing.close).start()
+    with lock:
+        assert holder(tmp_path) is not None
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_locks_in_the_file_system_it_says_so_once_and_goes_on(tmp_path, cfg, monkeypatch, capsys, number):
+    def unsupported(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with claimed(tmp_path / "run", cfg) as (path, state):
+        assert state is State.NEW
+        assert list(path.iterdir()) == []
+        write_config(path, cfg)
+        assert holder(path) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mixadv: the file system of {tmp_path / 'run'} has no locks ({os.strerror(number)})")
+    assert [entry.name for entry in path.iterdir()] == ["config.yaml"]
+
+
+def test_another_error_of_the_lock_is_not_taken_for_a_file_system_without(tmp_path, cfg, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(UserError, match="Input/output error"):
+        look(tmp_path / "run", cfg)
 
 
 # --- what is written ---------------------------------------------------------------------------------------

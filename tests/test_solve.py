@@ -251,6 +251,8 @@ def test_members_on_the_command_line_are_taken_apart_where_paths_exist(tmp_path,
     assert _quoted("members=[plain,a=1,b=2,pkg.mod:fn]") == "members=[plain,'a=1,b=2','pkg.mod:fn']"
     assert _quoted("members=['a=1,b=2',plain]") == "members=['a=1,b=2',plain]"
     assert _quoted("members=[]") == "members=[]"
+    # A sweep over lists.
+    assert _quoted("members=[plain,a=1,b=2],[pkg.mod:fn]") == "members=[plain,'a=1,b=2'],['pkg.mod:fn']"
     assert _quoted("L=3") == "L=3"
 
 

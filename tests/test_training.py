@@ -381,7 +381,7 @@ def test_a_weights_phase_starts_from_the_current_weights_on_its_own_batch(digits
         assert torch.equal(game.x, batches[t - 1][0])
         assert torch.equal(game.y, batches[t - 1][1])
         (attack,) = game.attacks
-        assert (attack.keep, attack.start) == ("objective", "gaussian")
+        assert (attack.attack.keep, attack.attack.start) == ("objective", "gaussian")
     assert module.mixture.weights.tolist() == pytest.approx([0.1, 0.65, 0.25])
 
 

@@ -13,13 +13,21 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mixadv.errors import UserError
 
 TASKS = ("train", "evaluate", "solve", "game", "report")
 PRECISIONS = ("fp32", "bf16")
 RESUME = ("auto", "never")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 MAX_NAME = 120
+# The length of every epoch is laid down beforehand.
+MAX_EPOCHS = 1_000_000
+# Names that stay what they are as names of files.
+PLAIN_NAME = r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"
+# As much as a mixture's weights may miss 1.
+WEIGHTS_TOLERANCE = 1e-6
 
 
 @dataclass
@@ -51,12 +59,15 @@ class TrainerConfig:
 
     accelerator: str = "auto"
     devices: int = 1
+    nodes: int = 1
     deterministic: bool = False
     limit_train_batches: Any = None
     limit_val_batches: Any = None
     limit_test_batches: Any = None
     val_every_epochs: int = 1
     log_every_steps: int = 10
+    checkpoint_minutes: float | None = 10.0
+    checkpoint_updates: int | None = None
     progress: bool = True
 
 
@@ -74,6 +85,7 @@ class Config:
     precision: str = "fp32"
     baseline: bool = False
     members: list[str] = field(default_factory=list)
+    weights: list[float] | None = None
     mixture: str | None = None
     runs: str = "outputs"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -88,6 +100,16 @@ class Config:
     lambda_solver: dict[str, Any] = MISSING
     game: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
+
+
+# Where no class checks its own arguments: the keys that must be there, and those that may.
+SCHEMAS = {"": Config, "schedule": ScheduleConfig, "optimizer": OptimizerConfig, "trainer": TrainerConfig}
+KEYS: dict[str, tuple[set[str], set[str]]] = {
+    **{name: ({key.name for key in fields(schema)}, set()) for name, schema in SCHEMAS.items()},
+    "threat_model": ({"norm"}, {"eps"}),
+    "protocol": ({"name", "validation", "attacks"}, {"diagnosed"}),
+    "logger": ({"kind"}, {"project", "entity", "init_timeout", "finish_timeout", "images"}),
+}
 
 
 def parse_eps(value: Any) -> float:
@@ -125,7 +147,7 @@ def path_safe(text: str) -> str:
 
 
 # Overrides that say where or what, not how: they do not belong to a run's name.
-UNNAMED = ("task", "name", "resume", "runs")
+UNNAMED = ("task", "name", "resume", "runs", "launch")
 
 
 def run_name(overrides: Any, name: Any = None) -> str:
@@ -157,14 +179,92 @@ def _at_least(key: str, value: float, low: float) -> None:
         raise UserError(f"{key}={value} must be at least {low:g}")
 
 
+def _whole(key: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UserError(f"{key}={value} must be a whole number of at least {low}")
+
+
 def _limit(key: str, value: Any) -> None:
-    ok = value is None or (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and (value >= 1 if isinstance(value, int) else 0 < value <= 1)
-    )
-    if not ok:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and (value >= 1 if isinstance(value, int) else 0 < value <= 1)):
         raise UserError(f"{key}={value} must be a number of batches (1 or more) or a share in (0, 1]")
+
+
+def _check_weights(cfg: DictConfig) -> None:
+    """That they are read at all, and a distribution; how many members there are is known only once these are loaded."""
+    weights = list(cfg.weights)
+    shown = f"weights=[{','.join(f'{weight:g}' for weight in weights)}]"
+    if cfg.task == "solve":
+        raise UserError(f"{shown}: task=solve finds the weights itself; task=evaluate measures those that you give")
+    if cfg.task != "evaluate":
+        raise UserError(f"{shown}: task={cfg.task} does not read it; it belongs to task=evaluate members=[A,B,...]")
+    if cfg.mixture:
+        raise UserError(
+            f"{shown}: mixture={cfg.mixture} has weights of its own; to give its members others, name it in "
+            "members=[...] and leave mixture=... out"
+        )
+    for weight in weights:
+        if not math.isfinite(weight) or weight < 0:
+            raise UserError(f"{shown}: {weight:g} is no probability; give one number of at least 0 for each member")
+    largest = max(weights, default=0.0)
+    if largest == 0:
+        raise UserError(f"{shown} lets no member be drawn: give positive weights, or leave it out for 1/L each")
+    # Divided twice, so that no sum overflows.
+    relative = [weight / largest for weight in weights]
+    if not abs(sum(weights) - 1) <= WEIGHTS_TOLERANCE:
+        divided = ",".join(f"{part / sum(relative):.9g}" for part in relative)
+        raise UserError(f"{shown} sum to {sum(weights):.9g}, not to 1: divide them by their sum, weights=[{divided}]")
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """That the keys are the known ones, and that every interpolation has a value."""
+    for name, (must, may) in KEYS.items():
+        if name and OmegaConf.is_missing(cfg, name):
+            continue
+        # Hydra's `+key=value` adds to typed nodes too, and `~key` takes away.
+        there, prefix = set(map(str, cfg[name] if name else cfg)), f"{name}." if name else ""
+        for key in sorted(there - must - may):
+            raise UserError(f"{prefix}{key}: there is no such key; `--cfg job` shows all of them, --help the groups")
+        for key in sorted(must - there):
+            raise UserError(f"{prefix}{key} is not there: leave ~{prefix}{key} out of the command")
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "a key"
+        raise UserError(f"{key} has no value ({str(error).splitlines()[0]}): say {key}=...") from None
+
+
+def _check_groups(cfg: DictConfig) -> None:
+    """What the classes behind the groups cannot know, or would say late."""
+    model, protocol, logger = cfg.model, cfg.protocol, cfg.logger
+    if not isinstance(model.get("name"), str):
+        raise UserError(f"model.name={model.get('name')} must be a model's name: choose it with model=...")
+    for key in ("num_classes", "image_shape", *(("mean", "std") if cfg.task == "train" else ())):
+        if key in model:
+            raise UserError(f"model.{key}: it follows from the data; leave it out")
+    if not re.fullmatch(PLAIN_NAME, str(protocol.name)):
+        raise UserError(f"protocol.name={protocol.name} must be made of letters, digits and single . _ -")
+    if not isinstance(protocol.attacks, DictConfig) or not protocol.attacks:
+        raise UserError(f"protocol.attacks={protocol.attacks} must hold an attack at least: choose protocol=fast")
+    attacks = {"attacks." + str(name): node for name, node in protocol.attacks.items()}
+    for key, node in {"validation": protocol.validation, **attacks}.items():
+        if not isinstance(node, DictConfig):
+            raise UserError(f"protocol.{key}={node} must be the settings of an attack, with its _target_")
+        if not re.fullmatch(PLAIN_NAME, key.removeprefix("attacks.")):
+            raise UserError(f"protocol.{key}: a name is made of letters, digits and single . _ -, as pgd-20")
+    _whole("protocol.diagnosed", protocol.get("diagnosed", 0), 0)
+    _one_of("logger.kind", logger.kind, ("wandb", "csv"))
+    if logger.kind == "csv":
+        return
+    if not isinstance(logger.get("project"), str) or not re.fullmatch(r"[^/\\#?%:]{1,128}", logger.project):
+        raise UserError(f"logger.project={logger.get('project')} must be 1 to 128 characters without / \\ # ? % :")
+    if not isinstance(logger.get("entity"), str | None):
+        raise UserError(f"logger.entity={logger.entity} must be text: a user or team of Weights & Biases; or null")
+    for key in ("init_timeout", "finish_timeout"):
+        value = logger.get(key, 1)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise UserError(f"logger.{key}={value} must be a positive number of seconds")
+    _whole("logger.images", logger.get("images", 0), 0)
 
 
 def check(cfg: DictConfig) -> None:
@@ -173,22 +273,12 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: one line that names the key, the value and the remedy.
     """
-    for prefix, node, schema in (
-        ("", cfg, Config),
-        ("schedule.", cfg.schedule, ScheduleConfig),
-        ("optimizer.", cfg.optimizer, OptimizerConfig),
-        ("trainer.", cfg.trainer, TrainerConfig),
-    ):
-        # Hydra's `+key=value` adds to typed nodes too.
-        unknown = sorted(map(str, set(node) - {known.name for known in fields(schema)}))
-        if unknown:
-            raise UserError(
-                f"{prefix}{unknown[0]}: there is no such key; `--cfg job` shows all of them, --help the groups"
-            )
+    _check_keys(cfg)
+    if "eps" in cfg.threat_model:
+        raise UserError("threat_model.eps: the radius is the top-level key, eps=8/255")
     eps = parse_eps(cfg.eps)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"{missing[0]} has no default: add {missing[0]}=... to the command")
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(f"{key} has no default: add {key}=... to the command")
     _one_of("task", cfg.task, TASKS)
     _at_least("L", cfg.L, 1)
     _at_least("seed", cfg.seed, 0)
@@ -198,7 +288,6 @@ def check(cfg: DictConfig) -> None:
     _one_of("resume", cfg.resume, RESUME)
     if cfg.name is not None and not path_safe(cfg.name):
         raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters, digits, - and _")
-
     norm = cfg.threat_model.get("norm")
     _one_of("threat_model.norm", norm, ("linf", "l2"))
     if norm == "linf" and eps > 1:
@@ -206,29 +295,40 @@ def check(cfg: DictConfig) -> None:
             f"eps={cfg.eps} is larger than the whole input range [0, 1]: eps is in input units, "
             f"did you mean eps={cfg.eps}/255?"
         )
-
-    if "eps" in cfg.threat_model:
-        raise UserError("threat_model.eps: the radius is the top-level key, eps=8/255")
-    fixed = sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack))
-    if fixed:
-        raise UserError(f"attack.{fixed[0]}: in training it follows from the loss and the phase; leave it out")
+    _check_groups(cfg)
+    for key in sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack)):
+        raise UserError(f"attack.{key}: in training it follows from the loss and the phase; leave it out")
     if cfg.members and cfg.task not in ("solve", "evaluate"):
-        raise UserError(f"members=[...]: task={cfg.task} does not read it; it lists what task=solve weighs")
+        raise UserError(
+            f"members=[...]: task={cfg.task} does not read it; task=solve weighs them, task=evaluate measures them"
+        )
+    if cfg.weights is not None:
+        _check_weights(cfg)
     _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
     _at_least("schedule.epochs", cfg.schedule.epochs, 1)
+    if cfg.schedule.epochs > MAX_EPOCHS:
+        raise UserError(f"schedule.epochs={cfg.schedule.epochs} must be at most {MAX_EPOCHS}")
     _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)
     opt = cfg.optimizer
     _one_of("optimizer.lr_schedule", opt.lr_schedule, ("constant", "piecewise", "cosine", "one_cycle"))
     for key in ("lr", "momentum", "weight_decay", "gamma", "warmup"):
         _at_least(f"optimizer.{key}", opt[key], 0)
+    if opt.lr == 0:
+        raise UserError("optimizer.lr=0 would learn nothing: give a positive rate, as optimizer.lr=0.1")
+    if opt.momentum >= 1:
+        raise UserError(f"optimizer.momentum={opt.momentum} must be below 1: nothing would be forgotten")
     if opt.nesterov and opt.momentum == 0:
         raise UserError("optimizer.nesterov=true needs momentum: set optimizer.momentum=0.9")
     if any(not 0 < m < 1 for m in opt.milestones):
         raise UserError(f"optimizer.milestones={list(opt.milestones)} must be shares of the training in (0, 1)")
     if opt.warmup >= 1:
         raise UserError(f"optimizer.warmup={opt.warmup} must be a share of the training in [0, 1)")
-    for key in ("devices", "val_every_epochs", "log_every_steps"):
-        _at_least(f"trainer.{key}", cfg.trainer[key], 1)
+    _one_of("trainer.accelerator", cfg.trainer.accelerator, ACCELERATORS)
+    if cfg.trainer.devices != -1:
+        _at_least("trainer.devices", cfg.trainer.devices, 1)
+    for key in ("nodes", "val_every_epochs", "log_every_steps", "checkpoint_updates", "checkpoint_minutes"):
+        if cfg.trainer[key] is not None:
+            _at_least(f"trainer.{key}", cfg.trainer[key], int(key != "checkpoint_minutes"))
     if cfg.schedule.epochs % cfg.trainer.val_every_epochs:
         raise UserError(
             f"trainer.val_every_epochs={cfg.trainer.val_every_epochs} must divide "
@@ -243,7 +343,7 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.task == "evaluate":
         wanted = "an exported mixture/ folder, a run directory or a .ckpt"
-        if not cfg.mixture:
-            raise UserError(f"task=evaluate needs mixture=PATH: {wanted}")
-        if not Path(cfg.mixture).exists():
+        if not cfg.mixture and not cfg.members:
+            raise UserError(f"task=evaluate needs mixture=PATH ({wanted}) or members=[A,B,...], with weights=[...]")
+        if cfg.mixture and not Path(cfg.mixture).exists():
             raise UserError(f"mixture={cfg.mixture} does not exist: give {wanted}")

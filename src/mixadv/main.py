@@ -5,24 +5,32 @@ heavy is imported before the checks have passed.
 """
 
 import os
+import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig
 
-from mixadv import config
+from mixadv import config, launchers
 from mixadv.errors import UserError
 from mixadv.shipped import config_dir
+from mixadv.signals import Stopped
+
+if TYPE_CHECKING:
+    from mixadv.tasks.sweep import Outcome, Sweep
 
 # The shell's own code for a program ended by Ctrl-C.
 INTERRUPTED = 130
 
 PATH_KEYS = ("mixture", "runs", "data.root")
 
-_failed: list[str] = []
+# What raises where the processes of jobs end, and not the jobs themselves.
+LAUNCHERS = ("joblib.", "submitit.")
+# The launchers that Hydra gets from elsewhere, and the extra that installs them.
+EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
 def _refuse(message: str) -> None:
@@ -37,6 +45,9 @@ def _composition_message(error: Exception) -> str:
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and choice in EXTRAS:
+            extra = EXTRAS[choice]
+            return f"launch={extra} needs a launcher that is not installed: pip install 'mixadv[{extra}]'"
         return f"{group}={choice} is unknown: choose one of {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r} as KEY=VALUE or GROUP=CHOICE; quote values that have spaces or commas"
@@ -55,7 +66,9 @@ def _quoted(argument: str) -> str:
     if key in PATH_KEYS and _needs_quotes(value) and Path(value).exists():
         return f"{key}='{value}'"
     if key == "members" and value.startswith("[") and value.endswith("]"):
-        return f"members=[{','.join(_quoted_members(value[1:-1]))}]"
+        # A sweep has several lists.
+        lists = (",".join(_quoted_members(text)) for text in value[1:-1].split("],["))
+        return "members=" + ",".join(f"[{text}]" for text in lists)
     return argument
 
 
@@ -73,34 +86,60 @@ def _quoted_members(text: str) -> Iterator[str]:
         yield f"'{member}'" if _needs_quotes(member) else member
 
 
-def _job(cfg: DictConfig) -> None:
-    """One task in its run directory; Hydra calls this once for a run, many times for a sweep."""
+def _job(cfg: DictConfig) -> Any:
+    """One task in its run directory; Hydra calls this once for a run, many times for a sweep.
+
+    A job of a sweep returns its outcome and does not raise: Hydra would end the sweep.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
-    sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        return _job_of_sweep(cfg, run_dir, overrides)
     try:
-        config.check(cfg)
-        from mixadv.tasks import run_task
-
-        run_task(cfg, run_dir=run_dir, overrides=overrides, sweep=run_dir.parent.name if sweep else None)
+        launch = hydra_cfg.runtime.choices.get("launch")
+        if launch != "serial":
+            raise UserError(f"launch={launch} is for sweeps: add -m, which also takes a single job")
+        _run(cfg, run_dir, overrides, sweep=None)
     except UserError as error:
         _refuse(str(error))
         _remove_if_empty(run_dir)
-        if not sweep:
-            sys.exit(1)
-        _failed.append(f"{run_dir.name}: {error}")
-        raise
-    except Exception as error:
+        sys.exit(1)
+    except Exception:
         _remove_if_empty(run_dir)
-        if sweep:
-            # Hydra would show only the first failure, and that at the end.
-            traceback.print_exc()
-            _failed.append(f"{run_dir.name}: {type(error).__name__}: {error}")
         raise
+    return None
+
+
+def _run(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep: str | None) -> bool:
+    config.check(cfg)
+    from mixadv.tasks import run_task
+
+    return run_task(cfg, run_dir=run_dir, overrides=overrides, sweep=sweep)
+
+
+def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> "Outcome":
+    from mixadv.locks import Held
+    from mixadv.tasks.run_directory import leave_reason, one_line
+    from mixadv.tasks.sweep import BEFORE, DONE, ELSEWHERE, FAILED, Outcome
+
+    name = run_dir.name
+    try:
+        return Outcome(name, DONE if _run(cfg, run_dir, overrides, sweep=run_dir.parent.name) else BEFORE)
+    except Held as error:
+        _refuse(f"{name}: passed over, {error}")
+        return Outcome(name, ELSEWHERE, error.who)
+    except Exception as error:
+        if isinstance(error, UserError):
+            _refuse(f"{name}: {error}")
+        else:
+            traceback.print_exc()
+        if cfg.task != "report":
+            leave_reason(run_dir, error)
+        return Outcome(name, FAILED, one_line(error))
 
 
 def _remove_if_empty(run_dir: Path) -> None:
@@ -125,23 +164,35 @@ def main() -> None:
     # Exceptions reach this function whole, instead of Hydra's shortened print-out.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     config.register()
-    _failed.clear()
     sys.argv[1:] = map(_quoted, sys.argv[1:])
 
     import hydra
+
+    from mixadv.tasks.sweep import Sweep
+
+    Sweep.current = None
+    try:
+        _refusing(hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(_job))
+        if Sweep.current is not None:
+            _conclude(Sweep.current)
+    finally:
+        if Sweep.current is not None:
+            Sweep.current.close()
+
+
+def _refusing(application: Callable[[], Any]) -> None:
+    """Run Hydra's application; what the user has to fix ends in one message and exit code 1."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(_job)()
+        application()
     except UserError as error:
-        # Jobs have reported their own refusals already.
-        if not _failed:
-            _exit_with(str(error))
+        _exit_with(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _exit_with(_composition_message(error))
     except OSError as error:
-        if _failed or error.filename is None:
+        if error.filename is None:
             raise
         _exit_with(
             f"cannot write {error.filename}: {error.strerror}. "
@@ -150,8 +201,35 @@ def main() -> None:
     except KeyboardInterrupt:
         _refuse("interrupted; the same command goes on with what it has")
         sys.exit(INTERRUPTED)
-    if _failed:
-        _exit_with(f"{len(_failed)} job(s) of the sweep failed:\n" + "\n".join(f"  {line}" for line in _failed))
+    except Stopped as stop:
+        if launchers.is_helper():
+            # The process that started this one stops as well, and says so. A failure of ours would kill it first.
+            sys.exit(0)
+        _refuse(f"stopped by {stop}; the same command goes on with what it has")
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        # A process that was killed, or a job that the cluster has cancelled: what became of the others is still told.
+        if not type(error).__module__.startswith(LAUNCHERS) and not _lacks_slurm():
+            raise
+        _refuse(f"the launcher gave up, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+
+
+def _lacks_slurm() -> bool:
+    from mixadv.tasks.sweep import Sweep
+
+    on_slurm = Sweep.current is not None and Sweep.current.launcher.endswith(".SlurmLauncher")
+    return on_slurm and shutil.which("srun") is None
+
+
+def _conclude(sweep: "Sweep") -> None:
+    """Say what became of the jobs; exit code 1 if not all of them are done or in somebody's hands."""
+    from mixadv.tasks.sweep import complaint, summary
+
+    assert sweep.directory is not None
+    outcomes = sweep.outcomes()
+    print(summary(sweep.directory, outcomes), flush=True)
+    if message := complaint(outcomes):
+        _exit_with(message)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class PGD:
         first: Tensor | None,
     ) -> Tensor:
         """The last iterate, and nothing but the passes that it takes."""
-        x_adv = self._start(x, threat_model, generator) if first is None else first
+        x_adv = self.starting_points(x, threat_model, generator) if first is None else first
         for _ in range(self.num_steps):
             x_adv.requires_grad_(True)
             objective = self.objective(mixture.member_logits(x_adv), y, mixture.weights, clean_logits)
@@ -162,7 +162,7 @@ class PGD:
             if not len(rows):
                 return
             if x_adv is None:
-                x_adv = self._start(x[rows], threat_model, generator) if first is None else first[rows]
+                x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
             clean = None if clean_logits is None else clean_logits[:, rows]
             last = step == self.num_steps
             x_adv.requires_grad_(not last)
@@ -179,7 +179,8 @@ class PGD:
             x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
             x_adv = threat_model.project(x_adv, x[rows])
 
-    def _start(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
+    def starting_points(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
+        """Points of the ball where a run begins, drawn as `start` says: [B, ...]."""
         if self.start == "none":
             return x.clone()
         if self.start == "uniform":

@@ -228,11 +228,9 @@ class ImageDataModule(LightningDataModule):
         """The endless training stream; the same object at every call of one fit, so that reloading keeps its
         place.
 
-        `batches_in_epoch` has to be set before. Where its lengths differ from epoch to epoch, the trainer
-        must ask again at each epoch (`reload_dataloaders_every_n_epochs=1`), for it keeps the first length
-        otherwise; and a checkpoint after an epoch's last batch must be written in `on_train_epoch_end`, for
-        one written in `on_train_batch_end` makes it compare the batches done with the length of the next
-        epoch.
+        `batches_in_epoch` has to be set before. The trainer must ask again at each epoch
+        (`reload_dataloaders_every_n_epochs=1`): lengths may differ from epoch to epoch, and the first epoch after a
+        resume is what was left of one.
         """
         if self._stream is None or self._stream.device != self.device:
             self._stream = BatchStream(

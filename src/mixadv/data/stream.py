@@ -26,7 +26,9 @@ class BatchStream:
     of N examples).
 
     An epoch e is `batches_in_epoch(e)` consecutive batches (one pass if None); `iter()` serves what is left
-    of the current epoch, or the next one when the last is finished.
+    of the current epoch, or the next one when the last is finished. Whoever saves the state between an epoch's last
+    batch and what follows an epoch (validation) leaves it open; a stream that continues there serves one batch of no
+    examples, and what follows comes to pass. `close_epoch` says that it has.
 
     With `shuffle=False` every `iter()` serves all examples once in their order, the last batch may be
     smaller, and the position stays 0.
@@ -82,6 +84,8 @@ class BatchStream:
         self.flip = flip
         self.batches_in_epoch = batches_in_epoch
         self.position = 0
+        self._open = False
+        self._owes_an_end = False
         self._epoch_ends: list[int] = []
         self._order: tuple[int, Tensor] | None = None
         # On CUDA a division by a Python number is a product with its rounded reciprocal, off by one ulp for
@@ -106,18 +110,20 @@ class BatchStream:
             self._epoch_ends.append(length + (self._epoch_ends[-1] if self._epoch_ends else 0))
         return next(epoch for epoch, end in enumerate(self._epoch_ends) if end > self.position)
 
-    def _epoch_bounds(self) -> tuple[int, int]:
+    def _epoch_end(self) -> int:
         epoch = self.epoch
+        return (epoch + 1) * self.batches_per_pass if self.batches_in_epoch is None else self._epoch_ends[epoch]
+
+    def _at_an_end(self) -> bool:
         if self.batches_in_epoch is None:
-            return epoch * self.batches_per_pass, (epoch + 1) * self.batches_per_pass
-        return (self._epoch_ends[epoch - 1] if epoch else 0), self._epoch_ends[epoch]
+            return self.position > 0 and self.position % self.batches_per_pass == 0
+        return self.epoch > 0 and self._epoch_ends[self.epoch - 1] == self.position
 
     def __len__(self) -> int:
-        """Batches in the whole of the current epoch, those already served included."""
+        """Batches that the next `iter()` serves."""
         if not self.shuffle:
             return self.batches_per_pass
-        start, end = self._epoch_bounds()
-        return end - start
+        return 1 if self._owes_an_end else self._epoch_end() - self.position
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.shuffle:
@@ -125,12 +131,36 @@ class BatchStream:
                 rows = slice(start, start + self.batch_size)
                 yield self._scaled(self.images[rows]), self.labels[rows]
             return
-        end = self._epoch_bounds()[1]
+        if self._owes_an_end:
+            self._owes_an_end, self._open = False, True
+            yield self._scaled(self.images[:0]), self.labels[:0]
+            return
+        end = self._epoch_end()
         while self.position < end:
             batch = self._training_batch(self.position)
             # Counted before it is handed over: a checkpoint written while the batch is in use includes it.
             self.position += 1
+            self._open = True
             yield batch
+
+    @property
+    def epoch_under_way(self) -> int:
+        """Number of the epoch that is not closed; between epochs, of the next."""
+        return self.epoch - int(self._open and self._at_an_end())
+
+    @property
+    def between_epochs(self) -> bool:
+        """Whether no epoch is under way: none has begun yet, or the last one is closed."""
+        return not self._open
+
+    def close_epoch(self) -> None:
+        """What follows an epoch has been done."""
+        self._open = False
+
+    def take_back(self) -> None:
+        """The last batch was not used: serve it again."""
+        self.position -= 1
+        self._open = self.position > 0 and not self._at_an_end()
 
     def _scaled(self, images: Tensor) -> Tensor:
         return images.to(torch.float32).div_(self._full_scale)
@@ -149,8 +179,10 @@ class BatchStream:
         return self._scaled(images), self.labels[rows]
 
     def state_dict(self) -> dict[str, int]:
-        """`position` = batches served since the start of training, and what gives that number its meaning."""
-        return {"position": self.position, **self._identity()}
+        """`position` = batches served since the start of training, `open` = 1 while their last epoch is not closed,
+        and what gives these numbers their meaning.
+        """
+        return {"position": self.position, "open": int(self._open), **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the saved position.
@@ -164,7 +196,8 @@ class BatchStream:
                     f"cannot resume the batches: the checkpoint has {key}={state[key]}, this run {mine}; "
                     "resume with the same settings or start anew"
                 )
-        self.position = state["position"]
+        self.position, self._open = state["position"], bool(state["open"])
+        self._owes_an_end = self._open and self._at_an_end()
 
     def _identity(self) -> dict[str, int]:
         return {"seed": self.seed, "batch_size": self.batch_size, "num_examples": len(self.images)}

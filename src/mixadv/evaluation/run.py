@@ -4,6 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from mixadv.attacks.suite import MIXTURE, Pass, checked_points, passes_of
 from mixadv.evaluation.record import EvaluationRecord
 from mixadv.evaluation.state import EvaluationState
 from mixadv.mixture import Mixture
+from mixadv.ranks import Ranks
 from mixadv.threat_model import ThreatModel
 
 CLEAN = "clean"
@@ -31,6 +33,7 @@ def evaluate(
     keep_images: int = 0,
     state: EvaluationState | None = None,
     on_progress: Callable[[str, int], None] | None = None,
+    processes: Mapping[str, Any] | None = None,
 ) -> EvaluationRecord:
     """Attack the mixture, its members alone and its averaged twin on all batches; replay every point on everybody.
 
@@ -48,6 +51,8 @@ def evaluate(
         keep_images: how many of the first examples keep their attacked images in the record.
         state: finished passes in it are not repeated, further ones are added; None keeps nothing beyond the call.
         on_progress: called with (pass, examples done) after each batch; a pass is "NAME" or "NAME on WHOM".
+        processes: Lightning's accelerator, devices, num_nodes and strategy, where several processes measure: each
+            takes every so many-th batch, the first keeps `state`, all return the same record. None: this one alone.
 
     Raises:
         ValueError: no batches. RuntimeError: an attack left the threat model (a defect, never corrected silently).
@@ -61,7 +66,7 @@ def evaluate(
     todo = {key: one for key, one in passes.items() if state.load(key) is None}
     if todo:
         loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), keep_images, state, on_progress)
-        _test(loop, batches)
+        _test(loop, batches, processes)
     found = {key: state.load(key) or {} for key in passes}
     weights = mixture.weights.double().cpu().numpy()
     attacked = {key: arrays for key, arrays in found.items() if key != CLEAN}
@@ -101,36 +106,40 @@ class MixtureEvaluation(pl.LightningModule):
         self.passes = list(passes.items())
         self.threat_model, self.seed, self.num_batches = threat_model, seed, num_batches
         self.keep_images, self.state, self.on_progress = keep_images, state, on_progress
-        self._parts: dict[str, list[np.ndarray]] = {}
-        self._seconds, self._kept = 0.0, 0
+        self._parts: dict[int, dict[str, np.ndarray]] = {}
+        self._seconds, self._seen = 0.0, 0
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """One batch of one pass."""
         key, one = self.passes[dataloader_idx]
         x, y = batch
-        started = time.perf_counter()
-        with torch.enable_grad():
-            x_adv = checked_points(one, x, y, self.threat_model, one.seed(self.seed, batch_idx))
-        correct, ensemble = _correct(self.mixture, x_adv, y)
-        self._seconds += time.perf_counter() - started
-        images = x_adv[: max(0, self.keep_images - self._kept)].cpu().numpy()
-        self._kept += len(images)
-        for name, part in (("correct", correct), ("ensemble", ensemble), ("images", images)):
-            self._parts.setdefault(name, []).append(part)
+        ranks = Ranks.here()
+        if ranks.serves(batch_idx):
+            started = time.perf_counter()
+            with torch.enable_grad():
+                x_adv = checked_points(one, x, y, self.threat_model, one.seed(self.seed, batch_idx))
+            correct, ensemble = _correct(self.mixture, x_adv, y)
+            self._seconds += time.perf_counter() - started
+            images = x_adv[: max(0, self.keep_images - self._seen)].cpu().numpy()
+            self._parts[batch_idx] = {"correct": correct, "ensemble": ensemble, "images": images}
+        self._seen += len(y)
         if self.on_progress is not None:
             self.on_progress(key, len(y))
         if batch_idx == self.num_batches - 1:
-            self._finish(key)
+            self._finish(key, ranks)
 
-    def _finish(self, key: str) -> None:
+    def _finish(self, key: str, ranks: Ranks) -> None:
+        everybody = ranks.gather_objects((self._parts, self._seconds))
+        parts = {number: part for theirs, _ in everybody for number, part in theirs.items()}
+        in_order = [parts[number] for number in range(self.num_batches)]
         arrays = {
-            "correct": np.concatenate(self._parts["correct"], axis=-1),
-            "ensemble": np.concatenate(self._parts["ensemble"], axis=-1),
-            "images": np.concatenate(self._parts["images"]),
-            "seconds": np.asarray(self._seconds),
+            "correct": np.concatenate([part["correct"] for part in in_order], axis=-1),
+            "ensemble": np.concatenate([part["ensemble"] for part in in_order], axis=-1),
+            "images": np.concatenate([part["images"] for part in in_order]),
+            "seconds": np.asarray(max(seconds for _, seconds in everybody)),
         }
-        self.state.save(key, arrays)
-        self._parts, self._seconds, self._kept = {}, 0.0, 0
+        self.state.save(key, arrays, write=ranks.rank == 0)
+        self._parts, self._seconds, self._seen = {}, 0.0, 0
 
 
 class _Loader:
@@ -146,11 +155,11 @@ class _Loader:
         return iter(self.batches)
 
 
-def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]]) -> None:
+def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]], processes: Mapping[str, Any] | None) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    alone = {"accelerator": "cpu" if batches[0][0].device.type == "cpu" else "gpu", "devices": 1}
     trainer = pl.Trainer(
-        accelerator="cpu" if batches[0][0].device.type == "cpu" else "gpu",
-        devices=1,
+        **(processes or alone),
         precision="32-true",
         inference_mode=False,
         use_distributed_sampler=False,

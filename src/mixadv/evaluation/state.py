@@ -54,10 +54,10 @@ class EvaluationState:
         self._memory[key] = arrays
         return arrays
 
-    def save(self, key: str, arrays: dict[str, np.ndarray]) -> None:
-        """Keep the arrays of a finished pass."""
+    def save(self, key: str, arrays: dict[str, np.ndarray], *, write: bool = True) -> None:
+        """Keep the arrays of a finished pass; without `write`, in memory alone (of several processes one writes)."""
         self._memory[key] = arrays
-        if self.directory is None:
+        if self.directory is None or not write:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self._path(key)

@@ -55,7 +55,7 @@ class ConsoleProgress(pl.Callback):
     ) -> None:
         """Advance; now and then refresh the numbers."""
         assert isinstance(pl_module, MixtureTraining)
-        if self._bar is None:
+        if self._bar is None or outputs["phase"] == "none":
             return
         if outputs["phase"] == "weights":
             self._seen["phase"] = "weights"

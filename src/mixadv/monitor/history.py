@@ -40,9 +40,19 @@ class MetricsFile:
         complete = text[: text.rfind("\n") + 1]
         return list(csv.DictReader(io.StringIO(complete)))
 
-    def truncate(self, step: int) -> list[dict[str, str]]:
-        """Forget what happened after batch `step`: a resumed run writes those rows anew."""
-        kept = [row for row in self.rows() if int(row["step"]) <= step]
+    def truncate(self, step: int, *, validated: bool = True) -> list[dict[str, str]]:
+        """Forget what happened after batch `step`: a resumed run writes those rows anew.
+
+        Args:
+            step: t of the last batch done.
+            validated: False where the validation after that batch, if any, is still to come.
+        """
+
+        def happened(row: dict[str, str]) -> bool:
+            t = int(row["step"])
+            return t < step or (t == step and (validated or not row["val/robust_accuracy"]))
+
+        kept = [row for row in self.rows() if happened(row)]
         self._write(kept)
         return kept
 
@@ -101,7 +111,8 @@ class History(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop rows of steps that a resumed run will make again, and go on with its clock."""
         assert isinstance(pl_module, MixtureTraining)
-        kept = self.file.truncate(pl_module.t)
+        stream = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        kept = self.file.truncate(pl_module.t, validated=stream.between_epochs)
         self._before = float(kept[-1]["seconds"]) if kept else 0.0
         self._started = time.monotonic()
         if not kept:
@@ -117,7 +128,7 @@ class History(pl.Callback):
             if outputs["lower_bound"] is not None:
                 found["weights/lower_bound"] = outputs["lower_bound"]
             self._add(pl_module, found)
-        elif pl_module.t % self.every == 0:
+        elif outputs["phase"] == "members" and pl_module.t % self.every == 0:
             self._add(
                 pl_module,
                 {

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixadv.errors import UserError
+from mixadv.locks import LOCK, holder
 from mixadv.report.names import group_name, natural_key, number
 
 BASELINE = "baseline"
 RECORDS = ("labels", "clean", "robust", "members_robust", "robust uniform")
-_MARKERS = ("results.json", "metrics.csv", "DONE", "FAILED")
+_MARKERS = ("results.json", "metrics.csv", "DONE", "FAILED", LOCK)
 
 
 class Interval(NamedTuple):
@@ -41,8 +42,8 @@ class Run:
 
     Attributes:
         path: the directory.
-        state: "done", "failed" or "unfinished".
-        reason: why it failed (the text of `FAILED`), else "".
+        state: "done", "running" (a process works on it), "failed" or "unfinished".
+        reason: why it failed (the text of `FAILED`), or the process that works on it, else "".
         results: `results.json`, None while there is none.
         history: the columns of `metrics.csv`, each [rows] float64, nan where a row has no value.
         baseline: the run in `baseline/`, if there is one.
@@ -206,6 +207,8 @@ def read_run(path: str | Path) -> Run:
     if (path / "DONE").exists():
         state = "done" if results is not None else "failed"
         reason = "" if results is not None else "marked DONE, but results.json is missing or damaged"
+    elif (who := holder(path)) is not None:
+        state, reason = "running", who
     elif (path / "FAILED").exists():
         state = "failed"
         with _noting(path / "FAILED", notes):

@@ -38,7 +38,8 @@ def classifiers_section(run: Run) -> Markup:
     worst, rows, single = worst_cases(run), [], is_single(run)
     for k, member in enumerate([] if single else run.members):
         name, weight = f"member {k}", plain(number(member.get("weight")), ".3f")
-        rows.append([name, percent(number(member.get("clean"))), percent_interval(worst[name]), weight])
+        who = ": ".join(str(part) for part in (name, member.get("name")) if part)
+        rows.append([who, percent(number(member.get("clean"))), percent_interval(worst[name]), weight])
     rows.append([classifiers(run)[0], percent_interval(run.clean), percent_interval(run.robust), ""])
     if not single:
         clean = percent(number(run.get("averaged_twin", "clean")))

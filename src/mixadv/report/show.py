@@ -35,6 +35,8 @@ def show_run(run: Run, console: Console) -> None:
             print_whole(attacks_table(run), console)
     if run.state == "failed":
         say(f"Failed: {run.reason}", "red")
+    elif run.state == "running":
+        say(f"Running{progress(run)}: {run.reason}.", "cyan")
     elif run.state == "unfinished":
         say(f"Unfinished{progress(run)}: the same command resumes it.", "yellow")
     base = run.baseline

@@ -17,7 +17,7 @@ from mixadv.report.files import Interval, Run, replacing
 from mixadv.report.names import format_ball, format_eps, group_name, norm_symbol, number, short_names
 
 NONE = "–"
-_STATE_STYLES = {"done": "green", "failed": "red", "unfinished": "yellow"}
+_STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinished": "yellow"}
 CSV_HEADER = [
     "run",
     "state",
@@ -56,7 +56,7 @@ def results_table(run: Run) -> Table:
     for k, member in enumerate(run.members):
         weight = number(member.get("weight"))
         table.add_row(
-            f"member {k}",
+            Text(": ".join(str(part) for part in (f"member {k}", member.get("name")) if part)),
             _percent(number(member.get("clean"))),
             _with_interval(_member_interval(member)),
             NONE if weight is None else f"{weight:.3f}",

@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from mixadv.config import check
 
 
-def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> None:
-    """Run ``cfg.task`` in `run_dir`; a finished run there is shown instead.
+def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> bool:
+    """Run ``cfg.task`` in `run_dir`; a finished run there is shown instead, in a sweep in one line.
 
     Args:
         cfg: a checked configuration.
@@ -19,26 +19,45 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         overrides: what the command line said.
         sweep: name of the sweep this run belongs to.
 
+    Returns:
+        Whether there was anything left to do.
+
     Raises:
         UserError: something outside the program has to be fixed; the message says what.
+        Held: another process works in `run_dir`.
     """
     if cfg.task == "report":
         from mixadv.tasks.report import report_runs
 
         report_runs(cfg)
-        return
-    from mixadv.tasks.run_directory import State, claim, show, working_in
+        return True
+    from mixadv.tasks import processes
+    from mixadv.tasks.run_directory import State, claimed, digest, is_sealed, seal, show
 
+    processes.check(cfg, sweep)
+    settings = digest(cfg)
+    if sweep is not None and cfg.resume != "never" and is_sealed(run_dir, settings):
+        print(f"{run_dir.name} is done", flush=True)
+        return False
     cfg, work = _prepared(cfg, overrides, sweep)
     # What members and mixtures record of themselves has not been looked at yet.
     check(cfg)
-    run_dir, state = claim(run_dir, cfg)
-    if state is State.DONE:
-        show(run_dir, done_before=True)
-        return
-    with working_in(run_dir):
-        work(cfg, run_dir, state)
-    show(run_dir)
+    if processes.rank(cfg) > 0:
+        processes.help_along(cfg, run_dir, work)
+        return True
+    with claimed(run_dir, cfg) as (path, state):
+        if state is not State.DONE:
+            processes.work_in(path)
+            work(cfg, path, state)
+            seal(path, settings)
+    if state is not State.DONE:
+        show(path)
+        return True
+    if sweep is not None:
+        print(f"{path.name} is done", flush=True)
+    else:
+        show(path, done_before=True)
+    return False
 
 
 def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any]]:
@@ -52,11 +71,15 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
 
         return cfg, play_game
     if cfg.task == "solve":
-        from mixadv.tasks.solve import as_recorded_by_members, solve_weights
+        from mixadv.tasks.members import as_recorded_by_members
+        from mixadv.tasks.solve import solve_weights
 
         return as_recorded_by_members(cfg, overrides), solve_weights
     from mixadv.export import read_mixture
-    from mixadv.tasks.evaluate import as_trained, evaluate_mixture
+    from mixadv.tasks.evaluate import as_named, as_trained, evaluate_members, evaluate_mixture
+
+    if not cfg.mixture:
+        return as_named(cfg, overrides), evaluate_members
 
     mixture, config = read_mixture(cfg.mixture, factories=list(cfg.members))
     return as_trained(cfg, config, overrides), partial(evaluate_mixture, mixture=mixture, config=config)

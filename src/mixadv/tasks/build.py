@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,40 @@ from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.export import build_mixture
+from mixadv.lambda_solvers import LambdaSolver
+from mixadv.losses import RobustLoss, ZeroOne
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.shipped import construct
+from mixadv.tasks.arguments import check_arguments
 from mixadv.threat_model import ThreatModel
 from mixadv.training import LearningRate, MemberOptimizer
 
 BYTES_PER_PARAMETER = 12  # float32 parameter, gradient and momentum
+# What the classes that are named below a key derive from.
+KINDS: dict[str, type] = {
+    "data": ImageDataModule,
+    "loss": RobustLoss,
+    "lambda_solver": LambdaSolver,
+    "attack": Attack,
+    "protocol.": Attack,
+}
 
 
 def instantiate(node: Any, key: str) -> Any:
-    """Build the object that ``_target_`` names, from this package alone; see `construct`."""
-    return construct(as_dict(node), key)
+    """Build the object that ``_target_`` names, from this package alone; see `construct`.
+
+    Raises:
+        UserError: not such a class as `key` is for, or arguments that it does not take.
+    """
+    if not isinstance(node, Mapping):
+        raise UserError(f"{key}={node} must be the settings of a class, with its _target_")
+    settings = as_dict(node)
+    check_arguments(settings, key, next((kind for start, kind in KINDS.items() if key.startswith(start)), None))
+    built = construct(settings, key)
+    if isinstance(built, ZeroOne):
+        raise UserError(f"{key}._target_={settings['_target_']} has no gradient: choose loss=at or loss=trades")
+    return built
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -40,7 +62,9 @@ def resolve_device(accelerator: str) -> torch.device:
         raise UserError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
     if accelerator in ("gpu", "cuda") and not cuda:
         raise UserError(f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA GPU: use trainer.accelerator=cpu")
-    return torch.device("cuda", 0) if cuda and accelerator != "cpu" else torch.device("cpu")
+    # Of several processes on a machine each has a GPU of its own.
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local) if cuda and accelerator != "cpu" else torch.device("cpu")
 
 
 def as_dict(node: Any) -> dict[str, Any]:
@@ -66,7 +90,8 @@ def as_recorded(cfg: DictConfig, config: dict[str, Any], said: Sequence[str]) ->
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
     if "data" not in said and "data" in config:
-        own = OmegaConf.create(config["data"])
+        # Whom to ask for a download is not for a file to say that may come from anywhere.
+        own = OmegaConf.create({key: value for key, value in config["data"].items() if key != "mirrors"})
         for key in said:
             if key.startswith("data."):
                 OmegaConf.update(own, key.removeprefix("data."), OmegaConf.select(cfg, key))
@@ -84,13 +109,11 @@ def build_data(node: Any) -> ImageDataModule:
     Raises:
         UserError: data missing or damaged, or settings out of range.
     """
-    data = instantiate(node, "data")
-    if not isinstance(data, ImageDataModule):
-        raise UserError(f"data._target_ must be a data module, not {type(data).__name__}")
+    data: ImageDataModule = instantiate(node, "data")
     try:
         data.prepare_data()
         data.setup("fit")
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise UserError(f"data: {error}") from error
     return data
 
@@ -149,10 +172,11 @@ def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: t
     needed = num_members * BYTES_PER_PARAMETER * sum(p.numel() for p in member.parameters())
     free = available_memory(device)
     if free is not None and needed > free:
+        fit = num_members * free // needed
         raise UserError(
             f"L={num_members} members of model={name} need {needed / 2**30:.1f} GiB to train, but only "
-            f"{free / 2**30:.1f} GiB are free on the {device.type}: choose at most "
-            f"L={max(1, num_members * free // needed)}, or a smaller model=..."
+            f"{free / 2**30:.1f} GiB are free on the {device.type}: choose "
+            + (f"at most L={fit}, or a smaller model=..." if fit else "a smaller model=... or model.width=...")
         )
     torch.manual_seed(seed)
     return build_mixture({"L": num_members, "model": recipe})

@@ -1,21 +1,28 @@
-"""``task=evaluate``: attack an exported mixture or a checkpoint on the test set."""
+"""``task=evaluate``: attack an exported mixture, a checkpoint, or members with weights on the test set."""
 
 import itertools
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
+from rich.console import Console
 
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
 from mixadv.export import member_recipes
+from mixadv.members import LoadedMember, recorded_config
 from mixadv.mixture import Mixture
 from mixadv.report import write_report
-from mixadv.tasks import build
+from mixadv.tasks import build, processes
 from mixadv.tasks.measure import STATE, measure
+from mixadv.tasks.members import as_recorded_by_members, described, named_members, of_another_split
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
+
+# Images on which members are tried out before the attacks.
+TRIED = 8
 
 
 def evaluate_mixture(cfg: DictConfig, run_dir: Path, state: State, *, mixture: Mixture, config: dict[str, Any]) -> None:
@@ -24,23 +31,87 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, state: State, *, mixture: M
     Raises:
         UserError: data that do not fit it.
     """
-    device = build.resolve_device(cfg.trainer.accelerator)
     data = build.build_data(cfg.data)
     _check_fit(config, data)
+    _evaluate(cfg, run_dir, mixture, data)
+
+
+def evaluate_members(cfg: DictConfig, run_dir: Path, state: State) -> None:
+    """Measure the mixture of ``cfg.members`` with ``cfg.weights`` (None: 1/L) as `evaluate_mixture` does.
+
+    results.json says of each member also name, source and note.
+
+    Raises:
+        UserError: members that cannot be loaded or do not fit one another or the data, or another number of weights
+            than of members.
+    """
+    data = build.build_data(cfg.data)
+    x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
+    members = named_members(cfg, data, x, build.resolve_device(cfg.trainer.accelerator))
+    mixture = Mixture([member.module for member in members], _weights(cfg, members))
+    console = Console(quiet=processes.rank(cfg) > 0)
+    for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
+        line = f"member {k}: {member.name}, weight {weight:.4f} (from {member.source}, {member.note})"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _evaluate(cfg, run_dir, mixture, data, members)
+
+
+def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
+    if cfg.weights is None:
+        return None
+    given: list[float] = list(cfg.weights)
+    if len(given) != len(members):
+        found = ", ".join(member.name for member in members)
+        raise UserError(
+            f"weights=[...] has {len(given)} numbers, but members=[...] holds {len(members)}: {found}; give one for "
+            "each in this order, or leave it out for 1/L each"
+        )
+    # They sum to 1 within a tolerance, which must not be judged a second time.
+    return [weight / sum(given) for weight in given]
+
+
+def _evaluate(
+    cfg: DictConfig, run_dir: Path, mixture: Mixture, data: ImageDataModule, members: list[LoadedMember] | None = None
+) -> None:
+    device = build.resolve_device(cfg.trainer.accelerator)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
-    write_config(run_dir, cfg)
+    if processes.rank(cfg) == 0:
+        write_config(run_dir, cfg)
     mixture.to(device)
     started = time.perf_counter()
     loader = data.test_dataloader()
     limit = build.limited(cfg.trainer.limit_test_batches, len(loader))
     batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
-    results, arrays = measure(cfg, mixture, batches, threat_model, device, run_dir, data.class_names)
+    measured = measure(cfg, mixture, batches, threat_model, device, run_dir, data.class_names)
+    if measured is None:
+        return
+    results, arrays = measured
+    if members is not None:
+        for entry, member in zip(results["members"], described(members), strict=True):
+            entry.update(member)
+        results["flags"] += _trained_otherwise(cfg)
     results["data"] = {"name": data.name, "num_test": data.num_test}
     results["seconds"]["total"] = round(time.perf_counter() - started, 3)
     write_results(run_dir, results, arrays)
     EvaluationState(run_dir / STATE).clear()
-    write_report(run_dir)
+    # The report says of a run what its files say: that it is done, too.
     mark_done(run_dir)
+    write_report(run_dir)
+
+
+def _trained_otherwise(cfg: DictConfig) -> list[dict[str, str]]:
+    """A flag for members that record another split. Test images are those of the data set in every split."""
+    return [
+        {
+            "name": "another-split",
+            "evidence": f"{source} was trained with another split ({said}): it did not learn from the training images "
+            "that this run's settings describe. It knows no test images from that, but members that learned from "
+            "different images are not compared on equal terms.",
+            "remedy": "Leave the keys of the split out, so that they are the members' own, or train the members on one "
+            "split.",
+        }
+        for source, said in of_another_split(cfg)
+    ]
 
 
 def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) -> DictConfig:
@@ -57,6 +128,23 @@ def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) ->
     merged.L = int(config["L"])
     recipes = config.get("models") or [config["model"]]
     merged.model = {"name": ", ".join(dict.fromkeys(recipe.get("name", recipe.get("factory")) for recipe in recipes))}
+    return merged
+
+
+def as_named(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """`cfg` with data, eps and norm as for `as_recorded_by_members`, and L = the number of members named.
+
+    Raises:
+        UserError: the records disagree, or the command line says L.
+    """
+    if "L" in build.keys_of(overrides):
+        raise UserError("L=...: task=evaluate counts the members that are named; leave it out")
+    merged = as_recorded_by_members(cfg, overrides).copy()
+    records = [recorded_config(source) for source in map(str, cfg.members)]
+    counts = [1 if record is None else record.get("L") for record in records]
+    # A record that does not say it is refused when it is loaded.
+    if all(isinstance(count, int) for count in counts):
+        merged.L = sum(counts)
     return merged
 
 

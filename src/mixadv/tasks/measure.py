@@ -33,6 +33,7 @@ from mixadv.evaluation import (
 )
 from mixadv.mixture import Mixture
 from mixadv.shipped import config_dir
+from mixadv.tasks import processes
 from mixadv.tasks.build import as_dict, build_protocol
 from mixadv.tasks.run_directory import RESULTS_SCHEMA, provenance
 from mixadv.threat_model import ThreatModel
@@ -57,8 +58,10 @@ def measure(
     device: torch.device,
     run_dir: Path,
     class_names: Sequence[str],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """Run the protocol's attacks: results.json without the training's part, and the arrays of records.npz.
+
+    Of several processes the first returns them; the others have helped, and return None.
 
     Finished attacks are kept in ``run_dir/evaluation``, so that a killed measurement continues with the attack it was
     in; examples.npz, a few attacked images, is written.
@@ -72,7 +75,8 @@ def measure(
     mark = fingerprint(mixture, batches, [json.dumps(settings_of(cfg), sort_keys=True), threat_model, cfg.seed])
     console = Console()
     total = sum(1 for _ in passes_of(attacks, mixture)) * sum(len(y) for _, y in batches)
-    with _bar(total, cfg.trainer.progress, console) as advance:
+    first = processes.rank(cfg) == 0
+    with _bar(total, cfg.trainer.progress and first, console) as advance:
         record = evaluate(
             mixture,
             batches,
@@ -82,7 +86,10 @@ def measure(
             keep_images=EXAMPLES,
             state=EvaluationState(run_dir / STATE, mark),
             on_progress=advance,
+            processes=processes.trainer_settings(cfg, device),
         )
+    if not first:
+        return None
     flags: list[Any] = []
     results: dict[str, Any] = {
         **header(cfg, threat_model, device),

@@ -1,11 +1,14 @@
 """The life of a run directory: claimed, continued, finished, and never overwritten."""
 
+import errno
+import hashlib
+import itertools
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 
 import mixadv
 from mixadv.errors import UserError
+from mixadv.locks import LOCK, DirectoryLock, Held
 
 RESULTS_SCHEMA = 1
 # Settings that do not change what is computed: they may differ when a run is continued or shown.
-INDIFFERENT = ("resume", "name", "runs", "logger", "trainer.progress", "data.mirrors", "data.download")
+INDIFFERENT = (
+    *("resume", "name", "runs", "logger", "data.mirrors", "data.download"),
+    *("trainer.progress", "trainer.checkpoint_minutes", "trainer.checkpoint_updates"),
+)
 
 
 class State(Enum):
@@ -30,38 +37,130 @@ class State(Enum):
     DONE = "done"
 
 
-def claim(run_dir: Path, cfg: DictConfig) -> tuple[Path, State]:
-    """The directory to work in, and what it holds already.
+@contextmanager
+def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
+    """Give the directory to work in and what it holds already; no other process works there meanwhile.
 
     With ``resume=never`` a directory in use is left alone, and a new one is made beside it: NAME.2, NAME.3, ...
+    A finished run is not locked: nobody writes there. A failure leaves FAILED with its reason, or no directory if
+    nothing was written.
 
     Raises:
         UserError: the directory holds a run with other settings, or cannot be written.
+        Held: another process works there.
     """
-    if cfg.resume == "never" and (run_dir / "config.yaml").exists():
-        number = 2
-        while (fresh := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-            number += 1
-        run_dir = fresh
+    anew = cfg.resume == "never"
+    if not anew and _state(run_dir, cfg) is State.DONE:
+        yield run_dir, State.DONE
+        return
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
+        lock = _fresh(run_dir) if anew else DirectoryLock(run_dir).acquired()
     except OSError as error:
         raise UserError(
             f"cannot write to {run_dir}: {error.strerror}. Choose another place with hydra.run.dir=DIR"
         ) from None
+    run_dir = lock.folder
+    try:
+        # Looked at again: until the lock was had, another process may have been at work.
+        state = _state(run_dir, cfg)
+        try:
+            yield run_dir, state
+        except Exception as error:
+            if _holds_something(run_dir):
+                # A full disk may be what failed: that is the error to be told, not this one.
+                with suppress(OSError):
+                    _replace(run_dir / "FAILED", one_line(error) + "\n")
+            raise
+    finally:
+        lock.release()
+        _remove_if_empty(run_dir)
+
+
+def _state(run_dir: Path, cfg: DictConfig) -> State:
     saved = run_dir / "config.yaml"
     if not saved.exists():
-        return run_dir, State.NEW
+        return State.NEW
     difference = _difference(OmegaConf.load(saved), cfg)
     if difference:
         raise UserError(
             f"{run_dir} holds a run with other settings ({difference}): choose another name=..., "
             "or resume=never to start anew beside it"
         )
-    return run_dir, State.DONE if (run_dir / "DONE").exists() else State.UNFINISHED
+    return State.DONE if (run_dir / "DONE").exists() else State.UNFINISHED
+
+
+def _fresh(run_dir: Path) -> DirectoryLock:
+    """The lock, taken, of the first of NAME, NAME.2, NAME.3, ... that nobody uses or is about to use."""
+    for number in itertools.count(1):
+        path = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}.{number}")
+        if number > 1:
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+        elif (path / "config.yaml").exists():
+            continue
+        try:
+            lock = DirectoryLock(path).acquired()
+        except Held:
+            continue
+        if not (path / "config.yaml").exists():
+            return lock
+        lock.release()
+    raise AssertionError("unreachable")
+
+
+def _holds_something(run_dir: Path) -> bool:
+    return run_dir.is_dir() and any(entry.name != LOCK for entry in run_dir.iterdir())
+
+
+def _remove_if_empty(run_dir: Path) -> None:
+    if run_dir.is_dir() and not any(run_dir.iterdir()) and run_dir.absolute() != Path.cwd():
+        try:
+            run_dir.rmdir()
+        except OSError as error:
+            # Somebody has begun to work there.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+
+def one_line(error: Exception) -> str:
+    """Why something failed: the message of a `UserError`, else the type as well."""
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(said.split())
+
+
+def leave_reason(run_dir: Path, error: Exception) -> None:
+    """Leave FAILED for a job that came to nothing, so that the table of its sweep lists it.
+
+    Not where a run lies: that may be another's, and its own failures are there already; not while another process
+    works there; and not on a disk that takes no more, for the sweep goes on and tells the reason at its end.
+    """
+    with suppress(Held, OSError), DirectoryLock(run_dir):
+        if not (run_dir / "config.yaml").exists():
+            _replace(run_dir / "FAILED", one_line(error) + "\n")
+
+
+def digest(cfg: DictConfig) -> str:
+    """A fingerprint of the settings that decide what is computed."""
+    flat = _flat(OmegaConf.to_container(cfg, resolve=True))
+    kept = {key: value for key, value in flat.items() if not _is_indifferent(key)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def seal(run_dir: Path, settings: str) -> None:
+    """Note in DONE the digest of the settings that the command gave, before files had a say in them."""
+    _replace(run_dir / "DONE", settings + "\n")
+
+
+def is_sealed(run_dir: Path, settings: str) -> bool:
+    """Whether the run of these settings is finished there; nothing that it was made from is looked at."""
+    done = run_dir / "DONE"
+    return done.is_file() and done.read_text().strip() == settings
+
+
+def _is_indifferent(key: str) -> bool:
+    return any(key == skip or key.startswith(f"{skip}.") for skip in INDIFFERENT)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -75,23 +174,9 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _difference(saved: Any, cfg: DictConfig) -> str:
     old, new = (_flat(OmegaConf.to_container(node, resolve=True)) for node in (saved, cfg))
-    keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in INDIFFERENT)]
+    keys = [key for key in {**old, **new} if not _is_indifferent(key)]
     changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
     return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-
-
-@contextmanager
-def working_in(run_dir: Path) -> Iterator[None]:
-    """Work in a claimed directory: a failure leaves FAILED there with its reason, or nothing if it wrote nothing."""
-    try:
-        yield
-    except Exception as error:
-        if not any(run_dir.iterdir()):
-            run_dir.rmdir()
-        else:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            (run_dir / "FAILED").write_text(reason + "\n")
-        raise
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -22,7 +22,7 @@ from mixadv.export import save_mixture
 from mixadv.game import Equilibrium, FiniteGame
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import ZeroOne
-from mixadv.members import LoadedMember, check_members, load_members, recorded_config, with_unique_names
+from mixadv.members import LoadedMember
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
@@ -30,18 +30,12 @@ from mixadv.simplex import uniform
 from mixadv.tasks import build
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.measure import header, settings_of
+from mixadv.tasks.members import described, named_members, of_another_split
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 from mixadv.threat_model import ThreatModel
 
 # Attacks that judge the weights start elsewhere than those that found them.
 FRESH = 100_003
-# What members have to agree in to be compared: the game, and which images it is played on.
-DECIDES = (
-    *("eps", "threat_model.norm", "data._target_", "data.root"),
-    *("data.val_fraction", "data.num_val", "data.num_train", "data.num_test", "data.image_size"),
-)
-# Which images are for validation follows from these.
-SPLITS = ("data._target_", "data.val_fraction", "data.num_val", "data.num_train")
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,9 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     x, y = _validation_images(cfg, data, device)
-    members = _members(cfg, data, x, device)
+    members = named_members(cfg, data, x[:8], device)
+    if len(members) < 2:
+        raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
     mixture = Mixture([member.module for member in members]).to(device)
     setting = Setting(cfg, mixture, threat_model, attacks, device, console)
     write_config(run_dir, cfg)
@@ -93,7 +89,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
 
     certificate = _certificate(game, fresh, solution.weights)
     record = {
-        "members": [{"name": m.name, "source": m.source, "note": m.note} for m in members],
+        "members": described(members),
         "fit": {
             "num_examples": len(y),
             "solver": cfg.lambda_solver["_target_"],
@@ -125,49 +121,16 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     mark_done(run_dir)
 
 
-def as_recorded_by_members(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """`cfg` with data, eps and norm as the members' own records say, except what the command line says itself.
-
-    Raises:
-        UserError: the records disagree, and the command line does not decide.
-    """
-    said = build.keys_of(overrides)
-    first: tuple[str, DictConfig] | None = None
-    for source in map(str, cfg.members):
-        config = recorded_config(source)
-        if config is None:
-            continue
-        own = build.as_recorded(cfg, config, said)
-        if first is None:
-            first = source, own
-        for key in DECIDES:
-            ours, theirs = (OmegaConf.select(node, key) for node in (own, first[1]))
-            if ours != theirs and not (key == "eps" and parse_eps(ours) == parse_eps(theirs)):
-                raise UserError(f"{source} was trained with {key}={ours}, {first[0]} with {theirs}: say {key}=...")
-    return cfg if first is None else first[1]
-
-
 def _seen_in_training(cfg: DictConfig) -> list[dict[str, str]]:
     """A flag for members that record another split of the same data: some validation images may have trained them."""
-    flags = []
-    for source in map(str, cfg.members):
-        config = recorded_config(source)
-        if config is None or "data" not in config:
-            continue
-        own = OmegaConf.create({"data": config["data"]})
-        different = [key for key in SPLITS if OmegaConf.select(own, key) != OmegaConf.select(cfg, key)]
-        if different and OmegaConf.select(own, "data._target_") == OmegaConf.select(cfg, "data._target_"):
-            said = ", ".join(
-                f"{key}={OmegaConf.select(own, key)} there, {OmegaConf.select(cfg, key)} here" for key in different
-            )
-            flags.append(
-                {
-                    "name": "fitted-on-training-images",
-                    "evidence": f"{source} was trained with another split ({said}); it may know validation images.",
-                    "remedy": "Leave the keys of the split out, so that they are the members' own.",
-                }
-            )
-    return flags
+    return [
+        {
+            "name": "fitted-on-training-images",
+            "evidence": f"{source} was trained with another split ({said}); it may know validation images.",
+            "remedy": "Leave the keys of the split out, so that they are the members' own.",
+        }
+        for source, said in of_another_split(cfg)
+    ]
 
 
 def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -179,26 +142,6 @@ def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.dev
             "weights are fitted on the validation split, which has fewer than 2 images: set data.num_val=1000"
         )
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-
-
-def _members(cfg: DictConfig, data: ImageDataModule, x: Tensor, device: torch.device) -> list[LoadedMember]:
-    own = build.as_dict(cfg.model)
-    recipe = {key: value for key, value in build.model_recipe(cfg.model, data).items() if key not in ("mean", "std")}
-    # The statistics of these images need not be those that a foreign network was trained with: only what was said.
-    recipe |= {key: own[key] for key in ("mean", "std") if key in own}
-    named = [str(source) for source in cfg.members]
-    members = with_unique_names(
-        [m for source in named for m in load_members(source, default_recipe=recipe, device=device, factories=named)]
-    )
-    if len(members) < 2:
-        raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
-    num_classes = check_members(members, x[:8])
-    if num_classes != data.num_classes:
-        raise UserError(
-            f"the members tell {num_classes} classes apart, but {data.name} has {data.num_classes}: "
-            "choose the data they were trained for with data=..."
-        )
-    return members
 
 
 def _play(

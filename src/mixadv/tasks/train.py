@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,12 +24,13 @@ from mixadv.evaluation import EvaluationState
 from mixadv.export import save_mixture
 from mixadv.lambda_solvers import Uniform
 from mixadv.mixture import Mixture
-from mixadv.monitor.checkpoints import Checkpoints, read_checkpoint
+from mixadv.monitor.checkpoints import BEST, Checkpoints, WholeFiles, newest, read_checkpoint
 from mixadv.monitor.console import ConsoleProgress
 from mixadv.monitor.estimate import in_words, seconds_per_batch
 from mixadv.monitor.history import History, Mirror
 from mixadv.report import draw_curves
-from mixadv.tasks import build
+from mixadv.signals import Signals, Stopped, requeue
+from mixadv.tasks import build, processes
 from mixadv.tasks.card import model_card
 from mixadv.tasks.measure import STATE, example_images, measure
 from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
@@ -49,6 +51,7 @@ class Setting:
     threat_model: ThreatModel
     recipe: dict[str, Any]
     console: Console
+    signals: Signals
 
 
 def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> None:
@@ -62,34 +65,51 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     Raises:
         UserError: data, memory or settings do not allow it, or the loss was not finite.
     """
-    console = Console()
-    if cfg.trainer.devices > 1:
-        raise UserError(f"trainer.devices={cfg.trainer.devices}: training runs on one device, use trainer.devices=1")
+    first = processes.rank(cfg) == 0
+    console = Console(quiet=not first)
     if cfg.logger.kind not in ("wandb", "csv"):
         raise UserError(f"logger.kind={cfg.logger.kind} is unknown: choose logger=wandb or logger=csv")
     device = build.resolve_device(cfg.trainer.accelerator)
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
-    setting = Setting(cfg, data, device, threat_model, build.model_recipe(cfg.model, data), console)
+    signals = Signals()
+    setting = Setting(cfg, data, device, threat_model, build.model_recipe(cfg.model, data), console, signals)
+    _check_division(cfg, data)
     # Everything that can be refused is built once before the directory is written and the mirror started.
     module = _module(setting)
     build.build_protocol(cfg)
 
-    write_config(run_dir, cfg)
+    if first:
+        write_config(run_dir, cfg)
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
-        _train_and_measure(setting, module, run_dir, mirror)
-        if cfg.baseline:
-            _train_baseline(setting, run_dir / "baseline", mirror)
-    mark_done(run_dir)
+    try:
+        with signals, _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
+            _train_and_measure(setting, module, run_dir, mirror)
+            if cfg.baseline:
+                _train_baseline(setting, run_dir / "baseline", mirror)
+    except Stopped as stop:
+        if stop.signum == signal.SIGUSR1:
+            requeue(console.print)
+        raise
+    if first:
+        mark_done(run_dir)
+
+
+def _check_division(cfg: DictConfig, data: ImageDataModule) -> None:
+    count, size = processes.number(cfg), min(data.batch_size, data.num_train)
+    if size % count:
+        raise UserError(
+            f"batches of {size} images cannot be divided among {count} processes: use data.batch_size="
+            f"{max(1, size // count) * count}"
+        )
 
 
 @contextmanager
 def _mirrored(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Console) -> Iterator[Any]:
     """Weights & Biases, if chosen, closed with the run's exit code whatever happens."""
-    if cfg.logger.kind == "csv":
+    if cfg.logger.kind == "csv" or processes.rank(cfg) > 0:
         yield None
         return
     from mixadv.monitor.wandb_mirror import WandbMirror
@@ -131,12 +151,15 @@ def _train_baseline(setting: Setting, run_dir: Path, mirror: Any) -> None:
     """One model for the same epochs per model, with the files of a run of its own."""
     cfg = setting.cfg.copy()
     cfg.L, cfg.baseline = 1, False
-    run_dir.mkdir(exist_ok=True)
-    write_config(run_dir, cfg)
+    first = processes.rank(cfg) == 0
+    if first:
+        run_dir.mkdir(exist_ok=True)
+        write_config(run_dir, cfg)
     single = replace(setting, cfg=cfg)
     _train_and_measure(single, _module(single), run_dir, None if mirror is None else mirror.baseline())
-    draw_curves(run_dir)
-    mark_done(run_dir)
+    if first:
+        draw_curves(run_dir)
+        mark_done(run_dir)
 
 
 def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path, mirror: Any) -> None:
@@ -165,7 +188,10 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
     console.print(f"Measuring on {min(data.num_test, limit * data.eval_batch_size)} test images", highlight=False)
     batches = itertools.islice(data.test_dataloader(), limit)
     names = data.class_names
-    results, arrays = measure(cfg, mixture, batches, setting.threat_model, setting.device, run_dir, names)
+    measured = measure(cfg, mixture, batches, setting.threat_model, setting.device, run_dir, names)
+    if measured is None:
+        return
+    results, arrays = measured
     results["data"] = {
         "name": data.name,
         "num_train": data.num_train,
@@ -231,6 +257,7 @@ def _module(setting: Setting) -> MixtureTraining:
         total_batches=total,
         seed=cfg.seed,
         check_every=1 if setting.device.type == "cpu" else 50,
+        interruptible=setting.signals.interruptible,
     )
 
 
@@ -241,23 +268,32 @@ def _fit(
     mixture_config: dict[str, Any],
     mirrors: list[Mirror],
 ) -> float:
-    """Train to the end, from last.ckpt if there is one; afterwards `module.mixture` is the best epoch's."""
+    """Train to the end, from the last checkpoint if there is one; afterwards `module.mixture` is the best epoch's."""
     cfg, data, console, device = setting.cfg, setting.data, setting.console, setting.device
     num_members, epochs = module.mixture.num_members, cfg.schedule.epochs
-    last = run_dir / "checkpoints" / "last.ckpt"
-    if last.exists():
-        read_checkpoint(last)
-    else:
+    last = newest(run_dir / "checkpoints", console.print)
+    if last is None and processes.rank(cfg) == 0:
         _announce(setting, module)
     if cfg.compile:
         module.mixture.compile()
     pl.seed_everything(cfg.seed, verbose=False)
     title = f"mixture of {num_members}" if num_members > 1 else "single model"
-    checkpoints = Checkpoints(run_dir / "checkpoints", mixture_config)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        mixture_config,
+        minutes=cfg.trainer.checkpoint_minutes,
+        member_updates=cfg.trainer.checkpoint_updates,
+        signals=setting.signals,
+    )
+    watchers: list[pl.Callback] = []
+    if processes.rank(cfg) == 0:
+        watchers = [
+            History(run_dir / "metrics.csv", num_members, cfg.trainer.log_every_steps, mirrors),
+            ConsoleProgress(console, title, cfg.trainer.log_every_steps, cfg.trainer.progress),
+        ]
     trainer = pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1,
+        **processes.trainer_settings(cfg, device),
         precision="bf16-mixed" if cfg.precision == "bf16" else "32-true",
         deterministic=cfg.trainer.deterministic,
         check_val_every_n_epoch=cfg.trainer.val_every_epochs,
@@ -270,23 +306,20 @@ def _fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run_dir,
-        callbacks=[
-            History(run_dir / "metrics.csv", num_members, cfg.trainer.log_every_steps, mirrors),
-            ConsoleProgress(console, title, cfg.trainer.log_every_steps, cfg.trainer.progress),
-            checkpoints,
-        ],
+        plugins=[WholeFiles()],
+        callbacks=[*watchers, checkpoints],
     )
     with warnings.catch_warnings():
         # Lightning 2.6 under newer torch: nothing that a user could act on.
         warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+            with setting.signals.shielded():
+                trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         except SystemExit:
-            # Lightning turns Ctrl-C into an exit without a word.
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
+            # Lightning turns signals into an exit without a word.
+            setting.signals.check()
             raise
-    best = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
+    best = read_checkpoint(run_dir / "checkpoints" / BEST)
     module.load_state_dict(best["state_dict"])
     assert checkpoints.best is not None
     return checkpoints.best["epoch"]

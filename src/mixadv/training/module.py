@@ -1,14 +1,14 @@
 """Algorithm 2: adversarial training of the members alternating with weights phases, as manual optimization."""
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
 
 from mixadv.attacks.objectives import InnerLoss
 from mixadv.attacks.pgd import PGD
@@ -17,23 +17,15 @@ from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch, MixtureGame
+from mixadv.ranks import Ranks
 from mixadv.threat_model import ThreatModel
-from mixadv.training.learning_rate import LearningRate
+from mixadv.training import generators
 from mixadv.training.metrics import MeanAccuracy
+from mixadv.training.optimizer import MemberOptimizer
 from mixadv.training.schedule import Schedule
+from mixadv.training.shared_attack import SharedAttack
 
-STATE_SCHEMA = 2
-
-
-@dataclass(frozen=True)
-class MemberOptimizer:
-    """SGD of one member: base rate, momentum, weight decay, and the rate's shape over its own updates."""
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-    learning_rate: LearningRate = field(default_factory=LearningRate)
+STATE_SCHEMA = 3
 
 
 class MixtureTraining(pl.LightningModule):
@@ -61,6 +53,8 @@ class MixtureTraining(pl.LightningModule):
         total_batches: batches t of the whole training, weights phases included.
         seed: seeds the generators of member draws, attacks and solver samples.
         check_every: batches between two checks that the loss is finite (each waits for the device).
+        interruptible: entered around attacks, weights phases and validation batches, which change nothing that
+            `abandon_batch` does not put back: an exception may come at any point inside.
     """
 
     def __init__(
@@ -79,6 +73,7 @@ class MixtureTraining(pl.LightningModule):
         total_batches: int,
         seed: int = 0,
         check_every: int = 1,
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -97,14 +92,18 @@ class MixtureTraining(pl.LightningModule):
         self.total_batches = total_batches
         self.seed = seed
         self.check_every = check_every
+        self.interruptible = interruptible
 
         self.t = 0
         self.member_updates = [0] * mixture.num_members
         self.member_generator = torch.Generator().manual_seed(seed)
         self.attack_generator: torch.Generator | None = None
         self._attack_state: Tensor | None = None
+        self.ranks = Ranks()
         self._recent: deque[AttackedBatch] = deque(maxlen=solver.recent_batches)
         self._bad_step: Tensor | None = None
+        # Generators as they were before the batch under way, until that batch has changed something.
+        self._before_batch: dict[str, Any] | None = None
 
         self.validation: dict[str, float] = {}
         self.clean_accuracy = MeanAccuracy()
@@ -113,25 +112,12 @@ class MixtureTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One SGD and one schedule per member; the schedules are stepped by hand, with their member."""
-        settings = self.optimizer_settings
-        optimizers, schedulers = [], []
-        for member in self.mixture.members:
-            optimizer = SGD(
-                member.parameters(),
-                lr=settings.lr,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                nesterov=settings.nesterov,
-            )
-            optimizers.append(optimizer)
-            schedulers.append(LambdaLR(optimizer, self._rate))
-        return optimizers, schedulers
-
-    def _rate(self, done: int) -> float:
-        return self.optimizer_settings.learning_rate.factor(done, self.updates_per_member)
+        built = [self.optimizer_settings.build(member, self.updates_per_member) for member in self.mixture.members]
+        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
 
     def setup(self, stage: str) -> None:
-        """Place the attack's generator on the device of the run."""
+        """Place the attack's generator on the device of the run; find out who runs along."""
+        self.ranks = Ranks.here()
         device = self.trainer.strategy.root_device
         self.attack_generator = torch.Generator(device).manual_seed(self.seed + 1)
         if self._attack_state is not None:
@@ -139,8 +125,11 @@ class MixtureTraining(pl.LightningModule):
             self._attack_state = None
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Serve batch t to the members or to the weights, as the schedule says."""
+        """Serve batch t to the members or to the weights, as the schedule says; one of no examples to nobody."""
         x, y = batch
+        if not len(y):
+            return {"phase": "none"}
+        self._before_batch = self._generators()
         self.t += 1
         if self.schedule.is_weights_phase(self.t):
             return self._weights_phase(x, y)
@@ -148,7 +137,7 @@ class MixtureTraining(pl.LightningModule):
 
     def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         self.refuse_broken()
-        attacks, generator = [self.weights_attack], self.attack_generator
+        attacks, generator = [SharedAttack(self.weights_attack, self.ranks)], self.attack_generator
         # After a resume they come from a file.
         recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
         game = MixtureGame(self.mixture, x, y, self.threat_model, attacks, self.loss, generator, recent=recent)
@@ -159,20 +148,30 @@ class MixtureTraining(pl.LightningModule):
                 f"the members' losses are not finite at step {self.t}: stopped, the last good checkpoint is kept. "
                 f"Lower optimizer.lr (now {self.optimizer_settings.lr:g})"
             ) from error
-        solution = self.solver.solve(game, lam0=self.mixture.weights.double().cpu(), generator=self.attack_generator)
+        lam0 = self.mixture.weights.double().cpu()
+        with self._interruptible():
+            solution = self.solver.solve(game, lam0=lam0, generator=self.attack_generator)
+        self._before_batch = None
         self.mixture.set_weights(solution.weights)
+        self.ranks.take_from_first_(self.mixture.weights)
         return {"phase": "weights", "value": solution.value, "lower_bound": solution.lower_bound}
 
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.member_generator)
-        x_adv = self.training_attack(self.mixture, x, y, self.threat_model, self.attack_generator)
-        self._recent.append(AttackedBatch(x, x_adv, y))
+        attack = SharedAttack(self.training_attack, self.ranks)
+        with self._interruptible():
+            x_adv = attack.own_rows(self.mixture, x, y, self.threat_model, self.attack_generator)
+        self._before_batch = None
+        if self.solver.recent_batches:
+            self._recent.append(AttackedBatch(x, self.ranks.gather(x_adv, len(x)), y))
+        rows = self.ranks.rows(len(x))
+        x, y = x[rows], y[rows]
         rates = [self._as_list(self.optimizers())[k].param_groups[0]["lr"] for k in updated]
         losses, hits = [], []
         for k in updated:
-            loss, logits = self._update_member(k, x, x_adv, y)
+            loss, hit = self._update_member(k, x, x_adv, y)
             losses.append(loss)
-            hits.append((logits.argmax(dim=-1) == y).float().mean())
+            hits.append(hit)
         mean_loss = torch.stack(losses).mean()
         self._watch(mean_loss)
         return {
@@ -191,10 +190,14 @@ class MixtureTraining(pl.LightningModule):
         optimizer = self._as_list(self.optimizers())[k]
         optimizer.zero_grad()
         self.manual_backward(loss)
+        seen = torch.stack([loss.detach().float(), (logits.detach().argmax(dim=-1) == y).float().mean()])
+        # Statistics of batch norm too: members stay the same on all processes.
+        buffers = [buffer for buffer in member.buffers() if buffer.is_floating_point()]
+        self.ranks.average_([p.grad for p in member.parameters() if p.grad is not None] + [*buffers, seen])
         optimizer.step()
         self._as_list(self.lr_schedulers())[k].step()
         self.member_updates[k] += 1
-        return loss.detach(), logits.detach()
+        return seen[0], seen[1]
 
     @staticmethod
     def _as_list(one_or_many: Any) -> list[Any]:
@@ -208,6 +211,41 @@ class MixtureTraining(pl.LightningModule):
         self._bad_step = torch.where(now_bad, self.t, self._bad_step)
         if self.t % self.check_every == 0:
             self.refuse_non_finite()
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        # One process alone must not leave what all do in step.
+        return self.interruptible() if self.ranks.size == 1 else nullcontext()
+
+    @property
+    def in_training(self) -> bool:
+        """Whether the generators are in place and a state is worth keeping."""
+        return self.attack_generator is not None
+
+    def abandon_batch(self) -> bool:
+        """Undo the batch under way if it has changed nothing but generators; whether there was one."""
+        if self._before_batch is None:
+            return False
+        self._set_generators(self._before_batch)
+        self._before_batch = None
+        self.t -= 1
+        return True
+
+    def _generators(self) -> dict[str, Any]:
+        assert self.attack_generator is not None
+        return {
+            "member_generator": self.member_generator.get_state(),
+            "attack_generator": self.attack_generator.get_state(),
+            # Members may draw too (dropout).
+            **generators.state(),
+        }
+
+    def _set_generators(self, state: dict[str, Any]) -> None:
+        self.member_generator.set_state(state["member_generator"])
+        generators.restore(state)
+        self._attack_state = state["attack_generator"]
+        if self.attack_generator is not None:
+            self.attack_generator.set_state(self._attack_state)
+            self._attack_state = None
 
     def refuse_non_finite(self) -> None:
         """Stop the training if a loss was not finite.
@@ -241,10 +279,15 @@ class MixtureTraining(pl.LightningModule):
         self.refuse_broken()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Exact expected accuracy, clean and under attack; every epoch meets the same random starts."""
+        """Exact expected accuracy, clean and under attack; every epoch meets the same random starts.
+
+        Of several processes each takes whole batches: the numbers are those of one.
+        """
         x, y = batch
+        if not self.ranks.serves(batch_idx):
+            x, y = x[:0], y[:0]
         generator = torch.Generator(x.device).manual_seed(self.seed + 2 + batch_idx)
-        with torch.enable_grad():
+        with self._interruptible(), torch.enable_grad():
             x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, generator)
         # Whatever the precision of training and attack, correctness is that of the float32 model.
         with torch.autocast(x.device.type, enabled=False):
@@ -271,16 +314,11 @@ class MixtureTraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of: counters and generators, as tensors and plain containers."""
-        assert self.attack_generator is not None
         checkpoint["mixadv"] = {
             "schema": STATE_SCHEMA,
             "t": self.t,
             "member_updates": list(self.member_updates),
-            "member_generator": self.member_generator.get_state(),
-            "attack_generator": self.attack_generator.get_state(),
-            # Members may draw too (dropout).
-            "torch_generator": torch.get_rng_state(),
-            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            **self._generators(),
             "recent": [list(batch) for batch in self._recent],
         }
 
@@ -300,12 +338,5 @@ class MixtureTraining(pl.LightningModule):
             )
         self.t = state["t"]
         self.member_updates = list(state["member_updates"])
-        self.member_generator.set_state(state["member_generator"])
-        torch.set_rng_state(state["torch_generator"])
-        if len(state["cuda_generators"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_generators"])
+        self._set_generators(state)
         self._recent.extend(AttackedBatch(*batch) for batch in state["recent"])
-        self._attack_state = state["attack_generator"]
-        if self.attack_generator is not None:
-            self.attack_generator.set_state(self._attack_state)
-            self._attack_state = None

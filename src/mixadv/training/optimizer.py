@@ -1,8 +1,12 @@
-"""Learning rates as functions of the share of a member's training that is done."""
+"""A member's optimizer, and its learning rate as a function of the share of its training that is done."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,25 @@ class LearningRate:
             share = (done + 0.5) / total
             return share / self.warmup if share < self.warmup else (1 - share) / (1 - self.warmup)
         return 1.0
+
+
+@dataclass(frozen=True)
+class MemberOptimizer:
+    """SGD of one member: base rate, momentum, weight decay, and the rate's shape over its own updates."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    learning_rate: LearningRate = field(default_factory=LearningRate)
+
+    def build(self, member: nn.Module, updates: int) -> tuple[SGD, LambdaLR]:
+        """For `member`, which makes `updates` updates; the schedule is stepped by hand, with the member."""
+        optimizer = SGD(
+            member.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+        return optimizer, LambdaLR(optimizer, lambda done: self.learning_rate.factor(done, updates))

@@ -1,0 +1,145 @@
+"""One process at a time in a directory, whichever machine it runs on.
+
+The lock is the kernel's (`flock`) on the file `.lock` in the directory: it ends with its process, however that ends, so
+that a killed process leaves nothing to clean up. The file says who holds it and is removed at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from mixadv.errors import UserError
+
+LOCK = ".lock"
+# `holder` takes a lock for a moment to see whether it is free.
+PATIENCE = 0.3
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+
+
+class Held(UserError):
+    """Another process works in `folder`: `who`, as `holder` gives it."""
+
+    def __init__(self, folder: Path, who: str) -> None:
+        super().__init__(f"another process is working in {folder} ({who}): wait for it, or stop it there")
+        self.who = who
+
+
+class DirectoryLock:
+    """The lock of `folder`, to be entered; the folder is made if it does not exist.
+
+    On a file system without locks it says so in one line on standard error and holds nothing.
+
+    Raises (on entering):
+        Held: another process has it.
+        OSError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> DirectoryLock:
+        return self.acquired()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.release()
+
+    def acquired(self) -> DirectoryLock:
+        """This lock, taken; raises as the class says."""
+        path = self.folder / LOCK
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                # Its last user has removed the folder since the line before.
+                continue
+            try:
+                _flock(descriptor, exclusive=True)
+            except BlockingIOError:
+                os.close(descriptor)
+                if time.monotonic() > deadline:
+                    raise Held(self.folder, _said(path)) from None
+                time.sleep(PATIENCE / 10)
+                continue
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                path.unlink(missing_ok=True)
+                print(
+                    f"mixadv: the file system of {self.folder} has no locks ({error.strerror}): "
+                    "see to it that no other process works there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return self
+            if _is_same_file(descriptor, path):
+                break
+            # Locked a file that its last holder has removed: another one may lie there by now.
+            os.close(descriptor)
+        self._descriptor = descriptor
+        since = time.strftime("%Y-%m-%d %H:%M")
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+        except OSError:
+            self.release()
+            raise
+        return self
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens where it is not held."""
+        if self._descriptor is None:
+            return
+        # Removed while it is still locked: nobody can lock a file that is about to vanish and believe in it.
+        (self.folder / LOCK).unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+
+def holder(folder: Path) -> str | None:
+    """Who works in `folder`, as "pid 12 on host since 2024-05-01 12:00"; None if nobody does or nobody can say."""
+    path = folder / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        _flock(descriptor, exclusive=False)
+    except BlockingIOError:
+        return _said(path)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _flock(descriptor: int, exclusive: bool) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _said(path: Path) -> str:
+    try:
+        return path.read_text().strip() or "it has not said which"
+    except OSError:
+        return "it has just ended"

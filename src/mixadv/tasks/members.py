@@ -1,0 +1,88 @@
+"""The classifiers that ``members=[...]`` names, and what their records decide: for task=solve and task=evaluate."""
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from mixadv.config import parse_eps
+from mixadv.data.base import ImageDataModule
+from mixadv.errors import UserError
+from mixadv.members import LoadedMember, check_members, load_members, recorded_config, with_unique_names
+from mixadv.tasks import build
+
+# What members have to agree in to be compared: the game, and which images it is played on.
+DECIDES = (
+    *("eps", "threat_model.norm", "data._target_", "data.root"),
+    *("data.val_fraction", "data.num_val", "data.num_train", "data.num_test", "data.image_size"),
+)
+# Which images are for training and which for validation follows from these.
+SPLITS = ("data._target_", "data.val_fraction", "data.num_val", "data.num_train")
+
+
+def as_recorded_by_members(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """`cfg` with data, eps and norm as the members' own records say, except what the command line says itself.
+
+    Raises:
+        UserError: the records disagree, and the command line does not decide.
+    """
+    said = build.keys_of(overrides)
+    first: tuple[str, DictConfig] | None = None
+    for source in map(str, cfg.members):
+        config = recorded_config(source)
+        if config is None:
+            continue
+        own = build.as_recorded(cfg, config, said)
+        if first is None:
+            first = source, own
+        for key in DECIDES:
+            ours, theirs = (OmegaConf.select(node, key) for node in (own, first[1]))
+            if ours != theirs and not (key == "eps" and parse_eps(ours) == parse_eps(theirs)):
+                raise UserError(f"{source} was trained with {key}={ours}, {first[0]} with {theirs}: say {key}=...")
+    return cfg if first is None else first[1]
+
+
+def named_members(cfg: DictConfig, data: ImageDataModule, x: Tensor, device: torch.device) -> list[LoadedMember]:
+    """Every classifier that ``cfg.members`` names, tried out on the images x `[B, C, H, W]`, B >= 2.
+
+    A source that is a mixture gives all its members.
+
+    Raises:
+        UserError: a member cannot be loaded or used, or does not fit the others or the data.
+    """
+    own = build.as_dict(cfg.model)
+    recipe = {key: value for key, value in build.model_recipe(cfg.model, data).items() if key not in ("mean", "std")}
+    # The statistics of these images need not be those that a foreign network was trained with: only what was said.
+    recipe |= {key: own[key] for key in ("mean", "std") if key in own}
+    named = [str(source) for source in cfg.members]
+    members = with_unique_names(
+        [m for source in named for m in load_members(source, default_recipe=recipe, device=device, factories=named)]
+    )
+    num_classes = check_members(members, x)
+    if num_classes != data.num_classes:
+        raise UserError(
+            f"the members tell {num_classes} classes apart, but {data.name} has {data.num_classes}: "
+            "choose the data they were trained for with data=..."
+        )
+    return members
+
+
+def described(members: list[LoadedMember]) -> list[dict[str, str]]:
+    """What results.json says of where members come from."""
+    return [{"name": member.name, "source": member.source, "note": member.note} for member in members]
+
+
+def of_another_split(cfg: DictConfig) -> list[tuple[str, str]]:
+    """The sources that record another split of the same data than `cfg` has, each with what differs."""
+    found = []
+    for source in map(str, cfg.members):
+        config = recorded_config(source)
+        if config is None or "data" not in config:
+            continue
+        own = OmegaConf.create({"data": config["data"]})
+        different = [key for key in SPLITS if OmegaConf.select(own, key) != OmegaConf.select(cfg, key)]
+        if different and OmegaConf.select(own, "data._target_") == OmegaConf.select(cfg, "data._target_"):
+            said = ", ".join(
+                f"{key}={OmegaConf.select(own, key)} there, {OmegaConf.select(cfg, key)} here" for key in different
+            )
+            found.append((source, said))
+    return found

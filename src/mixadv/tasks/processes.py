@@ -1,0 +1,100 @@
+"""Who computes: one process, or several that Lightning, torchrun or Slurm has started for one command.
+
+Imports neither torch nor Lightning: a sweep asks for every job, the finished ones too.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from mixadv.errors import UserError
+from mixadv.launchers import RUN_DIR, process_rank, started_from_outside
+
+if TYPE_CHECKING:
+    import torch
+
+ALL = -1
+
+
+def number(cfg: DictConfig) -> int:
+    """How many processes the command asks for, on all machines.
+
+    Raises:
+        UserError: all GPUs of a machine that has none.
+    """
+    return devices(cfg) * cfg.trainer.nodes
+
+
+def devices(cfg: DictConfig) -> int:
+    """Processes on each machine; -1 stands for one on every GPU.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    if cfg.trainer.devices != ALL:
+        return cfg.trainer.devices
+    import torch
+
+    if not torch.cuda.is_available() or cfg.trainer.accelerator == "cpu":
+        raise UserError("trainer.devices=-1 asks for all GPUs, and there is none: use trainer=ddp_cpu for processes")
+    return torch.cuda.device_count()
+
+
+def rank(cfg: DictConfig) -> int:
+    """This process's number; 0 where there is one process, whatever launched it."""
+    return process_rank() if number(cfg) > 1 else 0
+
+
+def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
+    """What Lightning's Trainer has to know of devices and processes."""
+    settings: dict[str, Any] = {"accelerator": "cpu" if device.type == "cpu" else "gpu", "devices": devices(cfg)}
+    if number(cfg) > 1:
+        from mixadv.training import Replicas
+
+        settings |= {"num_nodes": cfg.trainer.nodes, "strategy": Replicas()}
+    return settings
+
+
+def check(cfg: DictConfig, sweep: str | None) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        UserError: a sweep, a task of one process, more GPUs than there are, or a new directory on which they could not
+            agree.
+    """
+    if number(cfg) == 1:
+        return
+    import torch
+
+    if cfg.trainer.accelerator != "cpu" and 0 < torch.cuda.device_count() < devices(cfg):
+        raise UserError(
+            f"trainer.devices={devices(cfg)}, but there are {torch.cuda.device_count()} GPUs: use trainer.devices=-1 for "
+            "all of them, and trainer.nodes=N for more machines"
+        )
+    if sweep is not None:
+        raise UserError(
+            f"a sweep (-m) cannot start {number(cfg)} processes for each of its jobs: run the jobs one by one, without "
+            "-m, or with one device each (trainer.devices=1)"
+        )
+    if cfg.task not in ("train", "evaluate"):
+        raise UserError(f"task={cfg.task} runs in one process: use trainer.devices=1 trainer.nodes=1")
+    if cfg.resume == "never" and started_from_outside():
+        raise UserError("resume=never: processes started from outside cannot agree on a new directory: use name=...")
+
+
+def work_in(run_dir: Path) -> None:
+    """Tell the processes that this one will start where it works."""
+    os.environ[RUN_DIR] = str(run_dir.absolute())
+
+
+def help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> None:
+    """The part of every process but the first: it computes along, and leaves the directory's files to the first."""
+    from mixadv.tasks.run_directory import State
+
+    # Started from outside, it knows what its command says; started by the first process, what that one says.
+    run_dir = Path(os.environ.get(RUN_DIR, run_dir))
+    if not (run_dir / "DONE").exists():
+        work(cfg, run_dir, State.UNFINISHED)

@@ -1,0 +1,31 @@
+"""The generators that belong to no object: Python's, NumPy's, PyTorch's on the CPU and on every GPU."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def state() -> dict[str, Any]:
+    """Their states, as tensors and plain containers."""
+    version, numbers, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - members may draw from it
+    name, keys, position, has_gauss, cached = numpy_state
+    return {
+        "python_generator": [version, torch.tensor(numbers), gauss],
+        "numpy_generator": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), cached],
+        "torch_generator": torch.get_rng_state(),
+        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore(saved: dict[str, Any]) -> None:
+    """Put them where `saved` left them; those of GPUs only on a machine with as many."""
+    version, numbers, gauss = saved["python_generator"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    name, keys, position, has_gauss, cached = saved["numpy_generator"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(saved["torch_generator"])
+    if len(saved["cuda_generators"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda_generators"])
