@@ -31,7 +31,7 @@ ALLOWED = {
     "shipped": set(),
     "seeding": set(),
     "signals": set(),
-    "ranks": set(),
+    "ranks": {"signals"},
     "launchers": set(),
     "locks": set(),
     # The mathematics wing: tensors only.
@@ -49,7 +49,7 @@ ALLOWED = {
     "attacks": {"mixture", "losses", "threat_model", "shipped", "seeding"},
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
-    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "threat_model"},
+    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "signals", "threat_model"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         "evaluation",

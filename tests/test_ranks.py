@@ -1,6 +1,7 @@
 """Shares of a batch, and how they come together again: among three processes, so that nothing is symmetric."""
 
 import itertools
+import signal
 import socket
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mixadv.launchers import is_helper, process_rank, started_from_outside
+from mixadv.launchers import is_helper, process_place, process_rank, started_from_outside
 from mixadv.ranks import Ranks
+from mixadv.signals import Signals, Stopped
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64])
@@ -34,6 +36,12 @@ def test_shares_are_consecutive_and_as_even_as_can_be(count, size):
 )
 def test_launchers_say_who_a_process_is(environment, rank):
     assert process_rank(environment) == rank
+
+
+def test_launchers_say_which_gpu_is_whose():
+    assert process_place({}) == 0
+    assert process_place({"RANK": "5", "LOCAL_RANK": "1"}) == 1
+    assert process_place({"SLURM_PROCID": "6", "SLURM_LOCALID": "2"}) == 2
 
 
 def test_who_started_a_process():
@@ -65,7 +73,16 @@ def _work(rank, size, port, results):
     ranks.average_([vector, number])
     first = torch.tensor([rank + 4.0])
     ranks.take_from_first_(first)
+    told = Signals()
+    told.received = signal.SIGTERM if rank == 1 else None
+    Signals.active = told
+    try:
+        ranks.stop_together()
+        stopped = None
+    except Stopped as stop:
+        stopped = stop.signum
     results[rank] = {
+        "stopped": stopped,
         "ranks": (ranks.rank, ranks.size),
         "gathered": ranks.gather(whole[ranks.rows(7)], 7).tolist(),
         "none": ranks.gather(whole[:1][ranks.rows(1)], 1).tolist(),
@@ -93,5 +110,7 @@ def test_three_processes_have_the_same_in_the_end():
             "averages": ([2.0, 20.0], pytest.approx(5 / 3)),
             "largest": 8,
             "first": 4.0,
+            # One was told to stop: all do.
+            "stopped": signal.SIGTERM,
             "objects": [{"from": 0}, {"from": 1}, {"from": 2}],
         }

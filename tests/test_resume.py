@@ -323,6 +323,45 @@ def test_a_signal_in_an_update_waits_for_the_end_of_the_batch(train, whole, tmp_
     assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
 
 
+def test_a_second_interrupt_inside_an_update_keeps_the_last_checkpoint(train, whole, tmp_path, monkeypatch):
+    """Half of a batch is no state to go on from."""
+    step, calls = torch.optim.SGD.step, []
+
+    def and_two_signals(self, *arguments, **settings):
+        calls.append(None)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments, **settings)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", and_two_signals)
+    with pytest.raises(ToldToStop):
+        train("at-oracle-shared", tmp_path / "run", 3)
+    # L=3: the eighth update is in the middle of the third batch; every batch has left a checkpoint.
+    assert len(calls) == 8
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["mixadv"]["t"] == 2
+    train("at-oracle-shared", tmp_path / "run")
+    assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
+
+
+def test_a_second_interrupt_while_a_checkpoint_is_loaded_keeps_it(train, whole, trained, monkeypatch):
+    load = MixtureTraining.on_load_checkpoint
+
+    def and_two_signals(self, checkpoint):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        load(self, checkpoint)
+
+    kept = {path.name: path.read_bytes() for path in (trained / "checkpoints").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(MixtureTraining, "on_load_checkpoint", and_two_signals)
+        with pytest.raises(ToldToStop):
+            train("at-oracle-shared", trained)
+    assert {path.name: path.read_bytes() for path in (trained / "checkpoints").iterdir()} == kept
+    train("at-oracle-shared", trained)
+    assert_same_run(whole("at-oracle-shared"), trained)
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3, 4])
 def test_a_signal_while_a_checkpoint_is_written_waits_for_it(train, whole, tmp_path, monkeypatch, nth):
     save, calls = torch.save, []
@@ -402,6 +441,26 @@ def test_a_changed_bit_is_found(trained):
     torch.save(content, path)
     with pytest.raises(UserError, match="changed since it was written"):
         read_checkpoint(path)
+
+
+def test_a_run_goes_on_only_from_what_can_be_checked(trained):
+    path = trained / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["digest"]
+    torch.save(content, path)
+    (trained / "checkpoints" / "previous.ckpt").unlink()
+    with pytest.raises(UserError, match="digest"):
+        newest(trained / "checkpoints", print)
+
+
+def test_of_several_processes_the_first_alone_sets_a_torn_checkpoint_aside(trained):
+    directory = trained / "checkpoints"
+    (directory / "last.ckpt").write_bytes(b"torn")
+    said = []
+    assert newest(directory, said.append, first=False) == directory / "previous.ckpt"
+    assert (directory / "last.ckpt").read_bytes() == b"torn"
+    assert newest(directory, said.append) == newest(directory, said.append, first=False) == directory / "previous.ckpt"
+    assert len(said) == 1
 
 
 def test_every_kind_of_content_is_in_the_digest():

@@ -19,6 +19,29 @@ def test_a_signal_stops_at_once_and_the_exit_code_is_the_shells(name, code):
     assert signal.getsignal(number) is before
 
 
+def test_what_cleans_up_is_not_interrupted_by_the_same_signal_again():
+    done = []
+    with pytest.raises(Stopped), Signals() as signals:  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("closed")
+        pytest.fail("it went on")
+    assert done == ["closed"]
+    assert signals.received == signal.SIGTERM
+
+
+def test_the_signals_entered_last_are_the_active_ones():
+    assert Signals.active is None
+    with Signals() as outer:
+        assert Signals.active is outer
+        with Signals() as inner:
+            assert Signals.active is inner
+        assert Signals.active is outer
+    assert Signals.active is None
+
+
 def test_a_shielded_block_is_finished_except_where_it_may_be_repeated():
     done = []
     with pytest.raises(Stopped), Signals() as signals:  # noqa: PT012

@@ -15,6 +15,11 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
     return 0
 
 
+def process_place(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's number among those on its machine; 0 without a launcher."""
+    return int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0)))
+
+
 def is_helper(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether another process of ours started this one to help it."""
     return RUN_DIR in environment and process_rank(environment) > 0

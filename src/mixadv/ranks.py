@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixadv.signals import Signals, Stopped
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -64,6 +66,16 @@ class Ranks:
         found = torch.tensor(number, device=device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
+
+    def stop_together(self, device: torch.device | str = "cpu") -> None:
+        """Stop everybody if a signal has come to anybody.
+
+        Raises:
+            Stopped: it has.
+        """
+        received = Signals.active.received if Signals.active is not None else None
+        if wanted := self.largest(received or 0, device):
+            raise Stopped(wanted)
 
     def take_from_first_(self, tensor: Tensor) -> None:
         """Put process 0's values in the place of everybody's."""

@@ -32,14 +32,17 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """While entered, signals raise `Stopped`, at once or, inside `shielded`, at the next `check`.
+    """While entered (then it is `active`), signals raise `Stopped`, at once or, inside `shielded`, at the next `check`.
 
     Handlers that were there before (a cluster's launcher) are put back at the end, and get the signal then. Outside
     the main thread no handler can be set, and signals do what they did before.
     """
 
+    active: "Signals | None" = None
+
     def __init__(self) -> None:
         self.received: int | None = None
+        self._outer: Signals | None = None
         self._is_shielded = False
         self._previous: dict[int, Any] = {}
 
@@ -60,9 +63,11 @@ class Signals:
                 # Not the main thread: a signal is not ours to take there.
                 break
             self._previous[signum] = before
+        self._outer, Signals.active = Signals.active, self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        Signals.active = self._outer
         for signum, before in self._previous.items():
             signal.signal(signum, before)
         inherited = self._previous.get(self.received) if self.received is not None else None
@@ -72,9 +77,9 @@ class Signals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # Clusters repeat SIGTERM; a person who presses Ctrl-C again means it.
-        impatient = self.received is not None and signum == signal.SIGINT
+        first = self.received is None
         self.received = self.received or signum
-        if impatient or not self._is_shielded:
+        if (first and not self._is_shielded) or (not first and signum == signal.SIGINT):
             raise Stopped(signum)
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mixadv.evaluation.record import EvaluationRecord
 from mixadv.evaluation.state import EvaluationState
 from mixadv.mixture import Mixture
 from mixadv.ranks import Ranks
+from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
 
 CLEAN = "clean"
@@ -127,6 +129,8 @@ class MixtureEvaluation(pl.LightningModule):
             self.on_progress(key, len(y))
         if batch_idx == self.num_batches - 1:
             self._finish(key, ranks)
+        if ranks.size > 1:
+            ranks.stop_together(self.device)
 
     def _finish(self, key: str, ranks: Ranks) -> None:
         everybody = ranks.gather_objects((self._parts, self._seconds))
@@ -171,10 +175,15 @@ def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]], process
     with warnings.catch_warnings():
         # Lightning 2.6 under newer torch, and advice on loaders that do not apply to lists of tensors.
         warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+        # One process alone must not leave what all do in step.
+        signals = Signals.active if processes is not None and "strategy" in processes else None
         try:
-            trainer.test(loop, dataloaders=[_Loader(batches) for _ in loop.passes], verbose=False)
+            with nullcontext() if signals is None else signals.shielded():
+                trainer.test(loop, dataloaders=[_Loader(batches) for _ in loop.passes], verbose=False)
         except SystemExit:
-            # Lightning turns Ctrl-C into an exit without a word.
+            # Lightning turns signals into an exit without a word.
+            if Signals.active is not None:
+                Signals.active.check()
             if trainer.interrupted:
                 raise KeyboardInterrupt from None
             raise

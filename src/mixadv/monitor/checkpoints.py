@@ -52,6 +52,8 @@ class Checkpoints(Checkpoint):
         self.minutes, self.member_updates, self.signals = minutes, member_updates, signals or Signals()
         self.best: dict[str, float] | None = None
         self._saved_at, self._saved_updates = time.monotonic(), 0
+        # Whether the state is that of a number of whole batches: not before it is restored, nor inside an update.
+        self._is_whole = False
 
     @property
     def state_key(self) -> str:
@@ -86,6 +88,12 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from here; take signals back from Lightning, whose handler talks to other processes at any time."""
         assert isinstance(pl_module, MixtureTraining)
+        ranks = pl_module.ranks
+        if ranks.largest(pl_module.t, pl_module.device) != -ranks.largest(-pl_module.t, pl_module.device):
+            raise UserError(
+                "the processes found different checkpoints: the run directory must be on a disk that all machines share"
+            )
+        self._is_whole = True
         self.signals.install()
         self._saved_at, self._saved_updates = time.monotonic(), sum(pl_module.member_updates)
 
@@ -94,6 +102,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Write last.ckpt where it is time to, or stop where a process was told to."""
         assert isinstance(pl_module, MixtureTraining)
+        self._is_whole = True
         updates = sum(pl_module.member_updates)
         by_clock = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
         by_count = self.member_updates is not None and updates - self._saved_updates >= self.member_updates
@@ -104,6 +113,12 @@ class Checkpoints(Checkpoint):
             raise Stopped(wanted)
         if wanted == 0:
             self._save_last(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """From here on the state is that of a batch under way."""
+        self._is_whole = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write best.ckpt where this epoch is the best so far."""
@@ -124,13 +139,18 @@ class Checkpoints(Checkpoint):
         self._save_last(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Told to stop in the middle of a batch or of a validation, write the state before it."""
+        """Told to stop in the middle of a batch or of a validation, write the state before it.
+
+        Of an update half made (a second SIGINT does not wait) nothing is written: the last checkpoint stays.
+        """
         assert isinstance(pl_module, MixtureTraining)
-        if not isinstance(exception, Stopped) or not pl_module.in_training:
+        if not isinstance(exception, Stopped):
             return
         if pl_module.abandon_batch():
             _stream(trainer).take_back()
-        self._save_last(trainer, pl_module)
+            self._is_whole = True
+        if self._is_whole:
+            self._save_last(trainer, pl_module)
 
     def _save_last(self, trainer: pl.Trainer, module: MixtureTraining) -> None:
         module.refuse_broken()
@@ -192,8 +212,12 @@ def digest_of(content: Any) -> str:
     return digest.hexdigest()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
     """Load a checkpoint as tensors and plain containers; nothing in it can run code.
+
+    Args:
+        path: the file.
+        with_digest: refuse one that carries no digest of its content.
 
     Raises:
         UserError: the file is missing, torn, changed since it was written, or holds other kinds of objects.
@@ -209,7 +233,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} holds no state_dict: it is not a training checkpoint")
-    if DIGEST in checkpoint and checkpoint[DIGEST] != digest_of(checkpoint):
+    if (with_digest or DIGEST in checkpoint) and checkpoint.get(DIGEST) != digest_of(checkpoint):
         raise UserError(
             f"{path} has changed since it was written (its digest does not fit): remove it, or start anew with "
             "resume=never"
@@ -217,10 +241,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def newest(directory: Path, say: Callable[[str], None]) -> Path | None:
+def newest(directory: Path, say: Callable[[str], None], *, first: bool = True) -> Path | None:
     """The checkpoint to go on from: last.ckpt, or the one before it where that cannot be read; None before the first.
 
-    A last.ckpt that cannot be read is set aside as last.ckpt.torn, where nothing overwrites it, and said to be so.
+    A last.ckpt that cannot be read is set aside as last.ckpt.torn, where nothing overwrites it, and said to be so; of
+    several processes the `first` does that.
 
     Raises:
         UserError: there are checkpoints, and none can be read.
@@ -228,16 +253,17 @@ def newest(directory: Path, say: Callable[[str], None]) -> Path | None:
     last, previous = directory / LAST, directory / PREVIOUS
     if last.exists():
         try:
-            read_checkpoint(last)
+            read_checkpoint(last, with_digest=True)
             return last
         except UserError as error:
             if not previous.exists():
                 raise
-            read_checkpoint(previous)
-            aside = last.with_name(f"{LAST}.torn")
-            say(f"{error}. Set aside as {aside.name}; going on from {PREVIOUS}")
-            os.replace(last, aside)
+            read_checkpoint(previous, with_digest=True)
+            if first:
+                aside = last.with_name(f"{LAST}.torn")
+                say(f"{error}. Set aside as {aside.name}; going on from {PREVIOUS}")
+                os.replace(last, aside)
     if previous.exists():
-        read_checkpoint(previous)
+        read_checkpoint(previous, with_digest=True)
         return previous
     return None

@@ -1,6 +1,8 @@
 """What the command line can do; the only place that sees the configuration and builds objects from it."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from mixadv.config import check
+from mixadv.signals import Signals, Stopped, requeue
 
 
 def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> bool:
@@ -43,12 +46,14 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
     # What members and mixtures record of themselves has not been looked at yet.
     check(cfg)
     if processes.rank(cfg) > 0:
-        processes.help_along(cfg, run_dir, work)
+        with _told_to_stop(cfg):
+            processes.help_along(cfg, run_dir, work)
         return True
     with claimed(run_dir, cfg) as (path, state):
         if state is not State.DONE:
             processes.work_in(path)
-            work(cfg, path, state)
+            with _told_to_stop(cfg):
+                work(cfg, path, state)
             seal(path, settings)
     if state is not State.DONE:
         show(path)
@@ -58,6 +63,18 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
     else:
         show(path, done_before=True)
     return False
+
+
+@contextmanager
+def _told_to_stop(cfg: DictConfig) -> Iterator[None]:
+    """Signals end the work; training has its own way of ending. A Slurm job that was sent SIGUSR1 is queued again."""
+    try:
+        with nullcontext() if cfg.task == "train" else Signals():
+            yield
+    except Stopped as stop:
+        if stop.signum == signal.SIGUSR1:
+            requeue(print)
+        raise
 
 
 def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any]]:

@@ -51,7 +51,7 @@ def instantiate(node: Any, key: str) -> Any:
     return built
 
 
-def resolve_device(accelerator: str) -> torch.device:
+def resolve_device(accelerator: str, place: int = 0) -> torch.device:
     """The device for ``trainer.accelerator``: auto (a CUDA GPU if there is one, else the CPU), cpu or gpu.
 
     Raises:
@@ -62,9 +62,8 @@ def resolve_device(accelerator: str) -> torch.device:
         raise UserError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
     if accelerator in ("gpu", "cuda") and not cuda:
         raise UserError(f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA GPU: use trainer.accelerator=cpu")
-    # Of several processes on a machine each has a GPU of its own.
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", local) if cuda and accelerator != "cpu" else torch.device("cpu")
+    # Of several processes on a machine each has a GPU of its own: number `place`.
+    return torch.device("cuda", place) if cuda and accelerator != "cpu" else torch.device("cpu")
 
 
 def as_dict(node: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def evaluate_members(cfg: DictConfig, run_dir: Path, state: State) -> None:
     """
     data = build.build_data(cfg.data)
     x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
-    members = named_members(cfg, data, x, build.resolve_device(cfg.trainer.accelerator))
+    members = named_members(cfg, data, x, build.resolve_device(cfg.trainer.accelerator, processes.place(cfg)))
     mixture = Mixture([member.module for member in members], _weights(cfg, members))
     console = Console(quiet=processes.rank(cfg) > 0)
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
@@ -73,7 +73,7 @@ def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None
 def _evaluate(
     cfg: DictConfig, run_dir: Path, mixture: Mixture, data: ImageDataModule, members: list[LoadedMember] | None = None
 ) -> None:
-    device = build.resolve_device(cfg.trainer.accelerator)
+    device = build.resolve_device(cfg.trainer.accelerator, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     if processes.rank(cfg) == 0:
         write_config(run_dir, cfg)

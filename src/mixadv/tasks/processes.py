@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from mixadv.errors import UserError
-from mixadv.launchers import RUN_DIR, process_rank, started_from_outside
+from mixadv.launchers import RUN_DIR, process_place, process_rank, started_from_outside
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,11 @@ def rank(cfg: DictConfig) -> int:
     return process_rank() if number(cfg) > 1 else 0
 
 
+def place(cfg: DictConfig) -> int:
+    """This process's number on its machine; 0 where there is one process."""
+    return process_place() if number(cfg) > 1 else 0
+
+
 def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
     """What Lightning's Trainer has to know of devices and processes."""
     settings: dict[str, Any] = {"accelerator": "cpu" if device.type == "cpu" else "gpu", "devices": devices(cfg)}
@@ -71,8 +76,8 @@ def check(cfg: DictConfig, sweep: str | None) -> None:
 
     if cfg.trainer.accelerator != "cpu" and 0 < torch.cuda.device_count() < devices(cfg):
         raise UserError(
-            f"trainer.devices={devices(cfg)}, but there are {torch.cuda.device_count()} GPUs: use trainer.devices=-1 for "
-            "all of them, and trainer.nodes=N for more machines"
+            f"trainer.devices={devices(cfg)}, but there are {torch.cuda.device_count()} GPUs: use trainer.devices=-1 "
+            "for all of them, and trainer.nodes=N for more machines"
         )
     if sweep is not None:
         raise UserError(

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from mixadv.monitor.console import ConsoleProgress
 from mixadv.monitor.estimate import in_words, seconds_per_batch
 from mixadv.monitor.history import History, Mirror
 from mixadv.report import draw_curves
-from mixadv.signals import Signals, Stopped, requeue
+from mixadv.signals import Signals
 from mixadv.tasks import build, processes
 from mixadv.tasks.card import model_card
 from mixadv.tasks.measure import STATE, example_images, measure
@@ -69,7 +68,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     console = Console(quiet=not first)
     if cfg.logger.kind not in ("wandb", "csv"):
         raise UserError(f"logger.kind={cfg.logger.kind} is unknown: choose logger=wandb or logger=csv")
-    device = build.resolve_device(cfg.trainer.accelerator)
+    device = build.resolve_device(cfg.trainer.accelerator, processes.place(cfg))
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     signals = Signals()
@@ -84,15 +83,10 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    try:
-        with signals, _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
-            _train_and_measure(setting, module, run_dir, mirror)
-            if cfg.baseline:
-                _train_baseline(setting, run_dir / "baseline", mirror)
-    except Stopped as stop:
-        if stop.signum == signal.SIGUSR1:
-            requeue(console.print)
-        raise
+    with signals, _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
+        _train_and_measure(setting, module, run_dir, mirror)
+        if cfg.baseline:
+            _train_baseline(setting, run_dir / "baseline", mirror)
     if first:
         mark_done(run_dir)
 
@@ -271,7 +265,7 @@ def _fit(
     """Train to the end, from the last checkpoint if there is one; afterwards `module.mixture` is the best epoch's."""
     cfg, data, console, device = setting.cfg, setting.data, setting.console, setting.device
     num_members, epochs = module.mixture.num_members, cfg.schedule.epochs
-    last = newest(run_dir / "checkpoints", console.print)
+    last = newest(run_dir / "checkpoints", console.print, first=processes.rank(cfg) == 0)
     if last is None and processes.rank(cfg) == 0:
         _announce(setting, module)
     if cfg.compile:
@@ -315,6 +309,7 @@ def _fit(
         try:
             with setting.signals.shielded():
                 trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+                module.ranks.stop_together(device)
         except SystemExit:
             # Lightning turns signals into an exit without a word.
             setting.signals.check()

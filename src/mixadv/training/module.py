@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadv.attacks.objectives import InnerLoss
 from mixadv.attacks.pgd import PGD
@@ -192,8 +192,14 @@ class MixtureTraining(pl.LightningModule):
         self.manual_backward(loss)
         seen = torch.stack([loss.detach().float(), (logits.detach().argmax(dim=-1) == y).float().mean()])
         # Statistics of batch norm too: members stay the same on all processes.
-        buffers = [buffer for buffer in member.buffers() if buffer.is_floating_point()]
-        self.ranks.average_([p.grad for p in member.parameters() if p.grad is not None] + [*buffers, seen])
+        statistics = [
+            buffer
+            for layer in member.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            for buffer in (layer.running_mean, layer.running_var)
+            if buffer is not None
+        ]
+        self.ranks.average_([p.grad for p in member.parameters() if p.grad is not None] + [*statistics, seen])
         optimizer.step()
         self._as_list(self.lr_schedulers())[k].step()
         self.member_updates[k] += 1
@@ -215,11 +221,6 @@ class MixtureTraining(pl.LightningModule):
     def _interruptible(self) -> AbstractContextManager[None]:
         # One process alone must not leave what all do in step.
         return self.interruptible() if self.ranks.size == 1 else nullcontext()
-
-    @property
-    def in_training(self) -> bool:
-        """Whether the generators are in place and a state is worth keeping."""
-        return self.attack_generator is not None
 
     def abandon_batch(self) -> bool:
         """Undo the batch under way if it has changed nothing but generators; whether there was one."""
