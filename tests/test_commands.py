@@ -68,7 +68,8 @@ def assert_contract(path, num_members, baseline=False, files=frozenset(FILES)):
     assert names >= files
     assert names <= FILES | ({"baseline"} if baseline else set())
     assert ("baseline" in names) == baseline
-    assert {entry.name for entry in (path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    kept = {entry.name for entry in (path / "checkpoints").iterdir()}
+    assert kept - {"previous.ckpt"} == {"best.ckpt", "last.ckpt"}
     assert {entry.name for entry in (path / "mixture").iterdir()} == {"README.md", "config.json", "mixture.safetensors"}
     if "curves.png" in files:
         assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
