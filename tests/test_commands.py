@@ -419,6 +419,7 @@ def test_a_torn_last_checkpoint_is_refused_with_the_remedy_and_kept(trained, tmp
     path = tmp_path / "copy" / "outputs" / "train" / "tiny"
     for name in ("DONE", "results.json"):
         (path / name).unlink()
+    (path / "checkpoints" / "previous.ckpt").unlink()
     last = path / "checkpoints" / "last.ckpt"
     os.truncate(last, last.stat().st_size // 2)
     size = last.stat().st_size
