@@ -1,16 +1,15 @@
-"""Weights & Biases as a mirror: what its offline files hold, read back byte by byte, and that it may fail.
+"""Weights & Biases as a mirror: what its files and a service on this machine hold, and that it may fail."""
 
-An offline file is a 7-byte header and a LevelDB log: 32 KiB blocks of chunks (crc, length, type), whose payloads
-are protobuf records.
-"""
-
+import contextlib
 import csv
 import fnmatch
+import gc
 import io
 import json
-import struct
-import time
-import zlib
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,75 +18,18 @@ import pytest
 import wandb
 import yaml
 from rich.console import Console
-from wandb.proto import wandb_internal_pb2 as pb
 
 from conftest import OUTSIDE, TINY
 from mixadv.errors import UserError
 from mixadv.monitor import wandb_mirror
-from mixadv.monitor.wandb_mirror import ID_FILE, WandbMirror
+from mixadv.monitor.history import History
+from mixadv.monitor.wandb_mirror import ID_FILE, SUPERSEDED, WandbMirror
+from wandb_service import BLOCK, Offline, Service
 
-HEADER, BLOCK = 7, 32768
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 SECRET = "0123456789abcdef" * 2 + "01234567"
-
-
-def read_records(path):
-    """All protobuf records of an offline file; the checksum of every chunk is checked."""
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    records, partial, position = [], b"", HEADER
-    while position + 7 <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < 7:
-            position += left
-            continue
-        checksum, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        payload = data[position + 7 : position + 7 + length]
-        if len(payload) < length:
-            break
-        assert checksum == zlib.crc32(bytes([kind]) + payload), f"damaged chunk at {position}"
-        position += 7 + length
-        partial = payload if kind in (FULL, FIRST) else partial + payload
-        if kind in (FULL, LAST):
-            record = pb.Record()
-            record.ParseFromString(partial)
-            records.append(record)
-    return records
-
-
-def items_of(items):
-    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-
-
-class Offline:
-    """The run that an offline file describes."""
-
-    def __init__(self, run_dir):
-        (path,) = sorted(Path(run_dir).glob("wandb/offline-run-*/run-*.wandb"))
-        # The service closes the file in its own time.
-        deadline, records = time.monotonic() + 20, read_records(path)
-        while not any(r.WhichOneof("record_type") == "exit" for r in records):
-            assert time.monotonic() < deadline, f"{path} was never finished"
-            time.sleep(0.02)
-            records = read_records(path)
-        of_kind = {
-            kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
-            for kind in ("history", "run", "summary", "exit", "metric")
-        }
-        self.history = [items_of(entry.item) for entry in of_kind["history"]]
-        self.run = of_kind["run"][0]
-        self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
-        self.summary = {}
-        for entry in of_kind["summary"]:
-            self.summary.update(items_of(entry.update))
-        self.exit_code = of_kind["exit"][-1].exit_code
-
-    def column(self, name):
-        """The values of `name` in the rows of mixture or baseline; the service adds `step` to others."""
-        wanted = name.startswith("baseline/")
-        rows = [row for row in self.history if any(key.startswith("baseline/") for key in row) == wanted]
-        tables = ("examples", "baseline/examples")
-        return [row[name] for row in rows if name in row and not any(key.startswith(tables) for key in row)]
+ROOT = Path(__file__).resolve().parents[1]
+IMAGE = np.zeros((1, 1, 4, 4), np.float32)
+RESULTS = {part: {"expected_accuracy": 0.5, "ensemble_accuracy": 0.5} for part in ("clean", "robust")}
 
 
 @pytest.fixture
@@ -110,11 +52,53 @@ def mirror(tmp_path, monkeypatch):
 
     yield start
     for made in started:
-        made.run.finish(exit_code=0)
+        # Of some the process is gone.
+        with contextlib.suppress(Exception):
+            made.run.finish(exit_code=0)
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """A service that answers, and whose key the environment has."""
+    running = Service()
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_BASE_URL", running.url)
+    # Of an earlier service.
+    wandb.teardown()
+    yield running
+    wandb.teardown()
+    running.close()
 
 
 def said(made):
     return made.console.file.getvalue()
+
+
+def warnings_of(made):
+    return [line for line in said(made).splitlines() if "local files are complete" in line or "going on off" in line]
+
+
+def play(made, folder, rows):
+    """What the history does: append each row to metrics.csv, then hand it to the mirror."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "metrics.csv"
+    for row in rows:
+        if not path.exists():
+            path.write_text("step,train/loss,val/robust_accuracy\n")
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, ["step", "train/loss", "val/robust_accuracy"], restval="").writerow(row)
+        made.log(row)
+
+
+def truncate(folder, count):
+    """What the history does when a run goes on: keep the rows up to the checkpoint."""
+    lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(lines[: count + 1]))
+
+
+def losses(start, stop, session=0):
+    """Rows whose loss tells the session that wrote them."""
+    return [{"step": t, "train/loss": t + session / 4} for t in range(start, stop)]
 
 
 # --- through the command line ------------------------------------------------------------------------------
@@ -238,6 +222,7 @@ def test_every_curve_has_one_axis(mirror, monkeypatch):
 
     class Run:
         id = "x"
+        starting_step = 0
 
         def define_metric(self, name, step_metric=None, hidden=None):
             defined.append((name, step_metric, hidden))
@@ -306,7 +291,7 @@ def test_a_failing_service_stops_nothing_at_the_end_either(mirror, monkeypatch, 
 def test_pictures_show_clean_attacked_and_the_scaled_difference(mirror, monkeypatch, channels, eps):
     made = mirror("pictures")
     sent = {}
-    monkeypatch.setattr(made.run, "log", sent.update)
+    monkeypatch.setattr(made.run, "log", lambda values, **_: sent.update(values))
     clean = np.full((2, channels, 4, 4), 0.5, np.float32)
     attacked = clean.copy()
     attacked[0, :, 0, 0], attacked[1, :, 0, 0] = 0.5 + eps, 0.5 - eps
@@ -325,7 +310,7 @@ def test_pictures_show_clean_attacked_and_the_scaled_difference(mirror, monkeypa
 def test_the_baselines_pictures_have_their_own_name(mirror, monkeypatch):
     made = mirror("pictures")
     sent = {}
-    monkeypatch.setattr(made.run, "log", sent.update)
+    monkeypatch.setattr(made.run, "log", lambda values, **_: sent.update(values))
     image = np.zeros((1, 1, 4, 4), np.float32)
     made.baseline().images(image, image, ["cat"], ["none"], 0.1)
     assert list(sent) == ["baseline/examples"]
@@ -347,28 +332,433 @@ def test_a_key_is_found_where_wandb_keeps_it(tmp_path, monkeypatch):
     assert wandb_mirror._has_key()
 
 
-def test_an_unreachable_service_goes_on_offline_with_one_line(mirror, monkeypatch, tmp_path):
-    real, modes = wandb.init, []
-
-    def init(mode=None, **arguments):
-        modes.append(mode)
-        if mode == "online":
-            raise wandb.errors.CommError("Run initialization has timed out after 10.0 sec.\nand more")
-        return real(mode=mode, **arguments)
-
-    monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    monkeypatch.setattr(wandb, "init", init)
-    made = mirror("cut")
-    assert modes == ["online", "offline"]
-    assert made.mode == "offline"
-    assert said(made) == "Weights & Biases: Run initialization has timed out after 10.0 sec.; going on offline\n"
-    made.log({"step": 1, "train/loss": 2.0})
-    made.finish(0)
-    assert "wandb sync" in said(made)
-    assert Offline(tmp_path / "cut").column("train/loss") == [2.0]
-
-
 def test_an_unknown_mode_is_refused_in_one_line(mirror, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sideways")
     with pytest.raises(UserError, match="WANDB_MODE=sideways"):
         mirror("mode")
+
+
+# --- faults ------------------------------------------------------------------------------------------------
+
+
+def failing(status, text="no", path="/graphql"):
+    return lambda asked, body: (status, text) if asked.endswith(path) else None
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (failing(500), "HTTP 500"),
+        (failing(429), "HTTP 429"),
+        (failing(401, '{"errors": [{"message": "user [/] is not logged in"}]}'), "401"),
+        (failing(403, '{"errors": [{"message": "storage quota exceeded"}]}'), "quota exceeded"),
+        (failing(200, "<html>a proxy's page</html>"), "invalid character"),
+        (None, "connection refused"),
+    ],
+    ids=["server error", "too many requests", "refused", "quota", "proxy", "nobody there"],
+)
+def test_a_service_that_cannot_be_had_goes_on_offline_with_one_line(mirror, service, tmp_path, capfd, fault, reason):
+    if fault is None:
+        service.close()
+    else:
+        service.fail = fault
+    made = mirror("cut", init_timeout=1)
+    assert made.mode == "offline"
+    (line,) = said(made).splitlines()
+    assert line.startswith("Weights & Biases cannot be reached (")
+    assert line.endswith("); going on offline")
+    assert reason in line
+    play(made, tmp_path / "cut", losses(0, 3))
+    made.finish(0)
+    assert len(warnings_of(made)) == 1
+    assert "wandb sync" in said(made).splitlines()[-1]
+    assert Offline(tmp_path / "cut").column("train/loss") == [0, 1, 2]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_key_there_is_no_warning(mirror, tmp_path, capfd):
+    made = mirror("keyless")
+    assert made.mode == "offline"
+    made.finish(0)
+    (line,) = said(made).splitlines()
+    assert line.startswith("Weights & Biases is offline; to upload: wandb sync ")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_rows_arrive_and_nothing_is_said_but_where(mirror, service, tmp_path, capfd):
+    made = mirror("well", group="g")
+    assert made.mode == "online"
+    play(made, tmp_path / "well", losses(0, 5))
+    made.finish(0)
+    assert service.column("step") == service.column("_step") == list(range(5))
+    assert service.column("train/loss") == [0, 1, 2, 3, 4]
+    (end,) = service.ended
+    assert end["exitcode"] == 0
+    (line,) = said(made).splitlines()
+    assert line.startswith("Weights & Biases: http")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_service_that_takes_no_more_is_told_once_and_the_disk_has_everything(
+    mirror, service, tmp_path, capfd, status
+):
+    made = mirror("quota")
+    service.fail = failing(status, '{"error": "storage quota exceeded"}', "/file_stream")
+    play(made, tmp_path / "quota", losses(0, 50))
+    made.finish(0)
+    assert len(warnings_of(made)) == 1, said(made)
+    assert "is not complete; to upload: wandb sync " in said(made).splitlines()[-1]
+    assert Offline(tmp_path / "quota", "wandb/run-*").column("step") == list(range(50))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fault", ["server error", "nobody there"])
+def test_a_service_that_goes_away_is_waited_for_no_longer_than_asked(mirror, service, tmp_path, capfd, fault):
+    made = mirror("gone", finish_timeout=1)
+    if fault == "server error":
+        service.fail = failing(500, path="/file_stream")
+    else:
+        service.close()
+    play(made, tmp_path / "gone", losses(0, 50))
+    made.finish(0)
+    assert len(warnings_of(made)) == 1, said(made)
+    assert "wandb sync" in said(made).splitlines()[-1]
+    assert Offline(tmp_path / "gone", "wandb/run-*").column("step") == list(range(50))
+    assert capfd.readouterr() == ("", "")
+    # The next run of a sweep is one of its own.
+    after = mirror("after", init_timeout=1, finish_timeout=1)
+    play(after, tmp_path / "after", losses(0, 2, session=1))
+    after.finish(0)
+    assert after.run.id != made.run.id
+    pattern = f"wandb/{'run' if after.mode == 'online' else 'offline-run'}-*"
+    assert Offline(tmp_path / "after", pattern).column("train/loss") == [0.25, 1.25]
+
+
+def test_a_background_process_that_dies_is_told_once_and_the_next_run_has_another(mirror, tmp_path, capfd):
+    made = mirror("dead")
+    play(made, tmp_path / "dead", losses(0, 3))
+    popened = [thing for thing in gc.get_objects() if type(thing) is subprocess.Popen]
+    (process,) = [one for one in popened if str(one.args[0]).endswith("wandb-core") and one.poll() is None]
+    process.kill()
+    process.wait()
+    play(made, tmp_path / "dead", losses(3, 300))
+    made.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)
+    made.summary(RESULTS)
+    made.finish(0)
+    assert len(warnings_of(made)) == 1, said(made)
+    after = mirror("after")
+    play(after, tmp_path / "after", losses(0, 2))
+    after.finish(0)
+    assert warnings_of(after) == []
+    assert Offline(tmp_path / "after").column("step") == [0, 1]
+    assert capfd.readouterr() == ("", "")
+    again = mirror("dead")
+    play(again, tmp_path / "dead", losses(300, 301))
+    again.finish(0)
+    assert Offline(tmp_path / "dead").column("step") == list(range(301))
+
+
+def test_a_run_that_was_lost_is_closed_before_the_next(mirror, monkeypatch, tmp_path):
+    first = mirror("first", group="g")
+    with monkeypatch.context() as patch:
+        patch.setattr(first.run, "log", lambda *_, **__: 1 / 0)
+        play(first, tmp_path / "first", losses(0, 2))
+    second = mirror("second", group="g")
+    play(second, tmp_path / "second", losses(0, 2))
+    first.finish(1)
+    second.finish(0)
+    assert "ZeroDivisionError" in warnings_of(first)[0]
+    runs = [Offline(tmp_path / name) for name in ("first", "second")]
+    assert [run.exit_code for run in runs] == [1, 0]
+    assert [run.run.run_group for run in runs] == ["g", "g"]
+    assert [run.column("step") for run in runs] == [[], [0, 1]]
+
+
+@pytest.mark.parametrize("key", ["", SECRET])
+def test_where_wandb_cannot_even_write_it_goes_on_without(mirror, monkeypatch, tmp_path, key):
+    def broken(**_):
+        raise OSError(28, "No space left on [/]device\x1b[2J\nand more")
+
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr(wandb, "init", broken)
+    made = mirror("full")
+    for view in (made, made.baseline()):
+        play(view, tmp_path / "full", losses(0, 2))
+        view.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)
+        view.summary(RESULTS)
+    made.finish(0)
+    (line,) = said(made).splitlines()
+    reason = "[Errno 28] No space left on [/]device [2J and more"
+    assert line == f"Weights & Biases cannot be used ({reason}); the local files are complete"
+
+
+# --- stopped and continued ---------------------------------------------------------------------------------
+
+
+def test_offline_the_last_session_holds_the_whole_run_once(mirror, tmp_path):
+    folder = tmp_path / "a"
+    first = mirror("a")
+    play(first, folder, losses(0, 8))
+    first.finish(128 + signal.SIGTERM)
+    before = Offline(folder)
+    assert before.exit_code == 143
+    assert before.preempting
+    # The checkpoint was written after step 4: what followed is made again.
+    truncate(folder, 5)
+    second = mirror("a")
+    assert warnings_of(second) == []
+    play(second, folder, losses(5, 11, session=1))
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    second.finish(0)
+    after = Offline(folder)
+    assert after.run.run_id == before.run.run_id
+    assert after.numbers == after.column("step") == list(range(11))
+    assert after.column("train/loss") == [*range(5), *(t + 0.25 for t in range(5, 11))]
+    assert after.exit_code == 0
+    assert not after.preempting
+    assert after.folder != before.folder
+    # Uploading the older one would replace the whole run by its beginning.
+    assert Offline(folder, f"wandb/{SUPERSEDED}/offline-run-*").column("step") == list(range(8))
+
+
+KILLED = """
+import csv, io, os, signal, sys
+from pathlib import Path
+from rich.console import Console
+from mixadv.monitor.wandb_mirror import WandbMirror
+folder = Path(sys.argv[1])
+mirror = WandbMirror(folder, project="p", entity=None, name="a", group=None, config={}, init_timeout=30,
+                     console=Console(file=io.StringIO()))
+assert mirror.mode == sys.argv[2], mirror.mode
+with (folder / "metrics.csv").open("w") as file:
+    file.write("step,train/loss,val/robust_accuracy\\n")
+    for step in range(8):
+        file.write(f"{step},{step},\\n")
+        file.flush()
+        mirror.log({"step": step, "train/loss": step})
+    file.write("8,0.1")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(folder, mode):
+    folder.mkdir()
+    # A program of its own has a background process of its own.
+    environment = {name: value for name, value in os.environ.items() if "WANDB_SERVICE" not in name}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    answer = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), mode], env=environment, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == -signal.SIGKILL, answer.stderr
+
+
+def test_offline_a_killed_run_goes_on_as_one(mirror, tmp_path):
+    folder = tmp_path / "a"
+    killed(folder, "offline")
+    truncate(folder, 5)
+    second = mirror("a")
+    assert warnings_of(second) == []
+    play(second, folder, losses(5, 11, session=1))
+    second.finish(0)
+    after = Offline(folder)
+    assert after.column("step") == after.numbers == list(range(11))
+    assert after.column("train/loss") == [*range(5), *(t + 0.25 for t in range(5, 11))]
+    assert len(list(folder.glob(f"wandb/{SUPERSEDED}/offline-run-*"))) == 1
+
+
+def test_online_a_killed_run_goes_on_as_one(mirror, service, tmp_path):
+    folder = tmp_path / "a"
+    killed(folder, "online")
+    arrived = len(service.history)
+    truncate(folder, 5)
+    second = mirror("a")
+    assert warnings_of(second) == []
+    assert second.mode == "online"
+    play(second, folder, losses(5, 11, session=1))
+    second.finish(0)
+    assert service.column("_step") == service.column("step") == list(range(11))
+    kept = max(5, arrived)
+    assert service.column("train/loss") == [*range(kept), *(t + 0.25 for t in range(kept, 11))]
+
+
+@pytest.mark.parametrize("arrived", [8, 6, 5, 3, 0])
+def test_online_the_service_gets_what_it_has_not_got(mirror, service, tmp_path, arrived):
+    folder = tmp_path / "a"
+    first = mirror("a")
+    play(first, folder, losses(0, 8))
+    first.finish(128 + signal.SIGUSR1)
+    assert service.preempting
+    assert service.ended[-1]["exitcode"] == 138
+    # The last uploads were lost on the way.
+    service.forget(arrived)
+    truncate(folder, 5)
+    second = mirror("a")
+    assert warnings_of(second) == []
+    play(second, folder, losses(5, 11, session=1))
+    second.finish(0)
+    # Steps that had arrived keep the values of the first session.
+    assert service.column("_step") == service.column("step") == list(range(11))
+    old = max(5, arrived)
+    assert service.column("train/loss") == [*range(old), *(t + 0.25 for t in range(old, 11))]
+    assert len(second.run.id) == 8
+    assert said(second).count("\n") == 1
+
+
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_stopped_in_the_baseline_the_mixture_is_there_once(mirror, request, tmp_path, mode, images):
+    service = request.getfixturevalue("service") if mode == "online" else None
+    folder = tmp_path / "a"
+
+    def finished_mixture(made):
+        made.summary(RESULTS)
+        if images:
+            made.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)
+
+    first = mirror("a")
+    play(first, folder, losses(0, 4))
+    finished_mixture(first)
+    play(first.baseline(), folder / "baseline", losses(0, 6))
+    first.finish(130)
+    truncate(folder / "baseline", 3)
+    second = mirror("a")
+    assert warnings_of(second) == []
+    finished_mixture(second)
+    single = second.baseline()
+    play(single, folder / "baseline", losses(3, 7, session=1))
+    if images:
+        single.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)
+    second.finish(0)
+    rows = service.history if service else Offline(folder).history
+    assert [row["_step"] for row in rows] == [*range(4), *([4] if images else []), *range(5, 12), *([12] * images)]
+    names = ("examples", "baseline/examples")
+    tables = [(row["_step"], name) for row in rows for name in names if any(key.startswith(name) for key in row)]
+    assert tables == ([(4, "examples"), (12, "baseline/examples")] if images else [])
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == [0, 1, 2, 3]
+    steps = [(row["baseline/step"], row["baseline/train/loss"]) for row in rows if "baseline/train/loss" in row]
+    kept = 6 if service else 3
+    assert steps == [(t, t + (t >= kept) / 4) for t in range(7)]
+
+
+def test_offline_first_and_online_later_is_one_whole_run(mirror, service, monkeypatch, tmp_path):
+    folder = tmp_path / "a"
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        first = mirror("a")
+        play(first, folder, losses(0, 4))
+        first.finish(1)
+    assert service.history == []
+    truncate(folder, 3)
+    second = mirror("a")
+    assert warnings_of(second) == []
+    play(second, folder, losses(3, 6, session=1))
+    second.finish(0)
+    assert service.column("step") == list(range(6))
+    assert list(folder.glob("wandb/offline-run-*")) == []
+
+
+def test_a_session_that_sends_no_row_still_holds_the_run(mirror, tmp_path):
+    folder = tmp_path / "a"
+    first = mirror("a")
+    play(first, folder, losses(0, 4))
+    play(first.baseline(), folder / "baseline", losses(0, 3))
+    first.finish(143)
+    second = mirror("a")
+    assert warnings_of(second) == []
+    second.baseline()
+    second.finish(143)
+    after = Offline(folder)
+    assert after.column("step") == [0, 1, 2, 3]
+    assert after.column("baseline/step") == [0, 1, 2]
+
+
+# Weights phases, members' rows and validations; batches t = 1 to 8 or more, two epochs.
+STOPPED = ("logger=wandb", "logger.images=2", "trainer.log_every_steps=2", "trainer.checkpoint_updates=6", "L=3")
+
+
+def rows_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def same_rows(offline, folder, prefix=""):
+    """The mirror's rows are those of metrics.csv, in their order."""
+    rows = [row for row in offline.history if f"{prefix}step" in row and not any("examples" in key for key in row)]
+    found = [{key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)} for row in rows]
+    kept = rows_of(folder)
+    assert len(found) == len(kept)
+    for one, other in zip(found, kept, strict=True):
+        assert {key: one[key] for key in other} == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        pytest.param((7,), "SIGTERM", id="once"),
+        pytest.param((3, 14), "SIGINT", id="twice", marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_that_is_stopped_and_given_again_makes_one_run(command, tmp_path, where, name):
+    argv = [*(text for text in TINY if text != "logger=csv"), *STOPPED, "name=stopped"]
+    folder = tmp_path / "outputs" / "train" / "stopped"
+    original = History.on_train_batch_end
+    for step in where:
+
+        def stop_after(self, trainer, module, *arguments, step=step):
+            original(self, trainer, module, *arguments)
+            if module.t == step:
+                os.kill(os.getpid(), getattr(signal, name))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(History, "on_train_batch_end", stop_after)
+            finished = command(*argv)
+        assert finished.rc == 128 + getattr(signal, name)
+        stopped = Offline(folder)
+        assert (stopped.exit_code, stopped.preempting) == (finished.rc, True)
+    finished = command(*argv)
+    assert finished.rc == 0, finished.err
+    whole = Offline(folder)
+    assert whole.run.run_id == stopped.run.run_id
+    assert (whole.exit_code, whole.preempting) == (0, False)
+    same_rows(whole, folder)
+    assert "test/robust_accuracy" in whole.summary
+    assert finished.out.count("wandb sync") == 1
+    assert len(list(folder.glob(f"wandb/{SUPERSEDED}/*"))) == len(where)
+
+
+def test_a_command_stopped_in_its_baseline_still_shows_the_mixture(command, tmp_path):
+    argv = [*(text for text in TINY if text != "logger=csv"), *STOPPED, "baseline=true", "name=both"]
+    folder = tmp_path / "outputs" / "train" / "both"
+    original = History.on_train_batch_end
+
+    def stop_in_the_baseline(self, trainer, module, *arguments):
+        original(self, trainer, module, *arguments)
+        if module.mixture.num_members == 1 and module.t == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(History, "on_train_batch_end", stop_in_the_baseline)
+        assert command(*argv).rc == 143
+    assert command(*argv).rc == 0
+    whole = Offline(folder)
+    same_rows(whole, folder)
+    same_rows(whole, folder / "baseline", "baseline/")
+    results = json.loads((folder / "results.json").read_text())
+    assert whole.summary["test/robust_accuracy"] == results["robust"]["expected_accuracy"]
+    tables = [name for row in whole.history for name in ("examples", "baseline/examples") if f"{name}/nrows" in row]
+    assert tables == ["examples", "baseline/examples"]
+
+
+def test_a_service_that_fails_all_the_time_leaves_a_whole_run_and_one_warning(command, service, tmp_path):
+    service.fail = failing(500)
+    argv = [*(text for text in TINY if text != "logger=csv"), "logger.init_timeout=1", "name=cut"]
+    finished = command(*argv, WANDB_API_KEY=SECRET)
+    assert finished.rc == 0, finished.err
+    assert finished.err == ""
+    assert finished.out.count("Weights & Biases cannot be reached (") == 1
+    folder = tmp_path / "outputs" / "train" / "cut"
+    assert {"DONE", "metrics.csv", "results.json", "records.npz", "mixture", "curves.png"} <= {
+        path.name for path in folder.iterdir()
+    }
+    same_rows(Offline(folder), folder)

@@ -242,7 +242,7 @@ def _check_groups(cfg: DictConfig) -> None:
     for key in ("num_classes", "image_shape", *(("mean", "std") if cfg.task == "train" else ())):
         if key in model:
             raise UserError(f"model.{key}: it follows from the data; leave it out")
-    if not re.fullmatch(PLAIN_NAME, str(protocol.name)):
+    if not isinstance(protocol.name, str) or not re.fullmatch(PLAIN_NAME, protocol.name):
         raise UserError(f"protocol.name={protocol.name} must be made of letters, digits and single . _ -")
     if not isinstance(protocol.attacks, DictConfig) or not protocol.attacks:
         raise UserError(f"protocol.attacks={protocol.attacks} must hold an attack at least: choose protocol=fast")
@@ -274,8 +274,6 @@ def check(cfg: DictConfig) -> None:
         UserError: one line that names the key, the value and the remedy.
     """
     _check_keys(cfg)
-    if "eps" in cfg.threat_model:
-        raise UserError("threat_model.eps: the radius is the top-level key, eps=8/255")
     eps = parse_eps(cfg.eps)
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key} has no default: add {key}=... to the command")
@@ -288,6 +286,8 @@ def check(cfg: DictConfig) -> None:
     _one_of("resume", cfg.resume, RESUME)
     if cfg.name is not None and not path_safe(cfg.name):
         raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters, digits, - and _")
+    if "eps" in cfg.threat_model:
+        raise UserError("threat_model.eps: the radius is the top-level key, eps=8/255")
     norm = cfg.threat_model.get("norm")
     _one_of("threat_model.norm", norm, ("linf", "l2"))
     if norm == "linf" and eps > 1:
@@ -298,10 +298,11 @@ def check(cfg: DictConfig) -> None:
     _check_groups(cfg)
     for key in sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack)):
         raise UserError(f"attack.{key}: in training it follows from the loss and the phase; leave it out")
+    unread = f"task={cfg.task} does not read it; task=evaluate measures"
     if cfg.members and cfg.task not in ("solve", "evaluate"):
-        raise UserError(
-            f"members=[...]: task={cfg.task} does not read it; task=solve weighs them, task=evaluate measures them"
-        )
+        raise UserError(f"members=[...]: {unread} them, task=solve weighs them")
+    if cfg.mixture and cfg.task != "evaluate":
+        raise UserError(f"mixture={cfg.mixture}: {unread} it")
     if cfg.weights is not None:
         _check_weights(cfg)
     _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))

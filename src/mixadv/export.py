@@ -23,6 +23,8 @@ from mixadv.models import MODELS, build_member
 EXPORT_SCHEMAS = {"model": 1, "models": 2}
 WEIGHTS_FILE = "mixture.safetensors"
 CONFIG_FILE = "config.json"
+# How many times as many numbers as a file holds its recipe may ask for, before anything is built.
+MAX_EXCESS = 4
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 FACTORY = re.compile(rf"{_DOTTED}:{_DOTTED}")
 
@@ -293,21 +295,54 @@ def _check_factories(where: object, recipes: Sequence[dict[str, Any]], factories
 def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], factories: Sequence[str]) -> Mixture:
     num_members, weights = config.get("L"), state.get("weights")
     try:
-        # Before they are built: a tampered L may ask for more members than memory holds.
+        # Before they are built: a tampered recipe may ask for more than memory holds.
         if isinstance(num_members, int) and isinstance(weights, torch.Tensor) and num_members > weights.numel():
             raise ValueError(f"there are weights for {weights.numel()} members")
-        _check_factories(path, member_recipes(config), factories)
+        recipes = member_recipes(config)
+        _check_factories(path, recipes, factories)
+        _check_size(recipes, state)
         mixture = build_mixture(config, factories)
         mixture.load_state_dict(state)
         # The file's lambda has to be one: set_weights refuses anything else.
         mixture.set_weights(mixture.weights.clone())
+        _check_content(config, recipes, mixture)
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
         # load_state_dict puts its reasons below a heading.
         reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
         reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
-        raise UserError(f"the parameters in {path} do not fit its recipe (L={num_members}): {reason}") from error
+        raise UserError(
+            f"the parameters in {path} do not fit its recipe (L={num_members}): {reason}; export it again"
+        ) from error
     return mixture.eval()
+
+
+def _check_size(recipes: Sequence[dict[str, Any]], state: Mapping[str, Any]) -> None:
+    """The recipes ask for about as many numbers as there are; where exactly they differ, loading tells."""
+    held = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    texts = [json.dumps(recipe) for recipe in recipes if "factory" not in recipe]
+    with torch.device("meta"):
+        built = {text: _build(json.loads(text)).state_dict().values() for text in set(texts)}
+    wanted = sum(tensor.numel() for text in texts for tensor in built[text])
+    if wanted > MAX_EXCESS * (held + 1000):
+        raise ValueError(f"the recipe describes {wanted:,} numbers, the file holds {held:,}")
+
+
+def _check_content(config: Mapping[str, Any], recipes: Sequence[dict[str, Any]], mixture: Mixture) -> None:
+    """Numbers are numbers, and the weights that the recipe repeats for its readers are those that count."""
+    for k, (recipe, member) in enumerate(zip(recipes, mixture.members, strict=True)):
+        # Code of others may keep infinities in its buffers.
+        for name, tensor in member.named_parameters() if "factory" in recipe else member.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"members.{k}.{name} holds numbers that are not finite")
+    held = mixture.weights.tolist()
+    said = config.get("weights", held)
+    numbers = isinstance(said, list) and [type(weight) in (int, float) for weight in said] == [True] * len(held)
+    if not numbers or any(not abs(a - b) <= 1e-6 for a, b in zip(said, held, strict=True)):
+        shown = ",".join(f"{weight:.6g}" for weight in held)
+        raise ValueError(
+            f"weights={said} there, [{shown}] in the file; task=evaluate members=[...] tries other weights"
+        )
 
 
 def load_mixture(path: str | Path, factories: Sequence[str] = ()) -> Mixture:

@@ -4,6 +4,7 @@ Refusals are one message on standard error without a traceback; a defect of ours
 heavy is imported before the checks have passed.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -22,8 +23,15 @@ from mixadv.signals import Stopped
 if TYPE_CHECKING:
     from mixadv.tasks.sweep import Outcome, Sweep
 
+# A disk, or somebody's share of it.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 # The shell's own code for a program ended by Ctrl-C.
 INTERRUPTED = 130
+
+# All that is taken from .env: a folder may come with one, and other names choose the code that this program, or one
+# that it starts, would run, or where the keys of the shell are sent.
+FROM_DOTENV = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "DATA_DIR")
 
 PATH_KEYS = ("mixture", "runs", "data.root")
 
@@ -35,7 +43,9 @@ EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "sl
 
 def _refuse(message: str) -> None:
     sys.stdout.flush()
-    print(f"mixadv: {message}", file=sys.stderr, flush=True)
+    # Names and reasons may come from files of others, and are not to give orders to the terminal.
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in message)
+    print(f"mixadv: {shown}", file=sys.stderr, flush=True)
 
 
 def _composition_message(error: Exception) -> str:
@@ -52,6 +62,8 @@ def _composition_message(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r} as KEY=VALUE or GROUP=CHOICE; quote values that have spaces or commas"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: give one value, or add -m to sweep over all of them"
     if lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]
         return f"{key}: there is no such key; `--cfg job` shows all of them, --help the groups"
@@ -118,7 +130,15 @@ def _run(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep: str | None
     config.check(cfg)
     from mixadv.tasks import run_task
 
-    return run_task(cfg, run_dir=run_dir, overrides=overrides, sweep=sweep)
+    try:
+        return run_task(cfg, run_dir=run_dir, overrides=overrides, sweep=sweep)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"the disk of {run_dir} is full: free some space, and the same command goes on with what it has; or choose "
+            "another place with hydra.run.dir=DIR"
+        ) from error
 
 
 def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> "Outcome":
@@ -153,14 +173,22 @@ def _exit_with(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def main() -> None:
-    """Entry point of ``python run.py`` and of the ``mixadv`` command."""
+def _take_dotenv(path: Path) -> None:
+    """Set what `path` says of `FROM_DOTENV`; a line left blank means unset, and the shell goes first."""
     from dotenv import dotenv_values
 
-    for key, value in dotenv_values(Path.cwd() / ".env").items():
-        # A line left blank means unset; the shell goes first.
-        if value:
-            os.environ.setdefault(key, value)
+    try:
+        values = dotenv_values(path, interpolate=False)
+        for key in FROM_DOTENV:
+            if value := values.get(key):
+                os.environ.setdefault(key, value)
+    except (OSError, ValueError) as error:
+        _exit_with(f"{path} cannot be read ({type(error).__name__}): write lines of NAME=VALUE, or remove it")
+
+
+def main() -> None:
+    """Entry point of ``python run.py`` and of the ``mixadv`` command."""
+    _take_dotenv(Path.cwd() / ".env")
     # Exceptions reach this function whole, instead of Hydra's shortened print-out.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     config.register()
@@ -198,6 +226,11 @@ def _refusing(application: Callable[[], Any]) -> None:
             f"cannot write {error.filename}: {error.strerror}. "
             "Choose a writable place with hydra.run.dir=DIR (a sweep: hydra.sweep.dir=DIR)"
         )
+    except ValueError as error:
+        # Hydra's own, for GROUP=null or GROUP=3.
+        if not str(error).startswith("Config group override must be"):
+            raise
+        _exit_with("a group takes a name: write GROUP=CHOICE, as loss=at; --help lists the groups")
     except KeyboardInterrupt:
         _refuse("interrupted; the same command goes on with what it has")
         sys.exit(INTERRUPTED)

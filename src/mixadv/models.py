@@ -7,22 +7,33 @@ network wants to see. Mean and standard deviation are buffers, and travel with t
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
+# A layer is no wider: so that the number of its parameters can be counted.
+LARGEST = 2**24
+
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, x `[B, C, H, W]`; ValueError for different lengths or std <= 0."""
+    """(x - mean) / std per channel, x `[B, C, H, W]`.
+
+    ValueError for anything but finite numbers, for different lengths, or std <= 0.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            if isinstance(values, str) or not isinstance(values, Sequence) or not all(map(_is_number, values)):
+                raise ValueError(f"{name} is {values!r}: it must be a list of finite numbers, one for each channel")
         if len(mean) != len(std):
             raise ValueError(f"mean has {len(mean)} channels, std has {len(std)}")
         if not all(s > 0 for s in std):
@@ -34,23 +45,35 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_whole(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: it must be a whole number")
+    if not least <= int(value) <= LARGEST:
+        raise ValueError(f"{name} is {value}: it must be at least {least} and at most {LARGEST:,}")
+
+
 def _member(net: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Sequential:
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     mean = [0.0] * channels if mean is None else mean
     std = [1.0] * channels if std is None else std
+    normalize = Normalize(mean, std)
     if len(mean) != channels:
         raise ValueError(f"mean has {len(mean)} channels, the images have {channels}")
-    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+    return nn.Sequential(OrderedDict(normalize=normalize, net=net))
 
 
 def _checked(num_classes: int, image_shape: Sequence[int], width: int) -> tuple[int, int, int]:
-    if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}: a classifier needs at least 2")
-    if len(image_shape) != 3 or any(size < 1 for size in image_shape):
-        raise ValueError(f"image_shape is {tuple(image_shape)}: expected positive (channels, height, width)")
-    if width < 1:
-        raise ValueError(f"width is {width}: it must be at least 1")
+    _check_whole("num_classes", num_classes, 2)
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 3 or isinstance(image_shape, str):
+        raise ValueError(f"image_shape is {image_shape!r}: expected (channels, height, width)")
+    for name, size in zip(("channels", "height", "width"), image_shape, strict=True):
+        _check_whole(f"{name} in image_shape", size)
+    _check_whole("width", width)
     channels, height, width_of_image = image_shape
     return channels, height, width_of_image
 
@@ -187,8 +210,7 @@ def small_cnn(
     """Three 3x3 convolutions (the last two of stride 2) and one hidden layer; no batch norm. Works from 8x8x1
     on; about 3 million multiply-adds on 32x32 images."""
     channels, height, width_of_image = _checked(num_classes, image_shape, width)
-    if hidden < 1:
-        raise ValueError(f"hidden is {hidden}: it must be at least 1")
+    _check_whole("hidden", hidden)
     features = 4 * width * math.ceil(height / 4) * math.ceil(width_of_image / 4)
     net = nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
@@ -226,7 +248,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_member(name: str, **kwargs: object) -> nn.Module:
-    """The member of that name, built with the factory's own arguments; ValueError lists the names."""
+    """The member of that name, built with the factory's own arguments.
+
+    Raises:
+        ValueError: an unknown name or argument (the message lists those there are), or a value out of its range.
+    """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    known = inspect.signature(MODELS[name]).parameters
+    for key in kwargs:
+        if key not in known:
+            raise ValueError(f"{key}: {name} has no such setting; it has {', '.join(known)}")
     return MODELS[name](**kwargs)

@@ -42,20 +42,37 @@ class ImageCorpus:
             images: Tensor = getattr(self, f"{split}_images")
             labels: Tensor = getattr(self, f"{split}_labels")
             if images.dtype != torch.uint8 or images.ndim != 4:
-                raise UserError(f"{name}: {split} images are {images.dtype} {tuple(images.shape)}, not uint8 [N,C,H,W]")
+                raise UserError(
+                    f"{name}: {split} images are {images.dtype} {tuple(images.shape)}, not uint8 [N,C,H,W]: bring them "
+                    "to whole numbers 0..255"
+                )
             if images.shape[1:] != self.train_images.shape[1:]:
                 raise UserError(
                     f"{name}: test images are {tuple(images.shape[1:])}, training images "
                     f"{tuple(self.train_images.shape[1:])} (channels, height, width)"
                 )
-            if len(images) == 0 or labels.shape != (len(images),):
-                raise UserError(f"{name}: {len(images)} {split} images with {len(labels)} labels")
+            if images.numel() == 0 or labels.shape != (len(images),):
+                raise UserError(
+                    f"{name}: {len(images)} {split} images with {len(labels)} labels, {images[:1].numel()} values each:"
+                    " there must be a label for every image, and something to see"
+                )
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise UserError(f"{name}: {split} labels are {labels.dtype}, not whole numbers")
             wrong = ((labels < 0) | (labels >= len(self.class_names))).nonzero()
             if len(wrong):
                 index = int(wrong[0])
                 raise UserError(
                     f"{name}: {split} image {index} has label {int(labels[index])}, but the "
                     f"{len(self.class_names)} classes are numbered 0..{len(self.class_names) - 1}"
+                )
+        counts = torch.bincount(self.train_labels.long(), minlength=len(self.class_names))
+        if len(counts) < 2:
+            raise UserError(f"{name}: {len(counts)} class: there is nothing to tell apart; give two classes or more")
+        for label, count in enumerate(counts.tolist()):
+            if not count:
+                raise UserError(
+                    f"{name}: no training image has label {label} ({self.class_names[label]!r}): the data are "
+                    "incomplete; fetch them again, or leave the class out"
                 )
 
 
@@ -83,7 +100,7 @@ class ImageDataModule(LightningDataModule):
         padding, flip: augmentation of training batches, see `random_crop_flip`.
 
     Raises:
-        ValueError: an argument is outside its range, at construction or (numbers of images) in `setup`.
+        ValueError: an argument is outside its range, at construction or (numbers of images, padding) in `setup`.
         UserError: the data are missing or damaged, in `prepare_data` or `setup`.
     """
 
@@ -148,7 +165,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: it is missing or damaged.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement load()")
+        raise NotImplementedError(f"{type(self).__name__} has no load(): choose a data set with data=...")
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split; a second call keeps the tensors. For "fit" the training batches start from 0."""
@@ -159,6 +176,11 @@ class ImageDataModule(LightningDataModule):
         corpus = self.load()
         corpus.check(self.name)
         num_train, num_val, num_test = self._sizes(corpus)
+        size = min(corpus.train_images.shape[2:])
+        if self.padding > size:
+            raise ValueError(
+                f"padding={self.padding} would crop images of {size} pixels away: lower it, or set it to 0"
+            )
         labels = corpus.train_labels
         val = stratified_subset(labels, num_val, _VALIDATION_SEED)
         rest = torch.ones(len(labels), dtype=torch.bool)

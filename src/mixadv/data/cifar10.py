@@ -159,9 +159,8 @@ class CIFAR10(ImageDataModule):
         try:
             fetch([reader.url, *self.mirrors], archive, reader.tgz_md5)
         except DownloadFailed as failure:
-            tried = "\n".join(f"  {reason}" for reason in failure.reasons)
             raise UserError(
-                f"CIFAR-10 is not in {self.root} and could not be downloaded:\n{tried}\n{self._remedy()}"
+                f"CIFAR-10 is not in {self.root} and could not be downloaded ({failure}). {self._remedy()}"
             ) from None
         return archive
 

@@ -22,6 +22,8 @@ from mixadv.data.base import ImageCorpus, ImageDataModule, user_cache
 from mixadv.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# Whatever a file is called: others of the decoders have started programs.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _CACHE_FORMAT = 1
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _CHUNK = 256
@@ -148,6 +150,11 @@ class ImageFolder(ImageDataModule):
                         "the same classes: add or remove its folder"
                     )
         names = classes["train"]
+        if len(names) < 2:
+            raise UserError(
+                f"{self.root} has only the class {names[0]!r}, so there is nothing to tell apart: give every class a "
+                "folder of its own in train/ and in test/"
+            )
         return test_name, names, self._list_split("train", names), self._list_split(test_name, names)
 
     def _class_names(self, split: str) -> list[str]:
@@ -212,7 +219,7 @@ class ImageFolder(ImageDataModule):
 
         try:
             # One read instead of the decoder's many small ones.
-            with Image.open(io.BytesIO(path.read_bytes())) as opened:
+            with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as opened:
                 if opened.mode.startswith(("I", "F")):
                     raise UserError(
                         f"{path} has more than 8 bits per channel (mode {opened.mode}): convert it to 8 "
@@ -224,7 +231,8 @@ class ImageFolder(ImageDataModule):
                 pixels = np.asarray(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             # PIL would name the buffer that it was given, not the file.
-            reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else error
+            known = f"it is not an image in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+            reason = known if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read the image {path} ({reason}): replace or remove it") from error
         return pixels.transpose(2, 0, 1) if self.channels == 3 else pixels[None]
 

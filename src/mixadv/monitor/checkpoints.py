@@ -1,5 +1,6 @@
 """best.ckpt, last.ckpt and the one before it: written whole or not at all, and known to be whole when read."""
 
+import errno
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -177,10 +178,18 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write `checkpoint` with its digest to `path`, and wait until the disk has it."""
-        with open(path, "wb") as file:
-            torch.save({**checkpoint, DIGEST: digest_of(checkpoint)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "wb") as file:
+                torch.save({**checkpoint, DIGEST: digest_of(checkpoint)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            # Half a file would take up what is left of a full disk.
+            Path(path).unlink(missing_ok=True)
+            # PyTorch's writer finds itself at another place than it has written to.
+            if isinstance(error, RuntimeError) and "inline_container" in str(error):
+                raise OSError(errno.ENOSPC, "the checkpoint was not written whole", str(path)) from error
+            raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """See `read_checkpoint`; always tensors and plain containers."""
@@ -225,7 +234,7 @@ def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}") from None
+        raise UserError(f"no checkpoint at {path}: put it back, or start anew with resume=never") from None
     except Exception as error:
         raise UserError(
             f"{path} is not a readable checkpoint ({type(error).__name__}): "

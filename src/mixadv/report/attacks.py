@@ -16,9 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mixadv.report.comparison import Z95
-from mixadv.report.examples import printable
 from mixadv.report.files import Interval, Run
-from mixadv.report.names import group_name, number
+from mixadv.report.names import group_name, number, printable
 from mixadv.report.tables import NONE
 
 TWIN = "averaged twin"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mixadv.report.figures import footnote, new_figure
 from mixadv.report.files import Run, read_arrays
+from mixadv.report.names import printable
 from mixadv.report.tables import headline_parts
 
 if TYPE_CHECKING:
@@ -34,13 +35,6 @@ class Examples(NamedTuple):
     labels: list[str]
     correct: np.ndarray
     found_by: list[str]
-
-
-def printable(value: Any) -> str:
-    """`value` as text in which every character can be shown and encoded; what cannot becomes a space."""
-    words = str(value)
-    # Most text is, and an image inside a page is half a million characters of it.
-    return words if words.isprintable() else "".join(c if c.isprintable() else " " for c in words)
 
 
 def read_examples(run: Run) -> Examples | None:

@@ -69,11 +69,18 @@ def draw_curves(run_dir: str | Path) -> Path:
 
 def save(build: Callable[[], Figure], path: Path) -> Path:
     """Build a figure in our style and write it as a png, all or nothing."""
-    import matplotlib
+    import matplotlib.text
 
     # Fonts are measured while saving, so the style has to hold until then.
     with matplotlib.rc_context(STYLE), replacing(path) as temporary:
-        build().savefig(temporary, format="png", dpi=100)
+        figure = build()
+        try:
+            figure.savefig(temporary, format="png", dpi=100)
+        except ValueError:
+            # A name from a file that matplotlib takes for a formula.
+            for text in figure.findobj(matplotlib.text.Text):
+                text.set_parse_math(False)
+            figure.savefig(temporary, format="png", dpi=100)
     return path
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mixadv.errors import UserError
 from mixadv.locks import LOCK, holder
-from mixadv.report.names import group_name, natural_key, number
+from mixadv.report.names import all_printable, group_name, natural_key, number, printable
 
 BASELINE = "baseline"
 RECORDS = ("labels", "clean", "robust", "members_robust", "robust uniform")
@@ -191,7 +191,7 @@ def read_run(path: str | Path) -> Run:
     notes: list[str] = []
     results, config, history = None, {}, {}
     with _noting(path / "results.json", notes):
-        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        results = all_printable(json.loads((path / "results.json").read_text(encoding="utf-8")))
         if not isinstance(results, dict):
             results = None
             raise ValueError("not a JSON object")
@@ -199,7 +199,7 @@ def read_run(path: str | Path) -> Run:
         config = results["config"]
     else:
         with _noting(path / "config.yaml", notes):
-            config = _read_yaml(path / "config.yaml")
+            config = all_printable(_read_yaml(path / "config.yaml"))
     with _noting(path / "metrics.csv", notes):
         history = read_history(path / "metrics.csv")
 
@@ -212,7 +212,7 @@ def read_run(path: str | Path) -> Run:
     elif (path / "FAILED").exists():
         state = "failed"
         with _noting(path / "FAILED", notes):
-            reason = " ".join((path / "FAILED").read_text(encoding="utf-8", errors="replace").split())
+            reason = printable(" ".join((path / "FAILED").read_text(encoding="utf-8", errors="replace").split()))
         reason = reason or "no reason given"
     below = path / BASELINE
     baseline = read_run(below) if is_run(below) else None
@@ -302,8 +302,8 @@ def _noting(path: Path, notes: list[str]) -> Iterator[None]:
         yield
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
-        notes.append(f"{path} cannot be read: {' '.join(str(error).split())}")
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(printable(f"{path} cannot be read: {' '.join(str(error).split())}"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

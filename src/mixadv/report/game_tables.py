@@ -16,6 +16,10 @@ from mixadv.report.files import Run
 from mixadv.report.names import short_names
 from mixadv.report.tables import NONE, print_whole
 
+ANEW = "run the game again with resume=never"
+# What comes of results that are not what task=game writes.
+DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
+
 
 def is_game(run: Run) -> bool:
     """Whether it is a run of ``task=game``, finished or not."""
@@ -30,7 +34,7 @@ def read_game(run: Run) -> dict[str, Any]:
     """
     game = _results(run)
     if game is None:
-        raise UserError(f"{run.path} holds no results of task=game: run the game again with resume=never")
+        raise UserError(f"{run.path} holds no results of task=game: {ANEW}")
     return game
 
 
@@ -46,7 +50,11 @@ def print_game(run: Run, console: Console) -> None:
         UserError: the run has no results of a game.
     """
     game = read_game(run)
-    for part in _PARTS[game["name"]](game):
+    try:
+        parts = _PARTS[game["name"]](game)
+    except DAMAGED as error:
+        raise UserError(f"{run.path / 'results.json'} is damaged ({type(error).__name__}: {error}): {ANEW}") from error
+    for part in parts:
         if isinstance(part, Table):
             print_whole(part, console)
         else:
@@ -62,7 +70,10 @@ def games_table(runs: Sequence[Run]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, run in zip(short_names([run.path for run in runs]), runs, strict=True):
         kind = run.config.get("game")
-        cells = [NONE] * 4 if _results(run) is None else _at_largest_radius(read_game(run))
+        try:
+            cells = [NONE] * 4 if _results(run) is None else list(map(str, _at_largest_radius(read_game(run))))
+        except DAMAGED:
+            cells = ["damaged", NONE, NONE, NONE]
         table.add_row(Text(name), run.state, str(kind.get("name") if isinstance(kind, dict) else NONE), *cells)
     return table
 

@@ -11,7 +11,7 @@ import numpy as np
 from mixadv.errors import UserError
 from mixadv.report.figures import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure, save
 from mixadv.report.files import read_run
-from mixadv.report.game_tables import read_game
+from mixadv.report.game_tables import ANEW, DAMAGED, read_game
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,10 @@ def draw_game(run_dir: str | Path) -> Path:
     except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
         raise UserError(f"{path / 'game.npz'} cannot be read: {error}; run the game again with resume=never") from error
     figure = motivating_figure if game["name"] == "motivating" else gaussians_figure
-    return save(lambda: figure(game, arrays), path / "game.png")
+    try:
+        return save(lambda: figure(game, arrays), path / "game.png")
+    except DAMAGED as error:
+        raise UserError(f"the results of the game in {path} are damaged ({type(error).__name__}): {ANEW}") from error
 
 
 # --- the motivating example --------------------------------------------------------------------------------

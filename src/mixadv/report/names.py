@@ -20,6 +20,22 @@ _GROUP_NAMES = {
 }
 
 
+def printable(value: Any) -> str:
+    """`value` as text in which every character can be shown and encoded; what cannot becomes a space."""
+    words = str(value)
+    # Most text is, and an image inside a page is half a million characters of it.
+    return words if words.isprintable() else "".join(c if c.isprintable() else " " for c in words)
+
+
+def all_printable(value: Any) -> Any:
+    """Nested plain containers with every text in them, keys too, `printable`."""
+    if isinstance(value, dict):
+        return {all_printable(key): all_printable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [all_printable(part) for part in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def number(value: Any) -> float | None:
     """A finite float from a number or from text such as "0.031" or "8/255", else None."""
     if value is None or isinstance(value, bool):
@@ -73,4 +89,4 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     if not paths:
         return []
     common = os.path.commonpath([path.resolve().parent for path in paths])
-    return [path.resolve().relative_to(common).as_posix() for path in paths]
+    return [printable(path.resolve().relative_to(common).as_posix()) for path in paths]

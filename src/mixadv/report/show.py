@@ -9,7 +9,7 @@ from mixadv.report.attacks import attacks_table, flags_of
 from mixadv.report.comparison import comparison_sentence, member_sentence
 from mixadv.report.files import Run
 from mixadv.report.game_tables import print_game
-from mixadv.report.names import number
+from mixadv.report.names import number, printable
 from mixadv.report.solve import solution_sentences, solution_table
 from mixadv.report.tables import print_whole, progress, results_table
 
@@ -67,6 +67,6 @@ def show_run(run: Run, console: Console) -> None:
     ]
     here = [name for name in names if (run.path / name).exists()]
     # Unwrapped, so that the path can be copied.
-    console.print(Text(f"Files: {run.path}"), soft_wrap=True)
+    console.print(Text(f"Files: {printable(run.path)}"), soft_wrap=True)
     if here:
         say(f"       {', '.join(here)}")

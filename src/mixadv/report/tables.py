@@ -147,8 +147,15 @@ def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
                 "num_examples": run.num_examples,
             }
             for row in _csv_rows(run):
-                writer.writerow({key: "" if v is None else v for key, v in {**about, **row}.items()})
+                writer.writerow({key: _cell(value) for key, value in {**about, **row}.items()})
     return path
+
+
+def _cell(value: Any) -> Any:
+    """A cell of a csv file; text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 def _csv_rows(run: Run) -> list[dict[str, Any]]:

@@ -75,6 +75,8 @@ def _evaluate(
 ) -> None:
     device = build.resolve_device(cfg.trainer.accelerator, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
+    # Refused here, it leaves no directory behind that the mended command could not use.
+    build.build_protocol(cfg)
     if processes.rank(cfg) == 0:
         write_config(run_dir, cfg)
     mixture.to(device)

@@ -12,4 +12,5 @@ def report_runs(cfg: DictConfig) -> None:
     """
     from mixadv.report import report
 
-    report(cfg.runs, Console())
+    # Names come from files: nothing in them is markup.
+    report(cfg.runs, Console(markup=False))

@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import mixadv
 from mixadv.errors import UserError
@@ -80,13 +82,27 @@ def _state(run_dir: Path, cfg: DictConfig) -> State:
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return State.NEW
-    difference = _difference(OmegaConf.load(saved), cfg)
+    difference = _difference(_as_saved(saved), cfg)
     if difference:
         raise UserError(
             f"{run_dir} holds a run with other settings ({difference}): choose another name=..., "
             "or resume=never to start anew beside it"
         )
     return State.DONE if (run_dir / "DONE").exists() else State.UNFINISHED
+
+
+def _as_saved(path: Path) -> Any:
+    """A config.yaml as plain containers. It may be another's: what it would take from here is left as it is written.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    # A text or a number alone is an OSError of OmegaConf's.
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} cannot be read ({reason}): restore it, or start anew with resume=never") from error
 
 
 def _fresh(run_dir: Path) -> DirectoryLock:
@@ -173,7 +189,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _difference(saved: Any, cfg: DictConfig) -> str:
-    old, new = (_flat(OmegaConf.to_container(node, resolve=True)) for node in (saved, cfg))
+    old, new = _flat(saved), _flat(OmegaConf.to_container(cfg, resolve=True))
     keys = [key for key in {**old, **new} if not _is_indifferent(key)]
     changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
     return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
@@ -211,7 +227,8 @@ def show(run_dir: Path, *, done_before: bool = False) -> None:
 
     from mixadv.report import draw_curves, read_run, show_run
 
-    console = Console()
+    # Names come from files: nothing in them is markup.
+    console = Console(markup=False)
     if done_before:
         where = os.path.relpath(run_dir)
         console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)

@@ -20,9 +20,8 @@ from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
-from mixadv.export import save_mixture
+from mixadv.export import load_mixture, save_mixture
 from mixadv.lambda_solvers import Uniform
-from mixadv.mixture import Mixture
 from mixadv.monitor.checkpoints import BEST, Checkpoints, WholeFiles, newest, read_checkpoint
 from mixadv.monitor.console import ConsoleProgress
 from mixadv.monitor.estimate import in_words, seconds_per_batch
@@ -31,7 +30,8 @@ from mixadv.report import draw_curves
 from mixadv.signals import Signals
 from mixadv.tasks import build, processes
 from mixadv.tasks.card import model_card
-from mixadv.tasks.measure import STATE, example_images, measure
+from mixadv.tasks.measure import STATE, measure
+from mixadv.tasks.mirror import mirror_results, mirrored
 from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining, Schedule
@@ -83,7 +83,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with signals, _mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
+    with signals, mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
         _train_and_measure(setting, module, run_dir, mirror)
         if cfg.baseline:
             _train_baseline(setting, run_dir / "baseline", mirror)
@@ -98,32 +98,6 @@ def _check_division(cfg: DictConfig, data: ImageDataModule) -> None:
             f"batches of {size} images cannot be divided among {count} processes: use data.batch_size="
             f"{max(1, size // count) * count}"
         )
-
-
-@contextmanager
-def _mirrored(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Console) -> Iterator[Any]:
-    """Weights & Biases, if chosen, closed with the run's exit code whatever happens."""
-    if cfg.logger.kind == "csv" or processes.rank(cfg) > 0:
-        yield None
-        return
-    from mixadv.monitor.wandb_mirror import WandbMirror
-
-    mirror = WandbMirror(
-        run_dir,
-        project=cfg.logger.project,
-        entity=cfg.logger.entity,
-        name=run_dir.name,
-        group=sweep,
-        config=build.as_dict(cfg),
-        init_timeout=cfg.logger.init_timeout,
-        console=console,
-    )
-    code = 1
-    try:
-        yield mirror
-        code = 0
-    finally:
-        mirror.finish(code)
 
 
 @contextmanager
@@ -158,9 +132,13 @@ def _train_baseline(setting: Setting, run_dir: Path, mirror: Any) -> None:
 
 def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path, mirror: Any) -> None:
     """Train the module's members, evaluate the best epoch on the test set once, write everything but DONE."""
-    if read_results(run_dir) is not None:
-        return
     cfg, data = setting.cfg, setting.data
+    measured_before = read_results(run_dir)
+    if measured_before is not None:
+        if mirror is not None:
+            mixture = load_mixture(run_dir / "mixture")
+            mirror_results(mirror, cfg, measured_before, mixture, data, setting.threat_model, setting.device)
+        return
     mixture_config = {
         "L": cfg.L,
         "model": setting.recipe,
@@ -201,20 +179,9 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
     }
     save_mixture(mixture, run_dir / "mixture", mixture_config, model_card(results, mixture_config))
     if mirror is not None:
-        mirror.summary(results)
-        _log_images(setting, mixture, mirror)
+        mirror_results(mirror, cfg, results, mixture, data, setting.threat_model, setting.device)
     write_results(run_dir, results, arrays)
     EvaluationState(run_dir / STATE).clear()
-
-
-def _log_images(setting: Setting, mixture: Mixture, mirror: Any) -> None:
-    count = int(setting.cfg.logger.images)
-    if count < 1:
-        return
-    x, y = next(iter(setting.data.test_dataloader()))
-    attack = build.build_attack(setting.cfg.protocol.validation, "protocol.validation")
-    names = setting.data.class_names
-    mirror.images(*example_images(mixture, x[:count], y[:count], attack, setting.threat_model, names))
 
 
 def _module(setting: Setting) -> MixtureTraining:
@@ -315,7 +282,10 @@ def _fit(
             setting.signals.check()
             raise
     best = read_checkpoint(run_dir / "checkpoints" / BEST)
-    module.load_state_dict(best["state_dict"])
+    try:
+        module.load_state_dict(best["state_dict"])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{BEST} is of other members than these: start anew with resume=never") from error
     assert checkpoints.best is not None
     return checkpoints.best["epoch"]
 

@@ -337,6 +337,9 @@ class MixtureTraining(pl.LightningModule):
                 f"the checkpoint holds {len(state['member_updates'])} members, not L={self.mixture.num_members}: "
                 "use another name=... or resume=never"
             )
+        own, held = self.state_dict(), checkpoint.get("state_dict", self.state_dict())
+        if {k: v.shape for k, v in own.items()} != {k: getattr(v, "shape", None) for k, v in held.items()}:
+            raise UserError("the checkpoint is of other members than these: use another name=... or resume=never")
         self.t = state["t"]
         self.member_updates = list(state["member_updates"])
         self._set_generators(state)
