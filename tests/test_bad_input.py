@@ -421,6 +421,14 @@ FOLDERS = {
         "00.png (it is not an image in PNG,",
         "replace or remove it",
     ),
+    "a pipe": (
+        lambda root: (
+            (root / "train" / "aster" / "00.png").unlink(),
+            os.mkfifo(root / "train" / "aster" / "00.png"),
+        ),
+        "00.png (it is not a file)",
+        "replace or remove it",
+    ),
     "too few for the validation": (
         lambda root: [path.unlink() for path in (root / "train").glob("*/*.png") if path.name != "00.png"],
         "2 training images, too few",
@@ -618,6 +626,13 @@ def with_tensors(folder, **tensors):
     save_file({**load_file(file), **tensors}, file)
 
 
+def without(folder, name):
+    file = folder / "mixture.safetensors"
+    state = load_file(file)
+    del state[name]
+    save_file(state, file)
+
+
 def with_entry(folder, name, value):
     file = folder / "mixture.safetensors"
     state = load_file(file)
@@ -649,6 +664,10 @@ MIXTURES = {
         "weights",
     ),
     "weights that sum to 0.9": (lambda f: with_tensors(f, weights=torch.tensor([0.3, 0.3, 0.3])), "weights"),
+    "no weights and very many members": (
+        lambda f: (without(f, "weights"), with_config(f, L=100_000_000)),
+        "weights for 0 members",
+    ),
     "two weights for three": (lambda f: with_tensors(f, weights=torch.tensor([0.5, 0.5])), "weights for 2 members"),
     "a column of weights": (lambda f: with_tensors(f, weights=torch.full((3, 1), 1 / 3)), "size mismatch for weights"),
     "an extra member": (lambda f: with_tensors(f, **{"members.3.net.1.bias": torch.zeros(10)}), "Unexpected key(s)"),

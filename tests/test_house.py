@@ -57,10 +57,11 @@ ALLOWED = {
     },
     # What watches, keeps and shows.
     "monitor": {"training", "mixture", "signals", "data"},
-    "monitor.wandb_mirror": set(),
+    "monitor.redaction": set(),
+    "monitor.wandb_mirror": {"monitor.redaction"},
     "export": {"mixture", "models", "monitor"},
     "members": {"export", "mixture", "models", "monitor"},
-    "report": {"locks"},
+    "report": {"locks", "shipped"},
     # The shell.
     "config": set(),
     "main": {"config", "launchers", "locks", "shipped", "signals", "tasks"},

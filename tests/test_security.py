@@ -404,6 +404,8 @@ CONFIGS = {
     "cut": "[1, 2",
     "binary": "\x00\x01",
     "unhashable": "? [1, 2]\n: 3\n",
+    # A thousand million entries, once they are written out.
+    "aliases": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]\n" for i in range(1, 10)),
 }
 
 
@@ -574,6 +576,59 @@ def test_an_id_that_was_sent_does_not_leave_its_folder(tmp_path, monkeypatch, te
     written = list(tmp_path.rglob("*.wandb"))
     assert written
     assert all(path.is_relative_to(run / "wandb") for path in written)
+
+
+@pytest.mark.parametrize("there", ["a link", "a directory"])
+def test_what_lies_in_place_of_the_id_is_not_written_through(tmp_path, monkeypatch, there):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    run.mkdir()
+    if there == "a link":
+        (run / ID_FILE).symlink_to(precious)
+    else:
+        (run / ID_FILE).mkdir()
+    settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 10}
+    said = io.StringIO()
+    mirror = WandbMirror(run, **settings, console=Console(file=said, width=300))
+    mirror.log({"step": 1})
+    mirror.finish(0)
+    assert precious.read_text() == "mine"
+    assert ("cannot be used" in said.getvalue()) == (there == "a directory")
+
+
+@pytest.mark.parametrize("place", ["wandb", ".wandb"])
+def test_settings_of_a_folder_do_not_say_where_the_key_goes(tmp_path, monkeypatch, place):
+    from wandb_service import Service
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / place).mkdir()
+    service = Service()
+    try:
+        (tmp_path / place / "settings").write_text(f"[default]\nbase_url = {service.url}\n")
+        said = io.StringIO()
+        settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 3}
+        mirror = WandbMirror(tmp_path / "run", **settings, console=Console(file=said, width=300))
+        mirror.finish(0)
+        assert service.received == []
+    finally:
+        service.close()
+    assert mirror.mode == "offline"
+    assert "could send your key elsewhere" in said.getvalue()
+
+
+def test_what_a_server_says_is_shown_without_passwords():
+    from mixadv.monitor.redaction import shown
+
+    words = shown(f"proxy http://me:pw12345678@host:3128 refused the key {40 * 'a'}")
+    assert words == "proxy http://***@host:3128 refused the key ***"
 
 
 # --- .env --------------------------------------------------------------------------------------------------

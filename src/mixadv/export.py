@@ -296,8 +296,8 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
     num_members, weights = config.get("L"), state.get("weights")
     try:
         # Before they are built: a tampered recipe may ask for more than memory holds.
-        if isinstance(num_members, int) and isinstance(weights, torch.Tensor) and num_members > weights.numel():
-            raise ValueError(f"there are weights for {weights.numel()} members")
+        if isinstance(num_members, int) and num_members > (held := getattr(weights, "numel", int)()):
+            raise ValueError(f"there are weights for {held} members")
         recipes = member_recipes(config)
         _check_factories(path, recipes, factories)
         _check_size(recipes, state)
@@ -310,7 +310,7 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
         lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
         # load_state_dict puts its reasons below a heading.
         reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
-        reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
+        reason = reason[:200] + "..." * (len(reason) > 200)
         raise UserError(
             f"the parameters in {path} do not fit its recipe (L={num_members}): {reason}; export it again"
         ) from error

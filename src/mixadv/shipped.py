@@ -14,6 +14,19 @@ def config_dir() -> str:
     return str(installed if installed.is_dir() else here.parents[1] / "conf")
 
 
+def refuse_aliases(path: Path) -> None:
+    """Look whether a YAML file has aliases: none of ours has, and a few of them grow to more than memory holds.
+
+    Raises:
+        ValueError: it has.
+    """
+    import yaml
+
+    with path.open(encoding="utf-8") as file:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file, Loader=yaml.SafeLoader)):
+            raise ValueError("it has aliases (*name)")
+
+
 def construct(settings: dict[str, Any], key: str) -> Any:
     """Build the object that ``_target_`` names, from this package alone; nested mappings with a ``_target_`` as well.
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,10 @@ class ImageFolder(ImageDataModule):
                 )
             for place, entry in enumerate(entries):
                 stat = entry.stat()
+                if not S_ISREG(stat.st_mode):
+                    raise UserError(
+                        f"cannot read the image {folder / entry.name} (it is not a file): replace or remove it"
+                    )
                 stamp = (f"{name}/{entry.name}", stat.st_size, stat.st_mtime_ns)
                 found.append((place, label, folder / entry.name, stamp))
         # The first image of every class, then the second: a part of the data, as a limited evaluation takes it,

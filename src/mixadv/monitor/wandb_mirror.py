@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mixadv.errors import UserError
+from mixadv.monitor.redaction import shown
 
 ID_FILE = "wandb-run-id.txt"
 MODES = ("online", "offline", "disabled")
@@ -30,8 +31,7 @@ SERVICE = "Weights & Biases"
 SUPERSEDED = "superseded"
 # The shell's codes of programs that a signal has ended lie above.
 SIGNALLED = 128
-SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-LONGEST_REASON = 300
+SENT_SETTINGS = (Path("wandb/settings"), Path(".wandb/settings"))
 LAUNCH = "wandb.sdk.launch.inputs.internal"
 
 
@@ -49,22 +49,15 @@ def _has_key() -> bool:
         return False
 
 
-def _shown(reason: object) -> str:
-    """What a library or a server said, in one line, without the secrets of the environment."""
-    words = re.sub(r"^wandb: (WARNING |ERROR )?", "", " ".join(str(reason).split())).rstrip(".")
-    for name, value in os.environ.items():
-        if len(value) >= 8 and any(part in name.upper() for part in SECRET_NAMES):
-            words = words.replace(value, "***")
-    printable = "".join(c if c.isprintable() else " " for c in words)
-    return printable if len(printable) <= LONGEST_REASON else f"{printable[:LONGEST_REASON]}..."
-
-
 def _id(path: Path) -> str:
     """The run's id, kept in `path`; a new one where there is none. It becomes part of a folder's name."""
-    kept = path.read_text(errors="replace").strip() if path.exists() else ""
+    kept = path.read_text(errors="replace").strip() if path.is_file() and not path.is_symlink() else ""
     if not re.fullmatch(r"\w{4,64}", kept, re.ASCII):
         kept = secrets.token_hex(4)
-        path.write_text(kept + "\n")
+        # Renamed into place: a link that came with the folder is replaced, not followed.
+        temporary = path.with_name(f".{path.name}.{kept}")
+        temporary.write_text(kept + "\n")
+        os.replace(temporary, path)
     return kept
 
 
@@ -101,7 +94,7 @@ class _Link:
         except Exception as error:  # whatever the mirror does, the training and its local files go on
             self.lost = vital
             missing = "stopped taking values" if vital else "did not take the images"
-            self.tell(f"{missing} ({type(error).__name__}: {_shown(error)}); the local files are complete")
+            self.tell(f"{missing} ({type(error).__name__}: {shown(error)}); the local files are complete")
 
     def tell(self, reason: str) -> None:
         """One warning a run."""
@@ -120,7 +113,7 @@ class _Link:
     def warning(self, message: str) -> None:
         """Something did not arrive."""
         if self.listening:
-            self.tell(f"did not take everything ({_shown(message)}); the local files are complete")
+            self.tell(f"did not take everything ({shown(message)}); the local files are complete")
 
     error = warning
 
@@ -176,9 +169,9 @@ class WandbMirror:
         if self.mode == "disabled":
             self._link.lost = True
             return
-        self.id = _id(run_dir / ID_FILE)
         # wandb's reports of its own errors would fail, and say so, where the service does.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
         arguments = {"project": project, "entity": entity, "name": name, "group": group, "config": config}
         self._connect(arguments, {"init_timeout": init_timeout, "finish_timeout": finish_timeout})
         self._link.attempt(self._define_axes)
@@ -190,19 +183,24 @@ class WandbMirror:
         refused = ""
         # Exceptions are the service's, the network's, the disk's, and what libraries make of them.
         try:
+            self.id = _id(self.run_dir / ID_FILE)
+            # wandb would take from there where the key is sent, and through whom: a folder may come with one.
+            sent = [path for path in SENT_SETTINGS if path.exists()]
+            if sent and self.mode != "offline":
+                refused, self.mode = f"{sent[0]} could send your key elsewhere: move it to ~/.config/wandb", "offline"
             self.mode = self.mode or ("online" if _has_key() else "offline")
             if self.mode == "online":
                 try:
                     self._start(arguments, timeouts, resume="allow")
                     self._link.known = self.run.starting_step
                 except Exception as error:
-                    refused, self.mode = _shown(error), "offline"
+                    refused, self.mode = shown(error), "offline"
                     _release()
             if self.mode == "offline":
                 self._start(arguments, timeouts)
         except Exception as error:
             self._link.lost = True
-            self._link.tell(f"cannot be used ({refused or _shown(error)}); the local files are complete")
+            self._link.tell(f"cannot be used ({refused or shown(error)}); the local files are complete")
             return
         if refused:
             self._link.tell(f"cannot be reached ({refused}); going on offline")

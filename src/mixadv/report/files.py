@@ -22,6 +22,7 @@ import numpy as np
 from mixadv.errors import UserError
 from mixadv.locks import LOCK, holder
 from mixadv.report.names import all_printable, group_name, natural_key, number, printable
+from mixadv.shipped import refuse_aliases
 
 BASELINE = "baseline"
 RECORDS = ("labels", "clean", "robust", "members_robust", "robust uniform")
@@ -312,6 +313,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
+        refuse_aliases(path)
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(str(error)) from error

@@ -22,6 +22,7 @@ from yaml import YAMLError
 import mixadv
 from mixadv.errors import UserError
 from mixadv.locks import LOCK, DirectoryLock, Held
+from mixadv.shipped import refuse_aliases
 
 RESULTS_SCHEMA = 1
 # Settings that do not change what is computed: they may differ when a run is continued or shown.
@@ -98,6 +99,7 @@ def _as_saved(path: Path) -> Any:
         UserError: it is damaged.
     """
     try:
+        refuse_aliases(path)
         return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     # A text or a number alone is an OSError of OmegaConf's.
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
