@@ -595,7 +595,8 @@ def test_a_factory_that_fails_is_refused_with_the_reason(here, text, source, sai
 def test_no_file_can_name_a_factory_by_being_a_source(here):
     """Only the name on the command line is imported, not what a file with recipes says."""
     write_module(here, "trap", "open('executed', 'w').close()\ndef f(): return nn.Identity()")
-    torch.save({"mixture_config": {"L": 1, "model": {"factory": "trap:f"}}, "state_dict": {}}, "evil.ckpt")
+    weights = {"mixture.weights": torch.ones(1)}
+    torch.save({"mixture_config": {"L": 1, "model": {"factory": "trap:f"}}, "state_dict": weights}, "evil.ckpt")
     torch.save({"factory": "trap:f", "state_dict": {"factory": "trap:f"}}, "evil.pt")
     assert "members=[trap:f]" in refused("evil.ckpt", None)
     refused("evil.pt")

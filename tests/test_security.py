@@ -625,7 +625,7 @@ def test_settings_of_a_folder_do_not_say_where_the_key_goes(tmp_path, monkeypatc
 
 
 def test_what_a_server_says_is_shown_without_passwords():
-    from mixadv.monitor.redaction import shown
+    from mixadv.redaction import shown
 
     words = shown(f"proxy http://me:pw12345678@host:3128 refused the key {40 * 'a'}")
     assert words == "proxy http://***@host:3128 refused the key ***"

@@ -293,10 +293,10 @@ def _check_factories(where: object, recipes: Sequence[dict[str, Any]], factories
 
 
 def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], factories: Sequence[str]) -> Mixture:
-    num_members, weights = config.get("L"), state.get("weights")
+    num_members = config.get("L")
     try:
         # Before they are built: a tampered recipe may ask for more than memory holds.
-        if isinstance(num_members, int) and num_members > (held := getattr(weights, "numel", int)()):
+        if isinstance(num_members, int) and num_members > (held := torch.as_tensor(state.get("weights", [])).numel()):
             raise ValueError(f"there are weights for {held} members")
         recipes = member_recipes(config)
         _check_factories(path, recipes, factories)

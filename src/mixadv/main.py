@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from mixadv import config, launchers
 from mixadv.errors import UserError
+from mixadv.redaction import printable
 from mixadv.shipped import config_dir
 from mixadv.signals import Stopped
 
@@ -44,7 +45,7 @@ EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "sl
 def _refuse(message: str) -> None:
     sys.stdout.flush()
     # Names and reasons may come from files of others, and are not to give orders to the terminal.
-    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in message)
+    shown = printable(message, keep="\n")
     print(f"mixadv: {shown}", file=sys.stderr, flush=True)
 
 

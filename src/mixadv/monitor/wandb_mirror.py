@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mixadv.errors import UserError
-from mixadv.monitor.redaction import shown
+from mixadv.redaction import shown
 
 ID_FILE = "wandb-run-id.txt"
 MODES = ("online", "offline", "disabled")

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixadv.errors import UserError
+from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, WHOLE, Curve, attack_rows, classifiers, read_curve, wilson, worst_cases
 from mixadv.report.examples import MOST, examples_figure, read_examples, wrong_members
 from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, save
 from mixadv.report.files import Interval, Run, read_run
-from mixadv.report.names import format_eps, norm_symbol, number, printable
+from mixadv.report.names import format_eps, norm_symbol, number
 from mixadv.report.tables import headline_parts
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from mixadv.redaction import printable
 from mixadv.report.comparison import Z95
 from mixadv.report.files import Interval, Run
-from mixadv.report.names import group_name, number, printable
+from mixadv.report.names import group_name, number
 from mixadv.report.tables import NONE
 
 TWIN = "averaged twin"

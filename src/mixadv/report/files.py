@@ -21,7 +21,8 @@ import numpy as np
 
 from mixadv.errors import UserError
 from mixadv.locks import LOCK, holder
-from mixadv.report.names import all_printable, group_name, natural_key, number, printable
+from mixadv.redaction import printable
+from mixadv.report.names import all_printable, group_name, natural_key, number
 from mixadv.shipped import refuse_aliases
 
 BASELINE = "baseline"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from mixadv.redaction import printable
 from mixadv.report.files import Interval
-from mixadv.report.names import printable
 
 NONE = "–"
 

@@ -10,6 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from mixadv.redaction import printable
+
 _GROUP_NAMES = {
     "OracleSubgradient": "oracle",
     "AcceleratedEntropic": "entropic",
@@ -18,13 +20,6 @@ _GROUP_NAMES = {
     "at": "AT",
     "trades": "TRADES",
 }
-
-
-def printable(value: Any) -> str:
-    """`value` as text in which every character can be shown and encoded; what cannot becomes a space."""
-    words = str(value)
-    # Most text is, and an image inside a page is half a million characters of it.
-    return words if words.isprintable() else "".join(c if c.isprintable() else " " for c in words)
 
 
 def all_printable(value: Any) -> Any:

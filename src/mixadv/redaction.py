@@ -1,10 +1,18 @@
-"""What libraries and servers say, fit to be shown and kept."""
+"""Text that came from elsewhere, fit to be shown and kept."""
 
 import os
 import re
+from typing import Any
 
 SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 LONGEST_REASON = 300
+
+
+def printable(value: Any, keep: str = "") -> str:
+    """`value` as text in which every character can be shown and encoded, or is one of `keep`; others become spaces."""
+    words = str(value)
+    # Most text is, and an image inside a page is half a million characters of it.
+    return words if words.isprintable() else "".join(c if c.isprintable() or c in keep else " " for c in words)
 
 
 def shown(reason: object) -> str:
@@ -15,5 +23,5 @@ def shown(reason: object) -> str:
             words = words.replace(value, "***")
     words = re.sub(r"(\w+://)[^\s/@]+@", r"\1***@", words)
     words = re.sub(r"\b[0-9a-f]{40}\b|\bwandb_v\d_\w+", "***", words)
-    printable = "".join(c if c.isprintable() else " " for c in words)
-    return printable if len(printable) <= LONGEST_REASON else f"{printable[:LONGEST_REASON]}..."
+    words = printable(words)
+    return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]}..."
