@@ -30,8 +30,21 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# About 40 minutes on two cores; more with the benchmarks' own settings (see benchmarks/README.md).
 bench: $(STAMP)
-	set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark; done
+	$(BIN)/python benchmarks/pgd.py --repeats 5
+	$(BIN)/python benchmarks/apgd.py
+	$(BIN)/python benchmarks/epoch.py --models small_resnet --batches 8
+	$(BIN)/python benchmarks/epoch.py --models preact_resnet20 --batch-sizes 64 --members 1 2 --batches 2
+	$(BIN)/python benchmarks/scaling.py --quick
+	$(BIN)/python benchmarks/memory.py --members 1 4 --batches 64 256
+	$(BIN)/python benchmarks/data_path.py --quick
+	$(BIN)/python benchmarks/ddp.py --quick
+	$(BIN)/python benchmarks/startup.py --repeats 3
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/games.py --repeats 1 --full-limit 20
+	$(BIN)/python benchmarks/attacks.py
+	$(BIN)/python benchmarks/wandb_overhead.py --epochs 10 --repeats 2
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'mixadv needs Python 3.10 or newer: make PYTHON=python3.11 ...' >&2; exit 1; }

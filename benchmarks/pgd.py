@@ -1,24 +1,25 @@
-"""PGD-10 on a mixture: ours, a plain eager loop, foolbox (L = 1), and the limit, interleaved in one run.
+"""PGD-10 on a mixture: ours compiled and plain, a plain eager loop, foolbox (L = 1), and the limit, interleaved.
 
-The limit is the same number of bare forward-backward passes through the members, with nothing around them. Prints
-a table of medians over the repeats, as ratios to the limit, and the spread (largest over smallest repeat).
+The limit is the same number of bare forward-backward passes through the compiled members, frozen and in eval mode, with
+nothing around them. Ratios are medians over the rounds. Before anything is timed, the attacks are held against the
+plain loop: from the same starting points they must reach its mean loss to 1 %.
 
-    python benchmarks/pgd.py [--model small_resnet] [--batch 64] [--members 1 2 4] [--repeats 5]
+    python benchmarks/pgd.py [--models preact_resnet20 small_resnet] [--batches 64] [--members 1 2 4] [--repeats 5]
 """
 
 import argparse
-import statistics
-import sys
+import copy
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from mixadv.attacks.pgd import PGD
 from mixadv.mixture import Mixture
@@ -26,11 +27,25 @@ from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 
 STEPS, EPS = 10, 8 / 255
+BALL = ThreatModel("linf", EPS)
+COLUMNS = {
+    "model": "model",
+    "batch": "batch",
+    "L": "L",
+    "limit_ms": "limit ms",
+    "ours/limit": "ours/limit",
+    "plain/bare": "plain ours/bare eager",
+    "loop/ours": "loop/ours",
+    "loop/plain": "loop/plain ours",
+    "foolbox/ours": "foolbox/ours",
+    "spread": "spread",
+    "compile_s": "compile s",
+}
 
 
-def plain_loop(mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
+def plain_loop(mixture: Mixture, x: Tensor, y: Tensor, start: Tensor | None = None) -> Tensor:
     """What a research script writes: the expected cross-entropy climbed by sign steps."""
-    x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1) if start is None else start.clone()
     for _ in range(STEPS):
         x_adv.requires_grad_(True)
         loss = sum(w * F.cross_entropy(m(x_adv), y) for w, m in zip(mixture.weights, mixture.members, strict=True))
@@ -40,11 +55,12 @@ def plain_loop(mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
     return x_adv
 
 
-def bare_passes(mixture: Mixture, x: Tensor, y: Tensor) -> None:
-    """Forward and backward passes to the input, as many as PGD needs."""
+def bare_passes(mixture: Mixture, x: Tensor) -> None:
+    """Forward and backward passes to the input, as many as PGD needs; one member after the other."""
     for _ in range(STEPS):
-        leaf = x.detach().requires_grad_(True)
-        torch.autograd.grad(sum(member(leaf).sum() for member in mixture.members), leaf)
+        for member in mixture.members:
+            leaf = x.detach().requires_grad_(True)
+            torch.autograd.grad(member(leaf).sum(), leaf)
 
 
 def foolbox_pgd(mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
@@ -56,60 +72,103 @@ def foolbox_pgd(mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
     return attack(model, x, y, epsilons=EPS)[1]
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+@torch.no_grad()
+def mean_loss(mixture: Mixture, x: Tensor, y: Tensor) -> float:
+    """Mean expected cross-entropy, by the definition."""
+    losses = [F.cross_entropy(member(x), y) for member in mixture.members]
+    return float(sum(w * loss for w, loss in zip(mixture.weights, losses, strict=True)))
+
+
+def problem(model: str, num_members: int, batch: int, device: torch.device) -> tuple[Mixture, Tensor, Tensor]:
+    """A mixture of random members of unequal weights, frozen and in eval mode, and a batch of random images."""
+    torch.manual_seed(0)
+    members = [build_member(model, num_classes=10, image_shape=(3, 32, 32)) for _ in range(num_members)]
+    weights = torch.arange(1, num_members + 1).double()
+    mixture = Mixture(members, weights / weights.sum()).to(device).eval().requires_grad_(False)
+    return mixture, torch.rand(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+
+
+def check(losses: dict[str, float], clean: float) -> None:
+    """Refuse to time an attack that does not do its work: its loss to 1 %, and its rise to a tenth."""
+    loop = losses["loop"]
+    if loop <= clean:
+        raise SystemExit(f"the plain loop leads from a loss of {clean:.4f} to {loop:.4f}: no attack")
+    for name, loss in losses.items():
+        if abs(loss - loop) > 0.01 * loop or abs(loss - loop) > 0.1 * (loop - clean):
+            raise SystemExit(f"{name} reaches a mean loss of {loss:.4f} from {clean:.4f}, the plain loop {loop:.4f}")
+
+
+def measure(model: str, num_members: int, batch: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """One row: seconds of all runs, and their ratios."""
+    torch.compiler.reset()
+    plain, x, y = problem(model, num_members, batch, device)
+    script, compiled = copy.deepcopy(plain).requires_grad_(True), copy.deepcopy(plain)
+    compiled.compile()
+    attack, generator = PGD(STEPS, keep="last"), torch.Generator(device).manual_seed(0)
+
+    start = BALL.sample(x, torch.Generator(device).manual_seed(1))
+    first = harness.seconds(lambda: attack(compiled, x, y, BALL, start_at=start), device)
+    again = harness.seconds(lambda: attack(compiled, x, y, BALL, start_at=start), device)
+    points = {
+        "loop": plain_loop(script, x, y, start),
+        "ours": attack(compiled, x, y, BALL, start_at=start),
+        "plain": attack(plain, x, y, BALL, start_at=start),
+    }
+    losses = {name: mean_loss(plain, found, y) for name, found in points.items()}
+    clean = mean_loss(plain, x, y)
+    check(losses, clean)
+    runs: dict[str, Callable[[], object]] = {
+        "limit": lambda: bare_passes(compiled, x),
+        "ours": lambda: attack(compiled, x, y, BALL, generator),
+        "bare": lambda: bare_passes(plain, x),
+        "plain": lambda: attack(plain, x, y, BALL, generator),
+        "loop": lambda: plain_loop(script, x, y),
+    }
+    if num_members == 1:
+        runs["foolbox"] = lambda: foolbox_pgd(script, x, y)
+    times = harness.interleaved(runs, repeats, warmup=1, synchronize=device)
+    found = harness.summary(times)
+    pairs = (("ours", "limit"), ("plain", "bare"), ("loop", "ours"), ("loop", "plain"), ("foolbox", "ours"))
+    return {
+        "model": model,
+        "batch": batch,
+        "L": num_members,
+        "limit_ms": 1e3 * found["limit"]["median"],
+        **{f"{a}/{b}": harness.paired_ratio(times, a, b) if a in times else None for a, b in pairs},
+        "spread": max(one["spread"] for one in found.values()),
+        "compile_s": first - again,
+        "clean_loss": clean,
+        "losses": losses,
+        "times": times,
+    }
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small_resnet")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--models", nargs="+", default=["preact_resnet20", "small_resnet", "small_cnn"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="small networks, batch 32, L = 1 and 2, 3 repeats")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.quick:
+        args.models, args.batches, args.members, args.repeats = ["small_resnet", "small_cnn"], [32], [1, 2], 3
     warnings.filterwarnings("ignore", module="foolbox|eagerpy")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"PGD-{STEPS}, {args.model}, batch {args.batch}, 32x32, {name}, torch {torch.__version__}")
-    print(f"{'L':>2} {'limit ms':>9} {'ours':>6} {'eager loop':>11} {'foolbox':>8}   (ratios to the limit; spread)")
-    for num_members in args.members:
-        torch.manual_seed(0)
-        members = [build_member(args.model, num_classes=10, image_shape=(3, 32, 32)) for _ in range(num_members)]
-        mixture = Mixture(members).to(device).eval().requires_grad_(False)
-        x = torch.rand(args.batch, 3, 32, 32, device=device)
-        y = torch.randint(10, (args.batch,), device=device)
-        attack = PGD(num_steps=STEPS, keep="last")
-        generator = torch.Generator(device).manual_seed(0)
-        runs: dict[str, Callable[[], object]] = {
-            "limit": lambda m=mixture, x=x, y=y: bare_passes(m, x, y),
-            "ours": lambda a=attack, m=mixture, x=x, y=y, g=generator: a(m, x, y, ThreatModel("linf", EPS), g),
-            "eager loop": lambda m=mixture, x=x, y=y: plain_loop(m, x, y),
-        }
-        if num_members == 1:
-            runs["foolbox"] = lambda m=mixture, x=x, y=y: foolbox_pgd(m, x, y)
-        for run in runs.values():
-            run()
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(args.repeats):
-            for name, run in runs.items():
-                times[name].append(seconds(run, device))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        spread = max(max(values) / min(values) for values in times.values())
-        cells = [
-            f"{medians[name] / medians['limit']:.2f}" if name in medians else "-" for name in runs if name != "limit"
-        ]
-        cells += ["-"] * (3 - len(cells))
-        print(
-            f"{num_members:>2} {1e3 * medians['limit']:>9.1f} {cells[0]:>6} {cells[1]:>11} {cells[2]:>8}   {spread:.2f}"
-        )
+    print(f"PGD-{STEPS}, 3x32x32: {harness.describe()}, {args.repeats} rounds", flush=True)
+    rows = []
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        # Seconds of compilation are those of a first run; later L of a model and batch size find its kernels.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for model in args.models:
+            for batch in args.batches:
+                for num_members in args.members:
+                    rows.append(measure(model, num_members, batch, args.repeats, torch.device(args.device)))
+                    print(f"{model}, batch {batch}, L={num_members}: {time.perf_counter() - started:.0f} s so far")
+    harness.table(rows, COLUMNS)
+    harness.save("pgd", rows, vars(args))
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def test_another_architecture_is_refused_with_the_remedy(tmp_path, torchvision_n
     torch.save(torchvision_net.state_dict(), tmp_path / "resnet.pt")
     message = refused(tmp_path / "resnet.pt")
     assert "does not fit model=small_cnn" in message
-    assert "model=... (resnet18, preact_resnet18, small_resnet, small_cnn, linear), model.width=..." in message
+    assert "model=... (resnet18, preact_resnet18, preact_resnet20, small_resnet, small_cnn, linear), model.width=..." in message
     torch.save(net.state_dict(), tmp_path / "small.pt")
     assert "'0.weight' has the shape (2, 2, 3, 3), the model (3, 2, 3, 3)" in refused(
         tmp_path / "small.pt", {**RECIPE, "width": 3}

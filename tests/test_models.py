@@ -99,6 +99,14 @@ def test_preact_resnet18_has_the_published_size():
     assert multiply_adds(ours, (3, 32, 32)) == pytest.approx(556e6, rel=0.01)
 
 
+def test_preact_resnet20_has_the_size_counted_by_hand():
+    ours = build_member("preact_resnet20", num_classes=10)
+    convolutions = 9 * (3 * 16 + 6 * 16**2 + 16 * 32 + 5 * 32**2 + 32 * 64 + 5 * 64**2) + 16 * 32 + 32 * 64
+    norms = 2 * (6 * 16 + 16 + 5 * 32 + 32 + 5 * 64 + 64)
+    assert parameters(ours) == convolutions + norms + 64 * 10 + 10 == 272_282
+    assert multiply_adds(ours, (3, 32, 32)) == pytest.approx(41e6, rel=0.02)
+
+
 def test_preact_block_normalises_before_it_convolves():
     """With all convolutions of the blocks at zero only identities remain, and the stem reaches the head."""
     model = build_member("preact_resnet18", num_classes=3, width=4).net.eval()
@@ -132,7 +140,7 @@ def test_linear_is_an_affine_map():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnet50", {}, "resnet18, preact_resnet18, small_resnet, small_cnn, linear"),
+        ("resnet50", {}, "resnet18, preact_resnet18, preact_resnet20, small_resnet, small_cnn, linear"),
         ("linear", {"num_classes": 1}, "at least 2"),
         ("small_cnn", {"num_classes": 3, "image_shape": (32, 32)}, "image_shape"),
         ("small_cnn", {"num_classes": 3, "width": 0}, "width"),

@@ -1,8 +1,6 @@
-"""The typed top level of the configuration, its resolvers and its checks.
+"""The typed top level of the configuration, its resolvers and its checks of what is known without data or models.
 
-Imports neither torch nor Lightning, so that ``--help``, ``--cfg`` and every refusal answer at once. What is
-checked here is what can be known without data or models; the rest is checked by the objects themselves when
-they are built.
+Imports neither torch nor Lightning, so that ``--help``, ``--cfg`` and every refusal answer at once.
 """
 
 import math
@@ -68,6 +66,8 @@ class TrainerConfig:
     log_every_steps: int = 10
     checkpoint_minutes: float | None = 10.0
     checkpoint_updates: int | None = None
+    # The most images per forward-backward pass in training: auto (what memory holds), null (no limit) or a number.
+    micro_batch_size: Any = "auto"
     progress: bool = True
 
 
@@ -134,10 +134,7 @@ def parse_eps(value: Any) -> float:
 
 
 def path_safe(text: str) -> str:
-    """A file name that keeps what an override says: ``eps=8/255`` becomes ``eps=8-255``.
-
-    Names longer than a file system likes are cut, and closed with a digest so that they stay distinct.
-    """
+    """``eps=8/255`` becomes ``eps=8-255``; names too long for a file system are cut, and closed with a digest."""
     safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", re.sub(r"[\[\]'\"]", "", text)).strip("-. ")
     if len(safe) > MAX_NAME:
         import hashlib
@@ -335,8 +332,10 @@ def check(cfg: DictConfig) -> None:
             f"trainer.val_every_epochs={cfg.trainer.val_every_epochs} must divide "
             f"schedule.epochs={cfg.schedule.epochs}: else the last epochs could not be selected"
         )
-    for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
-        _limit(f"trainer.{key}", cfg.trainer[key])
+    for part in ("train", "val", "test"):
+        _limit(f"trainer.limit_{part}_batches", cfg.trainer[f"limit_{part}_batches"])
+    if cfg.trainer.micro_batch_size not in (None, "auto"):
+        _whole("trainer.micro_batch_size", cfg.trainer.micro_batch_size, 1)
     if cfg.task == "solve" and not cfg.members:
         raise UserError(
             "task=solve needs members=[A,B,...]: exported mixtures, run directories, checkpoints, state dicts "

@@ -186,6 +186,19 @@ def preact_resnet18(
     return _member(_PreActResNet(channels, num_classes, width, 4, 2, 1), channels, mean, std)
 
 
+def preact_resnet20(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    width: int = 16,
+) -> nn.Module:
+    """The 20-layer pre-activation residual network of He et al. (ECCV 2016) for CIFAR; 272,282 parameters for 10
+    classes, about 41 million multiply-adds on 32x32 images."""
+    channels, _, _ = _checked(num_classes, image_shape, width)
+    return _member(_PreActResNet(channels, num_classes, width, 3, 3, 1), channels, mean, std)
+
+
 def small_resnet(
     num_classes: int,
     image_shape: Sequence[int] = (3, 32, 32),
@@ -241,6 +254,7 @@ def linear(
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "preact_resnet18": preact_resnet18,
+    "preact_resnet20": preact_resnet20,
     "small_resnet": small_resnet,
     "small_cnn": small_cnn,
     "linear": linear,

@@ -90,7 +90,9 @@ class ImageDataModule(LightningDataModule):
     and `mean`, `std` (one float per channel, of the training split in [0, 1]).
 
     Args:
-        batch_size: training images per batch.
+        batch_size: training images per batch. It changes what is learned (steps per epoch, noise of the gradient), so a
+            number in the command is what a paper wants. The command line takes ``auto`` for it and for
+            `eval_batch_size`, which becomes a number before it comes here.
         eval_batch_size: validation and test images per batch.
         val_fraction: v in (0, 1); ignored where `num_val` is given.
         num_val: number of validation images, at least 1.

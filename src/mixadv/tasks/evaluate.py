@@ -16,7 +16,8 @@ from mixadv.export import member_recipes
 from mixadv.members import LoadedMember, recorded_config
 from mixadv.mixture import Mixture
 from mixadv.report import write_report
-from mixadv.tasks import build, processes
+from mixadv.tasks import batch_sizes, build, processes
+from mixadv.tasks.choices import Choices
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, described, named_members, of_another_split
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
@@ -31,7 +32,7 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, state: State, *, mixture: M
     Raises:
         UserError: data that do not fit it.
     """
-    data = build.build_data(cfg.data)
+    data = batch_sizes.build_data(cfg)
     _check_fit(config, data)
     _evaluate(cfg, run_dir, mixture, data)
 
@@ -45,7 +46,7 @@ def evaluate_members(cfg: DictConfig, run_dir: Path, state: State) -> None:
         UserError: members that cannot be loaded or do not fit one another or the data, or another number of weights
             than of members.
     """
-    data = build.build_data(cfg.data)
+    data = batch_sizes.build_data(cfg)
     x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
     members = named_members(cfg, data, x, build.resolve_device(cfg.trainer.accelerator, processes.place(cfg)))
     mixture = Mixture([member.module for member in members], _weights(cfg, members))
@@ -80,6 +81,8 @@ def _evaluate(
     if processes.rank(cfg) == 0:
         write_config(run_dir, cfg)
     mixture.to(device)
+    choices, console = Choices(run_dir, processes.rank(cfg)), Console(quiet=processes.rank(cfg) > 0)
+    batch_sizes.settle_evaluation(cfg, data, mixture, device, choices, console)
     started = time.perf_counter()
     loader = data.test_dataloader()
     limit = build.limited(cfg.trainer.limit_test_batches, len(loader))

@@ -27,8 +27,9 @@ from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
 from mixadv.simplex import uniform
-from mixadv.tasks import build
+from mixadv.tasks import batch_sizes, build
 from mixadv.tasks.card import solved_card
+from mixadv.tasks.choices import Choices
 from mixadv.tasks.measure import header, settings_of
 from mixadv.tasks.members import described, named_members, of_another_split
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
@@ -66,7 +67,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     if not solver.adapts:
         raise UserError("lambda_solver=uniform solves nothing: use lp, oracle or entropic (1/L is in the table anyway)")
     attacks = build.build_protocol(cfg)
-    data = build.build_data(cfg.data)
+    data = batch_sizes.build_data(cfg)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     x, y = _validation_images(cfg, data, device)
     members = named_members(cfg, data, x[:8], device)
@@ -75,6 +76,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     mixture = Mixture([member.module for member in members]).to(device)
     setting = Setting(cfg, mixture, threat_model, attacks, device, console)
     write_config(run_dir, cfg)
+    batch_sizes.settle_evaluation(cfg, data, mixture, device, Choices(run_dir), console)
 
     solution, game, seconds = _play(setting, solver, x, y, data.eval_batch_size)
     mixture.set_weights(solution.weights)

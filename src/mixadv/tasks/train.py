@@ -28,8 +28,10 @@ from mixadv.monitor.estimate import in_words, seconds_per_batch
 from mixadv.monitor.history import History, Mirror
 from mixadv.report import draw_curves
 from mixadv.signals import Signals
-from mixadv.tasks import build, processes
+from mixadv.tasks import batch_sizes, build, processes
+from mixadv.tasks.batch_sizes import Sizes
 from mixadv.tasks.card import model_card
+from mixadv.tasks.choices import Choices
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.mirror import mirror_results, mirrored
 from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
@@ -69,17 +71,21 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     if cfg.logger.kind not in ("wandb", "csv"):
         raise UserError(f"logger.kind={cfg.logger.kind} is unknown: choose logger=wandb or logger=csv")
     device = build.resolve_device(cfg.trainer.accelerator, processes.place(cfg))
-    data = build.build_data(cfg.data)
+    data = batch_sizes.build_data(cfg)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     signals = Signals()
     setting = Setting(cfg, data, device, threat_model, build.model_recipe(cfg.model, data), console, signals)
-    _check_division(cfg, data)
-    # Everything that can be refused is built once before the directory is written and the mirror started.
-    module = _module(setting)
+    choices = Choices(run_dir, processes.rank(cfg))
+    with _memory_errors(cfg):
+        _sizes(setting).settle_batches(choices, console)
+        _check_division(cfg, data)
+        # Everything that can be refused is built once before the directory is written and the mirror started.
+        module = _module(setting, choices)
     build.build_protocol(cfg)
 
     if first:
         write_config(run_dir, cfg)
+        choices.keep()
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -110,8 +116,9 @@ def _memory_errors(cfg: DictConfig) -> Iterator[None]:
         if not known:
             raise
         raise UserError(
-            f"out of memory with L={cfg.L} and data.batch_size={cfg.data.batch_size}: lower one of them; "
-            "the last checkpoint is kept"
+            f"out of memory with L={cfg.L} and data.batch_size={cfg.data.batch_size}: set trainer.micro_batch_size "
+            f"(now {cfg.trainer.micro_batch_size}) to fewer images, as trainer.micro_batch_size=32, or lower one of "
+            "them; the last checkpoint is kept"
         ) from error
 
 
@@ -124,7 +131,8 @@ def _train_baseline(setting: Setting, run_dir: Path, mirror: Any) -> None:
         run_dir.mkdir(exist_ok=True)
         write_config(run_dir, cfg)
     single = replace(setting, cfg=cfg)
-    _train_and_measure(single, _module(single), run_dir, None if mirror is None else mirror.baseline())
+    module = _module(single, Choices(run_dir, processes.rank(cfg)))
+    _train_and_measure(single, module, run_dir, None if mirror is None else mirror.baseline())
     if first:
         draw_curves(run_dir)
         mark_done(run_dir)
@@ -145,7 +153,8 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
         "eps": str(cfg.eps),
         "loss": build.as_dict(cfg.loss),
-        "data": build.as_dict(cfg.data),
+        # Where the settings say auto, what it came to.
+        "data": build.as_dict(cfg.data) | {key: getattr(data, key) for key in batch_sizes.KEYS},
         "data_name": data.name,
         "class_names": list(data.class_names),
         "seed": cfg.seed,
@@ -184,7 +193,12 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
     EvaluationState(run_dir / STATE).clear()
 
 
-def _module(setting: Setting) -> MixtureTraining:
+def _sizes(setting: Setting) -> Sizes:
+    cfg, loss = setting.cfg, build.instantiate(setting.cfg.loss, "loss")
+    return Sizes(cfg, setting.data, setting.recipe, loss, setting.device, bf16=cfg.precision == "bf16")
+
+
+def _module(setting: Setting, choices: Choices) -> MixtureTraining:
     """The LightningModule for L members; the data's epochs are cut to its schedule."""
     cfg, data = setting.cfg, setting.data
     num_members = cfg.L
@@ -219,6 +233,7 @@ def _module(setting: Setting) -> MixtureTraining:
         seed=cfg.seed,
         check_every=1 if setting.device.type == "cpu" else 50,
         interruptible=setting.signals.interruptible,
+        micro_batch_size=_sizes(setting).micro_batch_size(choices, setting.console),
     )
 
 
@@ -294,7 +309,10 @@ def _announce(setting: Setting, module: MixtureTraining) -> None:
     """Say how long it will take, and what would fit where it is too long for this machine."""
     cfg, data, device = setting.cfg, setting.data, setting.device
     epochs = cfg.schedule.epochs
-    per_batch = seconds_per_batch(module, data.image_shape, data.num_classes, data.batch_size, device)
+    # No more at once than the training itself takes.
+    part = min(data.batch_size, module.micro_batch_size or data.batch_size)
+    per_part = seconds_per_batch(module, data.image_shape, data.num_classes, part, device)
+    per_batch = per_part * data.batch_size / part
     member_batches = module.schedule.member_batches_in(module.total_batches)
     phases = module.total_batches - member_batches
     steps = module.validation_attack.num_steps / max(1, module.training_attack.num_steps)

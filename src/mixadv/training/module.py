@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.objectives import InnerLoss
 from mixadv.attacks.pgd import PGD
@@ -16,14 +16,15 @@ from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss
 from mixadv.mixture import Mixture
-from mixadv.mixture_game import AttackedBatch, MixtureGame
+from mixadv.mixture_game import AttackedBatch
 from mixadv.ranks import Ranks
 from mixadv.threat_model import ThreatModel
 from mixadv.training import generators
 from mixadv.training.metrics import MeanAccuracy
 from mixadv.training.optimizer import MemberOptimizer
 from mixadv.training.schedule import Schedule
-from mixadv.training.shared_attack import SharedAttack
+from mixadv.training.shared_attack import DividedGame, SharedAttack
+from mixadv.training.update import add_gradient, running_statistics
 
 STATE_SCHEMA = 3
 
@@ -55,6 +56,11 @@ class MixtureTraining(pl.LightningModule):
         check_every: batches between two checks that the loss is finite (each waits for the device).
         interruptible: entered around attacks, weights phases and validation batches, which change nothing that
             `abandon_batch` does not put back: an exception may come at any point inside.
+        micro_batch_size: the most images of a process's share in one forward-backward pass of members phases and
+            weights phases; None for no limit. Gradients of the parts add up to that of the batch, one step follows,
+            and the result is that of one pass up to rounding. Batch norm is the exception: in train mode it
+            normalises each part by the part's own statistics, and updates its running ones once for each part. Dropout
+            draws for each part.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class MixtureTraining(pl.LightningModule):
         seed: int = 0,
         check_every: int = 1,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -93,6 +100,7 @@ class MixtureTraining(pl.LightningModule):
         self.seed = seed
         self.check_every = check_every
         self.interruptible = interruptible
+        self.micro_batch_size = micro_batch_size
 
         self.t = 0
         self.member_updates = [0] * mixture.num_members
@@ -137,10 +145,15 @@ class MixtureTraining(pl.LightningModule):
 
     def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         self.refuse_broken()
-        attacks, generator = [SharedAttack(self.weights_attack, self.ranks)], self.attack_generator
+        most, generator = self.micro_batch_size, self.attack_generator
+        attacks = [SharedAttack(self.weights_attack, self.ranks, most)]
         # After a resume they come from a file.
         recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
-        game = MixtureGame(self.mixture, x, y, self.threat_model, attacks, self.loss, generator, recent=recent)
+        game = DividedGame(
+            *(self.mixture, x, y, self.threat_model, attacks, self.loss, generator),
+            recent=recent,
+            micro_batch_size=most,
+        )
         try:
             game.known()
         except ValueError as error:
@@ -158,7 +171,7 @@ class MixtureTraining(pl.LightningModule):
 
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.member_generator)
-        attack = SharedAttack(self.training_attack, self.ranks)
+        attack = SharedAttack(self.training_attack, self.ranks, self.micro_batch_size)
         with self._interruptible():
             x_adv = attack.own_rows(self.mixture, x, y, self.threat_model, self.attack_generator)
         self._before_batch = None
@@ -184,22 +197,12 @@ class MixtureTraining(pl.LightningModule):
 
     def _update_member(self, k: int, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         member = self.mixture.members[k].train()
-        clean_logits = member(x) if self.loss.needs_clean else None
-        logits = member(x_adv)
-        loss = self.loss.outer(logits, clean_logits, y).mean()
         optimizer = self._as_list(self.optimizers())[k]
         optimizer.zero_grad()
-        self.manual_backward(loss)
-        seen = torch.stack([loss.detach().float(), (logits.detach().argmax(dim=-1) == y).float().mean()])
+        seen = add_gradient(member, self.loss, x, x_adv, y, self.micro_batch_size, self.manual_backward)
+        gradients = [p.grad for p in member.parameters() if p.grad is not None]
         # Statistics of batch norm too: members stay the same on all processes.
-        statistics = [
-            buffer
-            for layer in member.modules()
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-            for buffer in (layer.running_mean, layer.running_var)
-            if buffer is not None
-        ]
-        self.ranks.average_([p.grad for p in member.parameters() if p.grad is not None] + [*statistics, seen])
+        self.ranks.average_([*gradients, *running_statistics(member), seen])
         optimizer.step()
         self._as_list(self.lr_schedulers())[k].step()
         self.member_updates[k] += 1

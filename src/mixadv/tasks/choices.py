@@ -1,0 +1,76 @@
+"""What a run decided for itself, kept in its directory: continued elsewhere, it makes the same choices."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mixadv.errors import UserError
+
+FILE = "choices.json"
+# For as long do other processes wait for the first one's choice.
+PATIENCE = 600.0
+
+
+class Choices:
+    """Choices by name, in ``run_dir/choices.json`` once the directory holds a run (its config.yaml).
+
+    Before that they are remembered, so that a command that is refused leaves nothing behind: `keep` writes them.
+
+    Args:
+        run_dir: the run's directory. rank: this process's number; the first decides, the others take what it wrote.
+
+    Raises:
+        UserError: choices.json is damaged, or the first process has not decided in ten minutes.
+    """
+
+    def __init__(self, run_dir: Path, rank: int = 0) -> None:
+        self._folder, self._path, self._rank = run_dir, run_dir / FILE, rank
+        self._made = self._read()
+
+    def settle(self, name: str, decide: Callable[[], Any]) -> Any:
+        """What was chosen for `name`; else what `decide()` says now, a JSON value, kept from here on."""
+        if self._rank > 0:
+            self._await(name)
+        elif name not in self._made:
+            self._made[name] = decide()
+            if self._is_a_run():
+                self.keep()
+        return self._made[name]
+
+    def keep(self) -> None:
+        """Write what was chosen so far (the first process alone does)."""
+        if self._rank == 0 and self._made:
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self._made, indent=2) + "\n")
+            os.replace(temporary, self._path)
+
+    def _await(self, name: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while name not in self._made:
+            self._made = self._read()
+            if name not in self._made:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"process {self._rank} finds no choice of {name} in {self._path}: all processes need the same "
+                        "run directory, on a disk that they share"
+                    )
+                time.sleep(0.05)
+
+    def _is_a_run(self) -> bool:
+        return (self._folder / "config.yaml").exists()
+
+    def _read(self) -> dict[str, Any]:
+        # Without a run there, the file is what an earlier command left.
+        if not self._path.exists() or not self._is_a_run():
+            return {}
+        try:
+            made = json.loads(self._path.read_text())
+        except (OSError, ValueError) as error:
+            message = f"{self._path} cannot be read ({error}): restore it, or start anew with resume=never"
+            raise UserError(message) from None
+        if not isinstance(made, dict):
+            raise UserError(f"{self._path} holds no choices: restore it, or start anew with resume=never")
+        return made
