@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attack_problems import Failing, Fragile, LinearProblem, Step, linear_problems, networks
-from mixadv.attacks import ARC, PGD, ExpectedLoss, arc, boundaries
+from mixadv.attacks import ARC, PGD, ExpectedLoss, arc
 from mixadv.attacks.boundaries import Boundary, nearest_boundary
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
@@ -455,10 +455,3 @@ def test_wrong_batches_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             ARC()(mixture, bad_x, bad_y, LINF)
-
-
-def test_drawn_members_keep_their_order_and_weights():
-    members = [nn.Linear(2, 2) for _ in range(4)]
-    drawn = boundaries.drawn_members(Mixture(members, [0.5, 0.0, 0.2, 0.3]))
-    assert [m is n for m, n in zip(drawn.members, (members[0], members[2], members[3]), strict=True)] == [True] * 3
-    torch.testing.assert_close(drawn.weights, torch.tensor([0.5, 0.2, 0.3]))

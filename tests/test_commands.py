@@ -21,6 +21,7 @@ FILES = {
     "DONE",
     "checkpoints",
     "config.yaml",
+    "choices.json",
     "curves.png",
     "examples.npz",
     "metrics.csv",

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mixadv import Mixture
+from mixadv import Mixture, models
 from mixadv.errors import UserError
 from mixadv.export import build_mixture, save_mixture
 from mixadv.members import LoadedMember, check_members, load_members, recorded_config, with_unique_names
@@ -270,7 +270,8 @@ def test_another_architecture_is_refused_with_the_remedy(tmp_path, torchvision_n
     torch.save(torchvision_net.state_dict(), tmp_path / "resnet.pt")
     message = refused(tmp_path / "resnet.pt")
     assert "does not fit model=small_cnn" in message
-    assert "model=... (resnet18, preact_resnet18, preact_resnet20, small_resnet, small_cnn, linear), model.width=..." in message
+    known = ", ".join(models.MODELS)
+    assert f"model=... ({known}), model.width=..." in message
     torch.save(net.state_dict(), tmp_path / "small.pt")
     assert "'0.weight' has the shape (2, 2, 3, 3), the model (3, 2, 3, 3)" in refused(
         tmp_path / "small.pt", {**RECIPE, "width": 3}

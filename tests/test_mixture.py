@@ -300,24 +300,24 @@ def test_compiled_members_keep_names_and_numbers():
     torch.testing.assert_close(copy.deepcopy(mixture)(x), plain(x))
 
 
-def test_compiled_members_stay_compiled_in_every_mode(monkeypatch):
+def test_compiled_members_stay_compiled_in_every_mode():
     """Attacking, training and validating take a graph each: more than the recompile limit set here."""
     from torch._dynamo import config
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(config, "recompile_limit", 2)
     mixture = linear_members()
-    mixture.compile(backend="eager")
     x = torch.rand(3, 3, 8, 8)
-    with mixture.attack_mode():
-        mixture(x.clone().requires_grad_(True)).sum().backward()
-    mixture(x).sum().backward()
-    with torch.no_grad():
-        mixture(x)
+    with config.patch(recompile_limit=2):
+        mixture.compile(backend="eager")
         with mixture.attack_mode():
+            mixture(x.clone().requires_grad_(True)).sum().backward()
+        mixture(x).sum().backward()
+        with torch.no_grad():
             mixture(x)
+            with mixture.attack_mode():
+                mixture(x)
     assert counters["stats"]["unique_graphs"] > 2
     assert not any("limit" in reason for reason in counters["unimplemented"])
 
@@ -339,3 +339,71 @@ def test_as_mixture():
     x = torch.rand(2, 3, 8, 8)
     assert (wrapped.num_members, wrapped.weights.tolist()) == (1, [1.0])
     torch.testing.assert_close(wrapped(x), member(x).log_softmax(-1))
+
+
+# --- the members that may be drawn ----------------------------------------------------------------------------
+
+
+def test_the_support_keeps_order_modules_and_weights():
+    members = [nn.Linear(2, 2) for _ in range(4)]
+    mixture = Mixture(members, [0.5, 0.0, 0.2, 0.3])
+    part = mixture.support()
+    assert [m is n for m, n in zip(part.members, (members[0], members[2], members[3]), strict=True)] == [True] * 3
+    assert torch.equal(part.weights, mixture.weights[[0, 2, 3]])
+    x, y = torch.randn(5, 2), torch.randint(2, (5,))
+    assert torch.equal(part.expected_accuracy(x, y), mixture.expected_accuracy(x, y))
+    assert torch.equal(part(x), mixture(x))
+
+
+def test_the_support_follows_the_weights_however_they_change(tmp_path):
+    mixture = Mixture([nn.Linear(2, 2) for _ in range(3)])
+    assert mixture.support() is mixture
+    mixture.set_weights([1.0, 0.0, 0.0])
+    assert len(mixture.support().members) == 1
+    with mixture.using_weights([0.5, 0.5, 0.0]):
+        assert len(mixture.support().members) == 2
+    assert len(mixture.support().members) == 1
+    other = Mixture([nn.Linear(2, 2) for _ in range(3)], [0.0, 0.4, 0.6])
+    mixture.load_state_dict(other.state_dict())
+    assert [m is n for m, n in zip(mixture.support().members, list(mixture.members)[1:], strict=True)] == [True, True]
+    again = copy.deepcopy(mixture)
+    again.set_weights([0.1, 0.4, 0.5])
+    assert again.support() is again
+    assert len(mixture.support().members) == 2
+    mixture.double()
+    assert len(mixture.support().members) == 2
+    with torch.inference_mode():
+        born = Mixture([nn.Linear(2, 2) for _ in range(2)], [1.0, 0.0])
+        assert len(born.support().members) == 1
+        born.set_weights([0.5, 0.5])
+        assert born.support() is born
+
+
+class Doubling(nn.Module):
+    """Twice its input, or where it is traced by the compiler, three times."""
+
+    def forward(self, x):
+        return (3.0 if torch.compiler.is_compiling() else 2.0) * x
+
+
+def test_plain_mode_runs_members_as_they_were_written():
+    mixture = Mixture([Doubling(), nn.Identity()])
+    mixture.compile(backend="eager")
+    x = torch.tensor([[1.0, 2.0]])
+    assert torch.equal(mixture.member_logits(x)[0], 3 * x)
+    with mixture.attack_mode(plain=True):
+        assert torch.equal(mixture.member_logits(x)[0], 2 * x)
+    assert torch.equal(mixture.member_logits(x)[0], 3 * x)
+
+
+def test_plain_mode_is_float32_under_autocast():
+    torch.manual_seed(0)
+    mixture, x = Mixture([nn.Linear(40, 3)]), torch.randn(7, 40)
+    wanted = mixture.member_logits(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixture.member_logits(x).dtype == torch.bfloat16
+        with mixture.attack_mode(plain=True):
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+            assert torch.equal(mixture.member_logits(x), wanted)
+    assert torch.backends.cudnn.allow_tf32

@@ -515,12 +515,13 @@ def test_unwritable_output_is_one_message_with_the_remedy(command, tmp_path, blo
 def test_more_members_than_memory_holds_are_refused_with_what_would_fit(command, tmp_path, monkeypatch):
     # A linear digit classifier has 650 parameters of 12 bytes in training.
     monkeypatch.setattr(build, "available_memory", lambda device: 3 * 650 * 12 + 100)
-    refusal = command(*TINY, "L=4", "name=big").refusal()
+    whole = "trainer.micro_batch_size=null"  # auto would count what a step needs beside the members, and refuse too
+    refusal = command(*TINY, "L=4", "name=big", whole).refusal()
     assert refusal.startswith("L=4 members of model=linear need")
     assert "at most L=3" in refusal
     assert not (tmp_path / "outputs" / "train" / "big").exists()
     monkeypatch.setattr(build, "available_memory", lambda device: 4 * 650 * 12)
-    fits = command(*TINY, "L=4", "name=big", "schedule.epochs=1")
+    fits = command(*TINY, "L=4", "name=big", "schedule.epochs=1", whole)
     assert fits.rc == 0, fits.err
 
 

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mixadv.errors import UserError
 
 TASKS = ("train", "evaluate", "solve", "game", "report")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 RESUME = ("auto", "never")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 MAX_NAME = 120
@@ -81,8 +81,8 @@ class Config:
     seed: int = 0
     name: str | None = None
     resume: str = "auto"
-    compile: bool = False
-    precision: str = "fp32"
+    compile: Any = "auto"
+    precision: str = "auto"
     baseline: bool = False
     members: list[str] = field(default_factory=list)
     weights: list[float] | None = None
@@ -280,6 +280,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.seed >= 2**32:
         raise UserError(f"seed={cfg.seed} must be below 2**32: NumPy's generators take no more")
     _one_of("precision", cfg.precision, PRECISIONS)
+    _one_of("compile", str(cfg.compile).lower(), ("auto", "true", "false"))
     _one_of("resume", cfg.resume, RESUME)
     if cfg.name is not None and not path_safe(cfg.name):
         raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters, digits, - and _")

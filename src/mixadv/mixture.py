@@ -4,8 +4,9 @@ lambda_k.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Mixture(nn.Module):
         device = next((p.device for p in self.members.parameters()), None)
         uniform = torch.full((len(members),), 1.0 / len(members), dtype=torch.float32, device=device)
         self.register_buffer("weights", uniform)
+        # The positive weights' numbers, and the tensor and its version that they were read from.
+        self._drawn: tuple[list[int], Tensor, int] | None = None
         if weights is not None:
             self.set_weights(weights)
 
@@ -75,20 +78,49 @@ class Mixture(nn.Module):
             with torch.no_grad():
                 self.weights.copy_(before)
 
+    def support(self) -> Mixture:
+        """The mixture of the members that may be drawn, those of positive weight; the mixture itself if all may be.
+
+        Modules and weights are the same, and so is everything the mixture answers. The device is waited for only
+        where the weights have changed since the last call.
+        """
+        drawn = self._positive()
+        if len(drawn) == self.num_members:
+            return self
+        part = Mixture(self.members[k] for k in drawn)
+        part.weights = self.weights[drawn]
+        return part
+
+    def _positive(self) -> list[int]:
+        weights = self.weights
+        if weights.is_inference():
+            # Such tensors do not tell whether they have changed.
+            return weights.nonzero().flatten().tolist()
+        if self._drawn is None or self._drawn[1] is not weights or self._drawn[2] != weights._version:
+            self._drawn = weights.nonzero().flatten().tolist(), weights, weights._version
+        return self._drawn[0]
+
     def member_logits(self, x: Tensor) -> Tensor:
         """The logits of every member, [L, B, C]; ValueError where they do not agree in shape."""
-        logits = [member(x) for member in self.members]
+        return self.stack_logits([self.logits_of(k, x) for k in range(self.num_members)])
+
+    def logits_of(self, k: int, x: Tensor) -> Tensor:
+        """The logits of member k, [B, C]; ValueError where it returns another shape."""
+        z: Tensor = self.members[k](x)
+        if z.ndim != 2 or z.shape[0] != x.shape[0]:
+            raise ValueError(f"member {k} returns {tuple(z.shape)} for {x.shape[0]} inputs: expected [batch, classes]")
+        return z
+
+    @staticmethod
+    def stack_logits(logits: Sequence[Tensor]) -> Tensor:
+        """The logits [B, C] of L members as one tensor [L, B, C]; ValueError where they differ in classes."""
         for k, z in enumerate(logits):
-            if z.ndim != 2 or z.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f"member {k} returns {tuple(z.shape)} for {x.shape[0]} inputs: expected [batch, classes]"
-                )
             if z.shape[1] != logits[0].shape[1]:
                 raise ValueError(
                     f"member 0 has {logits[0].shape[1]} classes, member {k} has {z.shape[1]}: the members of "
                     "a mixture must share their classes"
                 )
-        return torch.stack(logits)
+        return torch.stack(list(logits))
 
     def forward(self, x: Tensor) -> Tensor:
         """log sum_k lambda_k softmax(f_k(x)), the log-probabilities of the averaged prediction, [B, C]."""
@@ -140,8 +172,11 @@ class Mixture(nn.Module):
         return labels
 
     @contextmanager
-    def attack_mode(self) -> Iterator[None]:
+    def attack_mode(self, plain: bool = False) -> Iterator[None]:
         """Eval mode and frozen parameters for the length of a `with` block.
+
+        plain: the reference too, in which correctness is recorded: compiled members run as they were written, in the
+        precision of their parameters, without autocast and (on CUDA) without TF32 in convolutions and matrix products.
 
         Afterwards the `training` flag of every submodule, `requires_grad` of every parameter and every buffer
         of the members (batch-norm statistics) are as they were on entry, also after an exception, also
@@ -157,7 +192,8 @@ class Mixture(nn.Module):
         try:
             self.eval()
             self.requires_grad_(False)
-            yield
+            with _as_written(self.weights.device) if plain else nullcontext():
+                yield
         finally:
             for module, training in flags:
                 module.training = training
@@ -183,6 +219,27 @@ class Mixture(nn.Module):
         dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * self.num_members)
         for member in self.members:
             member.compile(*args, **kwargs)
+
+    def uncompile(self) -> None:
+        """Run the members as they were written again."""
+        for member in self.members:
+            # What torch.nn.Module.compile sets; there is no public way back.
+            member._compiled_call_impl = None
+
+
+@contextmanager
+def _as_written(device: torch.device) -> Iterator[None]:
+    """Neither compiled graphs, nor autocast, nor TF32."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        # Where the compiler was never loaded nothing is compiled; loading it takes a second.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with torch.autocast(device.type, enabled=False), eager:
+            yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 def log_average(logits: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ON, AveragedCE, AveragedLoss, ExpectedLoss, Objective, TargetedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, gradient, warn_of_nan_gradients
+from mixadv.attacks.search import WorstPoints, check_batch, value_and_gradient, warn_of_nan_gradients
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -113,7 +113,7 @@ class APGD:
         check_batch(x, y, threat_model)
         if threat_model.eps == 0 or len(x) == 0:
             return x.detach().clone()
-        mixture = as_mixture(mixture)
+        mixture = as_mixture(mixture).support()
         # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
         with torch.inference_mode(False), torch.enable_grad(), mixture.attack_mode():
             return self._attack(mixture, x.detach().clone(), y.clone(), threat_model, generator)
@@ -199,14 +199,15 @@ class _Run:
 
         Where climbing goes no further no gradient is computed; zeros take its place.
         """
-        points = points.detach().requires_grad_(climbing)
         clean = self.clean[:, rows] if self.objective.needs_clean else None
-        with torch.set_grad_enabled(climbing):
-            logits = self.mixture.member_logits(points)
-            value = self.objective(logits, self.y[rows], self.mixture.weights, clean)
-        grad = gradient(value, points) if climbing else torch.zeros_like(points)
-        points, value = points.detach(), value.detach()
-        self.worst.offer(points, logits.detach(), value, rows)
+        if climbing:
+            logits, value, grad = value_and_gradient(self.mixture, self.objective, points, self.y[rows], clean)
+        else:
+            with torch.no_grad():
+                logits = self.mixture.member_logits(points)
+                value = self.objective(logits, self.y[rows], self.mixture.weights, clean)
+            grad = torch.zeros_like(points)
+        self.worst.offer(points, logits, value, rows)
         self.blind[rows] |= grad.flatten(1).isnan().any(1)
         return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
 

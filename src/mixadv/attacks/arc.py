@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mixadv.attacks.boundaries import (
     Boundary,
-    drawn_members,
     inner,
     members_with_gradient,
     nearest_boundary,
@@ -105,10 +104,10 @@ class ARC:
         check_batch(x, y, threat_model)
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
-        mixture = as_mixture(mixture)
+        mixture = as_mixture(mixture).support()
         # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
         with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            search = _Search(self, drawn_members(mixture), x.detach().clone(), y.clone(), threat_model, generator)
+            search = _Search(self, mixture, x.detach().clone(), y.clone(), threat_model, generator)
             for restart in range(self.restarts):
                 search.run(from_x=restart == 0)
         warn_of_nan_gradients("ARC", search.blind, "move", stacklevel=2)

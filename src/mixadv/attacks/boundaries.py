@@ -101,14 +101,6 @@ def _nearer(a: Boundary, b: Boundary) -> Boundary:
     )
 
 
-def drawn_members(mixture: Mixture) -> Mixture:
-    """The same modules without those of weight 0, which no attack needs to fool or to ask."""
-    drawn = mixture.weights.nonzero().flatten().tolist()
-    if len(drawn) == mixture.num_members:
-        return mixture
-    return Mixture([mixture.members[k] for k in drawn], mixture.weights[drawn])
-
-
 def members_with_gradient(mixture: Mixture, x: Tensor) -> list[int]:
     """The members whose logits depend on the input differentiably, asked at the first input of x [B, ...].
 

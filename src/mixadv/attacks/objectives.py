@@ -8,7 +8,7 @@ expectation over members is the finite sum, never a sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class Objective(Protocol):
         """[L, B, C], [B], [L], [L, B, C] or None -> [B]."""
 
 
+@runtime_checkable
+class ExpectedObjective(Objective, Protocol):
+    """An objective sum_k lambda_k l_k(f_k(x'), y): its gradient can be had member by member."""
+
+    def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None) -> Tensor:
+        """l_k for the logits [B, C] of member k, where the clean logits [L, B, C] are those of all -> [B]."""
+
+
 def _expectation(losses: Tensor, weights: Tensor) -> Tensor:
     """sum_k lambda_k losses_k, [L, B] -> [B]; not a matrix product, which autocast and TF32 would round."""
     return (weights.to(losses)[:, None] * losses).sum(0)
@@ -48,6 +56,9 @@ class ExpectedLoss:
     @property
     def needs_clean(self) -> bool:
         return False
+
+    def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        return ATTACK_LOSSES[self.loss](logits, y)
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         return _expectation(ATTACK_LOSSES[self.loss](logits, y), weights)
@@ -144,6 +155,9 @@ class InnerLoss:
     @property
     def needs_clean(self) -> bool:
         return self.robust_loss.needs_clean
+
+    def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        return self.robust_loss.inner(logits, None if clean_logits is None else clean_logits[k], y)
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         return _expectation(self.robust_loss.inner(logits, clean_logits, y), weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import WorstPoints, check_batch, gradient, warn_of_nan_gradients
+from mixadv.attacks.search import WorstPoints, check_batch, value_and_gradient, warn_of_nan_gradients
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -83,7 +83,7 @@ class PGD:
             raise ValueError(f"start_at has shape {tuple(start_at.shape)}, x has {tuple(x.shape)}")
         if threat_model.eps == 0 or len(x) == 0:
             return x.detach().clone()
-        mixture = as_mixture(mixture)
+        mixture = as_mixture(mixture).support()
         # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
         with torch.inference_mode(False), torch.enable_grad(), mixture.attack_mode():
             first = None if start_at is None else start_at.detach().to(x.dtype, copy=True)
@@ -131,10 +131,8 @@ class PGD:
         """The last iterate, and nothing but the passes that it takes."""
         x_adv = self.starting_points(x, threat_model, generator) if first is None else first
         for _ in range(self.num_steps):
-            x_adv.requires_grad_(True)
-            objective = self.objective(mixture.member_logits(x_adv), y, mixture.weights, clean_logits)
-            grad = gradient(objective, x_adv)
-            x_adv = threat_model.ascent_step(x_adv.detach(), grad, self.step_size * threat_model.eps)
+            grad = value_and_gradient(mixture, self.objective, x_adv, y, clean_logits)[2]
+            x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
             x_adv = threat_model.project(x_adv, x)
         return x_adv
 
@@ -164,17 +162,13 @@ class PGD:
             if x_adv is None:
                 x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
             clean = None if clean_logits is None else clean_logits[:, rows]
-            last = step == self.num_steps
-            x_adv.requires_grad_(not last)
-            with torch.set_grad_enabled(not last):
-                logits = mixture.member_logits(x_adv)
-                objective = self.objective(logits, y[rows], mixture.weights, clean)
-            if last:
-                worst.offer(x_adv, logits, objective, rows)
+            if step == self.num_steps:
+                with torch.no_grad():
+                    logits = mixture.member_logits(x_adv)
+                    worst.offer(x_adv, logits, self.objective(logits, y[rows], mixture.weights, clean), rows)
                 return
-            grad = gradient(objective, x_adv)
-            x_adv = x_adv.detach()
-            worst.offer(x_adv, logits.detach(), objective.detach(), rows)
+            logits, value, grad = value_and_gradient(mixture, self.objective, x_adv, y[rows], clean)
+            worst.offer(x_adv, logits, value, rows)
             blind[rows] |= grad.flatten(1).isnan().any(1)
             x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
             x_adv = threat_model.project(x_adv, x[rows])

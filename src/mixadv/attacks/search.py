@@ -8,9 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mixadv.attacks.objectives import Objective
+from mixadv.attacks.objectives import ExpectedObjective, Objective
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
+
+NO_GRADIENT = (
+    "the objective has no gradient with respect to the input: no member is differentiable; use an attack without "
+    "gradients"
+)
 
 
 class Attack(Protocol):
@@ -102,12 +107,45 @@ def gradient(objective: Tensor, x_adv: Tensor, retain_graph: bool = False) -> Te
         ValueError: the objective does not depend on x_adv differentiably.
     """
     if not objective.requires_grad:
-        raise ValueError(
-            "the objective has no gradient with respect to the input: no member is differentiable; "
-            "use an attack without gradients"
-        )
+        raise ValueError(NO_GRADIENT)
     (grad,) = torch.autograd.grad(objective.sum(), x_adv, retain_graph=retain_graph)
     return grad
+
+
+def value_and_gradient(
+    mixture: Mixture, objective: Objective, x: Tensor, y: Tensor, clean_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The members' logits at x [L, R, C], the objective there [R] and its gradient in x [R, ...], all detached.
+
+    One forward and one backward pass per member. Where the objective is an expectation, member after member, so that
+    the activations of one member at a time are held; the results are those of all at once, bit for bit.
+
+    Args:
+        mixture: in attack mode. x: [R, ...]; y: [R]; clean_logits: [L, R, C] where the objective needs them.
+
+    Raises:
+        ValueError: no member is differentiable, or as `Mixture.member_logits`.
+    """
+    x = x.detach().requires_grad_(True)
+    weights = mixture.weights
+    if mixture.num_members == 1 or not isinstance(objective, ExpectedObjective):
+        joint = mixture.member_logits(x)
+        value = objective(joint, y, weights, clean_logits)
+        return joint.detach(), value.detach(), gradient(value, x)
+    logits: list[Tensor] = []
+    total: Tensor | None = None
+    # Backward passes of a sum begin with its last term, and gradients add up in that order.
+    for k in reversed(range(mixture.num_members)):
+        one = mixture.logits_of(k, x)
+        logits.append(one.detach())
+        loss = objective.of_member(k, one, y, clean_logits)
+        if loss.requires_grad:
+            grad = gradient(weights[k].to(loss) * loss, x)
+            total = grad if total is None else total + grad
+    if total is None:
+        raise ValueError(NO_GRADIENT)
+    every = mixture.stack_logits(logits[::-1])
+    return every, objective(every, y, weights, clean_logits), total
 
 
 def check_points(name: str, x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> None:

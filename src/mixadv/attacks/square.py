@@ -82,7 +82,7 @@ class Square:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, H, W], [B, H, W] or [B, d]")
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
-        mixture = as_mixture(mixture)
+        mixture = as_mixture(mixture).support()
         # Tensors made under inference_mode cannot be written to outside it; their clones can.
         with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
             x, y = x.detach().clone(), y.clone()

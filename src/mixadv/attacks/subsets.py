@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixadv.attacks.boundaries import drawn_members, members_with_gradient, nearest_boundary, per_example
+from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary, per_example
 from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.search import WorstPoints, check_batch, warn_of_nan_gradients
 from mixadv.mixture import Mixture, as_mixture
@@ -93,10 +93,10 @@ class SubsetAttack:
         check_batch(x, y, threat_model)
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
-        mixture = as_mixture(mixture)
+        mixture = as_mixture(mixture).support()
         # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
         with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            search = _Search(self, drawn_members(mixture), x.detach().clone(), y.clone(), threat_model, generator)
+            search = _Search(self, mixture, x.detach().clone(), y.clone(), threat_model, generator)
             sets = subsets_by_weight(search.weights.tolist(), self.max_subsets, generator)
             for restart, members in itertools.product(range(self.restarts), sets):
                 search.run(members, from_x=restart == 0)

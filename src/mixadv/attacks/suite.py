@@ -122,7 +122,7 @@ class AttackSuite:
         worst = WorstPoints(mixture, x.detach(), y)
 
         def replay(points: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad(), mixture.attack_mode():
+            with torch.no_grad(), mixture.attack_mode(plain=True):
                 logits = mixture.member_logits(points)
             accuracy = mixture.expectation(logits.argmax(-1) == y)
             return accuracy, worst.offer(points, logits, -accuracy)

@@ -56,7 +56,7 @@ class Transfer:
     ) -> Tensor:
         """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
         check_batch(x, y, threat_model)
-        mixture = as_mixture(mixture)
+        mixture = as_mixture(mixture).support()
         if mixture.num_members == 1:
             return self.attack(mixture, x, y, threat_model, generator)
         if threat_model.eps == 0 or x.numel() == 0:

@@ -102,7 +102,7 @@ def distrust(
     if not len(x):
         raise ValueError("there are no images to judge by")
     x = x.detach()
-    with torch.random.fork_rng([x.device] if x.is_cuda else []), mixture.attack_mode():
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), mixture.attack_mode(plain=True):
         torch.manual_seed(seed)
         found = answers(mixture, x)
         shares, blind = gradients(mixture, x, y, threat_model, seed, batch_size)

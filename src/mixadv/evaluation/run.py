@@ -197,7 +197,7 @@ def _stay(
 
 def _correct(mixture: Mixture, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Per-member and averaged correctness from one plain forward: uint8 [L, B], [B]."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), mixture.attack_mode():
+    with torch.no_grad(), mixture.attack_mode(plain=True):
         logits = mixture.member_logits(x)
         averaged = mixture.log_average(logits)
     members = logits.argmax(-1) == y

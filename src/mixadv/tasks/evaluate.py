@@ -16,7 +16,7 @@ from mixadv.export import member_recipes
 from mixadv.members import LoadedMember, recorded_config
 from mixadv.mixture import Mixture
 from mixadv.report import write_report
-from mixadv.tasks import batch_sizes, build, processes
+from mixadv.tasks import batch_sizes, build, processes, speed
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, described, named_members, of_another_split
@@ -77,12 +77,13 @@ def _evaluate(
     device = build.resolve_device(cfg.trainer.accelerator, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     # Refused here, it leaves no directory behind that the mended command could not use.
-    build.build_protocol(cfg)
+    protocol = speed.passes_of_protocol(build.build_protocol(cfg), data.num_classes)
     if processes.rank(cfg) == 0:
         write_config(run_dir, cfg)
     mixture.to(device)
     choices, console = Choices(run_dir, processes.rank(cfg)), Console(quiet=processes.rank(cfg) > 0)
     batch_sizes.settle_evaluation(cfg, data, mixture, device, choices, console)
+    speed.settle_evaluation(cfg, data, mixture, protocol * data.num_test, device, choices, console)
     started = time.perf_counter()
     loader = data.test_dataloader()
     limit = build.limited(cfg.trainer.limit_test_batches, len(loader))

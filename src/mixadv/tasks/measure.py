@@ -183,7 +183,7 @@ def example_images(
 ) -> tuple[np.ndarray, np.ndarray, list[str], list[str], float]:
     """Clean and attacked images [N, C, H, W], their labels, which members the attack fooled, and eps."""
     x_adv = attack(mixture, x, y, threat_model, torch.Generator(x.device).manual_seed(0))
-    with torch.no_grad(), mixture.attack_mode():
+    with torch.no_grad(), mixture.attack_mode(plain=True):
         wrong = mixture.member_logits(x_adv).argmax(-1) != y
     fooled = [", ".join(str(int(k)) for k in column.nonzero().flatten()) or "none" for column in wrong.T]
     labels = [class_names[int(label)] for label in y]

@@ -27,8 +27,8 @@ from mixadv.shipped import refuse_aliases
 RESULTS_SCHEMA = 1
 # Settings that do not change what is computed: they may differ when a run is continued or shown.
 INDIFFERENT = (
-    *("resume", "name", "runs", "logger", "data.mirrors", "data.download"),
-    *("trainer.progress", "trainer.checkpoint_minutes", "trainer.checkpoint_updates"),
+    *("resume", "name", "runs", "compile", "logger", "data.mirrors", "data.download"),
+    *("trainer.progress", "trainer.checkpoint_minutes", "trainer.checkpoint_updates", "trainer.micro_batch_size"),
 )
 
 

@@ -27,7 +27,7 @@ from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
 from mixadv.simplex import uniform
-from mixadv.tasks import batch_sizes, build
+from mixadv.tasks import batch_sizes, build, speed
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.measure import header, settings_of
@@ -37,6 +37,8 @@ from mixadv.threat_model import ThreatModel
 
 # Attacks that judge the weights start elsewhere than those that found them.
 FRESH = 100_003
+# Times that the validation images are attacked, about: some rounds of the solver, and the judgement.
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     mixture = Mixture([member.module for member in members]).to(device)
     setting = Setting(cfg, mixture, threat_model, attacks, device, console)
     write_config(run_dir, cfg)
-    batch_sizes.settle_evaluation(cfg, data, mixture, device, Choices(run_dir), console)
+    choices = Choices(run_dir)
+    batch_sizes.settle_evaluation(cfg, data, mixture, device, choices, console)
+    images = ROUNDS * len(y) + data.num_test
+    passes = images * speed.passes_of_protocol(attacks, data.num_classes)
+    speed.settle_evaluation(cfg, data, mixture, passes, device, choices, console)
 
     solution, game, seconds = _play(setting, solver, x, y, data.eval_batch_size)
     mixture.set_weights(solution.weights)

@@ -28,7 +28,7 @@ from mixadv.monitor.estimate import in_words, seconds_per_batch
 from mixadv.monitor.history import History, Mirror
 from mixadv.report import draw_curves
 from mixadv.signals import Signals
-from mixadv.tasks import batch_sizes, build, processes
+from mixadv.tasks import batch_sizes, build, processes, speed
 from mixadv.tasks.batch_sizes import Sizes
 from mixadv.tasks.card import model_card
 from mixadv.tasks.choices import Choices
@@ -53,6 +53,8 @@ class Setting:
     recipe: dict[str, Any]
     console: Console
     signals: Signals
+    precision: str
+    compiled: bool = False
 
 
 def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> None:
@@ -74,14 +76,16 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     data = batch_sizes.build_data(cfg)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     signals = Signals()
-    setting = Setting(cfg, data, device, threat_model, build.model_recipe(cfg.model, data), console, signals)
     choices = Choices(run_dir, processes.rank(cfg))
+    precision, recipe = speed.settle_precision(cfg, device, choices), build.model_recipe(cfg.model, data)
+    setting = Setting(cfg, data, device, threat_model, recipe, console, signals, precision)
     with _memory_errors(cfg):
         _sizes(setting).settle_batches(choices, console)
         _check_division(cfg, data)
         # Everything that can be refused is built once before the directory is written and the mirror started.
         module = _module(setting, choices)
-    build.build_protocol(cfg)
+    compiled = speed.settle_compilation(cfg, speed.operations_of_training(cfg, module, data), device, choices)
+    setting = replace(setting, compiled=compiled)
 
     if first:
         write_config(run_dir, cfg)
@@ -195,7 +199,7 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
 
 def _sizes(setting: Setting) -> Sizes:
     cfg, loss = setting.cfg, build.instantiate(setting.cfg.loss, "loss")
-    return Sizes(cfg, setting.data, setting.recipe, loss, setting.device, bf16=cfg.precision == "bf16")
+    return Sizes(cfg, setting.data, setting.recipe, loss, setting.device, bf16=setting.precision == "bf16")
 
 
 def _module(setting: Setting, choices: Choices) -> MixtureTraining:
@@ -250,8 +254,8 @@ def _fit(
     last = newest(run_dir / "checkpoints", console.print, first=processes.rank(cfg) == 0)
     if last is None and processes.rank(cfg) == 0:
         _announce(setting, module)
-    if cfg.compile:
-        module.mixture.compile()
+    if setting.compiled:
+        _compile(setting, module)
     pl.seed_everything(cfg.seed, verbose=False)
     title = f"mixture of {num_members}" if num_members > 1 else "single model"
     checkpoints = Checkpoints(
@@ -270,7 +274,7 @@ def _fit(
     trainer = pl.Trainer(
         max_epochs=epochs,
         **processes.trainer_settings(cfg, device),
-        precision="bf16-mixed" if cfg.precision == "bf16" else "32-true",
+        precision="bf16-mixed" if setting.precision == "bf16" else "32-true",
         deterministic=cfg.trainer.deterministic,
         check_val_every_n_epoch=cfg.trainer.val_every_epochs,
         limit_val_batches=build.limited(cfg.trainer.limit_val_batches, len(data.val_dataloader())),
@@ -303,6 +307,14 @@ def _fit(
         raise UserError(f"{BEST} is of other members than these: start anew with resume=never") from error
     assert checkpoints.best is not None
     return checkpoints.best["epoch"]
+
+
+def _compile(setting: Setting, module: MixtureTraining) -> None:
+    cfg, data = setting.cfg, setting.data
+    share = min(data.batch_size, data.num_train) // processes.number(cfg)
+    size = min(share, module.micro_batch_size or share)
+    graphs = speed.Graphs(size, data.image_shape, setting.device, trained=True, bf16=setting.precision == "bf16")
+    speed.compile_members(cfg, module.mixture, graphs, setting.console)
 
 
 def _announce(setting: Setting, module: MixtureTraining) -> None:

@@ -293,8 +293,8 @@ class MixtureTraining(pl.LightningModule):
         generator = torch.Generator(x.device).manual_seed(self.seed + 2 + batch_idx)
         with self._interruptible(), torch.enable_grad():
             x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, generator)
-        # Whatever the precision of training and attack, correctness is that of the float32 model.
-        with torch.autocast(x.device.type, enabled=False):
+        # However training and attack compute, correctness is that of the plain float32 model.
+        with self.mixture.attack_mode(plain=True):
             self.clean_accuracy.update(self.mixture.expected_accuracy(x, y))
             self.ensemble_accuracy.update(self.mixture.ensemble_accuracy(x, y))
             self.robust_accuracy.update(self.mixture.expected_accuracy(x_adv, y))

@@ -1,0 +1,174 @@
+"""``auto`` in precision and compile: what pays on the device, and in a run of this length."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+
+from mixadv.attacks.apgd import APGD
+from mixadv.attacks.objectives import ExpectedLoss
+from mixadv.attacks.search import Attack, value_and_gradient
+from mixadv.data.base import ImageDataModule
+from mixadv.errors import UserError
+from mixadv.losses import cross_entropy
+from mixadv.mixture import Mixture
+from mixadv.tasks import build
+from mixadv.tasks.choices import Choices
+from mixadv.training import MixtureTraining
+
+AUTO = "auto"
+# Compiling takes one to three minutes, for graphs of the attack, the update and other sizes of batch; on two CPU cores
+# it then saves about a quarter (docs/performance.md). A run has to be long enough for that: in floating-point
+# operations, for each thread of a CPU about 20 minutes, for a GPU some minutes.
+ENOUGH = {"cpu": 5e13, "cuda": 1e16}
+
+
+def settle_precision(cfg: DictConfig, device: torch.device, choices: Choices) -> str:
+    """``fp32`` or ``bf16`` for training; ``auto`` is bf16 on GPUs whose tensor cores compute in it, else fp32.
+
+    Evaluation is in fp32 always. On CPUs without instructions for bfloat16 autocast is many times slower.
+    """
+    if cfg.precision != AUTO:
+        return str(cfg.precision)
+    # Compute capability 8 is the first with them; is_bf16_supported() counts emulation.
+    cores = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return str(choices.settle("precision", lambda: "bf16" if cores else "fp32"))
+
+
+def settle_compilation(cfg: DictConfig, operations: float, device: torch.device, choices: Choices) -> bool:
+    """Whether members are compiled; ``auto`` asks whether a run of so many floating-point operations repays it.
+
+    It counts and does not time, so that the same command decides the same.
+    """
+    if cfg.compile != AUTO:
+        return _wanted(cfg)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    enough = ENOUGH.get(device.type, float("inf")) * threads
+    return bool(choices.settle("compile", lambda: operations > enough))
+
+
+def operations_of(members: Iterable[nn.Module], image_shape: Sequence[int]) -> float:
+    """Floating-point operations of one image's forward pass through all the members, by torch's own counter.
+
+    Two for each multiply-add of convolutions and matrix products; other layers count nothing.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    total = 0
+    for member in members:
+        place = next((p.device for p in member.parameters()), torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(_cuda(place)):
+            was = member.training
+            member.eval()(torch.full((1, *image_shape), 0.5, device=place))
+            member.train(was)
+        total += counter.get_total_flops()
+    return float(total)
+
+
+def passes_of_protocol(attacks: Mapping[str, Attack], num_classes: int) -> int:
+    """Forward and backward passes of one image through one member that the attacks may take at most, about.
+
+    Restarts and steps multiply; an attack that says neither counts as one of 100 queries.
+    """
+    total = 0
+    for attack in attacks.values():
+        objectives = len(attack.objectives(num_classes)) if isinstance(attack, APGD) else 1
+        steps = getattr(attack, "num_steps", None)
+        passes = getattr(attack, "num_queries", 100) if steps is None else 2 * steps
+        total += passes * getattr(attack, "restarts", 1) * objectives
+    return total
+
+
+def operations_of_training(cfg: DictConfig, module: MixtureTraining, data: ImageDataModule) -> float:
+    """Floating-point operations of ``task=train``, about: training, validation and the final measurement.
+
+    Raises:
+        UserError: an attack of the protocol cannot be built.
+    """
+    training = 2 * (module.training_attack.num_steps + 1) * module.total_batches * data.batch_size
+    validations = cfg.schedule.epochs / cfg.trainer.val_every_epochs
+    validation = 2 * module.validation_attack.num_steps * data.num_val * validations
+    measurement = passes_of_protocol(build.build_protocol(cfg), data.num_classes) * data.num_test
+    return (training + validation + measurement) * operations_of(module.mixture.members, data.image_shape)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What compiled members will be run on first: full batches, attacked and, if `trained`, in an update.
+
+    Args:
+        batch_size: images. image_shape: [C, H, W]. device: where they run.
+        trained: whether members are updated. bf16: whether under autocast.
+    """
+
+    batch_size: int
+    image_shape: Sequence[int]
+    device: torch.device
+    trained: bool = False
+    bf16: bool = False
+
+    def make(self, mixture: Mixture) -> None:
+        """Run each member once; random states, parameters and statistics stay as they are."""
+        x = torch.full((self.batch_size, *self.image_shape), 0.5, device=self.device)
+        y = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        # Attack mode puts back what the update changes.
+        with torch.random.fork_rng(_cuda(self.device)), torch.inference_mode(False), mixture.attack_mode(), autocast:
+            value_and_gradient(mixture, ExpectedLoss(), x, y, None)
+            for member in mixture.members if self.trained else ():
+                parameters = list(member.train().requires_grad_(True).parameters())
+                torch.autograd.grad(cross_entropy(member(x), y).mean(), parameters, allow_unused=True)
+
+
+def compile_members(cfg: DictConfig, mixture: Mixture, graphs: Graphs, console: Console) -> None:
+    """Compile the members in place, and make the graphs of full batches first, whatever the run begins with.
+
+    Where that fails, members run as they were written, which is said.
+
+    Raises:
+        UserError: it fails, and ``compile=true`` asks for it.
+    """
+    mixture.to(graphs.device).compile()
+    try:
+        graphs.make(mixture)
+    except torch.OutOfMemoryError:
+        raise
+    # What compilers raise: errors of their own, of the toolchain that is not there, of a cache that cannot be written.
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        if _wanted(cfg):
+            raise UserError(
+                f"compile=true: the members cannot be compiled here ({reason}): use compile=false"
+            ) from error
+        mixture.uncompile()
+        line = f"compile=auto: the members run as they were written, for they cannot be compiled here ({reason})"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def settle_evaluation(
+    cfg: DictConfig,
+    data: ImageDataModule,
+    mixture: Mixture,
+    passes: float,
+    device: torch.device,
+    choices: Choices,
+    console: Console,
+) -> None:
+    """Compile the members where attacks of so many `passes` of single images through each member repay it."""
+    operations = passes * operations_of(mixture.members, data.image_shape)
+    if settle_compilation(cfg, operations, device, choices):
+        graphs = Graphs(min(data.eval_batch_size, data.num_test), data.image_shape, device)
+        compile_members(cfg, mixture, graphs, console)
+
+
+def _wanted(cfg: DictConfig) -> bool:
+    """Whether ``compile=true`` is said (quoted, it is text)."""
+    return str(cfg.compile).lower() == "true"
+
+
+def _cuda(device: torch.device) -> list[Any]:
+    return [device] if device.type == "cuda" else []
