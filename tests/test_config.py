@@ -117,7 +117,7 @@ def test_the_flagship_command_is_the_papers_setting(command):
     assert math.isclose(cfg.attack.step_size * config.parse_eps(cfg.eps), 2 / 255)
     assert (cfg.schedule.kind, cfg.schedule.epochs) == ("sampled", 200)
     assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.1, 0.9, 5e-4)
-    assert cfg.precision == "fp32"
+    assert (cfg.precision, cfg.compile) == ("auto", "auto")
     config.check(cfg)
 
 
@@ -151,8 +151,8 @@ def test_types_and_defaults_of_the_schema_agree_with_the_files(compose):
     cfg = compose()
     for key in ("L", "seed"):
         assert type(cfg[key]) is int
-    for key in ("compile", "baseline"):
-        assert type(cfg[key]) is bool
+    assert type(cfg.baseline) is bool
+    assert [compose(f"compile={text}").compile for text in ("auto", "true", "false")] == ["auto", True, False]
     assert (cfg.name, cfg.mixture, list(cfg.members), cfg.weights, cfg.runs) == (None, None, [], None, "outputs")
     assert list(compose("weights=[1,0]").weights) == [1.0, 0.0]
     assert all(type(weight) is float for weight in compose("weights=[1,0]").weights)

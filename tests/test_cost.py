@@ -1,12 +1,14 @@
 """The cost model of docs/performance.md: images that members see, forward and backward, counted and by formula."""
 
+from dataclasses import replace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from mixadv.attacks import PGD
 from mixadv.data.digits import Digits
-from mixadv.lambda_solvers import AcceleratedEntropic, LinearProgram, OracleSubgradient, Uniform
+from mixadv.lambda_solvers import AcceleratedEntropic, LambdaSolver, LinearProgram, OracleSubgradient, Uniform
 from mixadv.losses import AT, TRADES
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch, MixtureGame
@@ -127,6 +129,20 @@ def test_the_schedules_in_units_of_a_forward_pass():
         assert sampled / one == pytest.approx(members * (2 * K * members + 3) / (2 * K + 3))
 
 
+class Levelling(LambdaSolver):
+    """Plays as another solver does and keeps the weights 1/L: members of weight 0 would cost nothing afterwards."""
+
+    def __init__(self, player):
+        self.player = player
+
+    def attack_cost(self):
+        return self.player.attack_cost()
+
+    def solve(self, game, lam0=None, generator=None):
+        solution = self.player.solve(game, lam0=lam0, generator=generator)
+        return replace(solution, weights=torch.full_like(solution.weights, 1 / game.num_members))
+
+
 SOLVERS = {
     "oracle": (OracleSubgradient(num_steps=2), {"responses": 2, "pooled": False, "samples": 0}),
     "entropic": (AcceleratedEntropic(num_steps=3, num_samples=5), {"responses": 1, "pooled": True, "samples": 5}),
@@ -143,7 +159,7 @@ SOLVERS = {
 def test_weights_phases_add_theirs(digits, kind, loss, solver):
     members, clean = 3, int(isinstance(loss, TRADES))
     played, settings = SOLVERS[solver]
-    found = train_one_epoch(digits, mixture_of(members), kind, loss, played)
+    found = train_one_epoch(digits, mixture_of(members), kind, loss, Levelling(played))
     phases = PER_PASS // T_THETA
     without = epoch_of_members(kind, members, clean)
     each = phase(members, clean, **settings)

@@ -226,6 +226,10 @@ def test_the_largest_part_against_trying_all():
 # --- the command --------------------------------------------------------------------------------------------
 
 
+# On a CPU, in a short run.
+AS_IT_COMES = {"precision": "fp32", "compile": False}
+
+
 def choices_of(cwd, name, task="train"):
     return json.loads((cwd / "outputs" / task / name / "choices.json").read_text())
 
@@ -242,7 +246,7 @@ def test_a_batch_that_does_not_fit_is_divided_and_stays_so(command, tmp_path, mo
     whole = command(*TINY, "L=2", "name=whole")
     assert whole.rc == 0, whole.err
     assert "Memory does not hold" not in whole.out
-    assert choices_of(tmp_path, "whole") == {"trainer.micro_batch_size": 20}
+    assert choices_of(tmp_path, "whole") == AS_IT_COMES | {"trainer.micro_batch_size": 20}
 
     (net,) = members("linear", wrap=lambda net: net, count=1)
     estimate = training_memory(net, 2, AT(), (1, 8, 8), 10, CPU)
@@ -250,7 +254,7 @@ def test_a_batch_that_does_not_fit_is_divided_and_stays_so(command, tmp_path, mo
     parts = command(*TINY, "L=2", "name=parts", "schedule.epochs=2")
     assert parts.rc == 0, parts.err
     assert "Memory does not hold 20 images at once: batches are served in 4 parts of at most 5" in parts.out
-    assert choices_of(tmp_path, "parts") == {"trainer.micro_batch_size": 5}
+    assert choices_of(tmp_path, "parts") == AS_IT_COMES | {"trainer.micro_batch_size": 5}
     ends = [json.loads((tmp_path / "outputs/train" / name / "results.json").read_text()) for name in ("whole", "parts")]
     assert ends[1]["weights"] == pytest.approx(ends[0]["weights"], abs=1e-4)
     assert ends[1]["clean"]["expected_accuracy"] == pytest.approx(ends[0]["clean"]["expected_accuracy"], abs=0.02)
@@ -284,7 +288,7 @@ def test_the_batch_size_that_fits(command, monkeypatch, tmp_path):
     )
     assert measured.rc == 0, measured.err
     assert "attacks on 512 images at once" in measured.out
-    assert choices_of(tmp_path, "measured", "evaluate") == {"data.eval_batch_size": 512}
+    assert choices_of(tmp_path, "measured", "evaluate") == {"data.eval_batch_size": 512, "compile": False}
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "true", "half"])

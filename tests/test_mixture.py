@@ -285,7 +285,7 @@ def test_compiled_members_keep_names_and_numbers():
     torch._dynamo.reset()
     mixture = linear_members()
     plain = copy.deepcopy(mixture)
-    x = torch.rand(3, 3, 8, 8)
+    x = torch.rand(20, 3, 8, 8)
     calls = []
 
     def backend(graph, inputs):
@@ -308,7 +308,7 @@ def test_compiled_members_stay_compiled_in_every_mode():
     torch._dynamo.reset()
     counters.clear()
     mixture = linear_members()
-    x = torch.rand(3, 3, 8, 8)
+    x = torch.rand(20, 3, 8, 8)
     with config.patch(recompile_limit=2):
         mixture.compile(backend="eager")
         with mixture.attack_mode():
@@ -389,11 +389,15 @@ class Doubling(nn.Module):
 def test_plain_mode_runs_members_as_they_were_written():
     mixture = Mixture([Doubling(), nn.Identity()])
     mixture.compile(backend="eager")
-    x = torch.tensor([[1.0, 2.0]])
+    x = torch.rand(16, 2)
     assert torch.equal(mixture.member_logits(x)[0], 3 * x)
     with mixture.attack_mode(plain=True):
         assert torch.equal(mixture.member_logits(x)[0], 2 * x)
     assert torch.equal(mixture.member_logits(x)[0], 3 * x)
+    # Batches too small to be worth a graph of their own.
+    assert torch.equal(mixture.member_logits(x[:15])[0], 2 * x[:15])
+    mixture.uncompile()
+    assert torch.equal(mixture.member_logits(x)[0], 2 * x)
 
 
 def test_plain_mode_is_float32_under_autocast():

@@ -5,7 +5,7 @@ lambda_k.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.simplex import is_distribution
+
+# Below this, PyTorch's convolutions on CPUs choose other kernels, and compiled graphs of any size are not for them.
+SMALL_BATCH = 16
 
 
 class Mixture(nn.Module):
@@ -210,21 +213,30 @@ class Mixture(nn.Module):
 
         Only the members are compiled: lambda, the draws and `attack_mode` stay ordinary Python, and the keys
         of the state dict do not change. Members of one architecture share their graphs. There is a graph for
-        each of train or eval, frozen or not, with or without gradient, full or ragged batch, so PyTorch's
+        each of train or eval, frozen or not, with or without gradient, full or another size of batch, so PyTorch's
         recompile limit (8 by default, silently eager beyond) is raised to 16 per member, for the whole
-        process.
+        process. Batches of less than 16, what attacks come down to, run as the members were written: convolutions
+        would want graphs of their own for them.
         """
         import torch._dynamo.config as dynamo
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * self.num_members)
         for member in self.members:
-            member.compile(*args, **kwargs)
+            # What torch.nn.Module.compile sets.
+            member._compiled_call_impl = _unless_small(
+                torch.compile(member._call_impl, *args, **kwargs), member._call_impl
+            )
 
     def uncompile(self) -> None:
         """Run the members as they were written again."""
         for member in self.members:
-            # What torch.nn.Module.compile sets; there is no public way back.
             member._compiled_call_impl = None
+
+
+def _unless_small(
+    compiled: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    return lambda x: plain(x) if len(x) < SMALL_BATCH else compiled(x)
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class ExpectedLoss:
         return False
 
     def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        """loss(f_k(x'), y): see `ExpectedObjective`."""
         return ATTACK_LOSSES[self.loss](logits, y)
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
@@ -157,6 +158,7 @@ class InnerLoss:
         return self.robust_loss.needs_clean
 
     def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        """inner_k: see `ExpectedObjective`."""
         return self.robust_loss.inner(logits, None if clean_logits is None else clean_logits[k], y)
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:

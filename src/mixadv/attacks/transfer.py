@@ -56,22 +56,24 @@ class Transfer:
     ) -> Tensor:
         """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
         check_batch(x, y, threat_model)
-        mixture = as_mixture(mixture).support()
+        mixture = as_mixture(mixture)
         if mixture.num_members == 1:
             return self.attack(mixture, x, y, threat_model, generator)
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
             x, y = x.detach().clone(), y.clone()
-            worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
+            # What fools a member that is never drawn may fool others, so all of them are attacked.
+            drawn = mixture.support()
+            worst, clean_logits = worst_from_x(drawn, x, y, self.objective)
             for surrogate in _surrogates(mixture):
                 rows = worst.open()
                 if not len(rows):
                     break
                 points = self.attack(surrogate, x[rows], y[rows], threat_model, generator).detach()
-                logits = mixture.member_logits(points)
+                logits = drawn.member_logits(points)
                 reference = None if clean_logits is None else clean_logits[:, rows]
-                worst.offer(points, logits, self.objective(logits, y[rows], mixture.weights, reference), rows)
+                worst.offer(points, logits, self.objective(logits, y[rows], drawn.weights, reference), rows)
             return worst.x
 
 

@@ -78,7 +78,9 @@ def passes_of_protocol(attacks: Mapping[str, Attack], num_classes: int) -> int:
     for attack in attacks.values():
         objectives = len(attack.objectives(num_classes)) if isinstance(attack, APGD) else 1
         steps = getattr(attack, "num_steps", None)
-        passes = getattr(attack, "num_queries", 100) if steps is None else 2 * steps
+        # A backward pass for each class that ARC tries.
+        backward = getattr(attack, "num_runner_ups", 1)
+        passes = getattr(attack, "num_queries", 100) if steps is None else (1 + backward) * steps
         total += passes * getattr(attack, "restarts", 1) * objectives
     return total
 

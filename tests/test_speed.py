@@ -1,0 +1,179 @@
+"""What `auto` in precision and compile comes to, and that compilation never costs a run."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from conftest import TINY
+from mixadv.attacks import APGD, ARC, PGD, Square
+from mixadv.errors import UserError
+from mixadv.mixture import Mixture
+from mixadv.models import build_member
+from mixadv.tasks import speed
+from mixadv.tasks.choices import Choices
+from mixadv.threat_model import ThreatModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cfg(compose):
+    return lambda *said: compose(*TINY, *said)
+
+
+def network(**settings):
+    return build_member("small_cnn", num_classes=10, image_shape=(1, 8, 8), **settings)
+
+
+# --- precision ---------------------------------------------------------------------------------------------------
+
+
+def test_precision_on_a_cpu_is_fp32_and_kept(cfg, tmp_path):
+    choices = Choices(tmp_path)
+    assert speed.settle_precision(cfg(), CPU, choices) == "fp32"
+    assert speed.settle_precision(cfg("precision=bf16"), CPU, choices) == "bf16"
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "choices.json").write_text('{"precision": "bf16"}')
+    # Trained so far elsewhere.
+    assert speed.settle_precision(cfg(), CPU, Choices(tmp_path)) == "bf16"
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_precision_on_a_gpu_follows_its_tensor_cores(cfg, tmp_path, monkeypatch, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert speed.settle_precision(cfg(), torch.device("cuda", 0), Choices(tmp_path)) == wanted
+
+
+# --- whether to compile ------------------------------------------------------------------------------------------
+
+
+def test_long_runs_are_compiled_and_short_ones_are_not(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    enough = 3 * speed.ENOUGH["cpu"]
+    assert speed.settle_compilation(cfg(), 1.01 * enough, CPU, Choices(tmp_path))
+    assert not speed.settle_compilation(cfg(), 0.99 * enough, CPU, Choices(tmp_path))
+    assert speed.settle_compilation(cfg("compile=true"), 1.0, CPU, Choices(tmp_path))
+    assert not speed.settle_compilation(cfg("compile=false"), 1e30, CPU, Choices(tmp_path))
+    gpu = torch.device("cuda", 0)
+    assert speed.settle_compilation(cfg(), 1.01 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
+    assert not speed.settle_compilation(cfg(), 0.99 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
+    # Nothing is known of others.
+    assert not speed.settle_compilation(cfg(), 1e30, torch.device("mps"), Choices(tmp_path))
+
+
+def test_operations_are_those_of_the_layers():
+    # 3x3 convolutions without a border left out: 8x8 places of 1 and 4 channels, then of what the network says.
+    net = network(width=4)
+    state = torch.get_rng_state()
+    counted = 0
+
+    def count(layer, inputs, output):
+        nonlocal counted
+        weight = layer.weight
+        counted += 2 * weight.numel() * (output.shape[-1] * output.shape[-2] if weight.ndim == 4 else 1)
+
+    twin = copy.deepcopy(net)
+    for layer in twin.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.register_forward_hook(count)
+    twin(torch.zeros(1, 1, 8, 8))
+    net.train()
+    assert speed.operations_of([net, net], (1, 8, 8)) == 2 * counted
+    assert counted > 10_000
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_passes_of_a_protocol_bound_those_taken():
+    torch.manual_seed(0)
+    attacks = {"pgd": PGD(5, restarts=2), "apgd-t": APGD(4, loss="dlr-targeted"), "square": Square(30), "arc": ARC(3)}
+    mixture = Mixture([network(width=4)])
+    passes = 0
+
+    def count(member, inputs, logits):
+        nonlocal passes
+        passes += len(logits)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: count(member, inputs, gradient))
+
+    mixture.members[0].register_forward_hook(count)
+    x, y = torch.rand(6, 1, 8, 8), torch.zeros(6, dtype=torch.long)
+    for name, attack in attacks.items():
+        passes = 0
+        # A ball in which nothing can be fooled: every step is taken.
+        attack(mixture, x, mixture.member_logits(x)[0].argmax(-1), ThreatModel("linf", 1e-6), torch.Generator())
+        said = speed.passes_of_protocol({name: attack}, 10)
+        assert said / 2 <= passes / len(y) <= 2 * said, name
+    assert speed.passes_of_protocol(attacks, 10) == sum(
+        speed.passes_of_protocol({name: attack}, 10) for name, attack in attacks.items()
+    )
+
+
+# --- compilation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_making_the_graphs_leaves_no_trace(trained):
+    torch.manual_seed(1)
+    # Batch norm keeps statistics, and dropout draws.
+    residual = build_member("small_resnet", num_classes=10, image_shape=(1, 8, 8), width=4)
+    mixture = Mixture([torch.nn.Sequential(torch.nn.Dropout(), residual)])
+    mixture.train()
+    before, state = copy.deepcopy(mixture.state_dict()), torch.get_rng_state()
+    speed.Graphs(20, (1, 8, 8), CPU, trained=trained).make(mixture)
+    assert all(torch.equal(value, before[name]) for name, value in mixture.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in mixture.members[0].modules())
+    assert all(p.requires_grad and p.grad is None for p in mixture.parameters())
+
+
+@pytest.fixture
+def no_compiler(tmp_path, monkeypatch):
+    """A machine without a C++ compiler, and nothing compiled before."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        yield
+    torch._dynamo.reset()
+
+
+def test_where_members_cannot_be_compiled_they_run_as_they_were_written(cfg, no_compiler):
+    torch.manual_seed(1)
+    mixture = Mixture([network(width=4), network(width=4)])
+    plain, x = copy.deepcopy(mixture).eval(), torch.rand(20, 1, 8, 8)
+    said = io.StringIO()
+    graphs = speed.Graphs(20, (1, 8, 8), CPU, trained=True)
+    speed.compile_members(cfg(), mixture, graphs, Console(file=said, width=200))
+    assert "compile=auto: the members run as they were written" in said.getvalue()
+    assert "compiler" in said.getvalue()
+    assert torch.equal(mixture.eval().member_logits(x), plain.member_logits(x))
+    with pytest.raises(UserError, match="compile=true: the members cannot be compiled here"):
+        speed.compile_members(cfg("compile=true"), mixture, graphs, Console(file=said))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_keeps_its_choice_and_its_records_are_plain(command, tmp_path, monkeypatch):
+    """Really compiled: training and evaluation of one small model."""
+    said = [text for text in TINY if not text.startswith(("data.batch_size", "data.eval_batch_size"))]
+    said += ["data.batch_size=20", "data.eval_batch_size=20", "schedule.epochs=1"]
+    for name, choice in (("plain", "compile=false"), ("fast", "compile=true")):
+        finished = command(*said, f"name={name}", choice)
+        assert finished.rc == 0, finished.err
+    plain, fast = (tmp_path / "outputs" / "train" / name / "results.json" for name in ("plain", "fast"))
+    plain, fast = json.loads(plain.read_text()), json.loads(fast.read_text())
+    assert abs(plain["clean"]["expected_accuracy"] - fast["clean"]["expected_accuracy"]) <= 0.1
+    path = tmp_path / "outputs" / "train" / "fast"
+    assert "compile" not in json.loads((path / "choices.json").read_text())
+    measured = command("task=evaluate", f"mixture={path}", "name=again", "compile=true", *said_of(said))
+    assert measured.rc == 0, measured.err
+
+
+def said_of(said):
+    """What task=evaluate reads of a training's settings."""
+    return [text for text in said if text.startswith(("protocol", "trainer", "logger", "data.eval_batch_size"))]
