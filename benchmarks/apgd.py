@@ -143,10 +143,12 @@ def compare(target: str, model: nn.Module, data: tuple[Tensor, Tensor], args: ar
     torch.compiler.reset()
     x, y = data
     plain, compiled = copy.deepcopy(model), copy.deepcopy(model)
-    for net in (plain, compiled):
+    # As others have it: in PyTorch's own layout of weights.
+    theirs = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for net in (plain, compiled, theirs):
         net.eval().requires_grad_(False)
     (compiled if isinstance(compiled, Mixture) else Mixture([compiled])).compile()
-    attacks = {"ours, compiled": (ours, compiled), "ours, plain": (ours, plain), "pyautoattack": (peer, plain)}
+    attacks = {"ours, compiled": (ours, compiled), "ours, plain": (ours, plain), "pyautoattack": (peer, theirs)}
     points: dict[str, Tensor] = {}
 
     def run(name: str) -> None:

@@ -29,7 +29,7 @@ def pieces(stream: BatchStream, batch: int, repeats: int, device: torch.device) 
     runs = {
         "select": lambda: stream.images[rows],
         "augment": lambda: random_crop_flip(chosen, 4, True, seeded_generator(0, "augment", 1)),
-        "scale": lambda: stream._scaled(chosen),
+        "scale": lambda: chosen.float().div_(255),
         "order": lambda: torch.randperm(len(stream.images), generator=seeded_generator(0, "order", 1)).to(device),
     }
     found = {name: one["median"] for name, one in summary(interleaved(runs, repeats, 2, device)).items()}

@@ -137,7 +137,9 @@ class Loop:
 
     def __init__(self, model: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.net = build_member(model, num_classes=10, image_shape=(3, 32, 32)).to(args.device)
+        net = build_member(model, num_classes=10, image_shape=(3, 32, 32))
+        # As a script has it: in PyTorch's own layout of weights.
+        self.net = net.to(memory_format=torch.contiguous_format).to(args.device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
         self.data, self.steps, self.device = Noise(batch_size=args.batch), args.steps, args.device
         self.data.batches_in_epoch = lambda epoch: args.batches

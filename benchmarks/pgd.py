@@ -102,7 +102,9 @@ def measure(model: str, num_members: int, batch: int, repeats: int, device: torc
     """One row: seconds of all runs, and their ratios."""
     torch.compiler.reset()
     plain, x, y = problem(model, num_members, batch, device)
-    script, compiled = copy.deepcopy(plain).requires_grad_(True), copy.deepcopy(plain)
+    # As a script has it: in PyTorch's own layout of weights.
+    script = copy.deepcopy(plain).requires_grad_(True).to(memory_format=torch.contiguous_format)
+    compiled = copy.deepcopy(plain)
     compiled.compile()
     attack, generator = PGD(STEPS, keep="last"), torch.Generator(device).manual_seed(0)
 

@@ -68,8 +68,6 @@ def runs_at(model: str, at: dict[str, int], device: torch.device) -> dict[str, C
             optimizer.step()
 
     def respond() -> None:
-        # The points of earlier calls would stay in the game.
-        del game._moves[1:]
         game.best_response(mixture.weights)
 
     return {"shared": lambda: update(at["L"]), "sampled": lambda: update(1), "weights": respond}

@@ -74,6 +74,8 @@ class Job:
         torch.manual_seed(0)
         kwargs = {"num_classes": CLASSES, "image_shape": SHAPE, "mean": [0.5] * 3, "std": [0.2] * 3}
         self.mixture = Mixture([build_member(args.model, **kwargs) for _ in range(num_members)]).to(self.device)
+        wide = ours is not None and ours["channels_last"]
+        self.mixture.to(memory_format=torch.channels_last if wide else torch.contiguous_format)
         x, y = images(max(args.images, batch), 0)
         self.stream = BatchStream(
             x, y, batch, padding=4, flip=True, device=self.device, batches_in_epoch=lambda e: 10**9
@@ -91,8 +93,6 @@ class Job:
         from mixadv.training import LearningRate, MemberOptimizer, MixtureTraining
 
         logging.getLogger(pl.__name__).setLevel(logging.ERROR)
-        if ours["channels_last"]:
-            self.mixture.to(memory_format=torch.channels_last)
         if ours["compile"]:
             self.mixture.compile(**({} if ours["compile"] == "default" else {"mode": ours["compile"]}))
         self.module = MixtureTraining(
