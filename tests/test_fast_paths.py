@@ -160,6 +160,24 @@ def test_batches_of_many_sizes_take_few_graphs():
     assert not any("limit" in reason for reason in counters["unimplemented"])
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [PGD(2), APGD(2), APGD(2, loss="dlr-targeted"), APGD(2, on="averaged"), ARC(2), SubsetAttack(2), Square(4)],
+    ids=["pgd", "apgd", "apgd-t", "apgd-averaged", "arc", "subsets", "square"],
+)
+def test_every_attack_runs_on_compiled_members(attack):
+    """ARC goes through one graph backwards several times, which compilers do not expect."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)) for _ in WEIGHTS]
+    plain = Mixture(layers, WEIGHTS)
+    # Enough images that some member gets right, for all to stay in the search.
+    fast, (x, y) = compiled_copy(plain), batch(300)
+    found = [
+        attack(mixture, x, y, ThreatModel("linf", 1e-4), torch.Generator().manual_seed(0)) for mixture in (plain, fast)
+    ]
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [[1.0], WEIGHTS, [0.6, 0.0, 0.4]], ids=["one", "three", "zero"])
 def test_compiled_members_attack_as_plain_ones(weights):

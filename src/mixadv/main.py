@@ -10,6 +10,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -201,12 +202,31 @@ def main() -> None:
 
     Sweep.current = None
     try:
-        _refusing(hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(_job))
+        with _one_store():
+            _refusing(hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(_job))
         if Sweep.current is not None:
             _conclude(Sweep.current)
     finally:
         if Sweep.current is not None:
             Sweep.current.close()
+
+
+@contextmanager
+def _one_store() -> Iterator[None]:
+    """For ``--help`` Hydra copies all that it has in store once for every group that it lists, a second's work.
+
+    It reads the copies alone, so they may be the store itself.
+    """
+    if not {"--help", "-h"} & set(sys.argv[1:]):
+        yield
+        return
+    from hydra.core.config_store import ConfigStore
+
+    setattr(ConfigStore, "__deepcopy__", lambda store, memo: store)  # noqa: B010
+    try:
+        yield
+    finally:
+        delattr(ConfigStore, "__deepcopy__")
 
 
 def _refusing(application: Callable[[], Any]) -> None:

@@ -215,11 +215,14 @@ class Mixture(nn.Module):
         of the state dict do not change. Members of one architecture share their graphs. There is a graph for
         each of train or eval, frozen or not, with or without gradient, full or another size of batch, so PyTorch's
         recompile limit (8 by default, silently eager beyond) is raised to 16 per member, for the whole
-        process. Batches of less than 16, what attacks come down to, run as the members were written: convolutions
-        would want graphs of their own for them.
+        process. Batches of less than 16, what attacks come down to, run as the members were written:
+        convolutions would want graphs of their own for them.
         """
         import torch._dynamo.config as dynamo
+        import torch._functorch.config as functorch
 
+        # Else the first backward pass frees what further ones through the same graph need, as ARC's.
+        functorch.donated_buffer = False
         dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * self.num_members)
         for member in self.members:
             # What torch.nn.Module.compile sets.

@@ -60,7 +60,8 @@ class ThreatModel:
         """
         _same_shape(x_adv, x)
         if self.norm == "linf":
-            return self._clamp(torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps))
+            nearest = torch.clamp(x_adv, x - self.eps, x + self.eps)
+            return nearest if self.bounds is None else nearest.clamp_(*self.bounds)
         delta = x_adv - x
         norm = _per_example(self._norm(delta), x)
         # The slack keeps points on the sphere, whose norm is rounded, exactly where they are.
@@ -99,7 +100,8 @@ class ThreatModel:
         step = _per_example(step_size, x_adv) if isinstance(step_size, Tensor) else step_size
         grad = grad.nan_to_num(nan=0.0)
         if self.norm == "linf":
-            return x_adv + step * grad.sign()
+            # In place on the copy: on CPUs every further one costs as much as the arithmetic.
+            return grad.sign_().mul_(step).add_(x_adv)
         tiny = torch.finfo(grad.dtype).tiny
         largest = _per_example(grad.abs().flatten(1).amax(1), grad)
         grad = grad / largest.clamp_min(tiny)
