@@ -30,14 +30,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# About 40 minutes on two cores; more with the benchmarks' own settings (see benchmarks/README.md).
+# Most of an hour on two cores; more with the benchmarks' own settings (see benchmarks/README.md).
 bench: $(STAMP)
-	$(BIN)/python benchmarks/pgd.py --repeats 5
+	$(BIN)/python benchmarks/pgd.py --models preact_resnet20 small_resnet --batches 64 --repeats 3
 	$(BIN)/python benchmarks/apgd.py
-	$(BIN)/python benchmarks/epoch.py --models small_resnet --batches 8
-	$(BIN)/python benchmarks/epoch.py --models preact_resnet20 --batch-sizes 64 --members 1 2 --batches 2
+	$(BIN)/python benchmarks/epoch.py --models small_resnet --batch-sizes 64
 	$(BIN)/python benchmarks/scaling.py --quick
-	$(BIN)/python benchmarks/memory.py --members 1 4 --batches 64 256
+	$(BIN)/python benchmarks/memory.py --models small_resnet --members 1 4 --batches 64
 	$(BIN)/python benchmarks/data_path.py --quick
 	$(BIN)/python benchmarks/ddp.py --quick
 	$(BIN)/python benchmarks/startup.py --repeats 3

@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from mixadv.attacks import APGD, ARC, PGD, AveragedCE, ExpectedLoss, Square, SubsetAttack
+from mixadv.attacks import APGD, ARC, PGD, AttackSuite, AveragedCE, ExpectedLoss, Square, SubsetAttack
 from mixadv.attacks.objectives import InnerLoss, TargetedLoss
 from mixadv.attacks.search import value_and_gradient
 from mixadv.data.digits import Digits
-from mixadv.evaluation import evaluate
-from mixadv.losses import TRADES
+from mixadv.evaluation import curves, evaluate
+from mixadv.lambda_solvers import Uniform
+from mixadv.losses import AT, TRADES, ZeroOne
 from mixadv.mixture import Mixture
+from mixadv.mixture_game import MixtureGame
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
+from mixadv.training import MixtureTraining
 
 BALL = ThreatModel("linf", 0.1)
 WEIGHTS = [0.5, 0.2, 0.3]
@@ -215,13 +218,62 @@ class Doubtful(nn.Module):
         return -right if torch.compiler.is_compiling() else right
 
 
-def test_what_is_recorded_comes_from_members_as_they_were_written():
+@pytest.fixture
+def doubtful():
+    """A compiled mixture that is right as written, images and labels."""
+    torch._dynamo.reset()
     mixture = Mixture([Doubtful(), Doubtful()], [0.3, 0.7])
     mixture.compile(backend="eager")
     y = torch.tensor([0, 1, 1, 0, 1]).repeat(4)
     x = y.float().reshape(-1, 1, 1, 1).repeat(1, 1, 2, 2)
     assert mixture.expected_accuracy(x, y).sum() == 0
-    record = evaluate(mixture, [(x, y)], {"pgd-2": PGD(2)}, ThreatModel("linf", 1e-6), seed=0)
+    return mixture, x, y
+
+
+TINY_BALL = ThreatModel("linf", 1e-6)
+
+
+def test_what_is_recorded_comes_from_members_as_they_were_written(doubtful):
+    mixture, x, y = doubtful
+    record = evaluate(mixture, [(x, y)], {"pgd-2": PGD(2)}, TINY_BALL, seed=0)
     summary = record.summary({"pgd-2": {}})
     assert summary["clean"]["expected_accuracy"] == 1
     assert summary["robust"]["expected_accuracy"] == 1
+
+
+def test_a_suite_judges_members_as_they_were_written(doubtful):
+    mixture, x, y = doubtful
+    found = AttackSuite({"pgd-2": PGD(2)})(mixture, x, y, TINY_BALL)
+    assert found.clean.mean() == 1
+    assert found.expected_accuracy.mean() == 1
+
+
+def test_curves_judge_members_as_they_were_written(doubtful):
+    mixture, x, y = doubtful
+    found = curves(mixture, x, y, TINY_BALL, seed=0)
+    assert found["eps"]["mixture"][0] == 1
+
+
+def test_the_game_of_right_and_wrong_is_played_with_members_as_they_were_written(doubtful):
+    mixture, x, y = doubtful
+    assert MixtureGame(mixture, x, y, TINY_BALL, [PGD(1)], ZeroOne()).member_losses(x).sum() == 0
+    assert MixtureGame(mixture, x, y, TINY_BALL, [PGD(1)], AT()).member_losses(x).mean() > 1
+
+
+def test_validation_judges_members_as_they_were_written(doubtful):
+    mixture, x, y = doubtful
+    module = MixtureTraining(
+        mixture,
+        loss=AT(),
+        threat_model=TINY_BALL,
+        attack=PGD(1),
+        validation_attack=PGD(1),
+        solver=Uniform(),
+        updates_per_member=1,
+        total_batches=1,
+    )
+    module.eval()
+    module.validation_step((x, y), 0)
+    module.on_validation_epoch_end()
+    assert module.validation == dict.fromkeys(module.validation, 1.0)
+    assert len(module.validation) == 3

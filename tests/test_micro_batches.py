@@ -284,7 +284,7 @@ def test_the_batch_size_that_fits(command, monkeypatch, tmp_path):
     free_memory(monkeypatch, 10**12)
     measured = command(
         *(word for word in TINY if not word.startswith(("data", "model", "schedule", "lambda"))),
-        *("task=evaluate", "mixture=outputs/train/auto", "data.batch_size=auto", "name=measured"),
+        *("task=evaluate", "mixture=outputs/train/auto", "data.eval_batch_size=auto", "name=measured"),
     )
     assert measured.rc == 0, measured.err
     assert "attacks on 512 images at once" in measured.out

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -366,6 +367,9 @@ def test_the_support_follows_the_weights_however_they_change(tmp_path):
     other = Mixture([nn.Linear(2, 2) for _ in range(3)], [0.0, 0.4, 0.6])
     mixture.load_state_dict(other.state_dict())
     assert [m is n for m, n in zip(mixture.support().members, list(mixture.members)[1:], strict=True)] == [True, True]
+    mixture.weights.data.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    assert len(mixture.support().members) == 1
+    mixture.weights.data.copy_(torch.tensor([0.0, 0.4, 0.6]))
     again = copy.deepcopy(mixture)
     again.set_weights([0.1, 0.4, 0.5])
     assert again.support() is again
@@ -407,7 +411,30 @@ def test_plain_mode_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mixture.member_logits(x).dtype == torch.bfloat16
         with mixture.attack_mode(plain=True):
-            assert not torch.backends.cuda.matmul.allow_tf32
-            assert not torch.backends.cudnn.allow_tf32
             assert torch.equal(mixture.member_logits(x), wanted)
-    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("asked", ["high", "medium"])
+def test_plain_mode_is_float32_whatever_was_asked_of_the_libraries(asked):
+    own = torch.backends
+    places = own.cuda.matmul, own.cudnn.conv, own.mkldnn.matmul, own.mkldnn.conv
+    before = [place.fp32_precision for place in places]
+    try:
+        torch.set_float32_matmul_precision(asked)
+        set_so = [place.fp32_precision for place in places]
+        assert set_so != ["ieee"] * 4
+        with Mixture([nn.Identity()]).attack_mode(plain=True):
+            assert [place.fp32_precision for place in places] == ["ieee"] * 4
+        assert [place.fp32_precision for place in places] == set_so
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def test_a_copy_looks_at_its_own_weights():
+    """On devices that have to be waited for, what was seen is kept; versions of a copied tensor begin anew."""
+    mixture = Mixture([nn.Linear(2, 2), nn.Linear(2, 2)], [1.0, 0.0])
+    mixture._drawn = [0], mixture.weights, mixture.weights._version
+    for twin in (copy.deepcopy(mixture), pickle.loads(pickle.dumps(mixture))):
+        assert twin._drawn is None

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from conftest import TINY
 from mixadv.attacks import APGD, ARC, PGD, Square
+from mixadv.data.digits import Digits
 from mixadv.errors import UserError
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
@@ -51,18 +52,22 @@ def test_precision_on_a_gpu_follows_its_tensor_cores(cfg, tmp_path, monkeypatch,
 # --- whether to compile ------------------------------------------------------------------------------------------
 
 
+def not_asked():
+    raise AssertionError("the choice is not automatic")
+
+
 def test_long_runs_are_compiled_and_short_ones_are_not(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     enough = 3 * speed.ENOUGH["cpu"]
-    assert speed.settle_compilation(cfg(), 1.01 * enough, CPU, Choices(tmp_path))
-    assert not speed.settle_compilation(cfg(), 0.99 * enough, CPU, Choices(tmp_path))
-    assert speed.settle_compilation(cfg("compile=true"), 1.0, CPU, Choices(tmp_path))
-    assert not speed.settle_compilation(cfg("compile=false"), 1e30, CPU, Choices(tmp_path))
+    assert speed.settle_compilation(cfg(), lambda: 1.01 * enough, CPU, Choices(tmp_path))
+    assert not speed.settle_compilation(cfg(), lambda: 0.99 * enough, CPU, Choices(tmp_path))
+    assert speed.settle_compilation(cfg("compile=true"), not_asked, CPU, Choices(tmp_path))
+    assert not speed.settle_compilation(cfg("compile=false"), not_asked, CPU, Choices(tmp_path))
     gpu = torch.device("cuda", 0)
-    assert speed.settle_compilation(cfg(), 1.01 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
-    assert not speed.settle_compilation(cfg(), 0.99 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
+    assert speed.settle_compilation(cfg(), lambda: 1.01 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
+    assert not speed.settle_compilation(cfg(), lambda: 0.99 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
     # Nothing is known of others.
-    assert not speed.settle_compilation(cfg(), 1e30, torch.device("mps"), Choices(tmp_path))
+    assert not speed.settle_compilation(cfg(), lambda: 1e30, torch.device("mps"), Choices(tmp_path))
 
 
 def test_operations_are_those_of_the_layers():
@@ -82,9 +87,11 @@ def test_operations_are_those_of_the_layers():
             layer.register_forward_hook(count)
     twin(torch.zeros(1, 1, 8, 8))
     net.train()
-    assert speed.operations_of([net, net], (1, 8, 8)) == 2 * counted
+    net[0].eval()
+    assert speed.operations_of(Mixture([net, net]), (1, 8, 8)) == 2 * counted
     assert counted > 10_000
     assert net.training
+    assert not net[0].training
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -106,11 +113,20 @@ def test_passes_of_a_protocol_bound_those_taken():
         passes = 0
         # A ball in which nothing can be fooled: every step is taken.
         attack(mixture, x, mixture.member_logits(x)[0].argmax(-1), ThreatModel("linf", 1e-6), torch.Generator())
-        said = speed.passes_of_protocol({name: attack}, 10)
+        said = speed.passes_of_protocol({name: attack}, mixture, 10)
         assert said / 2 <= passes / len(y) <= 2 * said, name
-    assert speed.passes_of_protocol(attacks, 10) == sum(
-        speed.passes_of_protocol({name: attack}, 10) for name, attack in attacks.items()
+    assert speed.passes_of_protocol(attacks, mixture, 10) == sum(
+        speed.passes_of_protocol({name: attack}, mixture, 10) for name, attack in attacks.items()
     )
+    # Of two members, each alone and the averaged twin are attacked as well: three times the passes of each.
+    pair = Mixture([mixture.members[0], network(width=4)])
+    assert speed.passes_of_protocol({"pgd": PGD(5)}, pair, 10) == 3 * 10
+
+
+def test_only_images_that_are_attacked_count():
+    data = Digits(num_train=300, num_val=100, num_test=90, batch_size=20, eval_batch_size=40)
+    data.setup()
+    assert [speed.attacked_images(limit, 90, data) for limit in (None, 1, 2, 3, 9, 0.34)] == [90, 40, 80, 90, 90, 40]
 
 
 # --- compilation -------------------------------------------------------------------------------------------------

@@ -94,10 +94,14 @@ class Mixture(nn.Module):
         part.weights = self.weights[drawn]
         return part
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The versions of a copy's tensors begin anew.
+        return super().__getstate__() | {"_drawn": None}
+
     def _positive(self) -> list[int]:
         weights = self.weights
-        if weights.is_inference():
-            # Such tensors do not tell whether they have changed.
+        # Looking is cheap where no device has to be waited for, and inference tensors do not tell of changes.
+        if weights.device.type == "cpu" or weights.is_inference():
             return weights.nonzero().flatten().tolist()
         if self._drawn is None or self._drawn[1] is not weights or self._drawn[2] != weights._version:
             self._drawn = weights.nonzero().flatten().tolist(), weights, weights._version
@@ -215,8 +219,8 @@ class Mixture(nn.Module):
         of the state dict do not change. Members of one architecture share their graphs. There is a graph for
         each of train or eval, frozen or not, with or without gradient, full or another size of batch, so PyTorch's
         recompile limit (8 by default, silently eager beyond) is raised to 16 per member, for the whole
-        process. Batches of less than 16, what attacks come down to, run as the members were written:
-        convolutions would want graphs of their own for them.
+        process. On the CPU batches of less than 16, what attacks come down to, run as the members were
+        written: convolutions would want graphs of their own for them.
         """
         import torch._dynamo.config as dynamo
         import torch._functorch.config as functorch
@@ -236,25 +240,30 @@ class Mixture(nn.Module):
             member._compiled_call_impl = None
 
 
-def _unless_small(
-    compiled: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    return lambda x: plain(x) if len(x) < SMALL_BATCH else compiled(x)
+def _unless_small(compiled: Callable[..., Tensor], plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        small = len(x) < SMALL_BATCH and x.device.type == "cpu"
+        return (plain if small else compiled)(x, *args, **kwargs)
+
+    return run
 
 
 @contextmanager
 def _as_written(device: torch.device) -> Iterator[None]:
-    """Neither compiled graphs, nor autocast, nor TF32."""
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = False
+    """Neither compiled graphs, nor autocast, nor float32 that is less than that (TF32, bf16 in the CPU's library)."""
+    libraries: Any = torch.backends
+    own = libraries.cuda.matmul, libraries.cudnn.conv, libraries.mkldnn.matmul, libraries.mkldnn.conv
+    before = [place.fp32_precision for place in own]
+    for place in own:
+        place.fp32_precision = "ieee"
     try:
         # Where the compiler was never loaded nothing is compiled; loading it takes a second.
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         with torch.autocast(device.type, enabled=False), eager:
             yield
     finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
+        for place, precision in zip(own, before, strict=True):
+            place.fp32_precision = precision
 
 
 def log_average(logits: Tensor, weights: Tensor) -> Tensor:

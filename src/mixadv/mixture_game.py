@@ -1,6 +1,7 @@
 """The adversarial examples game played by a mixture on images: the best response is an attack."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from mixadv.attacks.search import Attack, check_points
 from mixadv.game import BestResponse, FiniteGame
-from mixadv.losses import RobustLoss
+from mixadv.losses import RobustLoss, ZeroOne
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -79,17 +80,21 @@ class MixtureGame:
 
     def member_losses(self, x_adv: Tensor) -> Tensor:
         """Losses l_k(x', y) of every member at `x_adv` [B, ...] -> float64 [L, B]."""
-        with self.mixture.attack_mode(), torch.no_grad():
+        with self._judging(), torch.no_grad():
             if self.loss.needs_clean and self._clean_logits is None:
                 self._clean_logits = self._logits(self.x)
             return self.loss.outer(self._logits(x_adv), self._clean_logits, self.y).double()
+
+    def _judging(self) -> AbstractContextManager[None]:
+        # Answers that are right or wrong are recorded; losses that are minimised may be fast.
+        return self.mixture.attack_mode(plain=isinstance(self.loss, ZeroOne))
 
     def _logits(self, x: Tensor) -> Tensor:
         return torch.cat([self.mixture.member_logits(part) for part in x.split(self._batch_size)], dim=1)
 
     def _payoffs_of(self, batch: AttackedBatch) -> Tensor:
         """[R, 2, L], at x and at x_adv."""
-        with self.mixture.attack_mode(), torch.no_grad():
+        with self._judging(), torch.no_grad():
             clean, attacked = self._logits(batch.x), self._logits(batch.x_adv)
             losses = [self.loss.outer(logits, clean, batch.y).double() for logits in (clean, attacked)]
         return torch.stack(losses, dim=2).permute(1, 2, 0).cpu()

@@ -101,7 +101,8 @@ class ThreatModel:
         grad = grad.nan_to_num(nan=0.0)
         if self.norm == "linf":
             # In place on the copy: on CPUs every further one costs as much as the arithmetic.
-            return grad.sign_().mul_(step).add_(x_adv)
+            move = grad.sign_().mul_(step)
+            return move.add_(x_adv) if move.dtype == x_adv.dtype else x_adv + move
         tiny = torch.finfo(grad.dtype).tiny
         largest = _per_example(grad.abs().flatten(1).amax(1), grad)
         grad = grad / largest.clamp_min(tiny)

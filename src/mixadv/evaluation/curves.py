@@ -105,14 +105,14 @@ def _against_steps(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, s
     for done, steps in zip((0, *STEPS), STEPS, strict=False):
         attack = PGD(steps - done, keep="last")
         at = checked_points(one._replace(attack=partial(attack, start_at=at)), x, y, threat_model, one.seed(*seeds))
-        with torch.no_grad():
+        with torch.no_grad(), one.target.attack_mode(plain=True):
             curve.append(ExpectedLoss()(one.target.member_logits(at), y, one.target.weights))
     return torch.stack(curve).double().cpu().numpy()
 
 
 def _accuracies(mixture: Mixture, passes: list[Pass], x: Tensor, y: Tensor) -> list[Tensor]:
     """Expected accuracy [B] of every target, from one forward pass of each member."""
-    with torch.no_grad():
+    with torch.no_grad(), mixture.attack_mode(plain=True):
         logits = mixture.member_logits(x)
     members = logits.argmax(-1) == y
     everybody = {MIXTURE: mixture.expectation(members), TWIN: mixture.log_average(logits).argmax(-1) == y}

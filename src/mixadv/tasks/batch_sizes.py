@@ -133,13 +133,13 @@ class Sizes:
 def settle_evaluation(
     cfg: DictConfig, data: ImageDataModule, mixture: Mixture, device: torch.device, choices: Choices, console: Console
 ) -> None:
-    """Put a number in the place of ``auto`` in data.eval_batch_size, or outside training in data.batch_size.
+    """Put a number in the place of ``auto`` in data.eval_batch_size, or in data.batch_size where it stands for both.
 
     It is 512, halved until an attack in which all members take part at once fits, but at least 1.
     """
     keys = _automatic(cfg)
     key = "eval_batch_size" if "eval_batch_size" in keys else "batch_size"
-    if not keys:
+    if key not in keys or (key == "batch_size" and cfg.data.get("eval_batch_size") is not None):
         return
 
     def largest() -> int:

@@ -41,8 +41,10 @@ class Choices:
         return self._made[name]
 
     def keep(self) -> None:
-        """Write what was chosen so far (the first process alone does)."""
-        if self._rank == 0 and self._made:
+        """Write what was chosen so far (the first process alone does); nothing of an earlier command stays."""
+        if self._rank == 0 and not self._made:
+            self._path.unlink(missing_ok=True)
+        elif self._rank == 0:
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self._made, indent=2) + "\n")
             os.replace(temporary, self._path)

@@ -80,8 +80,8 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     write_config(run_dir, cfg)
     choices = Choices(run_dir)
     batch_sizes.settle_evaluation(cfg, data, mixture, device, choices, console)
-    images = ROUNDS * len(y) + data.num_test
-    passes = images * speed.passes_of_protocol(attacks, data.num_classes)
+    images = ROUNDS * len(y) + speed.attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
+    passes = images * speed.passes_of_protocol(attacks, mixture, data.num_classes)
     speed.settle_evaluation(cfg, data, mixture, passes, device, choices, console)
 
     solution, game, seconds = _play(setting, solver, x, y, data.eval_batch_size)

@@ -1,21 +1,21 @@
 """``auto`` in precision and compile: what pays on the device, and in a run of this length."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from torch import nn
 
 from mixadv.attacks.apgd import APGD
 from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.search import Attack, value_and_gradient
+from mixadv.attacks.suite import MIXTURE, TWIN, passes_of
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.losses import cross_entropy
-from mixadv.mixture import Mixture
+from mixadv.mixture import SMALL_BATCH, Mixture
 from mixadv.tasks import build
 from mixadv.tasks.choices import Choices
 from mixadv.training import MixtureTraining
@@ -39,7 +39,9 @@ def settle_precision(cfg: DictConfig, device: torch.device, choices: Choices) ->
     return str(choices.settle("precision", lambda: "bf16" if cores else "fp32"))
 
 
-def settle_compilation(cfg: DictConfig, operations: float, device: torch.device, choices: Choices) -> bool:
+def settle_compilation(
+    cfg: DictConfig, operations: Callable[[], float], device: torch.device, choices: Choices
+) -> bool:
     """Whether members are compiled; ``auto`` asks whether a run of so many floating-point operations repays it.
 
     It counts and does not time, so that the same command decides the same.
@@ -48,40 +50,40 @@ def settle_compilation(cfg: DictConfig, operations: float, device: torch.device,
         return _wanted(cfg)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     enough = ENOUGH.get(device.type, float("inf")) * threads
-    return bool(choices.settle("compile", lambda: operations > enough))
+    return bool(choices.settle("compile", lambda: operations() > enough))
 
 
-def operations_of(members: Iterable[nn.Module], image_shape: Sequence[int]) -> float:
+def operations_of(mixture: Mixture, image_shape: Sequence[int]) -> float:
     """Floating-point operations of one image's forward pass through all the members, by torch's own counter.
 
     Two for each multiply-add of convolutions and matrix products; other layers count nothing.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    total = 0
-    for member in members:
-        place = next((p.device for p in member.parameters()), torch.device("cpu"))
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(_cuda(place)):
-            was = member.training
-            member.eval()(torch.full((1, *image_shape), 0.5, device=place))
-            member.train(was)
-        total += counter.get_total_flops()
-    return float(total)
+    place = mixture.weights.device
+    counter = FlopCounterMode(display=False)
+    with mixture.attack_mode(), torch.no_grad(), torch.random.fork_rng(_cuda(place)), counter:
+        # Two, for members that take no image alone.
+        mixture.member_logits(torch.full((2, *image_shape), 0.5, device=place))
+    return counter.get_total_flops() / 2
 
 
-def passes_of_protocol(attacks: Mapping[str, Attack], num_classes: int) -> int:
-    """Forward and backward passes of one image through one member that the attacks may take at most, about.
+def passes_of_protocol(attacks: Mapping[str, Attack], mixture: Mixture, num_classes: int) -> float:
+    """Forward and backward passes of one image through each member that a measurement may take at most, about.
 
-    Restarts and steps multiply; an attack that says neither counts as one of 100 queries.
+    Attacks on one member alone count with their share. Restarts and steps multiply; an attack that says neither counts
+    as one of 100 queries.
     """
-    total = 0
-    for attack in attacks.values():
+    total = 0.0
+    for one in passes_of(attacks, mixture):
+        attack = one.attack
+        alone = one.against not in (MIXTURE, TWIN)
         objectives = len(attack.objectives(num_classes)) if isinstance(attack, APGD) else 1
         steps = getattr(attack, "num_steps", None)
         # A backward pass for each class that ARC tries.
         backward = getattr(attack, "num_runner_ups", 1)
         passes = getattr(attack, "num_queries", 100) if steps is None else (1 + backward) * steps
-        total += passes * getattr(attack, "restarts", 1) * objectives
+        total += passes * getattr(attack, "restarts", 1) * objectives / (mixture.num_members if alone else 1)
     return total
 
 
@@ -93,9 +95,17 @@ def operations_of_training(cfg: DictConfig, module: MixtureTraining, data: Image
     """
     training = 2 * (module.training_attack.num_steps + 1) * module.total_batches * data.batch_size
     validations = cfg.schedule.epochs / cfg.trainer.val_every_epochs
-    validation = 2 * module.validation_attack.num_steps * data.num_val * validations
-    measurement = passes_of_protocol(build.build_protocol(cfg), data.num_classes) * data.num_test
-    return (training + validation + measurement) * operations_of(module.mixture.members, data.image_shape)
+    seen = attacked_images(cfg.trainer.limit_val_batches, data.num_val, data)
+    validation = 2 * module.validation_attack.num_steps * seen * validations
+    tested = attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
+    measurement = passes_of_protocol(build.build_protocol(cfg), module.mixture, data.num_classes) * tested
+    return (training + validation + measurement) * operations_of(module.mixture, data.image_shape)
+
+
+def attacked_images(limit: float | None, count: int, data: ImageDataModule) -> int:
+    """How many of `count` images there are in as many batches as a limit leaves."""
+    batches = build.limited(limit, -(-count // data.eval_batch_size))
+    return min(count, batches * data.eval_batch_size)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,9 @@ def compile_members(cfg: DictConfig, mixture: Mixture, graphs: Graphs, console: 
     Raises:
         UserError: it fails, and ``compile=true`` asks for it.
     """
+    if graphs.batch_size < SMALL_BATCH and graphs.device.type == "cpu":
+        line = f"compile: batches of {graphs.batch_size} images run as written, {SMALL_BATCH} or more are compiled"
+        console.print(line, highlight=False, soft_wrap=True)
     mixture.to(graphs.device).compile()
     try:
         graphs.make(mixture)
@@ -161,8 +174,7 @@ def settle_evaluation(
     console: Console,
 ) -> None:
     """Compile the members where attacks of so many `passes` of single images through each member repay it."""
-    operations = passes * operations_of(mixture.members, data.image_shape)
-    if settle_compilation(cfg, operations, device, choices):
+    if settle_compilation(cfg, lambda: passes * operations_of(mixture, data.image_shape), device, choices):
         graphs = Graphs(min(data.eval_batch_size, data.num_test), data.image_shape, device)
         compile_members(cfg, mixture, graphs, console)
 

@@ -84,12 +84,14 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         _check_division(cfg, data)
         # Everything that can be refused is built once before the directory is written and the mirror started.
         module = _module(setting, choices)
-    compiled = speed.settle_compilation(cfg, speed.operations_of_training(cfg, module, data), device, choices)
+    build.build_protocol(cfg)
+    compiled = speed.settle_compilation(cfg, lambda: speed.operations_of_training(cfg, module, data), device, choices)
     setting = replace(setting, compiled=compiled)
 
     if first:
-        write_config(run_dir, cfg)
+        # In this order: other processes read the choices as soon as there is a configuration.
         choices.keep()
+        write_config(run_dir, cfg)
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
