@@ -209,7 +209,7 @@ def main() -> None:
     if not args.cpu and not torch.cuda.is_available():
         print("gpu.py: there is no GPU; nothing measured (--cpu --quick tries the code)")
         return
-    small = {"model": "small_resnet", "batches": [8], "members": [1, 2], "steps": 2, "repeats": 1, "seconds": 0.1}
+    small = {"model": "small_resnet", "batches": [16], "members": [1, 2], "steps": 2, "repeats": 1, "seconds": 0.1}
     large = {"model": "resnet18", "batches": [512, 1024], "members": [1, 2, 4], "steps": 10, "repeats": 3, "seconds": 2}
     quick = large | {"batches": [512], "members": [1, 2], "repeats": 2, "seconds": 1}
     defaults = small if args.cpu else quick if args.quick else large
