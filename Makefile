@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/data_path.py --quick
 	$(BIN)/python benchmarks/ddp.py --quick
 	$(BIN)/python benchmarks/startup.py --repeats 3
+	$(BIN)/python benchmarks/variants.py --models small_resnet
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/games.py --repeats 1 --full-limit 20
 	$(BIN)/python benchmarks/attacks.py
