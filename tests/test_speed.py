@@ -12,11 +12,14 @@ from conftest import TINY
 from mixadv.attacks import APGD, ARC, PGD, Square
 from mixadv.data.digits import Digits
 from mixadv.errors import UserError
+from mixadv.lambda_solvers import Uniform
+from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.tasks import speed
 from mixadv.tasks.choices import Choices
 from mixadv.threat_model import ThreatModel
+from mixadv.training import MixtureTraining
 
 CPU = torch.device("cpu")
 
@@ -145,6 +148,55 @@ def test_making_the_graphs_leaves_no_trace(trained):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in mixture.members[0].modules())
     assert all(p.requires_grad and p.grad is None for p in mixture.parameters())
+
+
+@pytest.mark.parametrize(("trained", "count"), [(False, 1), (True, 2)])
+def test_graphs_are_made_before_the_run_needs_them(trained, count):
+    """Of the attack, and of the update where there is one; under autocast, which a graph is made for."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return graph.forward
+
+    torch.manual_seed(1)
+    mixture = Mixture([network(width=4), network(width=4)])
+    mixture.compile(backend=backend)
+    counters.clear()
+    graphs = speed.Graphs(20, (1, 8, 8), CPU, trained=trained, bf16=True)
+    graphs.make(mixture)
+    assert seen == [True] * count
+    with torch.autocast("cpu", torch.bfloat16), mixture.attack_mode():
+        x = torch.rand(20, 1, 8, 8, requires_grad=True)
+        mixture.members[0](x).sum().backward()
+        if trained:
+            mixture.members[1].train().requires_grad_(True)(x.detach())
+    assert counters["stats"]["unique_graphs"] == count
+
+
+def test_operations_of_a_training_are_those_of_its_passes(cfg):
+    """By hand: batches of 20 and 3 + 1 passes forward and backward, 2 epochs of validation, one measurement by pgd-20."""
+    config = cfg("L=2", "schedule=shared", "attack.num_steps=3", "~protocol.attacks.arc", "~protocol.attacks.subsets")
+    data = Digits(num_train=200, num_val=40, num_test=50, batch_size=20, eval_batch_size=20)
+    data.setup()
+    mixture = Mixture([build_member("linear", num_classes=10, image_shape=(1, 8, 8)) for _ in range(2)])
+    module = MixtureTraining(
+        mixture,
+        loss=AT(),
+        threat_model=ThreatModel("linf", 0.1),
+        attack=PGD(3),
+        validation_attack=PGD(4),
+        solver=Uniform(),
+        updates_per_member=20,
+        total_batches=21,
+    )
+    one_image = 2 * 2 * 640
+    training, validation, measurement = 21 * 20 * 2 * 4, 2 * 40 * 2 * 4, 50 * 3 * 2 * 20
+    wanted = one_image * (training + validation + measurement)
+    assert speed.operations_of_training(config, module, data) == wanted
 
 
 @pytest.fixture
