@@ -30,6 +30,15 @@ TINY = (
     "trainer.accelerator=cpu",
     "logger=csv",
 )
+# For a Lightning trainer that writes nothing and says nothing.
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
 # What a developer's shell may hold and a test must not depend on.
 OUTSIDE = ("DATA_DIR", "WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_ID", "WANDB_DIR")
 

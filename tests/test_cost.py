@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from conftest import QUIET
 from mixadv.attacks import PGD
 from mixadv.data.digits import Digits
 from mixadv.lambda_solvers import AcceleratedEntropic, LambdaSolver, LinearProgram, OracleSubgradient, Uniform
@@ -73,12 +74,7 @@ def train_one_epoch(data, mixture, kind, loss, solver=None, validate=False):
     passes = Passes(mixture)
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **QUIET,
         limit_val_batches=None if validate else 0,
         inference_mode=False,
     )

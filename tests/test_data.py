@@ -14,6 +14,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning import LightningModule, Trainer
 
+from conftest import QUIET
 from mixadv.data.augment import random_crop_flip
 from mixadv.data.base import ImageCorpus, ImageDataModule
 from mixadv.data.digits import Digits
@@ -545,12 +546,7 @@ def record(save_to=None, checkpoint=None):
     module = Recorder(save_to)
     trainer = Trainer(
         max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **QUIET,
         reload_dataloaders_every_n_epochs=1,
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)

@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from conftest import QUIET
 from mixadv.attacks import PGD
 from mixadv.data.digits import Digits
 from mixadv.lambda_solvers import OracleSubgradient
@@ -58,12 +59,7 @@ def fit(module):
     data.batches_in_epoch = lambda epoch: 3
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **QUIET,
         limit_val_batches=0,
     )
     trainer.fit(module, datamodule=data)

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from conftest import TINY
+from conftest import QUIET, TINY
 from mixadv.attacks import PGD
 from mixadv.data.digits import Digits
 from mixadv.errors import UserError
@@ -91,12 +91,7 @@ def trained(nets, data, loss, kind, micro, batches=4):
     watch.on_train_batch_end = lambda trainer, module, output, *_: outputs.append(output)
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **QUIET,
         limit_val_batches=0,
         reload_dataloaders_every_n_epochs=1,
         inference_mode=False,

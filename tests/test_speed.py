@@ -17,6 +17,7 @@ from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.tasks import speed
+from mixadv.tasks.build import build_protocol
 from mixadv.tasks.choices import Choices
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
@@ -178,7 +179,7 @@ def test_graphs_are_made_before_the_run_needs_them(trained, count):
 
 
 def test_operations_of_a_training_are_those_of_its_passes(cfg):
-    """By hand: batches of 20 and 3 + 1 passes forward and backward, 2 epochs of validation, one measurement by pgd-20."""
+    """By hand: batches of 20 and 3 + 1 passes forward and backward, 2 validations, one measurement by pgd-20."""
     config = cfg("L=2", "schedule=shared", "attack.num_steps=3", "~protocol.attacks.arc", "~protocol.attacks.subsets")
     data = Digits(num_train=200, num_val=40, num_test=50, batch_size=20, eval_batch_size=20)
     data.setup()
@@ -196,7 +197,7 @@ def test_operations_of_a_training_are_those_of_its_passes(cfg):
     one_image = 2 * 2 * 640
     training, validation, measurement = 21 * 20 * 2 * 4, 2 * 40 * 2 * 4, 50 * 3 * 2 * 20
     wanted = one_image * (training + validation + measurement)
-    assert speed.operations_of_training(config, module, data) == wanted
+    assert speed.operations_of_training(config, module, build_protocol(config), data) == wanted
 
 
 @pytest.fixture

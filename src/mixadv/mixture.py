@@ -183,7 +183,7 @@ class Mixture(nn.Module):
         """Eval mode and frozen parameters for the length of a `with` block.
 
         plain: the reference too, in which correctness is recorded: compiled members run as they were written, in the
-        precision of their parameters, without autocast and (on CUDA) without TF32 in convolutions and matrix products.
+        precision of their parameters, without autocast, TF32 or the bf16 of the CPU's library.
 
         Afterwards the `training` flag of every submodule, `requires_grad` of every parameter and every buffer
         of the members (batch-norm statistics) are as they were on entry, also after an exception, also

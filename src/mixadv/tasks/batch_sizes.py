@@ -13,10 +13,9 @@ from mixadv.errors import UserError
 from mixadv.losses import RobustLoss
 from mixadv.mixture import Mixture
 from mixadv.tasks import build, processes
-from mixadv.tasks.choices import Choices
+from mixadv.tasks.choices import AUTO, Choices
 from mixadv.training.memory import MemoryEstimate, attack_memory, training_memory
 
-AUTO = "auto"
 KEYS = ("batch_size", "eval_batch_size")
 SMALLEST, LARGEST = 32, 512
 # Estimates are not exact, and others use the memory too.

@@ -9,6 +9,8 @@ from typing import Any
 
 from mixadv.errors import UserError
 
+# What a setting says that is chosen so.
+AUTO = "auto"
 FILE = "choices.json"
 # For as long do other processes wait for the first one's choice.
 PATIENCE = 600.0

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -17,10 +16,10 @@ from mixadv.errors import UserError
 from mixadv.losses import cross_entropy
 from mixadv.mixture import SMALL_BATCH, Mixture
 from mixadv.tasks import build
-from mixadv.tasks.choices import Choices
+from mixadv.tasks.choices import AUTO, Choices
 from mixadv.training import MixtureTraining
+from mixadv.training.generators import same_draws
 
-AUTO = "auto"
 # Compiling takes one to three minutes, for graphs of the attack, the update and other sizes of batch; on two CPU cores
 # it then saves about a quarter (docs/performance.md). A run has to be long enough for that: in floating-point
 # operations, for each thread of a CPU about 20 minutes, for a GPU some minutes.
@@ -62,7 +61,7 @@ def operations_of(mixture: Mixture, image_shape: Sequence[int]) -> float:
 
     place = mixture.weights.device
     counter = FlopCounterMode(display=False)
-    with mixture.attack_mode(), torch.no_grad(), torch.random.fork_rng(_cuda(place)), counter:
+    with mixture.attack_mode(), torch.no_grad(), same_draws(place), counter:
         # Two, for members that take no image alone.
         mixture.member_logits(torch.full((2, *image_shape), 0.5, device=place))
     return counter.get_total_flops() / 2
@@ -87,18 +86,16 @@ def passes_of_protocol(attacks: Mapping[str, Attack], mixture: Mixture, num_clas
     return total
 
 
-def operations_of_training(cfg: DictConfig, module: MixtureTraining, data: ImageDataModule) -> float:
-    """Floating-point operations of ``task=train``, about: training, validation and the final measurement.
-
-    Raises:
-        UserError: an attack of the protocol cannot be built.
-    """
+def operations_of_training(
+    cfg: DictConfig, module: MixtureTraining, protocol: Mapping[str, Attack], data: ImageDataModule
+) -> float:
+    """Floating-point operations of ``task=train``, about: training, validation and the final measurement."""
     training = 2 * (module.training_attack.num_steps + 1) * module.total_batches * data.batch_size
     validations = cfg.schedule.epochs / cfg.trainer.val_every_epochs
     seen = attacked_images(cfg.trainer.limit_val_batches, data.num_val, data)
     validation = 2 * module.validation_attack.num_steps * seen * validations
     tested = attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
-    measurement = passes_of_protocol(build.build_protocol(cfg), module.mixture, data.num_classes) * tested
+    measurement = passes_of_protocol(protocol, module.mixture, data.num_classes) * tested
     return (training + validation + measurement) * operations_of(module.mixture, data.image_shape)
 
 
@@ -129,7 +126,7 @@ class Graphs:
         y = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         # Attack mode puts back what the update changes.
-        with torch.random.fork_rng(_cuda(self.device)), torch.inference_mode(False), mixture.attack_mode(), autocast:
+        with same_draws(self.device), torch.inference_mode(False), mixture.attack_mode(), autocast:
             value_and_gradient(mixture, ExpectedLoss(), x, y, None)
             for member in mixture.members if self.trained else ():
                 parameters = list(member.train().requires_grad_(True).parameters())
@@ -182,7 +179,3 @@ def settle_evaluation(
 def _wanted(cfg: DictConfig) -> bool:
     """Whether ``compile=true`` is said (quoted, it is text)."""
     return str(cfg.compile).lower() == "true"
-
-
-def _cuda(device: torch.device) -> list[Any]:
-    return [device] if device.type == "cuda" else []

@@ -84,8 +84,10 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         _check_division(cfg, data)
         # Everything that can be refused is built once before the directory is written and the mirror started.
         module = _module(setting, choices)
-    build.build_protocol(cfg)
-    compiled = speed.settle_compilation(cfg, lambda: speed.operations_of_training(cfg, module, data), device, choices)
+    protocol = build.build_protocol(cfg)
+    compiled = speed.settle_compilation(
+        cfg, lambda: speed.operations_of_training(cfg, module, protocol, data), device, choices
+    )
     setting = replace(setting, compiled=compiled)
 
     if first:

@@ -1,6 +1,8 @@
 """The generators that belong to no object: Python's, NumPy's, PyTorch's on the CPU and on every GPU."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,3 +31,11 @@ def restore(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["torch_generator"])
     if len(saved["cuda_generators"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(saved["cuda_generators"])
+
+
+@contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """Members may draw (dropout): the run that follows draws what it would have drawn."""
+    cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        yield

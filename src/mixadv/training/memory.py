@@ -6,14 +6,14 @@ is counted with ``torch.autograd.graph.saved_tensors_hooks`` at two sizes, each 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mixadv.losses import AT, RobustLoss
+from mixadv.training.generators import same_draws
 
 FLOAT32 = 4
 # Parameter, gradient and momentum.
@@ -154,7 +154,7 @@ def _per_image(
     net = copy.deepcopy(member).to(device)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
     totals, largest = [], []
-    with _same_draws(device), torch.inference_mode(False), torch.enable_grad():
+    with same_draws(device), torch.inference_mode(False), torch.enable_grad():
         for count in SIZES:
             x = torch.full((count, *image_shape), 0.5, device=device)
             y = torch.arange(count, device=device) % num_classes
@@ -177,11 +177,3 @@ def _per_image(
     slope = max(0.0, (totals[1] - totals[0]) / steps)
     working = WORKING_TENSORS * max(0.0, (largest[1] - largest[0]) / steps)
     return max(0.0, totals[0] - slope * SIZES[0]), slope + working
-
-
-@contextmanager
-def _same_draws(device: torch.device) -> Iterator[None]:
-    """Members may draw (dropout): the run that follows draws what it would have drawn."""
-    cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        yield
