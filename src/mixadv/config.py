@@ -144,7 +144,7 @@ def path_safe(text: str) -> str:
 
 
 # Overrides that say where or what, not how: they do not belong to a run's name.
-UNNAMED = ("task", "name", "resume", "runs", "launch")
+UNNAMED = ("task", "name", "resume", "runs", "launch", "logger")
 
 
 def run_name(overrides: Any, name: Any = None) -> str:

@@ -14,6 +14,29 @@ def config_dir() -> str:
     return str(installed if installed.is_dir() else here.parents[1] / "conf")
 
 
+def protocols() -> list[str]:
+    """The names that `protocol=NAME` takes."""
+    return sorted(file.stem for file in (Path(config_dir()) / "protocol").glob("*.yaml"))
+
+
+def shipped_protocol(name: str) -> dict[str, Any]:
+    """What ``protocol=NAME`` holds before a command changes any of it, with what it builds on.
+
+    Raises:
+        UserError: there is no such protocol.
+    """
+    import yaml
+
+    if name not in protocols():
+        raise UserError(f"protocol={name} is unknown: choose one of {', '.join(protocols())}")
+    own = yaml.safe_load((Path(config_dir()) / "protocol" / f"{name}.yaml").read_text())
+    whole: dict[str, Any] = {}
+    for base in own.pop("defaults", ["_self_"]):
+        layer = own if base == "_self_" else shipped_protocol(base)
+        whole |= layer | {"attacks": whole.get("attacks", {}) | layer.get("attacks", {})}
+    return whole
+
+
 def refuse_aliases(path: Path) -> None:
     """Look whether a YAML file has aliases: none of ours has, and a few of them grow to more than memory holds.
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
-from mixadv.errors import UserError
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.seeding import derive_seed
-from mixadv.shipped import config_dir, construct
+from mixadv.shipped import construct, shipped_protocol
 from mixadv.threat_model import ThreatModel
 
 MIXTURE, TWIN = "mixture", "averaged twin"
@@ -94,19 +93,12 @@ class AttackSuite:
 
     @classmethod
     def from_protocol(cls, name: str) -> AttackSuite:
-        """The suite that `protocol=NAME` runs: "fast", "strict" or "paper".
+        """The suite that `protocol=NAME` runs: "fast", "strict", "paper", "study" or "study_paper".
 
         Raises:
             UserError: there is no such protocol.
         """
-        import yaml
-
-        folder = Path(config_dir()) / "protocol"
-        path = folder / f"{name}.yaml"
-        known = sorted(file.stem for file in folder.glob("*.yaml"))
-        if name not in known:
-            raise UserError(f"protocol={name} is unknown: choose one of {', '.join(known)}")
-        nodes = yaml.safe_load(path.read_text())["attacks"]
+        nodes = shipped_protocol(name)["attacks"]
         return cls({key: construct(node, f"protocol.attacks.{key}") for key, node in nodes.items()}, name)
 
     def __call__(

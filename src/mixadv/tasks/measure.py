@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,7 +31,7 @@ from mixadv.evaluation import (
     pool_of,
 )
 from mixadv.mixture import Mixture
-from mixadv.shipped import config_dir
+from mixadv.shipped import protocols, shipped_protocol
 from mixadv.tasks import processes
 from mixadv.tasks.build import as_dict, build_protocol
 from mixadv.tasks.run_directory import RESULTS_SCHEMA, provenance
@@ -163,9 +162,8 @@ def header(cfg: DictConfig, threat_model: ThreatModel, device: torch.device) -> 
 def protocol_name(cfg: DictConfig) -> str:
     """The protocol's name, with "(changed)" behind it where its attacks are not the shipped ones."""
     name = str(cfg.protocol.name)
-    path = Path(config_dir()) / "protocol" / f"{name}.yaml"
-    shipped = yaml.safe_load(path.read_text())["attacks"] if path.is_file() else None
-    return name if settings_of(cfg) == shipped else f"{name} (changed)"
+    known = name in protocols()
+    return name if known and settings_of(cfg) == shipped_protocol(name)["attacks"] else f"{name} (changed)"
 
 
 def settings_of(cfg: DictConfig) -> dict[str, dict[str, Any]]:

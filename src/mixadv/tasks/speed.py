@@ -144,6 +144,8 @@ def compile_members(cfg: DictConfig, mixture: Mixture, graphs: Graphs, console: 
     if graphs.batch_size < SMALL_BATCH and graphs.device.type == "cpu":
         line = f"compile: batches of {graphs.batch_size} images run as written, {SMALL_BATCH} or more are compiled"
         console.print(line, highlight=False, soft_wrap=True)
+    # Graphs of earlier jobs in this process count against the limit beyond which nothing is compiled any more.
+    torch.compiler.reset()
     mixture.to(graphs.device).compile()
     try:
         graphs.make(mixture)

@@ -38,7 +38,7 @@ from mixadv.tasks.run_directory import State, mark_done, read_results, write_con
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining, Schedule
 
-PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small (a small network on part of CIFAR-10)"
+PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small_at (a small net on part of CIFAR-10)"
 LONG_ON_CPU = 86400
 
 
