@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test slow soak lint format bench clean
+.PHONY: quickstart test slow soak lint format bench study-small study-gpu clean
 
 quickstart: $(STAMP)
 	$(BIN)/python run.py experiment=quickstart name=quickstart
@@ -45,6 +45,14 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/games.py --repeats 1 --full-limit 20
 	$(BIN)/python benchmarks/attacks.py
 	$(BIN)/python benchmarks/wandb_overhead.py --epochs 10 --repeats 2
+
+# Does the mixture pay? One command each, continued by the same command; tables and figures end in results/.
+# make study-small WITH=data=cifar10_jpeg
+study-small: $(STAMP)
+	WORKERS=$${WORKERS:-2} studies/small.sh $(WITH)
+
+study-gpu: $(STAMP)
+	studies/gpu.sh $(WITH)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'mixadv needs Python 3.10 or newer: make PYTHON=python3.11 ...' >&2; exit 1; }

@@ -26,9 +26,6 @@ questions() {
 }
 
 # The directory of a single model.
-run_of() {
-    "$PYTHON" -c 'import sys; from mixadv.config import run_name; print(run_name(sys.argv[1:]))' \
-        $at L=1 "seed=$1" $OVERRIDES
-}
+run_of() { run_name $at L=1 "seed=$1"; }
 
 main

@@ -16,6 +16,12 @@ sweep() {
     "$PYTHON" run.py -m "name=study-$NAME" "$@" $OVERRIDES || failed=1
 }
 
+# The name of a job's directory.
+run_name() {
+    # shellcheck disable=SC2086
+    "$PYTHON" -c 'import sys; from mixadv.config import run_name; print(run_name(sys.argv[1:]))' "$@" $OVERRIDES
+}
+
 # Optimal weights over models that were trained apart from each other, found with quick attacks on validation images and
 # measured like the others: the name of its directory, then the runs.
 solve() {

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from mixadv import config
 from mixadv.config import MAX_NAME, parse_eps, path_safe, run_name
 from mixadv.errors import UserError
+from mixadv.shipped import protocols, shipped_protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
@@ -145,6 +146,45 @@ def test_every_solver_goes_with_every_experiment(compose, experiment, solver):
 
     cfg = compose(f"experiment={experiment}", f"lambda_solver={solver}")
     assert instantiate(cfg.lambda_solver, "lambda_solver").attack_cost() >= 0
+
+
+@pytest.mark.parametrize("name", protocols())
+def test_protocols_that_build_on_others_are_what_hydra_makes_of_them(compose, name):
+    assert compose(f"protocol={name}").protocol == shipped_protocol(name)
+
+
+def test_larger_protocols_hold_the_smaller_ones_unchanged():
+    strict, study, whole, paper = (
+        shipped_protocol(name)["attacks"] for name in ("strict", "study", "study_paper", "paper")
+    )
+    assert strict.items() < study.items() < whole.items()
+    assert set(study) - set(strict) == {"pgd-20"}
+    # Beside strict's APGD of one start, the paper's of five goes by another name.
+    assert {f"{name}-5": attack for name, attack in paper.items()} == {k: whole[k] for k in set(whole) - set(study)}
+    # What selects the epoch is what the test set sees first.
+    assert study["pgd-20"] == shipped_protocol("study")["validation"]
+
+
+@pytest.mark.parametrize(("experiment", "loss"), [("cifar10_at", "AT"), ("cifar10_trades", "TRADES")])
+def test_the_presets_of_the_paper_are_its_setting(compose, experiment, loss):
+    cfg = compose(f"experiment={experiment}")
+    assert cfg.loss._target_ == f"mixadv.losses.{loss}"
+    assert (cfg.model.name, cfg.data._target_) == ("resnet18", "mixadv.data.cifar10.CIFAR10")
+    assert (cfg.schedule.kind, cfg.schedule.epochs, cfg.trainer.val_every_epochs) == ("sampled", 200, 1)
+    assert (cfg.attack.num_steps, cfg.protocol.validation.num_steps) == (10, 20)
+    assert config.parse_eps(cfg.eps) == pytest.approx(8 / 255)
+    assert cfg.protocol.name == "study_paper"
+
+
+def test_presets_of_the_study_differ_in_the_loss_alone(compose):
+    for at, trades in (("cifar10_at", "cifar10_trades"), ("cifar10_small_at", "cifar10_small_trades")):
+        first, second = compose(f"experiment={at}"), compose(f"experiment={trades}")
+        assert first.loss != second.loss
+        first.loss = second.loss
+        assert first == second
+    short = compose("experiment=cifar10_gpu_short", "data=cifar10_jpeg", "loss=trades")
+    assert short.data.name == "CIFAR-10 (JPEG)"
+    assert (short.precision, short.compile, short.schedule.kind) == ("bf16", True, "shared")
 
 
 def test_types_and_defaults_of_the_schema_agree_with_the_files(compose):
@@ -375,9 +415,12 @@ BAD_COMMANDS = [
     (["modle=resnet18"], "modle"),
     (["data.rot=x"], "data.rot"),
     (["loss=foo"], "loss=foo is unknown: choose one of at, trades"),
-    (["data=mnist"], "data=mnist is unknown: choose one of cifar10, digits, image_folder"),
+    (["data=mnist"], "data=mnist is unknown: choose one of cifar10, cifar10_jpeg, digits, image_folder"),
     (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, lp, oracle, uniform"),
-    (["experiment=nope"], "experiment=nope is unknown: choose one of cifar10_small, quickstart"),
+    (
+        ["experiment=nope"],
+        "experiment=nope is unknown: choose one of cifar10_at, cifar10_gpu_short, ",
+    ),
     (["L"], "cannot read 'L'"),
     (["name=a b=c"], "cannot read 'name=a b=c'"),
     (["eps=8"], "eps=8"),

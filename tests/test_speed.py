@@ -253,3 +253,24 @@ def test_commands_really_compile(command, tmp_path):
 def said_of(said):
     """What task=evaluate reads of a training's settings."""
     return [text for text in said if text.startswith(("protocol", "trainer", "logger", "data.eval_batch_size"))]
+
+
+def test_later_jobs_of_a_process_are_compiled_like_the_first(cfg, monkeypatch):
+    """Beyond a number of graphs the compiler stops compiling without a word; a sweep has many jobs."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: whole(*args, **{**kwargs, "backend": backend}))
+    counts = []
+    for _ in range(20):
+        made.clear()
+        speed.compile_members(
+            cfg(), Mixture([network()]), speed.Graphs(20, (1, 8, 8), CPU), Console(file=io.StringIO())
+        )
+        counts.append(len(made))
+    assert set(counts) == {counts[0]}
+    assert counts[0] > 0

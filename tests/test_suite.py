@@ -10,6 +10,7 @@ from mixadv.attacks.suite import passes_of
 from mixadv.errors import UserError
 from mixadv.mixture import Mixture
 from mixadv.seeding import derive_seed
+from mixadv.shipped import protocols
 from mixadv.threat_model import ThreatModel
 
 BALL = ThreatModel("linf", 0.15)
@@ -87,14 +88,14 @@ def test_a_single_model_meets_each_attack_once(problem):
     assert set(record.expected_accuracy.tolist()) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("name", ["fast", "strict", "paper"])
+@pytest.mark.parametrize("name", protocols())
 def test_the_shipped_protocols_are_suites(name):
     suite = AttackSuite.from_protocol(name)
     assert suite.name == name
     for key, attack in suite.attacks.items():
         algorithm = {"noise": UniformNoise, "pgd": PGD, "apgd": APGD, "arc": ARC, "subsets": SubsetAttack}
         assert isinstance(attack, {**algorithm, "square": Square}[key.split("-")[0]])
-    assert {"fast": "pgd-20", "strict": "square", "paper": "apgd-dlr"}[name] in suite.attacks
+    assert {"fast": "pgd-20", "strict": "square"}.get(name, "apgd-dlr") in suite.attacks
 
 
 def test_the_paper_protocol_is_the_papers():

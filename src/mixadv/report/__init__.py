@@ -17,6 +17,7 @@ from mixadv.errors import UserError
 from mixadv.report.attack_figures import draw_evaluation
 from mixadv.report.attacks import attacks_table
 from mixadv.report.comparison import Comparison, compare
+from mixadv.report.differences import compare_settings, differences_table, write_differences_csv
 from mixadv.report.figures import draw_curves
 from mixadv.report.files import Interval, Run, find_runs, read_run
 from mixadv.report.game_tables import games_table, is_game
@@ -24,6 +25,7 @@ from mixadv.report.games import draw_game
 from mixadv.report.html import write_report
 from mixadv.report.show import show_run
 from mixadv.report.solve import draw_solution
+from mixadv.report.study_figures import draw_study
 from mixadv.report.sweeps import draw_sweep
 from mixadv.report.tables import print_whole, results_table, sweep_table, write_table_csv
 
@@ -33,9 +35,11 @@ __all__ = [
     "Run",
     "attacks_table",
     "compare",
+    "compare_settings",
     "draw_curves",
     "draw_evaluation",
     "draw_solution",
+    "draw_study",
     "draw_sweep",
     "find_runs",
     "read_run",
@@ -51,9 +55,11 @@ __all__ = [
 def report(root: str | Path, console: Console) -> list[Path]:
     """Everything that can be said about the runs in `root`; returns the files written.
 
-    One run: its `curves.png` is drawn anew (if it has a history) and its table printed. Several: a table of
-    all of them is printed, and `report.png` (accuracy against eps; only if a run has results) and
-    `report.csv` are written into `root`.
+    One run: its `curves.png` is drawn anew (if it has a history) and its table printed. Several: a table of all of
+    them is printed, and `report.csv` and `report.png` (accuracy against eps; only if a run has results) are written
+    into `root`. Several runs of one eps are a study: `report.png` has accuracy against L, `training.png`,
+    `weights.png` and `cost.png` are drawn beside it, and the differences between settings, where any two can be
+    compared, are printed and written to `differences.csv`.
 
     Raises:
         UserError: `root` does not exist, holds no run, or cannot be written to.
@@ -82,9 +88,21 @@ def report(root: str | Path, console: Console) -> list[Path]:
     if not runs:
         return written
     print_whole(sweep_table(runs), console)
-    if any(run.robust.value is not None for run in runs):
+    if len({run.eps for run in runs} - {None}) <= 1:
+        written += _study(runs, root, console)
+    elif any(run.robust.value is not None for run in runs):
         written.append(draw_sweep(runs, root / "report.png"))
     written.append(write_table_csv(runs, root / "report.csv"))
     for path in written:
         console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
     return written
+
+
+def _study(runs: list[Run], root: Path, console: Console) -> list[Path]:
+    answers, notes = compare_settings(runs)
+    for note in notes:
+        console.print(f"Not compared: {note}", style="yellow", markup=False, highlight=False)
+    if not answers:
+        return draw_study(runs, root)
+    print_whole(differences_table(answers), console)
+    return [*draw_study(runs, root), write_differences_csv(answers, root / "differences.csv")]

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 CLEAN, ROBUST = "#0072B2", "#D55E00"
 MEMBERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+# One colour for each L, or for each line of a figure.
+SIZES = ("#444444", CLEAN, ROBUST, *MEMBERS)
+MARKERS = "osD^vPX*"
 LOSS, VALUE = "#444444", "#882255"
-DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
+DASHES: Any = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
 STYLE: Any = {
     "text.usetex": False,
     "font.family": "DejaVu Sans",
@@ -151,8 +154,8 @@ def member_style(k: int) -> dict[str, Any]:
     return {"color": MEMBERS[k % len(MEMBERS)], "linestyle": DASHES[k // len(MEMBERS) % len(DASHES)]}
 
 
-def _column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(epochs, values) of the rows where both are finite."""
+def column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs per model [n] and values [n] of a column of the history, from the rows that have both."""
     empty = np.array([])
     epochs, values = run.history.get("epoch", empty), run.history.get(name, empty)
     if len(epochs) != len(values):
@@ -165,7 +168,7 @@ def _draw_accuracy(axes: Axes, run: Run) -> None:
     single = run.num_members == 1
     for which, name, dash in ((run, "model" if single else "mixture", "-"), (run.baseline, "baseline", "--")):
         for measure, colour, marker in (("clean", CLEAN, "o"), ("robust", ROBUST, "s")):
-            x, y = _column(which, f"val/{measure}_accuracy") if which is not None else ((), ())
+            x, y = column(which, f"val/{measure}_accuracy") if which is not None else ((), ())
             if len(x):
                 face = colour if dash == "-" else "white"
                 axes.plot(
@@ -239,7 +242,7 @@ def _draw_weights(axes: Axes, run: Run) -> None:
     count = run.num_members or sum(name.startswith("lambda/") for name in run.history)
     end = float(np.nanmax(run.history.get("epoch", np.array([np.nan])), initial=0.0))
     for k in range(count):
-        x, y = _column(run, f"lambda/{k}")
+        x, y = column(run, f"lambda/{k}")
         if len(x):
             # Weights keep their value from one weights phase to the next.
             x, y = np.append(x, max(end, x[-1])), np.append(y, y[-1])
@@ -256,8 +259,8 @@ def _draw_loss(axes: Axes, run: Run) -> None:
         ("train/loss", "training loss", LOSS),
         ("weights/value", "game value", VALUE),
     ):
-        x, y = _column(run, name)
-        window = _window(y)
+        x, y = column(run, name)
+        window = smoothing_window(y)
         if not len(y):
             continue
         if window > 1:
@@ -266,9 +269,9 @@ def _draw_loss(axes: Axes, run: Run) -> None:
         few = len(y) <= 30
         marker = "" if not few else "D" if name == "weights/value" else "o"
         axes.plot(x, running_mean(y, window), color=colour, label=label, marker=marker, markersize=4)
-    x, y = _column(run, "weights/lower_bound")
+    x, y = column(run, "weights/lower_bound")
     if len(y):
-        window = _window(y)
+        window = smoothing_window(y)
         look: dict[str, Any] = {"color": VALUE, "linestyle": ":", "linewidth": 1.5}
         marker = "_" if len(y) <= 30 else ""
         axes.plot(x, running_mean(y, window), marker=marker, label="its lower bound", **look)
@@ -278,7 +281,8 @@ def _draw_loss(axes: Axes, run: Run) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _window(values: np.ndarray) -> int:
+def smoothing_window(values: np.ndarray) -> int:
+    """Over how many of the values [n] a long curve is averaged; 1 for a short one."""
     return len(values) // 25 if len(values) >= 100 else 1
 
 

@@ -145,6 +145,13 @@ class Run:
         return str(self.get("data", "name") or group_name(self.config.get("data")))
 
     @property
+    def training_seconds(self) -> float | None:
+        """Wall seconds of the training, validation included, of all the processes that continued it together."""
+        seconds = self.history.get("seconds", np.array([]))
+        seconds = seconds[np.isfinite(seconds)]
+        return float(seconds[-1]) if len(seconds) else number(self.get("seconds", "train"))
+
+    @property
     def has_history(self) -> bool:
         return any(len(column) for column in self.history.values())
 

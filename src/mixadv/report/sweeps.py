@@ -1,26 +1,24 @@
-"""The figure of a sweep: test accuracy against eps, or against L where all runs have one eps."""
+"""The figure of a sweep over eps: test accuracy against the radius."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixadv.errors import UserError
-from mixadv.report.figures import CLEAN, DASHES, MEMBERS, ROBUST, footnote, new_figure, save
+from mixadv.report.figures import CLEAN, DASHES, MARKERS, MEMBERS, ROBUST, footnote, new_figure, save
 from mixadv.report.files import Run
-from mixadv.report.names import format_eps, norm_symbol, number
+from mixadv.report.names import format_eps, norm_symbol
+from mixadv.report.settings import flatten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = (CLEAN, ROBUST, *MEMBERS)
-MARKERS = "osD^vPX*"
-# Where a run lives and what it is called does not change what it measures.
-_NOT_SETTINGS = {"seed", "name", "runs", "resume", "logger", "hydra", "paths", "mixture", "compile"}
 
 
 class _Setting(NamedTuple):
@@ -32,7 +30,7 @@ class _Setting(NamedTuple):
     extra: tuple[str, ...]
 
     def label(self, counts: Sequence[int]) -> str:
-        parts = [f"L = {self.num_members}" if self.num_members else "", self.loss, self.solver, *self.extra]
+        parts = [f"L = {self.num_members}", self.loss, self.solver, *self.extra]
         low, high = min(counts), max(counts)
         seeds = f" ({low if low == high else f'{low}–{high}'} seeds)" if high > 1 else ""
         return ", ".join(part for part in parts if part) + seeds
@@ -43,7 +41,7 @@ def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
 
     A setting is (L, loss, solver) and whatever else differs between runs that share these and eps, the seed
     excepted: only repetitions of one experiment are averaged, within a band from their minimum to their
-    maximum. Dashed lines are the settings' baselines. Where all runs have one eps, the axis is L.
+    maximum. Dashed lines are the settings' baselines.
 
     Raises:
         UserError: no run has results, or `path` cannot be written.
@@ -56,14 +54,12 @@ def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
 def sweep_figure(runs: Sequence[Run]) -> Figure:
     """The figure of `draw_sweep`; its axes are labelled "clean" and "robust"."""
     shown = [run for run in runs if _plottable(run)]
-    against_eps = len({run.eps for run in shown}) > 1
     lines: dict[_Setting, list[Run]] = defaultdict(list)
     for run, extra in zip(shown, _extras(shown), strict=True):
-        size = (run.num_members or 0) if against_eps else 0
-        lines[_Setting(size, run.loss, run.solver, extra)].append(run)
+        lines[_Setting(run.num_members or 0, run.loss, run.solver, extra)].append(run)
 
     labels = {
-        setting: setting.label([len(same) for same in _by_x(group, against_eps).values()])
+        setting: setting.label([len(same) for same in _by_eps(group).values()])
         for setting, group in sorted(lines.items())
     }
     columns = _legend_columns(list(labels.values()))
@@ -82,9 +78,9 @@ def sweep_figure(runs: Sequence[Run]) -> Figure:
             "marker": MARKERS[i % len(MARKERS)],
             "markersize": 6,
         }
-        by_x = _by_x(group, against_eps)
+        by_x = _by_eps(group)
         for x, same in by_x.items():
-            ticks[x] = format_eps(same[0].eps) if against_eps else f"{x:.0f}"
+            ticks[x] = format_eps(same[0].eps)
         bases = {x: [r.baseline for r in same if r.baseline is not None] for x, same in by_x.items()}
         for axes, measure in ((clean, "clean"), (robust, "robust")):
             dash = DASHES[i // len(COLOURS) % len(DASHES)]
@@ -109,7 +105,7 @@ def sweep_figure(runs: Sequence[Run]) -> Figure:
         notes["robust: worst case per image over " + " | ".join(attacks)] = None
     if len(shown) < len(runs):
         notes[f"{len(runs) - len(shown)} of {len(runs)} runs have no results and are not shown"] = None
-    _finish(figure, clean, robust, shown, ticks, against_eps)
+    _finish(figure, clean, robust, shown, ticks)
     handles, names = clean.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, (below - 0.62) / height), ncols=columns)
     footnote(figure, "; ".join(notes))
@@ -144,18 +140,15 @@ def _finish(
     robust: Axes,
     shown: Sequence[Run],
     ticks: dict[float, str],
-    against_eps: bool,
 ) -> None:
     norms = sorted({run.norm for run in shown if run.norm})
     title = [", ".join(sorted({run.data for run in shown if run.data})), ", ".join(map(norm_symbol, norms))]
-    if not against_eps:
-        title.append(f"ε = {format_eps(shown[0].eps)}")
     figure.suptitle(" · ".join(part for part in title if part), fontsize=16, y=1 - 0.12 / figure.get_figheight())
     at = sorted(ticks)
     margin = 0.05 * (at[-1] - at[0]) or 0.5
     for axes, name in ((clean, "Clean test accuracy"), (robust, "Robust test accuracy")):
         axes.set_title(name)
-        axes.set_xlabel("ε (radius of the ball, in input units)" if against_eps else "L (number of members)")
+        axes.set_xlabel("ε (radius of the ball, in input units)")
         axes.set_ylabel("accuracy")
     clean.set_ylim(0, 1)
     clean.set_xlim(at[0] - margin, at[-1] + margin)
@@ -167,11 +160,11 @@ def _finish(
     clean.set_xticks(kept, [ticks[x] for x in kept])
 
 
-def _by_x(group: Sequence[Run], against_eps: bool) -> dict[float, list[Run]]:
-    by_x: dict[float, list[Run]] = defaultdict(list)
+def _by_eps(group: Sequence[Run]) -> dict[float, list[Run]]:
+    by_eps: dict[float, list[Run]] = defaultdict(list)
     for run in group:
-        by_x[float((run.eps if against_eps else run.num_members) or 0)].append(run)
-    return by_x
+        by_eps[float(run.eps or 0)].append(run)
+    return by_eps
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
@@ -181,7 +174,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 def _extras(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Per run, "key=value" for every setting in which runs with equal (eps, L, loss, solver) differ."""
-    flat = [{"data": run.data, "norm": run.norm, **dict(_flatten(run.config))} for run in runs]
+    flat = [{"data": run.data, "norm": run.norm, **dict(flatten(run.config))} for run in runs]
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, run in enumerate(runs):
         groups[run.eps, run.num_members, run.loss, run.solver].append(i)
@@ -192,13 +185,3 @@ def _extras(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         if len({repr(flat[i].get(key)) for i in members}) > 1
     }
     return [tuple(f"{key}={flat[i][key]}" for key in sorted(varied) if key in flat[i]) for i in range(len(runs))]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if key in _NOT_SETTINGS:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        elif not (isinstance(value, str) and ("/" in value or "\\" in value) and number(value) is None):
-            yield f"{prefix}{key}", value

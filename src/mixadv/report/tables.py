@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mixadv.report.differences import APGD, GAP, PGD, accuracies
 from mixadv.report.files import Interval, Run, replacing
 from mixadv.report.names import format_ball, format_eps, group_name, norm_symbol, number, short_names
+from mixadv.report.settings import setting_of
 
 NONE = "–"
 _STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinished": "yellow"}
@@ -28,7 +30,10 @@ CSV_HEADER = [
     "L",
     "loss",
     "solver",
+    "schedule",
+    "epochs",
     "seed",
+    "train_seconds",
     "num_examples",
     "who",
     "weight",
@@ -38,6 +43,9 @@ CSV_HEADER = [
     "robust",
     "robust_low",
     "robust_high",
+    "pgd_20",
+    "apgd",
+    "matching_penny_gap",
 ]
 
 
@@ -122,8 +130,10 @@ def print_whole(table: Table, console: Console) -> None:
 def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
     """Write a tidy csv, fractions in full precision: one row per run and classifier.
 
-    Column `who` is "mixture", "ensemble" (clean only), "member 0", ..., "baseline". A run without results has
-    one row, `who` = "mixture", its numbers empty.
+    Column `who` is "mixture", "ensemble" (clean only), "member 0", ..., "baseline". Column `robust` is at all points
+    found, `pgd_20` under PGD-20 and `apgd` under all APGD attacks on the mixture, each alone; `matching_penny_gap` is
+    the mixture's robust accuracy minus sum_k lambda_k of its members'. A run without results has one row, `who` =
+    "mixture", its numbers empty.
 
     Raises:
         UserError: `path` cannot be written.
@@ -133,6 +143,7 @@ def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
         writer = csv.DictWriter(file, CSV_HEADER, restval="", lineterminator="\n")
         writer.writeheader()
         for name, run in zip(short_names([run.path for run in runs]), runs, strict=True):
+            setting = setting_of(run)
             about = {
                 "run": name,
                 "state": run.state,
@@ -143,7 +154,10 @@ def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
                 "L": run.num_members,
                 "loss": run.loss,
                 "solver": run.solver,
+                "schedule": setting.schedule,
+                "epochs": setting.epochs,
                 "seed": run.seed,
+                "train_seconds": run.training_seconds,
                 "num_examples": run.num_examples,
             }
             for row in _csv_rows(run):
@@ -162,7 +176,7 @@ def _csv_rows(run: Run) -> list[dict[str, Any]]:
     def cells(measure: str, interval: Interval) -> dict[str, Any]:
         return dict(zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True))
 
-    rows = [{"who": "mixture", **cells("clean", run.clean), **cells("robust", run.robust)}]
+    rows = [{"who": "mixture", **cells("clean", run.clean), **cells("robust", run.robust)} | _under_attack(run)]
     if (ensemble := number(run.get("clean", "ensemble_accuracy"))) is not None:
         rows.append({"who": "ensemble", "clean": ensemble})
     for k, member in enumerate(run.members):
@@ -177,6 +191,15 @@ def _csv_rows(run: Run) -> list[dict[str, Any]]:
     if (base := run.baseline) is not None and base.results is not None:
         rows.append({"who": "baseline", **cells("clean", base.clean), **cells("robust", base.robust)})
     return rows
+
+
+def _under_attack(run: Run) -> dict[str, Any]:
+    """Robust accuracy under single families of attacks, and what the mixture has above the mean of its members."""
+    try:
+        means = {measure: float(each.mean()) for measure, each in accuracies(run).items()}
+    except ValueError:
+        return {}
+    return {"pgd_20": means.get(PGD), "apgd": means.get(APGD), "matching_penny_gap": means.get(GAP)}
 
 
 def _member_interval(member: dict[str, Any]) -> Interval:

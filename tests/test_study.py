@@ -1,0 +1,358 @@
+"""Runs of one eps: which settings are compared, how their differences come about, and the figures (L = 1, 2, 3)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from mixadv.report import compare_settings, find_runs, report
+from mixadv.report.differences import (
+    ALL,
+    APART,
+    APART_SINGLE,
+    APGD,
+    BEST_MEMBER,
+    CLEAN,
+    EQUAL_COMPUTING,
+    EQUAL_EPOCHS,
+    GAP,
+    LEARNED,
+    MEMBERS,
+    PGD,
+    SCHEDULES,
+    accuracies,
+    differences_table,
+)
+from mixadv.report.files import read_run
+from mixadv.report.settings import grouped, headline, names_of, setting_of
+from mixadv.report.study_figures import learned_weights, training_figure, validation_curves, weights_figure
+from mixadv.report.study_results import accuracies_on_test, accuracy_figure, cost_figure, timed_runs
+
+COUNT = 60
+PASSES = ("pgd-20", "apgd-ce", "apgd-dlr", "arc", "apgd-ce on member 0")
+TARGETS = {"oracle": "OracleSubgradient", "entropic": "AcceleratedEntropic", "uniform": "Uniform"}
+
+
+def write(
+    root: Path,
+    name: str,
+    weights: list[float],
+    *,
+    seed: int = 0,
+    loss: str = "AT",
+    solver: str = "oracle",
+    kind: str = "shared",
+    epochs: int = 6,
+    task: str = "train",
+    rate: float = 0.1,
+    noise: int = 0,
+) -> Path:
+    """A run with the records of an evaluation: who is right at x and at the points of five passes, drawn at random."""
+    size, path = len(weights), root / name
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(noise + 17)
+    clean = rng.random((size, COUNT)) < 0.8
+    found = {key: clean & (rng.random((size, COUNT)) < 0.6 + 0.05 * i) for i, key in enumerate(PASSES)}
+    points = np.stack([clean, *found.values()])
+    lam = np.array(weights)
+    robust = (np.tensordot(lam, points, (0, 1))).min(axis=0)
+    np.savez(
+        path / "records.npz",
+        labels=np.arange(COUNT) % 10,
+        clean=lam @ clean,
+        robust=robust,
+        members_robust=points.all(axis=0).astype(np.uint8),
+        **{f"attack/{key}": lam @ right for key, right in found.items() if " on " not in key},
+        **{f"member_correct/{key}": right for key, right in {"clean": clean, **found}.items()},
+    )
+    solver_keys: dict[str, Any] = {"num_steps": 10} if solver != "uniform" else {}
+    config = {
+        "task": task,
+        "L": size,
+        "seed": seed,
+        "loss": {"_target_": f"mixadv.losses.{loss}", **({"beta": 6.0} if loss == "TRADES" else {})},
+        "lambda_solver": {"_target_": f"mixadv.lambda_solvers.{TARGETS[solver]}", **solver_keys},
+        "schedule": {"kind": kind, "epochs": epochs, "T_theta": 50},
+        "optimizer": {"lr": rate},
+        "threat_model": {"norm": "linf"},
+        "data": {"_target_": "mixadv.data.digits.Digits"},
+    }
+    results = {
+        "task": task,
+        "seed": seed,
+        "config": config,
+        "device": "a device",
+        "threat_model": {"norm": "linf", "eps": 8 / 255},
+        "data": {"name": "Digits"},
+        "L": size,
+        "weights": weights,
+        "num_examples": COUNT,
+        "clean": {"expected_accuracy": float((lam @ clean).mean()), "ensemble_accuracy": 0.9},
+        "robust": {"expected_accuracy": float(robust.mean())},
+        "attacks": {"pgd-20": {}},
+        "members": [{"weight": w} for w in weights],
+        "seconds": {"train": 1.0},
+    }
+    (path / "results.json").write_text(json.dumps(results))
+    header = ["epoch", "seconds", "val/robust_accuracy", *(f"lambda/{k}" for k in range(size))]
+    if task == "train":
+        rows = [[t, 7.0 * t * size, 0.2 + 0.01 * t + 0.001 * noise, *weights] for t in range(1, epochs + 1)]
+        (path / "metrics.csv").write_text("\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n")
+    (path / "DONE").touch()
+    return path
+
+
+TWO, THREE = [0.3, 0.7], [0.5, 0.2, 0.3]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    for seed in (0, 1):
+        write(tmp_path, f"one,seed={seed}", [1.0], seed=seed, noise=seed)
+        write(tmp_path, f"one,18,seed={seed}", [1.0], seed=seed, epochs=18, noise=10 + seed)
+        write(tmp_path, f"three,seed={seed}", THREE, seed=seed, noise=20 + seed)
+    write(tmp_path, "three,uniform", [1 / 3] * 3, solver="uniform", seed=1, noise=30)
+    write(tmp_path, "two", TWO, noise=40)
+    write(tmp_path, "two,sampled", TWO, kind="sampled", noise=41)
+    write(tmp_path, "two,rate", TWO, rate=0.2, noise=42)
+    write(tmp_path, "trades,one", [1.0], loss="TRADES", noise=50)
+    write(tmp_path, "trades,three", THREE, loss="TRADES", noise=51)
+    write(tmp_path, "apart", [0.25, 0.4, 0.35], task="evaluate", noise=60)
+    return tmp_path
+
+
+def records(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path / "records.npz") as file:
+        return dict(file)
+
+
+def test_what_is_compared_and_what_is_not(study: Path) -> None:
+    answers, notes = compare_settings(find_runs(study))
+    assert notes == []
+    pairs: dict[str, set[tuple[str, str]]] = {}
+    for answer in answers:
+        pairs.setdefault(answer.question, set()).add((answer.first, answer.second))
+    one, three = "AT, L = 1, optimizer.lr=0.1", "AT, L = 3, oracle, optimizer.lr=0.1"
+    two, long = "AT, L = 2, oracle, optimizer.lr=0.1", "AT, L = 1, 18 epochs, optimizer.lr=0.1"
+    equal = "AT, L = 3, uniform, optimizer.lr=0.1"
+    sampled = "AT, L = 2, oracle, sampled, optimizer.lr=0.1"
+    assert pairs == {
+        EQUAL_EPOCHS: {
+            (two, one),
+            (sampled, one),
+            (three, one),
+            (equal, one),
+            ("TRADES, L = 3, oracle, optimizer.lr=0.1", "TRADES, L = 1, optimizer.lr=0.1"),
+        },
+        # Neither L = 2 (12 epochs were not trained) nor another learning rate.
+        EQUAL_COMPUTING: {(three, long), (equal, long)},
+        LEARNED: {(three, equal)},
+        SCHEDULES: {(sampled, two)},
+        APART: {("apart", three), ("apart", equal), ("apart", "TRADES, L = 3, oracle, optimizer.lr=0.1")},
+        APART_SINGLE: {("apart", one), ("apart", long), ("apart", "TRADES, L = 1, optimizer.lr=0.1")},
+        BEST_MEMBER: pairs[BEST_MEMBER],
+    }
+    # 7 trained mixtures, and the one that was measured.
+    assert len([a for a in answers if a.question == BEST_MEMBER]) == 8
+    # Seeds meet themselves; what was measured once meets every seed.
+    seeds = {(a.question, a.first, a.second): set() for a in answers}
+    for a in answers:
+        seeds[a.question, a.first, a.second].add(a.seeds)
+    assert seeds[EQUAL_EPOCHS, three, one] == {(0,), (1,), (0, 1)}
+    assert seeds[LEARNED, three, equal] == {(1,)}
+    assert seeds[APART, "apart", three] == {(0,), (1,), (0, 1)}
+
+
+def test_differences_against_numbers_worked_out_from_the_records(study: Path) -> None:
+    answers, _ = compare_settings(find_runs(study))
+    ones, threes = ([records(study / f"{name},seed={s}") for s in (0, 1)] for name in ("one", "three"))
+    got = {
+        (a.seeds, a.measure): a.comparison
+        for a in answers
+        if a.question == EQUAL_EPOCHS and a.first.startswith("AT, L = 3, oracle")
+    }
+    assert {measure for _, measure in got} == {CLEAN, PGD, APGD, ALL, MEMBERS, GAP}
+
+    def worst(arrays: dict[str, np.ndarray], *attacks: str) -> np.ndarray:
+        # By brute force, image by image.
+        keys = ["clean", *(f"attack/{name}" for name in attacks)]
+        return np.array([min(float(arrays[key][i]) for key in keys) for i in range(COUNT)])
+
+    def expected(measure: str, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> np.ndarray:
+        mean_of_members = sum(w * a["members_robust"][k] for k, w in enumerate(THREE))
+        return {
+            CLEAN: a["clean"] - b["clean"],
+            PGD: worst(a, "pgd-20") - worst(b, "pgd-20"),
+            APGD: worst(a, "apgd-ce", "apgd-dlr") - worst(b, "apgd-ce", "apgd-dlr"),
+            ALL: a["robust"] - b["robust"],
+            MEMBERS: mean_of_members - b["robust"],
+            GAP: a["robust"] - mean_of_members,
+        }[measure]
+
+    for measure in (CLEAN, PGD, APGD, ALL, MEMBERS, GAP):
+        each = [expected(measure, a, b) for a, b in zip(threes, ones, strict=True)]
+        for seeds, values in (((0,), each[0]), ((1,), each[1]), ((0, 1), (each[0] + each[1]) / 2)):
+            low, high = stats.norm.interval(0.95, loc=values.mean(), scale=stats.sem(values))
+            assert got[seeds, measure][:3] == pytest.approx((values.mean(), low, high), abs=1e-12), (seeds, measure)
+            assert got[seeds, measure].num_examples == COUNT
+    # The two parts are the whole, and a mixture is never below the mean of its members.
+    for seeds in ((0,), (1,), (0, 1)):
+        parts = got[seeds, MEMBERS].difference + got[seeds, GAP].difference
+        assert parts == pytest.approx(got[seeds, ALL].difference, abs=1e-12)
+        assert got[seeds, GAP].difference > 0
+
+
+def test_a_verdict_is_where_the_whole_interval_lies(study: Path) -> None:
+    answers, _ = compare_settings(find_runs(study))
+    for answer in answers:
+        low, high = answer.comparison.low, answer.comparison.high
+        assert answer.verdict == (
+            "unresolved"
+            if low <= 0 <= high
+            else "above 0"
+            if answer.measure == GAP
+            else "first"
+            if low > 0
+            else "second"
+        )
+    assert {"unresolved", "above 0"} < {answer.verdict for answer in answers}
+
+
+def test_runs_on_other_images_or_with_stale_records_are_not_compared(study: Path) -> None:
+    before, _ = compare_settings(find_runs(study))
+    other = records(study / "two")
+    np.savez(study / "two" / "records.npz", **{**other, "labels": other["labels"][::-1]})
+    answers, notes = compare_settings(find_runs(study))
+    assert notes == []
+    assert not [a for a in answers if a.first.startswith("AT, L = 2, oracle, opt") and a.question == EQUAL_EPOCHS]
+    np.savez(study / "two" / "records.npz", **{**other, "robust": 0.5 * other["robust"]})
+    answers, notes = compare_settings(find_runs(study))
+    assert len(notes) == 1
+    assert "two/records.npz does not belong to its results.json" in notes[0]
+    (study / "two" / "records.npz").unlink()
+    answers, notes = compare_settings(find_runs(study))
+    assert len(notes) == 1
+    assert "missing" in notes[0]
+    assert len(answers) < len(before)
+
+
+def test_settings_leave_out_what_changes_no_number(tmp_path: Path) -> None:
+    a = read_run(write(tmp_path, "a", TWO, seed=0))
+    b = read_run(write(tmp_path, "b", TWO, seed=5, noise=3))
+    assert setting_of(a) == setting_of(b)
+    others = {"solver": "entropic", "kind": "sampled", "epochs": 7, "rate": 0.3, "loss": "TRADES"}
+    changed = [read_run(write(tmp_path, key, TWO, **{key: value})) for key, value in others.items()]  # type: ignore[arg-type]
+    settings = [setting_of(run) for run in (a, *changed)]
+    assert len(set(settings)) == 1 + len(others)
+    names = names_of(settings)
+    assert len(set(names.values())) == len(settings)
+    assert names[settings[1]] == "AT, L = 2, entropic, optimizer.lr=0.1"
+    # One model has no weights to learn: solver and schedule do not tell it from another.
+    one = read_run(write(tmp_path, "one", [1.0], solver="oracle", kind="shared"))
+    same = read_run(write(tmp_path, "same", [1.0], solver="uniform", kind="sampled"))
+    assert setting_of(one) == setting_of(same)
+    assert names_of([setting_of(one)]) == {setting_of(one): "L = 1"}
+
+
+def test_figures_hold_the_numbers_of_the_files(study: Path) -> None:
+    shutil.rmtree(study / "two,rate")
+    runs = find_runs(study)
+    groups = grouped(runs)
+    assert headline(groups) == "Digits · ℓ∞, ε = 8/255"
+    figure = accuracy_figure(groups, accuracies_on_test(groups))
+    axes = {str(a.get_label()): a for a in figure.axes}
+    assert list(axes) == [CLEAN, PGD, APGD, ALL]
+    for measure, panel in axes.items():
+        lines = {str(line.get_label()): line for line in panel.lines if not str(line.get_label()).startswith("_")}
+        of_line = {
+            "AT, one model": {1: ["one,seed=0", "one,seed=1"]},
+            "AT, one model, 18 epochs": {1: ["one,18,seed=0", "one,18,seed=1"]},
+            "AT, oracle": {2: ["two"], 3: ["three,seed=0", "three,seed=1"]},
+            "AT, oracle, sampled": {2: ["two,sampled"]},
+            "AT, uniform": {3: ["three,uniform"]},
+            "TRADES, one model": {1: ["trades,one"]},
+            "TRADES, oracle": {3: ["trades,three"]},
+            "apart": {3: ["apart"]},
+        }
+        assert set(lines) == set(of_line)
+        for label, by_size in of_line.items():
+            means = [
+                np.mean([accuracies(read_run(study / n))[measure].mean() for n in same]) for same in by_size.values()
+            ]
+            np.testing.assert_allclose(lines[label].get_ydata(), means)
+            np.testing.assert_allclose(lines[label].get_xdata(), list(by_size), atol=0.25)
+
+    figure = training_figure(groups, validation_curves(groups))
+    at, trades = figure.axes
+    assert (at.get_title(), trades.get_title()) == ("AT", "TRADES")
+    line = next(line for line in at.lines if line.get_label() == "L = 3, oracle (2 seeds)")
+    np.testing.assert_allclose(line.get_xdata(), range(1, 7))
+    np.testing.assert_allclose(line.get_ydata(), 0.2 + 0.01 * np.arange(1, 7) + 0.001 * 20.5)
+    assert "trainings of 18 epochs are not shown" in " ".join(text.get_text() for text in figure.texts)
+
+    figure = weights_figure(groups, learned_weights(groups))
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["AT, L = 2, oracle", "AT, L = 2, oracle, sampled", "AT, L = 3, oracle", "TRADES, L = 3, oracle"]
+    three = figure.axes[2]
+    assert sorted({float(line.get_ydata()[-1]) for line in three.lines[:-1]}) == sorted(THREE)
+
+    figure = cost_figure(groups, timed_runs(groups))
+    cost = figure.axes[0]
+    labels = [tick.get_text() for tick in cost.get_yticklabels()]
+    widths = dict(zip(labels, [bar.get_width() for bar in cost.patches], strict=True))
+    assert widths["AT, L = 3, oracle"] == pytest.approx(7 * 6)
+    assert widths["AT, L = 1, 18 epochs"] == pytest.approx(7 * 18)
+    assert "apart" not in labels
+
+
+def test_the_report_of_a_study(study: Path) -> None:
+    console = Console(width=170, record=True, file=io.StringIO())
+    written = report(study, console)
+    names = ["report.png", "training.png", "weights.png", "cost.png", "differences.csv", "report.csv"]
+    assert written == [study / name for name in names]
+    text = " ".join(console.export_text().split())
+    assert "mixture or one model, equal computing" in text
+    with open(study / "differences.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    answers, _ = compare_settings(find_runs(study))
+    assert len(rows) == len(answers)
+    for row, answer in zip(rows, answers, strict=True):
+        assert (row["question"], row["measure"], row["verdict"]) == (answer.question, answer.measure, answer.verdict)
+        assert float(row["difference"]) == answer.comparison.difference
+        assert row["seeds"] == " ".join(map(str, answer.seeds))
+    with open(study / "report.csv", newline="") as file:
+        of_runs = {row["run"]: row for row in csv.DictReader(file) if row["who"] == "mixture"}
+    three = accuracies(read_run(study / "three,seed=1"))
+    row = of_runs["three,seed=1"]
+    assert (row["schedule"], float(row["epochs"]), float(row["train_seconds"])) == ("shared", 6, 7 * 6 * 3)
+    for key, measure in (("pgd_20", PGD), ("apgd", APGD), ("robust", ALL), ("matching_penny_gap", GAP)):
+        assert float(row[key]) == pytest.approx(three[measure].mean())
+
+
+def test_a_study_that_has_only_begun_is_reported_too(study: Path) -> None:
+    for path, name in itertools.product(study.iterdir(), ("results.json", "records.npz", "DONE")):
+        (path / name).unlink()
+    (study / "one,seed=0" / "config.yaml").write_text("L: 1\neps: 8/255\n")
+    written = report(study, Console(width=170, file=io.StringIO()))
+    assert [path.name for path in written] == ["training.png", "report.csv"]
+
+
+def test_the_table_of_differences_shows_the_mean_over_seeds(study: Path) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    answers, _ = compare_settings(find_runs(study))
+    console.print(differences_table(answers))
+    lines = [line for line in console.export_text().splitlines() if "0, 1" in line]
+    chosen = [a for a in answers if a.measure == ALL and a.seeds == (0, 1)]
+    assert len(lines) == len(chosen)
+    points, low, high = chosen[0].comparison.in_points()
+    assert f"{points} [{low}, {high}]" in lines[0]
