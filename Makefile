@@ -49,10 +49,10 @@ bench: $(STAMP)
 # Does the mixture pay? One command each, continued by the same command; tables and figures end in results/.
 # make study-small WITH=data=cifar10_jpeg
 study-small: $(STAMP)
-	WORKERS=$${WORKERS:-2} studies/small.sh $(WITH)
+	PYTHON=$(BIN)/python WORKERS=$${WORKERS:-2} studies/small.sh $(WITH)
 
 study-gpu: $(STAMP)
-	studies/gpu.sh $(WITH)
+	PYTHON=$(BIN)/python studies/gpu.sh $(WITH)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'mixadv needs Python 3.10 or newer: make PYTHON=python3.11 ...' >&2; exit 1; }

@@ -4,7 +4,7 @@
 #
 #   studies/gpu.sh
 #
-NAME=${NAME:-gpu}
+STUDY=gpu
 . "$(dirname "$0")/study.sh"
 
 short=experiment=cifar10_gpu_short
@@ -16,15 +16,14 @@ questions() {
     sweep $short L=1 schedule.epochs=60 seed=0
     sweep $short L=3 lambda_solver=uniform,entropic seed=0
     sweep $short loss=trades L=1,3 seed=0
-    # How much the seed moves all that; the single models are members of the mixture that is trained apart.
+    # How much the seed moves all that.
     sweep $short L=1 seed=1,2
-    solve apart "$(run_of 0)" "$(run_of 1)" "$(run_of 2)"
     sweep $short L=3 seed=1
     sweep $short L=2,4 seed=0
     sweep $short loss=trades lambda_solver=entropic L=3 seed=0
 }
 
-# The directory of a single model.
-run_of() { run_name $short L=1 "seed=$1"; }
+# Do three members need to be trained as a mixture?
+afterwards() { solve apart "$(run_name $short L=1 seed=0)" "$(run_name $short L=1 seed=1)" "$(run_name $short L=1 seed=2)"; }
 
 main

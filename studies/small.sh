@@ -3,7 +3,7 @@
 #
 #   WORKERS=2 studies/small.sh data=cifar10_jpeg
 #
-NAME=${NAME:-small}
+STUDY=small
 . "$(dirname "$0")/study.sh"
 
 at=experiment=cifar10_small_at
@@ -17,15 +17,14 @@ questions() {
     # What a single model makes of the computing that three members cost.
     sweep $at L=1 schedule.epochs=18 seed=0,1
     sweep experiment=cifar10_small_trades L=3,1 seed=0
-    # Three models trained apart: do they need to be trained as a mixture?
+    # A third one for the question below.
     sweep $at L=1 seed=2
-    solve apart "$(run_of 0)" "$(run_of 1)" "$(run_of 2)"
     # The published schedule beside the shared one.
     sweep $at L=2 schedule=sampled seed=0
     sweep $at L=2 lambda_solver=uniform seed=0,1
 }
 
-# The directory of a single model.
-run_of() { run_name $at L=1 "seed=$1"; }
+# Do three members need to be trained as a mixture?
+afterwards() { solve apart "$(run_name $at L=1 seed=0)" "$(run_name $at L=1 seed=1)" "$(run_name $at L=1 seed=2)"; }
 
 main

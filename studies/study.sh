@@ -1,52 +1,77 @@
-# What the studies share: sourced by small.sh and gpu.sh, which set NAME and define `questions`.
+# What the studies share: sourced by small.sh and gpu.sh, which set STUDY and define `questions` and `afterwards`.
 #
-# The jobs of a study are Hydra multiruns into outputs/sweeps/study-NAME. WORKERS processes go through the same list; a
-# job that another one works on is passed over, and whatever was stopped is continued by the same command.
+# The jobs are Hydra multiruns into outputs/sweeps/study-STUDY. WORKERS processes go through the same list of them; a job
+# that another one works on is passed over, one that failed does not stop the others, and the same command continues
+# whatever was stopped.
 
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 WORKERS=${WORKERS:-1}
-SWEEP=outputs/sweeps/study-$NAME
+SWEEP=outputs/sweeps/study-$STUDY
 OVERRIDES=$*
 
-sweep() {
-    # Overrides have no blanks.
-    # shellcheck disable=SC2086
-    "$PYTHON" run.py -m "name=study-$NAME" "$@" $OVERRIDES || failed=1
+case $WORKERS in
+    '' | 0 | *[!0-9]*)
+        echo "WORKERS=$WORKERS must be a whole number of at least 1" >&2
+        exit 2
+        ;;
+esac
+
+# One command. What a signal ended ends the worker too.
+mixadv() {
+    "$PYTHON" run.py "$@" &
+    child=$!
+    code=0
+    wait "$child" || code=$?
+    [ "$code" -lt 128 ] || exit "$code"
+    [ "$code" -eq 0 ] || failed=1
 }
 
+# Overrides have no blanks.
+# shellcheck disable=SC2086
+sweep() { mixadv -m "name=study-$STUDY" "$@" $OVERRIDES; }
+
 # The name of a job's directory.
+# shellcheck disable=SC2086
 run_name() {
-    # shellcheck disable=SC2086
     "$PYTHON" -c 'import sys; from mixadv.config import run_name; print(run_name(sys.argv[1:]))' "$@" $OVERRIDES
 }
 
 # Optimal weights over models that were trained apart from each other, found with quick attacks on validation images and
 # measured like the others: the name of its directory, then the runs.
+# shellcheck disable=SC2086
 solve() {
     name=$1
     shift
     members=
     for run in "$@"; do members=$members${members:+,}\'$SWEEP/$run\'; done
-    "$PYTHON" run.py task=solve "name=study-$NAME-$name" "members=[$members]" lambda_solver=lp data.num_test=100 \
-        protocol.attacks.pgd-20.restarts=1 || failed=1
-    "$PYTHON" run.py task=evaluate "mixture=outputs/solve/study-$NAME-$name" protocol=study \
-        "hydra.run.dir=$SWEEP/$name" || failed=1
+    how=
+    for override in $OVERRIDES; do
+        # Data, model and loss are those that the members record.
+        case $override in trainer=* | trainer.* | logger=* | logger.* | compile=* | protocol=* | protocol.*) how="$how $override" ;; esac
+    done
+    mixadv task=solve "name=study-$STUDY-$name" "members=[$members]" lambda_solver=lp protocol.attacks.pgd-20.restarts=1 $how
+    mixadv task=evaluate "mixture=outputs/solve/study-$STUDY-$name" protocol=study "hydra.run.dir=$SWEEP/$name" $how
 }
 
+# A function of the study in a process of its own, which hands a signal on to its command and waits for that.
 work() {
+    child=
     failed=0
-    questions
-    return $failed
+    trap '[ -z "$child" ] || { kill -TERM "$child" || :; wait "$child" || :; }; exit 143' TERM
+    "$1"
+    exit "$failed"
 }
 
-# What a table and its figures need goes to results/NAME: no weights, no checkpoints.
+# What tables and figures need goes to results/STUDY: no weights, no checkpoints.
 publish() {
-    mkdir -p "results/$NAME"
-    (cd "$SWEEP" && find . -path '*/.jobs-*' -prune -o \( -name results.json -o -name metrics.csv -o -name records.npz \
-        -o -name DONE -o -name FAILED \) -print | tar cf - -T -) | (cd "results/$NAME" && tar xf -)
-    "$PYTHON" run.py task=report "runs=results/$NAME"
+    [ -d "$SWEEP" ] || return 0
+    mkdir -p "results/$STUDY"
+    find "results/$STUDY" -mindepth 1 -maxdepth 1 -exec rm -r {} +
+    (cd "$SWEEP" && find . -path '*/.*/*' -prune -o \( -name results.json -o -name metrics.csv -o -name records.npz \
+        -o -name config.yaml -o -name DONE -o -name FAILED \) -print | tar cf - -T -) | (cd "results/$STUDY" && tar xf -)
+    "$PYTHON" run.py task=report "runs=results/$STUDY"
 }
 
 main() {
@@ -55,14 +80,20 @@ main() {
         export OMP_NUM_THREADS=$((cores / WORKERS > 0 ? cores / WORKERS : 1))
     fi
     pids=
+    trap 'trap "" INT TERM HUP; kill -TERM $pids 2>/dev/null || :; wait; exit 130' INT TERM HUP
+    status=0
     for _ in $(seq "$WORKERS"); do
-        work &
+        work questions &
         pids="$pids $!"
         # So that they do not read the same data and compile the same graphs at the same moment.
-        sleep 5
+        [ "$WORKERS" -eq 1 ] || sleep 5
     done
-    status=0
-    for pid in $pids; do wait "$pid" || status=1; done
+    for pid in $pids; do wait "$pid" || status=$?; done
+    [ "$status" -lt 128 ] || exit "$status"
+    work afterwards &
+    pids=$!
+    wait "$pids" || status=$?
+    [ "$status" -lt 128 ] || exit "$status"
     publish
-    return $status
+    exit "$status"
 }

@@ -30,6 +30,7 @@ ALLOWED = {
     "errors": set(),
     "redaction": set(),
     "shipped": set(),
+    "setting_keys": set(),
     "seeding": set(),
     "signals": set(),
     "ranks": {"signals"},
@@ -61,7 +62,7 @@ ALLOWED = {
     "monitor.wandb_mirror": {"redaction"},
     "export": {"mixture", "models", "monitor"},
     "members": {"export", "mixture", "models", "monitor"},
-    "report": {"locks", "redaction", "shipped"},
+    "report": {"locks", "redaction", "setting_keys", "shipped"},
     # The shell.
     "config": set(),
     "main": {"config", "launchers", "locks", "redaction", "shipped", "signals", "tasks"},

@@ -100,7 +100,7 @@ def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
     except ValueError:
         return None
     robust, members = records.get("robust"), records.get("members_robust")
-    if robust is None or members is None or members.ndim != 2 or members.shape[1:] != robust.shape or len(robust) < 2:
+    if robust is None or members is None or members.shape != (len(run.members), *robust.shape) or robust.shape < (2,):
         return None
     best = int(members.mean(axis=1).argmax())
     return best, paired(robust.astype(np.float64) - members[best].astype(np.float64))

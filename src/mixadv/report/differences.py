@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,19 +15,20 @@ from rich.table import Table
 from rich.text import Text
 
 from mixadv.report.comparison import Comparison, compare_with_best_member, paired
-from mixadv.report.files import Run, read_arrays, replacing
-from mixadv.report.settings import SAMPLED, SHARED, UNIFORM, Setting, names_of, setting_of
+from mixadv.report.files import Run, cell, read_arrays, replacing
+from mixadv.report.settings import SAMPLED, SHARED, UNIFORM, Setting, grouped, names_of
 
 CLEAN, PGD, APGD, ALL = "clean", "pgd-20", "apgd", "all points"
 MEMBERS, GAP = "mean of the members", "matching-penny gap"
 EQUAL_EPOCHS = "mixture or one model, equal epochs per model"
-EQUAL_COMPUTING = "mixture or one model, equal computing"
+EQUAL_COMPUTING = "mixture or one model of L times the epochs"
 LEARNED = "learned or equal weights"
 SCHEDULES = "sampled or shared updates"
-APART = "trained apart or as a mixture"
-APART_SINGLE = "trained apart or one model"
+MEASURED = "only measured, or trained as a mixture"
+MEASURED_SINGLE = "only measured, or one model"
 BEST_MEMBER = "mixture or its best member"
-CSV_HEADER = [
+QUESTIONS = (EQUAL_EPOCHS, EQUAL_COMPUTING, LEARNED, SCHEDULES, MEASURED, MEASURED_SINGLE, BEST_MEMBER)
+CSV_HEADER = (
     "question",
     "first",
     "second",
@@ -36,7 +39,11 @@ CSV_HEADER = [
     "high",
     "num_examples",
     "verdict",
-]
+)
+
+
+_PGD, _APGD = f"attack/{PGD}", "attack/apgd-"
+_READ = ("clean", "robust", "members_robust", _PGD)
 
 
 class Difference(NamedTuple):
@@ -63,70 +70,103 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Which of the two is ahead, or that the interval does not resolve it."""
-        low, high = self.comparison.low, self.comparison.high
-        if self.measure == GAP:
-            return "above 0" if low > 0 else "unresolved"
-        return "first" if low > 0 else "second" if high < 0 else "unresolved"
+        """Which of the two is ahead, or that the interval does not resolve it; "" for a part of a difference."""
+        if self.measure in (MEMBERS, GAP):
+            return ""
+        return "first" if self.comparison.low > 0 else "second" if self.comparison.high < 0 else "unresolved"
 
 
-def accuracies(run: Run) -> dict[str, np.ndarray]:
-    """Per test image [N] float64: expected accuracy by measure, as far as the run's records have it.
+class Measured(NamedTuple):
+    """What one run's records say.
+
+    Attributes:
+        accuracies: measure -> expected accuracy per test image [N] float64, as far as the records have it.
+        labels: of the images [N].
+        how: data, norm, eps and attacks: numbers that differ in it are not compared.
+    """
+
+    accuracies: dict[str, np.ndarray]
+    labels: np.ndarray
+    how: str
+
+    def comparable(self, other: Measured) -> bool:
+        """Whether both were measured in the same way on the same images."""
+        return self.how == other.how and np.array_equal(self.labels, other.labels)
+
+
+def measured(run: Run) -> Measured:
+    """The run's records, checked against its results.
 
     Raises:
-        ValueError: there are no records, or they are not those of the results.
+        ValueError: there are no records, or they are damaged or not those of the results.
     """
-    arrays = read_arrays(run.path / "records.npz")
+    path = run.path / "records.npz"
+    arrays = read_arrays(path)
     if arrays is None or not {"labels", "clean", "robust"} <= set(arrays):
-        raise ValueError(f"{run.path / 'records.npz'} is missing, or has no labels, clean or robust")
-    found = {CLEAN: arrays["clean"].astype(np.float64), ALL: arrays["robust"].astype(np.float64)}
-    for measure, prefix in ((PGD, f"attack/{PGD}"), (APGD, "attack/apgd-")):
-        of_family = [arrays[key] for key in arrays if key.startswith(prefix)]
-        if of_family:
-            # An attacker may leave an image as it is.
-            found[measure] = np.min([found[CLEAN], *of_family], axis=0)
-    members = arrays.get("members_robust")
-    if members is not None and members.shape == (len(run.weights), len(found[ALL])):
-        found[MEMBERS] = np.asarray(run.weights) @ members.astype(np.float64)
-        found[GAP] = found[ALL] - found[MEMBERS]
-    shapes = {values.shape for values in found.values()}
+        raise ValueError(f"{path} is missing, or has no labels, clean or robust")
+    labels = arrays["labels"]
+    kept = {name: array for name, array in arrays.items() if name in _READ or name.startswith(_APGD)}
+    try:
+        numbers = {name: array.astype(np.float64) for name, array in kept.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} holds something that is not numbers") from None
+    members = numbers.pop("members_robust", None)
+    if not all(a.shape == labels.shape and a.ndim == 1 and np.isfinite(a).all() for a in numbers.values()):
+        raise ValueError(f"{path} is not one finite number per image")
+    if len(labels) < 2:
+        raise ValueError(f"{path} has fewer than two images")
+    found = {CLEAN: numbers["clean"], ALL: numbers["robust"]}
     # Stale records beside newer results would give an interval about other numbers than the table's.
-    if shapes != {arrays["labels"].shape} or abs(found[ALL].mean() - (run.robust.value or 0.0)) > 1e-4:
-        raise ValueError(f"{run.path / 'records.npz'} does not belong to its results.json")
-    return found | {"labels": arrays["labels"]}
+    if run.robust.value is None or not abs(found[ALL].mean() - run.robust.value) <= 1e-4:
+        raise ValueError(f"{path} does not belong to its results.json")
+    for measure, attacks in ((PGD, [_PGD]), (APGD, [name for name in numbers if name.startswith(_APGD)])):
+        if attacks and attacks[0] in numbers:
+            # An attacker may leave an image as it is.
+            found[measure] = np.min([found[CLEAN], *(numbers[name] for name in attacks)], axis=0)
+    if members is not None and run.weights and members.shape == (len(run.weights), len(labels)):
+        found[MEMBERS] = np.asarray(run.weights) @ members
+        found[GAP] = found[ALL] - found[MEMBERS]
+    settings = {name: entry.get("settings") for name, entry in run.attacks.items() if isinstance(entry, dict)}
+    how = json.dumps([run.data, run.norm, run.eps, settings], sort_keys=True, default=str)
+    return Measured(found, labels, how)
 
 
 def compare_settings(runs: Sequence[Run]) -> tuple[list[Difference], list[str]]:
-    """All answers that `runs` can give, and a line for each run whose records could not be used.
+    """All answers that `runs` and their baselines can give, and a line for whatever could not be used.
 
-    Runs are compared that differ in what is asked and in nothing else, were measured on the same images, and have the
-    same seed (a run that was only measured is compared with every seed).
+    Runs are compared that differ in what is asked and in nothing else, were measured by the same attacks on the same
+    images, and have the same seed (a run that was only measured is compared with every seed).
     """
-    groups: dict[Setting, dict[int, dict[str, np.ndarray]]] = defaultdict(dict)
-    notes, singles = [], []
-    for run in runs:
-        if run.robust.value is None:
-            continue
-        try:
-            found = accuracies(run)
-        except ValueError as error:
-            notes.append(str(error))
-            continue
-        groups[setting_of(run)][run.seed or 0] = found
-        singles.append(run)
-    settings = sorted(groups, key=lambda setting: setting.order)
-    names = names_of(settings)
+    groups: dict[Setting, dict[int, Measured]] = {}
+    notes = []
     answers: list[Difference] = []
-    for question, first, second in _questions(settings):
-        answers += _answer(question, names[first], names[second], groups[first], groups[second])
-    answers += _best_members(singles, names)
-    return answers, notes
-
-
-def _questions(settings: Sequence[Setting]) -> Iterator[tuple[str, Setting, Setting]]:
-    found = [(question, a, b) for a in settings for b in settings if (question := _question(a, b))]
-    order = (EQUAL_EPOCHS, EQUAL_COMPUTING, LEARNED, SCHEDULES, APART, APART_SINGLE)
-    yield from sorted(found, key=lambda one: order.index(one[0]))
+    every = grouped([run for run in runs if run.robust.value is not None])
+    names = names_of(list(every))
+    for setting, repetitions in every.items():
+        groups[setting] = {}
+        for run in repetitions:
+            if run.robust.value is None:
+                continue
+            try:
+                found = measured(run)
+            except ValueError as error:
+                notes.append(str(error))
+                continue
+            seed = run.seed or 0
+            if seed in groups[setting]:
+                # The baselines of several runs are the same training.
+                if not np.array_equal(groups[setting][seed].accuracies[ALL], found.accuracies[ALL]):
+                    notes.append(f"{run.path} repeats setting and seed of another run")
+                continue
+            groups[setting][seed] = found
+            compared = compare_with_best_member(run)
+            if compared is not None:
+                best = f"member {compared[0]}"
+                answers.append(Difference(BEST_MEMBER, names[setting], best, (seed,), ALL, compared[1]))
+    for a, b in itertools.product(groups, groups):
+        if (question := _question(a, b)) is not None:
+            answers += _answer(question, names[a], names[b], groups[a], groups[b], notes)
+    return sorted(answers, key=lambda answer: QUESTIONS.index(answer.question)), notes
 
 
 def _question(a: Setting, b: Setting) -> str | None:
@@ -134,13 +174,13 @@ def _question(a: Setting, b: Setting) -> str | None:
     if a.num_members < 2 or b.origin or a == b:
         return None
     if a.origin:
-        return APART if a.num_members == b.num_members else APART_SINGLE if b.is_single else None
+        return MEASURED if a.num_members == b.num_members else MEASURED_SINGLE if b.is_single else None
     if a.loss != b.loss or a.rest != b.rest:
         return None
     if b.is_single:
         if a.epochs == b.epochs:
             return EQUAL_EPOCHS
-        # One shared attack for all members: L members cost what L models cost.
+        # One shared attack for all members: L members cost what L models cost, the weights phases aside.
         shared = a.schedule == SHARED and a.epochs is not None
         return EQUAL_COMPUTING if shared and b.epochs == a.num_members * (a.epochs or 0) else None
     if (a.num_members, a.epochs) != (b.num_members, b.epochs):
@@ -153,52 +193,44 @@ def _question(a: Setting, b: Setting) -> str | None:
 
 
 def _answer(
-    question: str,
-    first: str,
-    second: str,
-    a: Mapping[int, Mapping[str, np.ndarray]],
-    b: Mapping[int, Mapping[str, np.ndarray]],
+    question: str, first: str, second: str, a: Mapping[int, Measured], b: Mapping[int, Measured], notes: list[str]
 ) -> list[Difference]:
     """For each seed, and for the mean of several, one difference per measure."""
-    measured_once = question in (APART, APART_SINGLE) and len(a) == 1
-    pairs = {seed: (next(iter(a.values())) if measured_once else a.get(seed), b[seed]) for seed in sorted(b)}
+    once = next(iter(a.values())) if question in (MEASURED, MEASURED_SINGLE) and len(a) == 1 else None
     each: dict[int, dict[str, np.ndarray]] = {}
-    for seed, (x, y) in pairs.items():
-        if x is None or not np.array_equal(x["labels"], y["labels"]):
+    like: Measured | None = None
+    for seed, y in sorted(b.items()):
+        x = once or a.get(seed)
+        if x is None:
             continue
-        each[seed] = {m: x[m] - y[m] for m in (CLEAN, PGD, APGD, ALL) if m in x and m in y}
-        if question in (EQUAL_EPOCHS, EQUAL_COMPUTING, APART_SINGLE) and MEMBERS in x:
-            each[seed] |= {MEMBERS: x[MEMBERS] - y[ALL], GAP: x[GAP]}
-    if not each:
-        return []
+        if not x.comparable(y) or (like is not None and not like.comparable(y)):
+            notes.append(f"{first} and {second}, seed {seed}: measured on other images or by other attacks")
+            continue
+        like = y
+        of_both = [m for m in (CLEAN, PGD, APGD, ALL) if m in x.accuracies and m in y.accuracies]
+        each[seed] = {m: x.accuracies[m] - y.accuracies[m] for m in of_both}
+        if question in (EQUAL_EPOCHS, EQUAL_COMPUTING, MEASURED_SINGLE) and MEMBERS in x.accuracies:
+            each[seed] |= {MEMBERS: x.accuracies[MEMBERS] - y.accuracies[ALL], GAP: x.accuracies[GAP]}
     groups = [(seed,) for seed in each] + ([tuple(each)] if len(each) > 1 else [])
-    measures = list(next(iter(each.values())))
     return [
         Difference(question, first, second, seeds, m, paired(np.mean([each[seed][m] for seed in seeds], axis=0)))
         for seeds in groups
-        for m in measures
+        for m in (CLEAN, PGD, APGD, ALL, MEMBERS, GAP)
         if all(m in each[seed] for seed in seeds)
     ]
-
-
-def _best_members(runs: Sequence[Run], names: Mapping[Setting, str]) -> list[Difference]:
-    answers = []
-    for run in sorted(runs, key=lambda run: (setting_of(run).order, run.seed or 0)):
-        compared = compare_with_best_member(run)
-        if compared is not None:
-            name, seeds = names[setting_of(run)], (run.seed or 0,)
-            answers.append(Difference(BEST_MEMBER, name, f"member {compared[0]}", seeds, ALL, compared[1]))
-    return answers
 
 
 def differences_table(answers: Sequence[Difference]) -> Table:
     """One row for each question and pair of settings, of several seeds their mean; points of accuracy."""
     table = Table(title="Differences in robust accuracy, points [95 % interval]", title_justify="left")
-    caption = "Paired by test image. Intervals cover the draw of test images, not that of training seeds."
-    table.caption, table.caption_justify = caption, "left"
+    table.caption_justify = "left"
+    table.caption = (
+        "Paired by test image. Intervals cover the draw of test images, not that of training seeds.\n"
+        "All points = members + gap: the members' weighted mean against the one model, and the matching-penny gap."
+    )
     for heading in ("question", "first minus second", "seeds"):
         table.add_column(heading, overflow="fold")
-    for heading in ("PGD-20", "all points", "ahead"):
+    for heading in ("PGD-20", "all points", "members + gap", "ahead"):
         table.add_column(heading, no_wrap=True)
     rows: dict[tuple[str, str, str], dict[tuple[int, ...], dict[str, Difference]]] = defaultdict(dict)
     for answer in answers:
@@ -206,15 +238,16 @@ def differences_table(answers: Sequence[Difference]) -> Table:
     last = ""
     for (question, first, second), by_seeds in rows.items():
         shown = by_seeds.values() if question == BEST_MEMBER else [by_seeds[max(by_seeds, key=len)]]
-        for by_measure in shown:
-            whole = by_measure[ALL]
+        for found in shown:
+            parts = [found[measure].comparison.in_points()[0] for measure in (MEMBERS, GAP) if measure in found]
             table.add_row(
                 Text(question if question != last else ""),
                 Text(f"{first} – {second}"),
-                ", ".join(map(str, whole.seeds)),
-                _points(by_measure.get(PGD)),
-                _points(whole),
-                whole.verdict,
+                ", ".join(map(str, found[ALL].seeds)),
+                _points(found.get(PGD)),
+                _points(found[ALL]),
+                " ".join(parts),
+                found[ALL].verdict,
             )
             last = question
     return table
@@ -241,5 +274,5 @@ def write_differences_csv(answers: Sequence[Difference], path: str | Path) -> Pa
             c = answer.comparison
             seeds = " ".join(map(str, answer.seeds))
             row = [answer.question, answer.first, answer.second, seeds, answer.measure, c.difference, c.low, c.high]
-            writer.writerow([*row, c.num_examples, answer.verdict])
+            writer.writerow([cell(value) for value in (*row, c.num_examples, answer.verdict)])
     return path

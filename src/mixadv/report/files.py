@@ -98,7 +98,8 @@ class Run:
     @property
     def weights(self) -> list[float]:
         weights = self.get("weights")
-        return [float(w) for w in weights] if isinstance(weights, list) else []
+        numbers = [number(w) for w in weights] if isinstance(weights, list) else []
+        return [w for w in numbers if w is not None] if None not in numbers else []
 
     @property
     def num_members(self) -> int | None:
@@ -133,12 +134,19 @@ class Run:
         return None if value is None else int(value)
 
     @property
+    def was_only_measured(self) -> bool:
+        """Whether the configuration is that of a measurement, and says nothing of how the members were trained."""
+        return (self.get("task") or self.config.get("task")) in ("evaluate", "solve")
+
+    @property
     def loss(self) -> str:
-        return group_name(self.config.get("loss"))
+        return "" if self.was_only_measured else group_name(self.config.get("loss"))
 
     @property
     def solver(self) -> str:
-        return group_name(self.config.get("lambda_solver"))
+        """What gave the weights; "" where that was another run."""
+        evaluated = (self.get("task") or self.config.get("task")) == "evaluate"
+        return "" if evaluated else group_name(self.config.get("lambda_solver"))
 
     @property
     def data(self) -> str:
@@ -285,6 +293,13 @@ def find_runs(root: str | Path) -> list[Run]:
             below.clear()
         below[:] = [name for name in below if not name.startswith(".")]
     return [read_run(path) for path in sorted(found, key=natural_key)]
+
+
+def cell(value: Any) -> Any:
+    """A cell of a csv file; text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 @contextmanager

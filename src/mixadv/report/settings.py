@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mixadv.report.files import Run
 from mixadv.report.names import format_ball, number
+from mixadv.setting_keys import flat_settings, is_indifferent
 
 UNIFORM, SHARED, SAMPLED = "uniform", "shared", "sampled"
-# Where a run lives, what it is called and how fast it computes does not change what it measures.
-_NOT_SETTINGS = {"seed", "name", "runs", "resume", "logger", "hydra", "paths", "mixture", "compile"}
-_OF_THE_MIXTURE = ("lambda_solver", "schedule")
+# What else changes no number, or stands elsewhere in the results.
+_ASIDE = ("seed", "data.seed", "baseline", "mixture", "members", "weights", "paths", "hydra", "trainer.log_every_steps")
+# What is run on the test set is compared by itself.
+_MEASUREMENT = ("protocol.name", "protocol.attacks", "protocol.diagnosed")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Setting:
         solver: "oracle", "entropic", "lp" or "uniform"; "" for a single model, which has no weights to learn.
         schedule: "sampled" or "shared"; "" for a single model, for which both are the same.
         epochs: per model.
-        weighing: the solver's and the schedule's other settings; empty for a single model.
-        rest: all other settings but the seed. Only runs that share them can be compared.
+        weighing: the other settings of solver and schedule; empty where no weights are learned.
+        rest: all other settings but the seed and what is run on the test set. Only runs that share them are compared.
         origin: the name of a run that was not trained but measured (task=evaluate, task=solve), which does not say
             how its members came about: loss, solver and schedule are then "", epochs None. Else "".
     """
@@ -47,42 +49,51 @@ class Setting:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """By which settings are sorted: loss, then the single model, then L, those that were only measured last."""
+        """By which settings are sorted: loss, L, then the rest; those that were only measured last."""
         few = sorted(map(str, self.weighing | self.rest))
-        return (
-            bool(self.origin),
-            self.loss,
-            self.num_members,
-            self.epochs or 0,
-            self.schedule == SAMPLED,
-            self.solver,
-            few,
-        )
+        sampled = self.schedule == SAMPLED
+        return bool(self.origin), self.loss, self.num_members, self.epochs or 0, sampled, self.solver, self.origin, few
 
 
-def setting_of(run: Run) -> Setting:
-    """The setting that a run's files record."""
-    size = run.num_members or 0
-    if run.get("task") in ("evaluate", "solve"):
+def described(config: Mapping[str, Any]) -> dict[str, str]:
+    """Flat settings without paths and without what changes no number."""
+    return {
+        key: str(value)
+        for key, value in flat_settings(dict(config)).items()
+        if not is_indifferent(key)
+        and not _within(key, _ASIDE)
+        and not (isinstance(value, str) and ("/" in value or "\\" in value) and number(value) is None)
+    }
+
+
+def _within(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def setting_of(run: Run) -> Setting | None:
+    """The setting that a run's files record; None where they do not say even L."""
+    size = run.num_members
+    if size is None or size < 1:
+        return None
+    if run.was_only_measured:
         return Setting("", size, origin=run.path.name)
-    flat = {key: str(value) for key, value in flatten(run.config)}
     schedule = run.config.get("schedule")
     schedule = schedule if isinstance(schedule, dict) else {}
+    solver, single = run.solver, size == 1
     weighing, rest = set(), set()
-    for key, value in flat.items():
-        group = key.partition(".")[0]
-        if group in _OF_THE_MIXTURE and key not in ("schedule.epochs", "schedule.kind"):
-            weighing.add((key, value))
-        elif group not in (*_OF_THE_MIXTURE, "L") and key != "loss._target_":
+    for key, value in described(run.config).items():
+        if _within(key, ("lambda_solver", "schedule")):
+            if key not in ("schedule.epochs", "schedule.kind"):
+                weighing.add((key, value))
+        elif not _within(key, ("L", "loss._target_", "task", *_MEASUREMENT)):
             rest.add((key, value))
-    single = size == 1
     return Setting(
         loss=run.loss,
         num_members=size,
-        solver="" if single else run.solver,
+        solver="" if single else solver,
         schedule="" if single else str(schedule.get("kind") or ""),
         epochs=number(schedule.get("epochs")),
-        weighing=frozenset() if single else frozenset(weighing),
+        weighing=frozenset() if single or solver == UNIFORM else frozenset(weighing),
         rest=frozenset({*rest, ("data", run.data), ("norm", run.norm), ("eps", str(run.eps))}),
     )
 
@@ -91,10 +102,11 @@ Groups = Mapping[Setting, Sequence[Run]]
 
 
 def grouped(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
-    """Runs by setting, in the settings' order."""
+    """Runs by setting, in the settings' order; baselines are runs too. Those that do not say L are left out."""
     groups: dict[Setting, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[setting_of(run)].append(run)
+    for run in [*runs, *(run.baseline for run in runs if run.baseline is not None)]:
+        if (setting := setting_of(run)) is not None:
+            groups[setting].append(run)
     return {setting: groups[setting] for setting in sorted(groups, key=lambda setting: setting.order)}
 
 
@@ -106,10 +118,16 @@ def headline(groups: Groups) -> str:
     return " · ".join([", ".join(data), *balls])
 
 
+def usual_epochs(settings: Sequence[Setting]) -> float | None:
+    """The length that most of the trained settings have; of equally many the first."""
+    lengths = Counter(setting.epochs for setting in settings if not setting.origin)
+    return lengths.most_common(1)[0][0] if lengths else None
+
+
 def names_of(settings: Sequence[Setting], with_size: bool = True) -> dict[Setting, str]:
     """A name for each setting that tells it from the others and says no more than that; `with_size` says L as well."""
     trained = [setting for setting in settings if not setting.origin]
-    usual = Counter(setting.epochs for setting in trained).most_common(1)[0][0] if trained else None
+    usual = usual_epochs(settings)
     losses, schedules = {s.loss for s in trained}, {s.schedule for s in trained if s.schedule}
     # A loss and a solver have settings that others do not have: those are told where they differ within one.
     varied = set()
@@ -129,14 +147,3 @@ def names_of(settings: Sequence[Setting], with_size: bool = True) -> dict[Settin
 
 def _differing(sets: Sequence[frozenset[tuple[str, str]]]) -> set[tuple[str, str]]:
     return set().union(*sets) - set(sets[0]).intersection(*sets[1:]) if sets else set()
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a configuration as dotted keys, without paths and without what does not change what is measured."""
-    for key, value in config.items():
-        if key in _NOT_SETTINGS:
-            continue
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif not (isinstance(value, str) and ("/" in value or "\\" in value) and number(value) is None):
-            yield f"{prefix}{key}", value

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from mixadv.report.figures import DASHES, MARKERS, SIZES, column, footnote, member_style, new_figure, save
 from mixadv.report.files import Run
-from mixadv.report.settings import UNIFORM, Groups, Setting, grouped, headline, names_of
+from mixadv.report.settings import UNIFORM, Groups, Setting, grouped, headline, names_of, usual_epochs
 from mixadv.report.study_results import accuracies_on_test, accuracy_figure, cost_figure, timed_runs
 
 if TYPE_CHECKING:
@@ -33,14 +33,19 @@ def draw_study(runs: Sequence[Run], root: str | Path) -> list[Path]:
     Raises:
         UserError: `root` cannot be written.
     """
-    root, groups = Path(root), grouped(runs)
-    figures: list[tuple[str, Any, Any]] = [
-        ("report.png", accuracies_on_test(groups), accuracy_figure),
-        ("training.png", validation_curves(groups), training_figure),
-        ("weights.png", learned_weights(groups), weights_figure),
-        ("cost.png", timed_runs(groups), cost_figure),
-    ]
-    return [save(partial(build, groups, shown), root / name) for name, shown, build in figures if shown]
+    return [save(build, Path(root) / name) for name, build in study_figures(runs).items()]
+
+
+def study_figures(runs: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
+    """By the names of their files, how the figures of `draw_study` are built that have something to show."""
+    groups = grouped(runs)
+    figures: dict[str, tuple[Any, Any]] = {
+        "report.png": (accuracy_figure, accuracies_on_test(groups)),
+        "training.png": (training_figure, validation_curves(groups)),
+        "weights.png": (weights_figure, learned_weights(groups)),
+        "cost.png": (cost_figure, timed_runs(groups)),
+    }
+    return {name: partial(build, groups, shown) for name, (build, shown) in figures.items() if shown}
 
 
 def validation_curves(groups: Groups) -> dict[Setting, list[Curve]]:
@@ -56,8 +61,7 @@ def validation_curves(groups: Groups) -> dict[Setting, list[Curve]]:
 
 def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Curve]]) -> Figure:
     """The second figure of `draw_study`; its axes are labelled by their losses."""
-    lengths = [s.epochs for s in curves]
-    usual = max(set(lengths), key=lengths.count)
+    usual = usual_epochs(list(curves))
     shown = [s for s in curves if s.epochs == usual]
     names = names_of(shown)
     losses = sorted({s.loss for s in shown})
@@ -65,20 +69,21 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Curve]]) -
     figure.subplots_adjust(left=0.07, right=0.985, bottom=0.3, top=0.86, wspace=0.08)
     first: Any = None
     sizes = sorted({s.num_members for s in shown})
-    kinds = list(dict.fromkeys((s.solver, s.schedule) for s in shown if not s.is_single))
     for i, loss in enumerate(losses):
         axes = figure.add_subplot(1, len(losses), i + 1, label=loss, sharey=first)
         first = first or axes
+        seen: Counter[int] = Counter()
         for setting in (s for s in shown if s.loss == loss):
-            common = _on_common_epochs(curves[setting])
-            kind = 0 if setting.is_single else kinds.index((setting.solver, setting.schedule))
+            x, y = _by_seed(curves[setting])
+            # Settings of one L have one colour, and a dash each.
+            kind = seen[setting.num_members]
+            seen[setting.num_members] += 1
             look: dict[str, Any] = {"color": SIZES[sizes.index(setting.num_members) % len(SIZES)]}
-            x, y = common[0], common[1]
             label = names[setting].removeprefix(f"{loss}, ") + (f" ({len(y)} seeds)" if len(y) > 1 else "")
             dash, marker = DASHES[kind % len(DASHES)], MARKERS[kind % len(MARKERS)] if len(x) <= 30 else ""
-            axes.plot(x, y.mean(axis=0), linestyle=dash, marker=marker, markersize=5, label=label, **look)
+            axes.plot(x, np.nanmean(y, axis=0), linestyle=dash, marker=marker, markersize=5, label=label, **look)
             if len(y) > 1:
-                axes.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.13, linewidth=0, **look)
+                axes.fill_between(x, np.nanmin(y, axis=0), np.nanmax(y, axis=0), alpha=0.13, linewidth=0, **look)
         axes.set_title(loss)
         axes.tick_params(axis="y", labelleft=i == 0)
         axes.set_xlabel("epochs per model")
@@ -95,14 +100,11 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Curve]]) -
     return figure
 
 
-def _on_common_epochs(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs [n] that all curves have, and their values [seeds, n]."""
-    epochs = [np.round(x, 6) for x, _ in curves]
-    common = sorted(set(epochs[0]).intersection(*epochs[1:]))
-    values = [
-        [float(y[np.flatnonzero(x == at)[-1]]) for at in common] for x, (_, y) in zip(epochs, curves, strict=True)
-    ]
-    return np.array(common), np.array(values)
+def _by_seed(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """All epochs [n] of the curves, and their values [seeds, n], nan where one has not come so far."""
+    rounded = [dict(zip(np.round(x, 6).tolist(), y.tolist(), strict=True)) for x, y in curves]
+    epochs = sorted(set().union(*rounded))
+    return np.array(epochs), np.array([[of_seed.get(at, math.nan) for at in epochs] for of_seed in rounded])
 
 
 def learned_weights(groups: Groups) -> dict[Setting, list[Run]]:
@@ -125,14 +127,16 @@ def weights_figure(groups: Groups, learned: Groups) -> Figure:
     top, bottom = 1 - 0.95 / height, 1.3 / height
     figure.subplots_adjust(left=0.055, right=0.985, bottom=bottom, top=top, wspace=0.1, hspace=0.42)
     seeds = sorted({run.seed or 0 for runs in learned.values() for run in runs})
-    most = max(setting.num_members for setting in learned)
+    most = max(_lambdas(run) for runs in learned.values() for run in runs)
     first: Any = None
     for i, (setting, runs) in enumerate(learned.items()):
         first = axes = figure.add_subplot(rows, columns, i + 1, label=names[setting], sharey=first)
         for run in runs:
             end = float(np.nanmax(run.history["epoch"], initial=0.0))
-            for k in range(setting.num_members):
+            for k in range(_lambdas(run)):
                 x, y = column(run, f"lambda/{k}")
+                if not len(x):
+                    continue
                 # Weights keep their value from one weights phase to the next.
                 x, y = np.append(x, max(end, x[-1])), np.append(y, y[-1])
                 dash = DASHES[seeds.index(run.seed or 0) % len(DASHES)]
@@ -156,3 +160,8 @@ def weights_figure(groups: Groups, learned: Groups) -> Figure:
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.1 / height), ncols=len(handles))
     figure.suptitle(headline(groups), fontsize=16, y=1 - 0.12 / height)
     return figure
+
+
+def _lambdas(run: Run) -> int:
+    """How many weights the history has."""
+    return sum(name.startswith("lambda/") for name in run.history)

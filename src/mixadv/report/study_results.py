@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixadv.report.differences import ALL, APGD, CLEAN, PGD, accuracies
+from mixadv.report.differences import ALL, APGD, CLEAN, PGD, measured
 from mixadv.report.figures import DASHES, MARKERS, SIZES, footnote, new_figure
 from mixadv.report.files import Run
 from mixadv.report.settings import SAMPLED, UNIFORM, Groups, Setting, headline, names_of
@@ -34,7 +34,8 @@ def accuracies_on_test(groups: Groups) -> dict[Setting, dict[str, list[float]]]:
             if run.robust.value is None or run.clean.value is None:
                 continue
             try:
-                means = {measure: float(each.mean()) for measure, each in accuracies(run).items() if measure in TITLES}
+                found = measured(run).accuracies
+                means = {measure: float(each.mean()) for measure, each in found.items() if measure in TITLES}
             except ValueError:
                 means = {CLEAN: run.clean.value, ALL: run.robust.value}
             for measure, mean in means.items():

@@ -12,7 +12,7 @@ from mixadv.errors import UserError
 from mixadv.report.figures import CLEAN, DASHES, MARKERS, MEMBERS, ROBUST, footnote, new_figure, save
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
-from mixadv.report.settings import flatten
+from mixadv.report.settings import described
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,7 +174,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 def _extras(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Per run, "key=value" for every setting in which runs with equal (eps, L, loss, solver) differ."""
-    flat = [{"data": run.data, "norm": run.norm, **dict(flatten(run.config))} for run in runs]
+    flat = [{"data": run.data, "norm": run.norm, **described(run.config)} for run in runs]
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, run in enumerate(runs):
         groups[run.eps, run.num_members, run.loss, run.solver].append(i)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixadv.report.differences import APGD, GAP, PGD, accuracies
-from mixadv.report.files import Interval, Run, replacing
+from mixadv.report.differences import APGD, GAP, PGD, measured
+from mixadv.report.files import Interval, Run, cell, replacing
 from mixadv.report.names import format_ball, format_eps, group_name, norm_symbol, number, short_names
 from mixadv.report.settings import setting_of
 
@@ -154,22 +154,15 @@ def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
                 "L": run.num_members,
                 "loss": run.loss,
                 "solver": run.solver,
-                "schedule": setting.schedule,
-                "epochs": setting.epochs,
+                "schedule": setting.schedule if setting else "",
+                "epochs": setting.epochs if setting else None,
                 "seed": run.seed,
                 "train_seconds": run.training_seconds,
                 "num_examples": run.num_examples,
             }
             for row in _csv_rows(run):
-                writer.writerow({key: _cell(value) for key, value in {**about, **row}.items()})
+                writer.writerow({key: cell(value) for key, value in {**about, **row}.items()})
     return path
-
-
-def _cell(value: Any) -> Any:
-    """A cell of a csv file; text that a spreadsheet would take for a formula begins with an apostrophe."""
-    if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")):
-        return f"'{value}"
-    return "" if value is None else value
 
 
 def _csv_rows(run: Run) -> list[dict[str, Any]]:
@@ -196,7 +189,7 @@ def _csv_rows(run: Run) -> list[dict[str, Any]]:
 def _under_attack(run: Run) -> dict[str, Any]:
     """Robust accuracy under single families of attacks, and what the mixture has above the mean of its members."""
     try:
-        means = {measure: float(each.mean()) for measure, each in accuracies(run).items()}
+        means = {measure: float(each.mean()) for measure, each in measured(run).accuracies.items()}
     except ValueError:
         return {}
     return {"pgd_20": means.get(PGD), "apgd": means.get(APGD), "matching_penny_gap": means.get(GAP)}

@@ -22,14 +22,10 @@ from yaml import YAMLError
 import mixadv
 from mixadv.errors import UserError
 from mixadv.locks import LOCK, DirectoryLock, Held
+from mixadv.setting_keys import flat_settings, is_indifferent
 from mixadv.shipped import refuse_aliases
 
 RESULTS_SCHEMA = 1
-# Settings that do not change what is computed: they may differ when a run is continued or shown.
-INDIFFERENT = (
-    *("resume", "name", "runs", "compile", "logger", "data.mirrors", "data.download"),
-    *("trainer.progress", "trainer.checkpoint_minutes", "trainer.checkpoint_updates", "trainer.micro_batch_size"),
-)
 
 
 class State(Enum):
@@ -161,8 +157,8 @@ def leave_reason(run_dir: Path, error: Exception) -> None:
 
 def digest(cfg: DictConfig) -> str:
     """A fingerprint of the settings that decide what is computed."""
-    flat = _flat(OmegaConf.to_container(cfg, resolve=True))
-    kept = {key: value for key, value in flat.items() if not _is_indifferent(key)}
+    flat = flat_settings(OmegaConf.to_container(cfg, resolve=True))
+    kept = {key: value for key, value in flat.items() if not is_indifferent(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -177,22 +173,9 @@ def is_sealed(run_dir: Path, settings: str) -> bool:
     return done.is_file() and done.read_text().strip() == settings
 
 
-def _is_indifferent(key: str) -> bool:
-    return any(key == skip or key.startswith(f"{skip}.") for skip in INDIFFERENT)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
-
-
 def _difference(saved: Any, cfg: DictConfig) -> str:
-    old, new = _flat(saved), _flat(OmegaConf.to_container(cfg, resolve=True))
-    keys = [key for key in {**old, **new} if not _is_indifferent(key)]
+    old, new = flat_settings(saved), flat_settings(OmegaConf.to_container(cfg, resolve=True))
+    keys = [key for key in {**old, **new} if not is_indifferent(key)]
     changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
     return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
 
