@@ -448,7 +448,7 @@ def test_figures_hold_the_numbers_of_the_files(study: Path) -> None:
 
 
 def test_the_report_of_a_study(study: Path) -> None:
-    console = Console(width=170, record=True, file=io.StringIO())
+    console = Console(width=250, record=True, file=io.StringIO())
     written = report(study, console)
     names = ["report.png", "training.png", "weights.png", "cost.png", "differences.csv", "report.csv"]
     assert written == [study / name for name in names]
