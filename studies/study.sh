@@ -51,7 +51,8 @@ solve() {
         # Data, model and loss are those that the members record.
         case $override in trainer=* | trainer.* | logger=* | logger.* | compile=* | protocol=* | protocol.*) how="$how $override" ;; esac
     done
-    mixadv task=solve "name=study-$STUDY-$name" "members=[$members]" lambda_solver=lp protocol.attacks.pgd-20.restarts=1 $how
+    mixadv task=solve "name=study-$STUDY-$name" "members=[$members]" lambda_solver=lp \
+        ++protocol.attacks.pgd-20.restarts=1 $how
     mixadv task=evaluate "mixture=outputs/solve/study-$STUDY-$name" protocol=study "hydra.run.dir=$SWEEP/$name" $how
 }
 

@@ -108,7 +108,11 @@ def test_every_experiment_runs_one_step_and_keeps_the_contract(command, tmp_path
         official.unpack(tmp_path / "data" / "cifar-10-batches-py")
         reader = official.module(tmp_path / "data").reader()
         monkeypatch.setattr(CIFAR10, "reader", classmethod(lambda cls: reader))
-    finished = command(f"experiment={experiment}", *ONE_STEP, "name=one")
+        # What takes long in them: large networks, many attacks, compilation.
+        small = ("model=small_cnn", "protocol=fast", "compile=false", "precision=fp32")
+    else:
+        small = ()
+    finished = command(f"experiment={experiment}", *small, *ONE_STEP, "name=one")
     assert finished.rc == 0, finished.err
     assert finished.err == ""
     path = tmp_path / "outputs" / "train" / "one"

@@ -174,9 +174,7 @@ def cost_figure(groups: Groups, timed: Mapping[Setting, Sequence[tuple[float, Ru
     pays.legend(handles=handles, loc="best", fontsize=11)
     devices = sorted({str(device) for found in timed.values() for _, run in found if (device := run.get("device"))})
     figure.suptitle(headline(groups), fontsize=16, y=1 - 0.12 / height)
-    footnote(
-        figure, "points: seeds; seconds of training with validation, compilation not counted; " + "; ".join(devices)
-    )
+    footnote(figure, "; ".join(["points: seeds; seconds include validation", *devices]))
     return figure
 
 
