@@ -125,7 +125,10 @@ def usual_epochs(settings: Sequence[Setting]) -> float | None:
 
 
 def names_of(settings: Sequence[Setting], with_size: bool = True) -> dict[Setting, str]:
-    """A name for each setting that tells it from the others and says no more than that; `with_size` says L as well."""
+    """A name for each setting that tells it from the others and says no more than that.
+
+    Without `with_size` mixtures that differ in L alone have one name.
+    """
     trained = [setting for setting in settings if not setting.origin]
     usual = usual_epochs(settings)
     losses, schedules = {s.loss for s in trained}, {s.schedule for s in trained if s.schedule}
@@ -137,7 +140,8 @@ def names_of(settings: Sequence[Setting], with_size: bool = True) -> dict[Settin
         varied |= {key for key, _ in _differing([s.weighing for s in trained if s.solver == solver])}
     names = {}
     for s in settings:
-        parts = [s.loss if len(losses) > 1 else "", f"L = {s.num_members}" if with_size else "", s.solver]
+        size = f"L = {s.num_members}" if with_size else "one model" if s.is_single else ""
+        parts = [s.loss if len(losses) > 1 else "", size, s.solver]
         parts.append(s.schedule if len(schedules) > 1 and s.schedule == SAMPLED else "")
         parts.append(f"{s.epochs:g} epochs" if s.epochs is not None and s.epochs != usual else "")
         parts += [f"{key}={value}" for key, value in sorted(s.weighing | s.rest) if key in varied]

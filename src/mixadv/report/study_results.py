@@ -47,7 +47,8 @@ def accuracy_figure(groups: Groups, values: Mapping[Setting, Mapping[str, list[f
     """The first figure of `draw_study`; its axes are labelled by their measures."""
     measures = [m for m in TITLES if any(m in v for v in values.values())]
     settings = list(values)
-    labels = _lines_of(settings)
+    # Settings of one line differ in L alone.
+    labels = names_of(settings, with_size=False)
     rows = math.ceil(len(set(labels.values())) / 3)
     height = 5.2 + 0.3 * rows
     figure = new_figure(height)
@@ -78,18 +79,6 @@ def accuracy_figure(groups: Groups, values: Mapping[Setting, Mapping[str, list[f
         notes.append(f"{missing} of {every} runs have no results and are not shown")
     footnote(figure, "; ".join(notes))
     return figure
-
-
-def _lines_of(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """The label of the line that each setting is on: settings of one line differ in L alone."""
-    names = names_of(settings, with_size=False)
-    several = len({s.loss for s in settings if not s.origin}) > 1
-    labels = {}
-    for s in settings:
-        one = f"{s.loss}, one model" if several else "one model"
-        label = names[s] if not s.is_single else ", ".join([one, *names[s].split(", ")[1 if several else 0 :]])
-        labels[s] = label.removesuffix(f", {s.loss}") if s.is_single else label
-    return labels
 
 
 def _accuracy_panel(
