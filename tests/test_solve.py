@@ -250,6 +250,9 @@ def test_members_on_the_command_line_are_taken_apart_where_paths_exist(tmp_path,
     (tmp_path / "plain").mkdir()
     assert _quoted("members=[plain,a=1,b=2,pkg.mod:fn]") == "members=[plain,'a=1,b=2','pkg.mod:fn']"
     assert _quoted("members=['a=1,b=2',plain]") == "members=['a=1,b=2',plain]"
+    # Three parts and more: the middle ones have no quote of their own.
+    assert _quoted("members=['a=1,b=2,c=3',plain]") == "members=['a=1,b=2,c=3',plain]"
+    assert _quoted('members=["a=1,b=2,c=3","d=4"]') == 'members=["a=1,b=2,c=3","d=4"]'
     assert _quoted("members=[]") == "members=[]"
     # A sweep over lists.
     assert _quoted("members=[plain,a=1,b=2],[pkg.mod:fn]") == "members=[plain,'a=1,b=2'],['pkg.mod:fn']"

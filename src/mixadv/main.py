@@ -77,6 +77,9 @@ def _composition_message(error: Exception) -> str:
 def _quoted(argument: str) -> str:
     """Quote a path that exists: run directories are called `eps=8-255,L=3`, which Hydra's grammar would take apart."""
     key, _, value = argument.partition("=")
+    if set(value) & set("'\""):
+        # Whoever quotes any of it quotes all that needs it.
+        return argument
     if key in PATH_KEYS and _needs_quotes(value) and Path(value).exists():
         return f"{key}='{value}'"
     if key == "members" and value.startswith("[") and value.endswith("]"):
@@ -87,7 +90,7 @@ def _quoted(argument: str) -> str:
 
 
 def _needs_quotes(value: str) -> bool:
-    return bool(set(value) & set("=,()[]{}: ")) and not set(value) & set("'\"")
+    return bool(set(value) & set("=,()[]{}: "))
 
 
 def _quoted_members(text: str) -> Iterator[str]:
