@@ -37,6 +37,7 @@ from mixadv.report.differences import (
     write_differences_csv,
 )
 from mixadv.report.files import read_run
+from mixadv.report.names import number
 from mixadv.report.settings import grouped, headline, names_of, setting_of
 from mixadv.report.study_figures import (
     learned_weights,
@@ -489,3 +490,25 @@ def test_the_table_of_differences_shows_the_mean_over_seeds(study: Path) -> None
         points, low, high = answer.comparison.in_points()
         assert f"{points} [{low}, {high}]" in line
         assert answer.verdict in line
+
+
+STORED = sorted(path.parent for path in (Path(__file__).resolve().parents[1] / "results").glob("*/report.csv"))
+
+
+@pytest.mark.parametrize("root", STORED, ids=lambda root: root.name)
+def test_stored_tables_are_those_of_the_stored_runs(root: Path, tmp_path: Path) -> None:
+    """results/NAME is what task=report makes of the per-run files beside it."""
+    runs = find_runs(root)
+    assert all(run.state == "done" and not run.notes for run in runs)
+    answers, notes = compare_settings(runs)
+    assert notes == []
+    write_table_csv(runs, tmp_path / "report.csv")
+    write_differences_csv(answers, tmp_path / "differences.csv")
+    for name in ("report.csv", "differences.csv"):
+        made, stored = ([*csv.reader((folder / name).read_text().splitlines())] for folder in (tmp_path, root))
+        assert len(made) == len(stored)
+        for ours, theirs in zip(made, stored, strict=True):
+            # The last digit of a mean is the processor's own.
+            for cell, kept in zip(ours, theirs, strict=True):
+                value = number(cell)
+                assert cell == kept if value is None else value == pytest.approx(number(kept), abs=1e-12)
