@@ -492,6 +492,15 @@ def test_the_table_of_differences_shows_the_mean_over_seeds(study: Path) -> None
         assert answer.verdict in line
 
 
+def test_no_column_of_the_differences_is_lost_on_a_narrow_console(study: Path) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    report(study, console)
+    text = console.export_text()
+    for heading in ("question", "first minus second", "seeds", "PGD-20", "all points", "members + gap", "ahead"):
+        assert heading in text
+    assert "L = 3, oracle" in text
+
+
 STORED = sorted(path.parent for path in (Path(__file__).resolve().parents[1] / "results").glob("*/report.csv"))
 
 

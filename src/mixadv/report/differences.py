@@ -228,8 +228,9 @@ def differences_table(answers: Sequence[Difference]) -> Table:
         "Paired by test image. Intervals cover the draw of test images, not that of training seeds.\n"
         "All points = members + gap: the members' weighted mean against the one model, and the matching-penny gap."
     )
-    for heading in ("question", "first minus second", "seeds"):
-        table.add_column(heading, overflow="fold")
+    # Narrower than this, words would break in the middle.
+    for heading, narrowest in (("question", 14), ("first minus second", 18), ("seeds", 5)):
+        table.add_column(heading, overflow="fold", min_width=narrowest)
     for heading in ("PGD-20", "all points", "members + gap", "ahead"):
         table.add_column(heading, no_wrap=True)
     rows: dict[tuple[str, str, str], dict[tuple[int, ...], dict[str, Difference]]] = defaultdict(dict)

@@ -155,11 +155,16 @@ def _stop_without(parent: int) -> None:
 
 def _job_names(config: DictConfig) -> list[str]:
     """The names that Hydra's own sweeper gives its jobs; of others nothing is known beforehand."""
+    if not str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
+        return []
+    return job_names(list(config.hydra.overrides.task))
+
+
+def job_names(overrides: Sequence[str]) -> list[str]:
+    """The names of a sweep's directories: Hydra writes overrides anew, ``compile=False`` for ``compile=false``."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    if not str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
-        return []
-    parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [run_name(job) for job in jobs]
