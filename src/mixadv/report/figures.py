@@ -260,7 +260,7 @@ def _draw_loss(axes: Axes, run: Run) -> None:
         ("weights/value", "game value", VALUE),
     ):
         x, y = column(run, name)
-        window = smoothing_window(y)
+        window = _window(y)
         if not len(y):
             continue
         if window > 1:
@@ -271,7 +271,7 @@ def _draw_loss(axes: Axes, run: Run) -> None:
         axes.plot(x, running_mean(y, window), color=colour, label=label, marker=marker, markersize=4)
     x, y = column(run, "weights/lower_bound")
     if len(y):
-        window = smoothing_window(y)
+        window = _window(y)
         look: dict[str, Any] = {"color": VALUE, "linestyle": ":", "linewidth": 1.5}
         marker = "_" if len(y) <= 30 else ""
         axes.plot(x, running_mean(y, window), marker=marker, label="its lower bound", **look)
@@ -281,8 +281,7 @@ def _draw_loss(axes: Axes, run: Run) -> None:
         axes.set_ylim(bottom=0)
 
 
-def smoothing_window(values: np.ndarray) -> int:
-    """Over how many of the values [n] a long curve is averaged; 1 for a short one."""
+def _window(values: np.ndarray) -> int:
     return len(values) // 25 if len(values) >= 100 else 1
 
 
