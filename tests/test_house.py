@@ -60,6 +60,7 @@ ALLOWED = {
     # What watches, keeps and shows.
     "monitor": {"training", "mixture", "signals", "data"},
     "monitor.wandb_mirror": {"redaction"},
+    "loggers": {"redaction"},
     "export": {"mixture", "models", "monitor"},
     "members": {"export", "mixture", "models", "monitor"},
     "report": {"locks", "redaction", "setting_keys", "shipped"},
