@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror: what its files and a service on this machine hold, and that it may fail."""
+"""Weights & Biases as a logger: what its files and a service on this machine hold, and that it may fail."""
 
 import contextlib
 import csv
@@ -22,9 +22,10 @@ from rich.console import Console
 
 from conftest import OUTSIDE, TINY
 from mixadv.errors import UserError
-from mixadv.monitor import wandb_mirror
-from mixadv.monitor.history import History
-from mixadv.monitor.wandb_mirror import ID_FILE, SUPERSEDED, WandbMirror
+from mixadv.loggers import MetricsFile, WandbLogger
+from mixadv.loggers import wandb as logger_module
+from mixadv.loggers.wandb import ID_FILE, SUPERSEDED
+from mixadv.training import MixtureTraining
 from wandb_service import BLOCK, Offline, Service
 
 SECRET = "0123456789abcdef" * 2 + "01234567"
@@ -35,20 +36,20 @@ RESULTS = {part: {"expected_accuracy": 0.5, "ensemble_accuracy": 0.5} for part i
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """mirror(name, **arguments): a started mirror in its own run directory; closed at the end if the test forgot."""
+    """mirror(name, **arguments): a connected logger in its own run directory; closed at the end if the test forgot."""
     for name in OUTSIDE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
-    started = []
+    started, consoles = [], []
 
-    def start(name="a", **arguments):
+    def start(name="a", config=None, **arguments):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        console = Console(file=io.StringIO(), width=200)
-        settings = {"project": "p", "entity": None, "name": name, "group": None, "config": {}, "init_timeout": 10}
-        made = WandbMirror(folder, **{**settings, **arguments}, console=console)
+        consoles.append(Console(file=io.StringIO(), width=200))
+        made = WandbLogger(folder, **{"project": "p", "name": name, **arguments}, console=consoles[-1])
         started.append(made)
+        made.log_hyperparams(config or {})
         return made
 
     yield start
@@ -72,7 +73,7 @@ def service(monkeypatch):
 
 
 def said(made):
-    return made.console.file.getvalue()
+    return made._link.console.file.getvalue()
 
 
 def warnings_of(made):
@@ -80,19 +81,15 @@ def warnings_of(made):
 
 
 def play(made, folder, rows):
-    """What the history does: append each row to metrics.csv, then hand it to the mirror."""
-    folder.mkdir(exist_ok=True)
-    path = folder / "metrics.csv"
+    """What the Trainer does with two loggers: each row goes to metrics.csv, then to Weights & Biases."""
+    file = MetricsFile(folder / "metrics.csv", ["step", "train/loss", "val/robust_accuracy"])
     for row in rows:
-        if not path.exists():
-            path.write_text("step,train/loss,val/robust_accuracy\n")
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, ["step", "train/loss", "val/robust_accuracy"], restval="").writerow(row)
-        made.log(row)
+        file.append(row)
+        made.log_metrics({name: value for name, value in row.items() if name != "step"}, row["step"])
 
 
 def truncate(folder, count):
-    """What the history does when a run goes on: keep the rows up to the checkpoint."""
+    """What the first logger does when a run goes on: keep the rows up to the checkpoint."""
     lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
     (folder / "metrics.csv").write_text("".join(lines[: count + 1]))
 
@@ -128,7 +125,8 @@ def test_offline_files_hold_the_curves_of_mixture_and_baseline_and_no_secret(com
     assert offline.summary["test/clean_accuracy"] == results["clean"]["expected_accuracy"]
     assert offline.config["L"] == 3
     assert offline.config["eps"] == 0.05
-    assert offline.config["data"] == yaml.safe_load((path / "config.yaml").read_text())["data"]
+    assert (offline.config["loss"], offline.config["data"], offline.config["model"]) == ("at", "digits", "linear")
+    assert offline.config["settings"]["data"] == yaml.safe_load((path / "config.yaml").read_text())["data"]
     table = next(row for row in offline.history if "examples/nrows" in row)
     assert (table["examples/_type"], table["examples/nrows"], table["examples/ncols"]) == ("table-file", 8, 5)
     assert (offline.run.project, offline.run.display_name, offline.run.run_group) == ("curves", "mirrored", "")
@@ -145,7 +143,7 @@ def test_offline_files_hold_the_curves_of_mixture_and_baseline_and_no_secret(com
 
 def test_a_sweep_makes_one_run_each_in_one_group_and_a_crash_shows(command, tmp_path):
     argv = [text for text in TINY if text not in ("logger=csv", "eps=0.05")]
-    argv += ["logger.images=0", "schedule.epochs=1", "name=swept"]
+    argv += ["logger.images=0", "trainer.max_epochs=1", "name=swept"]
     finished = command("-m", "optimizer.lr=0.1,1e30", "eps=0.05", *argv)
     assert finished.rc == 1
     assert "Traceback" not in finished.out + finished.err
@@ -154,7 +152,7 @@ def test_a_sweep_makes_one_run_each_in_one_group_and_a_crash_shows(command, tmp_
     assert [offline.run.run_group for offline in runs] == ["swept", "swept"]
     assert len({offline.run.run_id for offline in runs}) == 2
     assert [offline.run.run_id for offline in runs] == [(folder / ID_FILE).read_text().strip() for folder in folders]
-    by_rate = {offline.config["optimizer"]["lr"]: offline for offline in runs}
+    by_rate = {offline.config["settings"]["optimizer"]["lr"]: offline for offline in runs}
     assert by_rate[0.1].exit_code == 0
     assert by_rate[1e30].exit_code == 1
     assert by_rate[0.1].column("val/robust_accuracy")
@@ -166,7 +164,7 @@ def test_a_sweep_makes_one_run_each_in_one_group_and_a_crash_shows(command, tmp_
 
 
 def test_a_disabled_service_leaves_no_files(command, tmp_path):
-    argv = [*(text for text in TINY if text != "logger=csv"), "schedule.epochs=1", "name=silent"]
+    argv = [*(text for text in TINY if text != "logger=csv"), "trainer.max_epochs=1", "name=silent"]
     finished = command(*argv, WANDB_MODE="disabled")
     assert finished.rc == 0, finished.err
     path = tmp_path / "outputs" / "train" / "silent"
@@ -175,7 +173,7 @@ def test_a_disabled_service_leaves_no_files(command, tmp_path):
     assert "wandb sync" not in finished.out
 
 
-# --- the mirror itself -------------------------------------------------------------------------------------
+# --- the logger itself -------------------------------------------------------------------------------------
 
 
 def test_the_id_is_kept_and_reused_and_other_runs_get_others(mirror, tmp_path):
@@ -194,8 +192,11 @@ def test_the_id_is_kept_and_reused_and_other_runs_get_others(mirror, tmp_path):
 
 def test_values_of_every_kind_arrive_across_many_blocks(mirror, tmp_path):
     made = mirror("long", config={"eps": "8/255", "nested": {"list": [1, 2]}})
-    for step in range(2000):
-        made.log({"step": step, "train/loss": 1 / (step + 1), "lambda/0": 0.25, "val/robust_accuracy": step / 7})
+    rows = [
+        {"step": step, "train/loss": 1 / (step + 1), "lambda/0": 0.25, "val/robust_accuracy": step / 7}
+        for step in range(2000)
+    ]
+    play(made, tmp_path / "long", rows)
     made.finish(3)
     offline = Offline(tmp_path / "long")
     (path,) = (tmp_path / "long").glob("wandb/offline-run-*/run-*.wandb")
@@ -209,8 +210,8 @@ def test_values_of_every_kind_arrive_across_many_blocks(mirror, tmp_path):
 
 def test_a_baseline_logs_into_the_same_run_under_its_own_names(mirror, tmp_path):
     made = mirror("both")
-    made.log({"step": 1, "train/loss": 0.5})
-    made.baseline().log({"step": 1, "train/loss": 0.75})
+    play(made, tmp_path / "both", [{"step": 1, "train/loss": 0.5}])
+    play(made.baseline(), tmp_path / "both" / "baseline", [{"step": 1, "train/loss": 0.75}])
     made.finish(0)
     offline = Offline(tmp_path / "both")
     assert offline.column("train/loss") == [0.5]
@@ -218,8 +219,9 @@ def test_a_baseline_logs_into_the_same_run_under_its_own_names(mirror, tmp_path)
     assert offline.column("baseline/step") == [1]
 
 
-def test_every_curve_has_one_axis(mirror, monkeypatch):
+def test_every_curve_has_one_axis(mirror, monkeypatch, tmp_path):
     defined = []
+    columns = ("train/loss", "val/robust_accuracy", "weights/value", "lambda/2", "epoch", "mine")
 
     class Run:
         id = "x"
@@ -228,32 +230,37 @@ def test_every_curve_has_one_axis(mirror, monkeypatch):
         def define_metric(self, name, step_metric=None, hidden=None):
             defined.append((name, step_metric, hidden))
 
+        def log(self, values, step=None, commit=None):
+            pass
+
         def finish(self, exit_code):
             pass
 
     monkeypatch.setattr(wandb, "init", lambda **_: Run())
-    mirror("axes")
-    for column in ("train/loss", "val/robust_accuracy", "weights/value", "lambda/2", "epoch"):
+    made = mirror("axes")
+    row = dict.fromkeys(("step", *columns), 1)
+    play(made, tmp_path / "axes", [row, row])
+    play(made.baseline(), tmp_path / "axes" / "baseline", [row])
+    for column in columns:
         for prefix in ("", "baseline/"):
             axes = {axis for name, axis, hidden in defined if not hidden and fnmatch.fnmatch(prefix + column, name)}
             assert axes == {f"{prefix}step"}, prefix + column
 
 
-def test_a_failing_service_warns_once_and_never_stops_the_run(mirror, monkeypatch):
+def test_a_failing_service_warns_once_and_never_stops_the_run(mirror, monkeypatch, tmp_path):
     made = mirror("lost")
 
     def gone(*_, **__):
         raise ConnectionResetError("the service went away")
 
     monkeypatch.setattr(made.run, "log", gone)
-    for step in range(3):
-        made.log({"step": step})
+    play(made, tmp_path / "lost", losses(0, 3))
     assert said(made).count("stopped taking values") == 1
     assert "ConnectionResetError: the service went away" in said(made)
     assert "local files are complete" in said(made)
 
 
-def test_a_service_lost_for_the_mixture_is_lost_for_its_baseline_too(mirror, monkeypatch):
+def test_a_service_lost_for_the_mixture_is_lost_for_its_baseline_too(mirror, monkeypatch, tmp_path):
     made = mirror("lost")
     view = made.baseline()
 
@@ -261,8 +268,8 @@ def test_a_service_lost_for_the_mixture_is_lost_for_its_baseline_too(mirror, mon
         raise ConnectionResetError("gone")
 
     monkeypatch.setattr(made.run, "log", gone)
-    made.log({"step": 0})
-    view.log({"step": 0})
+    play(made, tmp_path / "lost", losses(0, 1))
+    play(view, tmp_path / "lost" / "baseline", losses(0, 1))
     assert said(made).count("stopped taking values") == 1
 
 
@@ -322,15 +329,15 @@ def test_a_key_is_found_where_wandb_keeps_it(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     host = urlsplit(wandb.Settings().base_url).hostname
-    assert not wandb_mirror._has_key()
+    assert not logger_module._has_key()
     (tmp_path / ".netrc").write_text("machine example.org login user password x\n")
-    assert not wandb_mirror._has_key()
+    assert not logger_module._has_key()
     (tmp_path / ".netrc").write_text(f"machine {host} login user password {SECRET}\n")
-    assert wandb_mirror._has_key()
+    assert logger_module._has_key()
     (tmp_path / ".netrc").write_text("this is no netrc {")
-    assert not wandb_mirror._has_key()
+    assert not logger_module._has_key()
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    assert wandb_mirror._has_key()
+    assert logger_module._has_key()
 
 
 def test_an_unknown_mode_is_refused_in_one_line(mirror, monkeypatch):
@@ -529,17 +536,17 @@ KILLED = """
 import csv, io, os, signal, sys
 from pathlib import Path
 from rich.console import Console
-from mixadv.monitor.wandb_mirror import WandbMirror
+from mixadv.loggers import WandbLogger
 folder = Path(sys.argv[1])
-mirror = WandbMirror(folder, project="p", entity=None, name="a", group=None, config={}, init_timeout=30,
-                     console=Console(file=io.StringIO()))
+mirror = WandbLogger(folder, project="p", name="a", init_timeout=30, console=Console(file=io.StringIO()))
+mirror.log_hyperparams({})
 assert mirror.mode == sys.argv[2], mirror.mode
 with (folder / "metrics.csv").open("w") as file:
     file.write("step,train/loss,val/robust_accuracy\\n")
     for step in range(8):
         file.write(f"{step},{step},\\n")
         file.flush()
-        mirror.log({"step": step, "train/loss": step})
+        mirror.log_metrics({"train/loss": step}, step)
     file.write("8,0.1")
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -677,7 +684,7 @@ def test_a_session_that_sends_no_row_still_holds_the_run(mirror, tmp_path):
 
 
 # Weights phases, members' rows and validations; batches t = 1 to 8 or more, two epochs.
-STOPPED = ("logger=wandb", "logger.images=2", "trainer.log_every_steps=2", "trainer.checkpoint_updates=6", "L=3")
+STOPPED = ("logger=wandb", "logger.images=2", "trainer.log_every_n_steps=2", "trainer.checkpoint_updates=6", "L=3")
 
 
 def rows_of(folder):
@@ -686,7 +693,7 @@ def rows_of(folder):
 
 
 def same_rows(offline, folder, prefix=""):
-    """The mirror's rows are those of metrics.csv, in their order."""
+    """The rows sent are those of metrics.csv, in their order."""
     rows = [row for row in offline.history if f"{prefix}step" in row and not any("examples" in key for key in row)]
     found = [{key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)} for row in rows]
     kept = rows_of(folder)
@@ -705,16 +712,16 @@ def same_rows(offline, folder, prefix=""):
 def test_a_command_that_is_stopped_and_given_again_makes_one_run(command, tmp_path, where, name):
     argv = [*(text for text in TINY if text != "logger=csv"), *STOPPED, "name=stopped"]
     folder = tmp_path / "outputs" / "train" / "stopped"
-    original = History.on_train_batch_end
+    original = MixtureTraining.on_train_batch_end
     for step in where:
 
-        def stop_after(self, trainer, module, *arguments, step=step):
-            original(self, trainer, module, *arguments)
-            if module.t == step:
+        def stop_after(self, *arguments, step=step):
+            original(self, *arguments)
+            if self.t == step:
                 os.kill(os.getpid(), getattr(signal, name))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(History, "on_train_batch_end", stop_after)
+            patch.setattr(MixtureTraining, "on_train_batch_end", stop_after)
             finished = command(*argv)
         assert finished.rc == 128 + getattr(signal, name)
         stopped = Offline(folder)
@@ -733,15 +740,15 @@ def test_a_command_that_is_stopped_and_given_again_makes_one_run(command, tmp_pa
 def test_a_command_stopped_in_its_baseline_still_shows_the_mixture(command, tmp_path):
     argv = [*(text for text in TINY if text != "logger=csv"), *STOPPED, "baseline=true", "name=both"]
     folder = tmp_path / "outputs" / "train" / "both"
-    original = History.on_train_batch_end
+    original = MixtureTraining.on_train_batch_end
 
-    def stop_in_the_baseline(self, trainer, module, *arguments):
-        original(self, trainer, module, *arguments)
-        if module.mixture.num_members == 1 and module.t == 3:
+    def stop_in_the_baseline(self, *arguments):
+        original(self, *arguments)
+        if self.mixture.num_members == 1 and self.t == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(History, "on_train_batch_end", stop_in_the_baseline)
+        patch.setattr(MixtureTraining, "on_train_batch_end", stop_in_the_baseline)
         assert command(*argv).rc == 143
     assert command(*argv).rc == 0
     whole = Offline(folder)
