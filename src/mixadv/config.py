@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixadv.errors import UserError
 
 TASKS = ("train", "evaluate", "solve", "game", "report")
-PRECISIONS = ("auto", "fp32", "bf16")
 RESUME = ("auto", "never")
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 MAX_NAME = 120
-# The length of every epoch is laid down beforehand.
-MAX_EPOCHS = 1_000_000
 # Names that stay what they are as names of files.
 PLAIN_NAME = r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"
 # As much as a mixture's weights may miss 1.
@@ -33,42 +30,63 @@ class ScheduleConfig:
     """When members and weights are updated (Algorithm 2)."""
 
     kind: str = "sampled"
-    epochs: int = 200
     T_theta: int = 50
 
 
 @dataclass
-class OptimizerConfig:
-    """One SGD optimizer per member, and the shape of its learning rate over the member's own updates."""
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-    lr_schedule: str = "piecewise"
-    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
-    gamma: float = 0.1
-    warmup: float = 0.25
-
-
-@dataclass
 class TrainerConfig:
-    """Where it runs, and how often it looks."""
+    """The arguments of Lightning's Trainer under their own names, see its documentation.
+
+    What is different here: `max_epochs` counts epochs per model; `precision` may also be auto; `strategy` auto means
+    `mixadv.training.Replicas` for several devices; null is Lightning's own default.
+    """
 
     accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    deterministic: bool = False
+    strategy: str = "auto"
+    devices: Any = 1
+    num_nodes: int = 1
+    precision: Any = "auto"
+    fast_dev_run: Any = False
+    max_epochs: int = 200
+    min_epochs: int | None = None
+    max_steps: int = -1
+    min_steps: int | None = None
+    max_time: Any = None
     limit_train_batches: Any = None
     limit_val_batches: Any = None
     limit_test_batches: Any = None
-    val_every_epochs: int = 1
-    log_every_steps: int = 10
-    checkpoint_minutes: float | None = 10.0
-    checkpoint_updates: int | None = None
-    # The most images per forward-backward pass in training: auto (what memory holds), null (no limit) or a number.
-    micro_batch_size: Any = "auto"
-    progress: bool = True
+    limit_predict_batches: Any = None
+    overfit_batches: Any = 0.0
+    val_check_interval: Any = None
+    check_val_every_n_epoch: int | None = 1
+    num_sanity_val_steps: int | None = 0
+    log_every_n_steps: int = 10
+    enable_progress_bar: bool = True
+    enable_model_summary: bool = False
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
+    deterministic: Any = False
+    benchmark: bool | None = None
+    profiler: Any = None
+    detect_anomaly: bool = False
+    sync_batchnorm: bool = False
+    plugins: Any = None
+
+
+# Arguments of Lightning's Trainer that would break a run, and why.
+REFUSED = {
+    "logger": "loggers are a group: logger=wandb, logger=[csv,tensorboard], logger=none",
+    "callbacks": "callbacks are a group: callbacks=[default,ema], or +callbacks.NAME._target_=CLASS",
+    "enable_checkpointing": "a run is continued and measured from its checkpoints; callbacks.checkpoint.* sets them",
+    "accumulate_grad_batches": "one batch is one step of Algorithm 2; micro_batch_size=N serves a large batch in parts",
+    "barebones": "it switches checkpoints off, and a run is continued and measured from them",
+    "default_root_dir": "a run writes to its own directory: name=..., or hydra.run.dir=DIR",
+    "inference_mode": "attacks need gradients where others only measure",
+    "use_distributed_sampler": "every process makes the same batches and attacks its share of each",
+    "reload_dataloaders_every_n_epochs": "the stream of batches keeps its own place",
+    "enable_autolog_hparams": "the settings of a run are logged always",
+    "model_registry": "mixtures are exported to mixture/ in the run directory",
+}
 
 
 @dataclass
@@ -82,14 +100,16 @@ class Config:
     name: str | None = None
     resume: str = "auto"
     compile: Any = "auto"
-    precision: str = "auto"
+    # The most images in one forward-backward pass of a training; null: all of a batch.
+    micro_batch_size: int | None = None
     baseline: bool = False
     members: list[str] = field(default_factory=list)
     weights: list[float] | None = None
     mixture: str | None = None
     runs: str = "outputs"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: dict[str, Any] = MISSING
+    scheduler: dict[str, Any] = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     data: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
@@ -99,16 +119,16 @@ class Config:
     protocol: dict[str, Any] = MISSING
     lambda_solver: dict[str, Any] = MISSING
     game: dict[str, Any] = MISSING
-    logger: dict[str, Any] = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
 
 
 # Where no class checks its own arguments: the keys that must be there, and those that may.
-SCHEMAS = {"": Config, "schedule": ScheduleConfig, "optimizer": OptimizerConfig, "trainer": TrainerConfig}
+SCHEMAS = {"": Config, "schedule": ScheduleConfig, "trainer": TrainerConfig}
 KEYS: dict[str, tuple[set[str], set[str]]] = {
     **{name: ({key.name for key in fields(schema)}, set()) for name, schema in SCHEMAS.items()},
     "threat_model": ({"norm"}, {"eps"}),
     "protocol": ({"name", "validation", "attacks"}, {"diagnosed"}),
-    "logger": ({"kind"}, {"project", "entity", "init_timeout", "finish_timeout", "images"}),
 }
 
 
@@ -221,6 +241,8 @@ def _check_keys(cfg: DictConfig) -> None:
         # Hydra's `+key=value` adds to typed nodes too, and `~key` takes away.
         there, prefix = set(map(str, cfg[name] if name else cfg)), f"{name}." if name else ""
         for key in sorted(there - must - may):
+            if name == "trainer" and key in REFUSED:
+                raise UserError(f"trainer.{key}: {REFUSED[key]}")
             raise UserError(f"{prefix}{key}: there is no such key; `--cfg job` shows all of them, --help the groups")
         for key in sorted(must - there):
             raise UserError(f"{prefix}{key} is not there: leave ~{prefix}{key} out of the command")
@@ -250,18 +272,32 @@ def _check_groups(cfg: DictConfig) -> None:
         if not re.fullmatch(PLAIN_NAME, key.removeprefix("attacks.")):
             raise UserError(f"protocol.{key}: a name is made of letters, digits and single . _ -, as pgd-20")
     _whole("protocol.diagnosed", protocol.get("diagnosed", 0), 0)
-    _one_of("logger.kind", logger.kind, ("wandb", "csv"))
-    if logger.kind == "csv":
-        return
-    if not isinstance(logger.get("project"), str) or not re.fullmatch(r"[^/\\#?%:]{1,128}", logger.project):
-        raise UserError(f"logger.project={logger.get('project')} must be 1 to 128 characters without / \\ # ? % :")
-    if not isinstance(logger.get("entity"), str | None):
-        raise UserError(f"logger.entity={logger.entity} must be text: a user or team of Weights & Biases; or null")
-    for key in ("init_timeout", "finish_timeout"):
-        value = logger.get(key, 1)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise UserError(f"logger.{key}={value} must be a positive number of seconds")
-    _whole("logger.images", logger.get("images", 0), 0)
+    for group in ("callbacks", "logger"):
+        for name, node in cfg[group].items():
+            if not isinstance(node, DictConfig) or "_target_" not in node:
+                raise UserError(f"{group}.{name}={node} must be the settings of a class, with its _target_")
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Ranges that Lightning checks late or not at all."""
+    trainer = cfg.trainer
+    _one_of("trainer.accelerator", trainer.accelerator, ACCELERATORS)
+    devices = trainer.devices
+    number = isinstance(devices, int) and not isinstance(devices, bool) and (devices == -1 or devices >= 1)
+    listed = isinstance(devices, ListConfig) and len(devices) > 0 and all(type(d) is int and d >= 0 for d in devices)
+    if devices != "auto" and not number and not listed:
+        raise UserError(f"trainer.devices={devices} must be auto, -1, a number of at least 1, or a list of GPUs")
+    for key, low in (("max_epochs", 1), ("num_nodes", 1), ("check_val_every_n_epoch", 1), ("log_every_n_steps", 0)):
+        if trainer[key] is not None:
+            _at_least(f"trainer.{key}", trainer[key], low)
+    every = trainer.check_val_every_n_epoch
+    if every is not None and trainer.max_epochs % every:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch={every} must divide trainer.max_epochs={trainer.max_epochs}: else the "
+            "last epochs could not be selected"
+        )
+    for part in ("train", "val", "test", "predict"):
+        _limit(f"trainer.limit_{part}_batches", trainer[f"limit_{part}_batches"])
 
 
 def check(cfg: DictConfig) -> None:
@@ -279,7 +315,6 @@ def check(cfg: DictConfig) -> None:
     _at_least("seed", cfg.seed, 0)
     if cfg.seed >= 2**32:
         raise UserError(f"seed={cfg.seed} must be below 2**32: NumPy's generators take no more")
-    _one_of("precision", cfg.precision, PRECISIONS)
     _one_of("compile", str(cfg.compile).lower(), ("auto", "true", "false"))
     _one_of("resume", cfg.resume, RESUME)
     if cfg.name is not None and not path_safe(cfg.name):
@@ -304,39 +339,10 @@ def check(cfg: DictConfig) -> None:
     if cfg.weights is not None:
         _check_weights(cfg)
     _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
-    _at_least("schedule.epochs", cfg.schedule.epochs, 1)
-    if cfg.schedule.epochs > MAX_EPOCHS:
-        raise UserError(f"schedule.epochs={cfg.schedule.epochs} must be at most {MAX_EPOCHS}")
     _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)
-    opt = cfg.optimizer
-    _one_of("optimizer.lr_schedule", opt.lr_schedule, ("constant", "piecewise", "cosine", "one_cycle"))
-    for key in ("lr", "momentum", "weight_decay", "gamma", "warmup"):
-        _at_least(f"optimizer.{key}", opt[key], 0)
-    if opt.lr == 0:
-        raise UserError("optimizer.lr=0 would learn nothing: give a positive rate, as optimizer.lr=0.1")
-    if opt.momentum >= 1:
-        raise UserError(f"optimizer.momentum={opt.momentum} must be below 1: nothing would be forgotten")
-    if opt.nesterov and opt.momentum == 0:
-        raise UserError("optimizer.nesterov=true needs momentum: set optimizer.momentum=0.9")
-    if any(not 0 < m < 1 for m in opt.milestones):
-        raise UserError(f"optimizer.milestones={list(opt.milestones)} must be shares of the training in (0, 1)")
-    if opt.warmup >= 1:
-        raise UserError(f"optimizer.warmup={opt.warmup} must be a share of the training in [0, 1)")
-    _one_of("trainer.accelerator", cfg.trainer.accelerator, ACCELERATORS)
-    if cfg.trainer.devices != -1:
-        _at_least("trainer.devices", cfg.trainer.devices, 1)
-    for key in ("nodes", "val_every_epochs", "log_every_steps", "checkpoint_updates", "checkpoint_minutes"):
-        if cfg.trainer[key] is not None:
-            _at_least(f"trainer.{key}", cfg.trainer[key], int(key != "checkpoint_minutes"))
-    if cfg.schedule.epochs % cfg.trainer.val_every_epochs:
-        raise UserError(
-            f"trainer.val_every_epochs={cfg.trainer.val_every_epochs} must divide "
-            f"schedule.epochs={cfg.schedule.epochs}: else the last epochs could not be selected"
-        )
-    for part in ("train", "val", "test"):
-        _limit(f"trainer.limit_{part}_batches", cfg.trainer[f"limit_{part}_batches"])
-    if cfg.trainer.micro_batch_size not in (None, "auto"):
-        _whole("trainer.micro_batch_size", cfg.trainer.micro_batch_size, 1)
+    if cfg.micro_batch_size is not None:
+        _at_least("micro_batch_size", cfg.micro_batch_size, 1)
+    _check_trainer(cfg)
     if cfg.task == "solve" and not cfg.members:
         raise UserError(
             "task=solve needs members=[A,B,...]: exported mixtures, run directories, checkpoints, state dicts "

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mixadv.checkpoint_files import read_checkpoint
 from mixadv.errors import UserError
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS, build_member
@@ -177,7 +178,7 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
     """
     path = Path(path)
     if path.suffix == ".ckpt":
-        return mixture_of_checkpoint(path, _checkpoint(path), factories)
+        return mixture_of_checkpoint(path, read_checkpoint(path), factories)
     folder, config = _folder(path)
     try:
         state = load_file(folder / WEIGHTS_FILE)
@@ -193,13 +194,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         UserError: as for `read_mixture`, as far as the recipe tells.
     """
     path = Path(path)
-    return config_of_checkpoint(path, _checkpoint(path)) if path.suffix == ".ckpt" else _folder(path)[1]
-
-
-def _checkpoint(path: Path) -> dict[str, Any]:
-    from mixadv.monitor.checkpoints import read_checkpoint
-
-    return read_checkpoint(path)
+    return config_of_checkpoint(path, read_checkpoint(path)) if path.suffix == ".ckpt" else _folder(path)[1]
 
 
 def _folder(path: Path) -> tuple[Path, dict[str, Any]]:

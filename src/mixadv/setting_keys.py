@@ -4,8 +4,10 @@ from typing import Any
 
 # They may differ when a run is continued or shown, and between runs that are compared.
 INDIFFERENT = (
-    *("resume", "name", "runs", "compile", "logger", "data.mirrors", "data.download"),
-    *("trainer.progress", "trainer.checkpoint_minutes", "trainer.checkpoint_updates", "trainer.micro_batch_size"),
+    *("resume", "name", "runs", "compile", "logger", "data.mirrors", "data.download", "micro_batch_size"),
+    *("callbacks.checkpoint.train_time_interval", "callbacks.checkpoint.every_n_train_steps"),
+    *("callbacks.progress", "callbacks.lr_monitor"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler", "trainer.detect_anomaly"),
 )
 
 

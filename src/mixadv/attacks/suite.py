@@ -101,9 +101,12 @@ class AttackSuite:
         return cls({key: construct(node, f"protocol.attacks.{key}") for key, node in nodes.items()}, name)
 
     def __call__(
-        self, mixture: Mixture | nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel, *, seed: int = 0
+        self, mixture: Mixture | nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel, *, seed: int = 0, batch: int = 0
     ) -> SuiteRecord:
         """Attack x [B, ...] with labels y [B] by everything; a plain module counts as a mixture of one member.
+
+        Args:
+            seed: of all random starts. batch: the number of this batch, which has starts of its own.
 
         Raises:
             ValueError: a batch that no attack can work on. RuntimeError: an attack left ball or box.
@@ -124,7 +127,7 @@ class AttackSuite:
         seconds: dict[str, float] = {}
         for one in passes_of(self.attacks, mixture):
             started = time.perf_counter()
-            points = checked_points(one, x, y, threat_model, one.seed(seed, 0))
+            points = checked_points(one, x, y, threat_model, one.seed(seed, batch))
             by_attack[one.key], worse = replay(points)
             for i in worse.nonzero().flatten().tolist():
                 found_by[i] = one.key

@@ -1,7 +1,6 @@
 """What every data set has in common: splits, statistics, and batches on the device."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,7 @@ class ImageDataModule(LightningDataModule):
     and `mean`, `std` (one float per channel, of the training split in [0, 1]).
 
     Args:
-        batch_size: training images per batch. It changes what is learned (steps per epoch, noise of the gradient), so a
-            number in the command is what a paper wants. The command line takes ``auto`` for it and for
-            `eval_batch_size`, which becomes a number before it comes here.
+        batch_size: training images per batch. It changes what is learned (steps per epoch, noise of the gradient).
         eval_batch_size: validation and test images per batch.
         val_fraction: v in (0, 1); ignored where `num_val` is given.
         num_val: number of validation images, at least 1.
@@ -156,7 +153,9 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.padding = padding
         self.flip = flip
-        self.batches_in_epoch: Callable[[int], int] | None = None
+        # Set by the training before it asks for batches; None: an epoch is one pass.
+        self.batches_per_epoch: int | None = None
+        self.overfit_batches: int | None = None
         self._sizes_wanted = {"train": num_train, "val": num_val, "test": num_test}
         self._stream: BatchStream | None = None
         self._stream_state: dict[str, int] | None = None
@@ -244,17 +243,19 @@ class ImageDataModule(LightningDataModule):
         return len(self._loaded("test_images"))
 
     @property
+    def batches_per_pass(self) -> int:
+        """Training batches that show (nearly) every training image once: max(1, num_train // batch_size)."""
+        return max(1, self.num_train // self.batch_size)
+
+    @property
     def device(self) -> torch.device:
         """The trainer's device while one is attached, otherwise the CPU."""
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def train_dataloader(self) -> BatchStream:
-        """The endless training stream; the same object at every call of one fit, so that reloading keeps its
-        place.
+        """The endless training stream; the same object at every call of one fit, so that reloading keeps its place.
 
-        `batches_in_epoch` has to be set before. The trainer must ask again at each epoch
-        (`reload_dataloaders_every_n_epochs=1`): lengths may differ from epoch to epoch, and the first epoch after a
-        resume is what was left of one.
+        Its epochs have `batches_per_epoch` batches; with `overfit_batches` it repeats that many.
         """
         if self._stream is None or self._stream.device != self.device:
             self._stream = BatchStream(
@@ -265,7 +266,8 @@ class ImageDataModule(LightningDataModule):
                 padding=self.padding,
                 flip=self.flip,
                 device=self.device,
-                batches_in_epoch=self.batches_in_epoch,
+                batches_per_epoch=self.batches_per_epoch,
+                repeat=self.overfit_batches,
             )
             if self._stream_state is not None:
                 self._stream.load_state_dict(self._stream_state)
@@ -275,6 +277,9 @@ class ImageDataModule(LightningDataModule):
         return self._ordered("val")
 
     def test_dataloader(self) -> BatchStream:
+        return self._ordered("test")
+
+    def predict_dataloader(self) -> BatchStream:
         return self._ordered("test")
 
     def _ordered(self, split: str) -> BatchStream:

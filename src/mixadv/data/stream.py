@@ -1,7 +1,7 @@
 """Batches from images that live on the device, addressed by their position since the start of training."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ class BatchStream:
     last N mod batch_size examples of its permutation are left out (if N < batch_size, the pass is one batch
     of N examples).
 
-    An epoch e is `batches_in_epoch(e)` consecutive batches (one pass if None); `iter()` serves what is left
-    of the current epoch, or the next one when the last is finished. Whoever saves the state between an epoch's last
-    batch and what follows an epoch (validation) leaves it open; a stream that continues there serves one batch of no
-    examples, and what follows comes to pass. `close_epoch` says that it has.
+    An epoch is `batches_per_epoch` consecutive batches (one pass if None). `iter()` serves what is left of the
+    current epoch, and `close_epoch` begins the next one. A training that was stopped after the last batch of an epoch
+    but before its validation goes on with an epoch that has no batch left: `iter()` then serves one batch of no
+    examples, so that the trainer ends this epoch and validates.
 
     With `shuffle=False` every `iter()` serves all examples once in their order, the last batch may be
     smaller, and the position stays 0.
@@ -41,8 +41,8 @@ class BatchStream:
         seed: of permutations and augmentation.
         padding, flip: see `random_crop_flip`; training only.
         device: where the images are kept and the batches appear.
-        batches_in_epoch: epoch number -> number of batches, at least 1; training only. `len` also
-            asks for the epoch after the last one, so it has to answer for every number.
+        batches_per_epoch: at least 1; training only.
+        repeat: serve the first `repeat` batches again and again (Lightning's ``overfit_batches``); training only.
 
     Raises:
         ValueError: wrong shapes or dtypes, N = 0, batch_size < 1, an epoch without batches, or augmentation
@@ -60,7 +60,8 @@ class BatchStream:
         padding: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
-        batches_in_epoch: Callable[[int], int] | None = None,
+        batches_per_epoch: int | None = None,
+        repeat: int | None = None,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"images must be uint8 [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
@@ -72,8 +73,11 @@ class BatchStream:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if padding < 0:
             raise ValueError(f"padding must be >= 0, got {padding}")
-        if not shuffle and (padding or flip or batches_in_epoch is not None):
-            raise ValueError("padding, flip and batches_in_epoch belong to a training stream (shuffle=True)")
+        if not shuffle and (padding or flip or batches_per_epoch is not None or repeat is not None):
+            raise ValueError("padding, flip, batches_per_epoch and repeat are for a training stream (shuffle=True)")
+        for name, count in (("batches_per_epoch", batches_per_epoch), ("repeat", repeat)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         self.device = torch.device(device)
         self.images = images.to(self.device)
         self.labels = labels.to(self.device, torch.long)
@@ -82,11 +86,10 @@ class BatchStream:
         self.seed = seed
         self.padding = padding
         self.flip = flip
-        self.batches_in_epoch = batches_in_epoch
-        self.position = 0
-        self._open = False
-        self._owes_an_end = False
-        self._epoch_ends: list[int] = []
+        self.batches_per_epoch = batches_per_epoch or self.batches_per_pass
+        self.repeat = repeat
+        # Batches served, and epochs closed, since the start of training.
+        self.position = self.epoch = 0
         self._order: tuple[int, Tensor] | None = None
         # On CUDA a division by a Python number is a product with its rounded reciprocal, off by one ulp for
         # some pixels; a divisor on the device is a true division.
@@ -98,32 +101,13 @@ class BatchStream:
         return max(1, count // self.batch_size) if self.shuffle else -(-count // self.batch_size)
 
     @property
-    def epoch(self) -> int:
-        """Number of the epoch that the next batch belongs to."""
-        if self.batches_in_epoch is None:
-            return self.position // self.batches_per_pass
-        while not self._epoch_ends or self._epoch_ends[-1] <= self.position:
-            epoch = len(self._epoch_ends)
-            length = self.batches_in_epoch(epoch)
-            if length < 1:
-                raise ValueError(f"epoch {epoch} must have at least one batch, batches_in_epoch gave {length}")
-            self._epoch_ends.append(length + (self._epoch_ends[-1] if self._epoch_ends else 0))
-        return next(epoch for epoch, end in enumerate(self._epoch_ends) if end > self.position)
-
-    def _epoch_end(self) -> int:
-        epoch = self.epoch
-        return (epoch + 1) * self.batches_per_pass if self.batches_in_epoch is None else self._epoch_ends[epoch]
-
-    def _at_an_end(self) -> bool:
-        if self.batches_in_epoch is None:
-            return self.position > 0 and self.position % self.batches_per_pass == 0
-        return self.epoch > 0 and self._epoch_ends[self.epoch - 1] == self.position
+    def batches_left(self) -> int:
+        """Batches of the current epoch that are still to come; 0 between its last batch and `close_epoch`."""
+        return (self.epoch + 1) * self.batches_per_epoch - self.position
 
     def __len__(self) -> int:
         """Batches that the next `iter()` serves."""
-        if not self.shuffle:
-            return self.batches_per_pass
-        return 1 if self._owes_an_end else self._epoch_end() - self.position
+        return max(1, self.batches_left) if self.shuffle else self.batches_per_pass
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.shuffle:
@@ -131,36 +115,21 @@ class BatchStream:
                 rows = slice(start, start + self.batch_size)
                 yield self._scaled(self.images[rows]), self.labels[rows]
             return
-        if self._owes_an_end:
-            self._owes_an_end, self._open = False, True
+        if not self.batches_left:
             yield self._scaled(self.images[:0]), self.labels[:0]
-            return
-        end = self._epoch_end()
-        while self.position < end:
-            batch = self._training_batch(self.position)
+        while self.batches_left:
+            batch = self._training_batch(self.position % self.repeat if self.repeat else self.position)
             # Counted before it is handed over: a checkpoint written while the batch is in use includes it.
             self.position += 1
-            self._open = True
             yield batch
 
-    @property
-    def epoch_under_way(self) -> int:
-        """Number of the epoch that is not closed; between epochs, of the next."""
-        return self.epoch - int(self._open and self._at_an_end())
-
-    @property
-    def between_epochs(self) -> bool:
-        """Whether no epoch is under way: none has begun yet, or the last one is closed."""
-        return not self._open
-
     def close_epoch(self) -> None:
-        """What follows an epoch has been done."""
-        self._open = False
+        """End the current epoch: the next `iter()` serves the next one."""
+        self.epoch += 1
 
     def take_back(self) -> None:
         """The last batch was not used: serve it again."""
         self.position -= 1
-        self._open = self.position > 0 and not self._at_an_end()
 
     def _scaled(self, images: Tensor) -> Tensor:
         return images.to(torch.float32).div_(self._full_scale)
@@ -179,16 +148,14 @@ class BatchStream:
         return self._scaled(images), self.labels[rows]
 
     def state_dict(self) -> dict[str, int]:
-        """`position` = batches served since the start of training, `open` = 1 while their last epoch is not closed,
-        and what gives these numbers their meaning.
-        """
-        return {"position": self.position, "open": int(self._open), **self._identity()}
+        """Batches served (`position`) and epochs closed (`epoch`), and what gives these numbers their meaning."""
+        return {"position": self.position, "epoch": self.epoch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the saved position.
 
         Raises:
-            ValueError: the state belongs to another seed, batch size or number of examples.
+            ValueError: the state belongs to another seed, batch size, number of examples or length of epochs.
         """
         for key, mine in self._identity().items():
             if state[key] != mine:
@@ -196,8 +163,12 @@ class BatchStream:
                     f"cannot resume the batches: the checkpoint has {key}={state[key]}, this run {mine}; "
                     "resume with the same settings or start anew"
                 )
-        self.position, self._open = state["position"], bool(state["open"])
-        self._owes_an_end = self._open and self._at_an_end()
+        self.position, self.epoch = state["position"], state["epoch"]
 
     def _identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "batch_size": self.batch_size, "num_examples": len(self.images)}
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "num_examples": len(self.images),
+            "batches_per_epoch": self.batches_per_epoch,
+        }

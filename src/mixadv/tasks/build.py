@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import ProgressBar as ProgressBarBase
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import Attack
+from mixadv.callbacks import Checkpoints
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
@@ -22,8 +25,8 @@ from mixadv.models import build_member
 from mixadv.shipped import construct
 from mixadv.tasks.arguments import check_arguments
 from mixadv.threat_model import ThreatModel
-from mixadv.training import LearningRate, MemberOptimizer
 
+CHECKPOINTS = "mixadv.callbacks.Checkpoints"
 BYTES_PER_PARAMETER = 12  # float32 parameter, gradient and momentum
 # What the classes that are named below a key derive from.
 KINDS: dict[str, type] = {
@@ -51,19 +54,26 @@ def instantiate(node: Any, key: str) -> Any:
     return built
 
 
-def resolve_device(accelerator: str, place: int = 0) -> torch.device:
-    """The device for ``trainer.accelerator``: auto (a CUDA GPU if there is one, else the CPU), cpu or gpu.
+def resolve_device(cfg: DictConfig, place: int = 0) -> torch.device:
+    """The device of this process: ``trainer.accelerator`` auto is a CUDA GPU if there is one, else the CPU.
+
+    Args:
+        place: number of this process among those on its machine; it takes the GPU of that place in ``trainer.devices``.
 
     Raises:
-        UserError: unknown choice, or no GPU where one is asked for.
+        UserError: no such device here.
     """
+    accelerator, listed = cfg.trainer.accelerator, cfg.trainer.devices
     cuda = torch.cuda.is_available()
-    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"trainer.accelerator={accelerator} is unknown: choose auto, cpu or gpu")
     if accelerator in ("gpu", "cuda") and not cuda:
         raise UserError(f"trainer.accelerator={accelerator}, but PyTorch sees no CUDA GPU: use trainer.accelerator=cpu")
-    # Of several processes on a machine each has a GPU of its own: number `place`.
-    return torch.device("cuda", place) if cuda and accelerator != "cpu" else torch.device("cpu")
+    if accelerator == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("trainer.accelerator=mps, but PyTorch sees no Apple GPU: use trainer.accelerator=cpu")
+        return torch.device("mps")
+    if not cuda or accelerator == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", listed[place] if isinstance(listed, ListConfig) else place)
 
 
 def as_dict(node: Any) -> dict[str, Any]:
@@ -203,8 +213,20 @@ def build_protocol(cfg: DictConfig) -> dict[str, Attack]:
     return {str(name): instantiate(node, f"protocol.attacks.{name}") for name, node in nodes.items()}
 
 
-def build_optimizer(cfg: DictConfig) -> MemberOptimizer:
-    """Settings of the members' optimizers."""
-    opt = cfg.optimizer
-    rate = LearningRate(opt.lr_schedule, tuple(opt.milestones), opt.gamma, opt.warmup)
-    return MemberOptimizer(opt.lr, opt.momentum, opt.weight_decay, opt.nesterov, rate)
+def build_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
+    """What ``callbacks`` names, checkpoints always among them: a run is continued and measured from those.
+
+    Raises:
+        UserError: one of them cannot be built.
+    """
+    nodes = {str(name): as_dict(node) for name, node in cfg.callbacks.items()}
+    built = []
+    for name, node in nodes.items():
+        if node["_target_"] == CHECKPOINTS:
+            node["dirpath"] = str(run_dir / "checkpoints")
+        built.append(instantiate(node, f"callbacks.{name}"))
+    if not cfg.trainer.enable_progress_bar:
+        built = [callback for callback in built if not isinstance(callback, ProgressBarBase)]
+    if not any(isinstance(callback, Checkpoints) for callback in built):
+        built.append(Checkpoints(run_dir / "checkpoints"))
+    return built

@@ -16,7 +16,7 @@ from mixadv.export import member_recipes
 from mixadv.members import LoadedMember, recorded_config
 from mixadv.mixture import Mixture
 from mixadv.report import write_report
-from mixadv.tasks import batch_sizes, build, processes, speed
+from mixadv.tasks import build, processes, speed
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, described, named_members, of_another_split
@@ -32,7 +32,7 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, state: State, *, mixture: M
     Raises:
         UserError: data that do not fit it.
     """
-    data = batch_sizes.build_data(cfg)
+    data = build.build_data(cfg.data)
     _check_fit(config, data)
     _evaluate(cfg, run_dir, mixture, data)
 
@@ -46,9 +46,9 @@ def evaluate_members(cfg: DictConfig, run_dir: Path, state: State) -> None:
         UserError: members that cannot be loaded or do not fit one another or the data, or another number of weights
             than of members.
     """
-    data = batch_sizes.build_data(cfg)
+    data = build.build_data(cfg.data)
     x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
-    members = named_members(cfg, data, x, build.resolve_device(cfg.trainer.accelerator, processes.place(cfg)))
+    members = named_members(cfg, data, x, build.resolve_device(cfg, processes.place(cfg)))
     mixture = Mixture([member.module for member in members], _weights(cfg, members))
     console = Console(quiet=processes.rank(cfg) > 0)
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
@@ -74,7 +74,7 @@ def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None
 def _evaluate(
     cfg: DictConfig, run_dir: Path, mixture: Mixture, data: ImageDataModule, members: list[LoadedMember] | None = None
 ) -> None:
-    device = build.resolve_device(cfg.trainer.accelerator, processes.place(cfg))
+    device = build.resolve_device(cfg, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     # Refused here, it leaves no directory behind that the mended command could not use.
     protocol = build.build_protocol(cfg)
@@ -82,7 +82,6 @@ def _evaluate(
         write_config(run_dir, cfg)
     mixture.to(device)
     choices, console = Choices(run_dir, processes.rank(cfg)), Console(quiet=processes.rank(cfg) > 0)
-    batch_sizes.settle_evaluation(cfg, data, mixture, device, choices, console)
     tested = speed.attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
     passes = tested * speed.passes_of_protocol(protocol, mixture, data.num_classes)
     speed.settle_evaluation(cfg, data, mixture, passes, device, choices, console)

@@ -75,7 +75,7 @@ def measure(
     console = Console()
     total = sum(1 for _ in passes_of(attacks, mixture)) * sum(len(y) for _, y in batches)
     first = processes.rank(cfg) == 0
-    with _bar(total, cfg.trainer.progress and first, console) as advance:
+    with _bar(total, cfg.trainer.enable_progress_bar and first, console) as advance:
         record = evaluate(
             mixture,
             batches,

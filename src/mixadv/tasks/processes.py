@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from mixadv.errors import UserError
 from mixadv.launchers import RUN_DIR, process_place, process_rank, started_from_outside
@@ -16,7 +16,7 @@ from mixadv.launchers import RUN_DIR, process_place, process_rank, started_from_
 if TYPE_CHECKING:
     import torch
 
-ALL = -1
+ALL = (-1, "auto")
 
 
 def number(cfg: DictConfig) -> int:
@@ -25,22 +25,25 @@ def number(cfg: DictConfig) -> int:
     Raises:
         UserError: all GPUs of a machine that has none.
     """
-    return devices(cfg) * cfg.trainer.nodes
+    return devices(cfg) * cfg.trainer.num_nodes
 
 
 def devices(cfg: DictConfig) -> int:
-    """Processes on each machine; -1 stands for one on every GPU.
+    """Processes on each machine: one on every GPU for -1 and auto, and for auto without a GPU one on the CPU.
 
     Raises:
-        UserError: there is no GPU.
+        UserError: -1, and there is no GPU.
     """
-    if cfg.trainer.devices != ALL:
-        return cfg.trainer.devices
+    wanted = cfg.trainer.devices
+    if wanted not in ALL:
+        return wanted if isinstance(wanted, int) else len(wanted)
     import torch
 
-    if not torch.cuda.is_available() or cfg.trainer.accelerator == "cpu":
-        raise UserError("trainer.devices=-1 asks for all GPUs, and there is none: use trainer=ddp_cpu for processes")
-    return torch.cuda.device_count()
+    if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu":
+        return torch.cuda.device_count()
+    if wanted == "auto":
+        return 1
+    raise UserError("trainer.devices=-1 asks for all GPUs, and there is none: use trainer=ddp_cpu for processes")
 
 
 def rank(cfg: DictConfig) -> int:
@@ -54,12 +57,28 @@ def place(cfg: DictConfig) -> int:
 
 
 def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
-    """What Lightning's Trainer has to know of devices and processes."""
-    settings: dict[str, Any] = {"accelerator": "cpu" if device.type == "cpu" else "gpu", "devices": devices(cfg)}
+    """What Lightning's Trainer has to know of devices and processes.
+
+    Raises:
+        UserError: a strategy that cannot train a mixture.
+    """
+    wanted = cfg.trainer.strategy
+    if wanted not in ("auto", "ddp"):
+        raise UserError(
+            f"trainer.strategy={wanted} cannot train a mixture, whose members are updated one at a time and attacked "
+            "whole: leave it at auto; several processes average the gradients of each member"
+        )
+    indices = cfg.trainer.devices
+    several = {"cpu": "cpu", "mps": "mps"}
+    settings: dict[str, Any] = {
+        "accelerator": several.get(device.type, "gpu"),
+        "devices": list(indices) if isinstance(indices, ListConfig) else devices(cfg),
+        "num_nodes": cfg.trainer.num_nodes,
+    }
     if number(cfg) > 1:
         from mixadv.training import Replicas
 
-        settings |= {"num_nodes": cfg.trainer.nodes, "strategy": Replicas()}
+        settings["strategy"] = Replicas()
     return settings
 
 
@@ -77,7 +96,7 @@ def check(cfg: DictConfig, sweep: str | None) -> None:
     if cfg.trainer.accelerator != "cpu" and 0 < torch.cuda.device_count() < devices(cfg):
         raise UserError(
             f"trainer.devices={devices(cfg)}, but there are {torch.cuda.device_count()} GPUs: use trainer.devices=-1 "
-            "for all of them, and trainer.nodes=N for more machines"
+            "for all of them, and trainer.num_nodes=N for more machines"
         )
     if sweep is not None:
         raise UserError(
@@ -85,7 +104,7 @@ def check(cfg: DictConfig, sweep: str | None) -> None:
             "-m, or with one device each (trainer.devices=1)"
         )
     if cfg.task not in ("train", "evaluate"):
-        raise UserError(f"task={cfg.task} runs in one process: use trainer.devices=1 trainer.nodes=1")
+        raise UserError(f"task={cfg.task} runs in one process: use trainer.devices=1 trainer.num_nodes=1")
     if cfg.resume == "never" and started_from_outside():
         raise UserError("resume=never: processes started from outside cannot agree on a new directory: use name=...")
 

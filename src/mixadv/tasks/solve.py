@@ -27,7 +27,7 @@ from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
 from mixadv.simplex import uniform
-from mixadv.tasks import batch_sizes, build, speed
+from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.measure import header, settings_of
@@ -64,12 +64,12 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     """
     console = Console()
     started = time.perf_counter()
-    device = build.resolve_device(cfg.trainer.accelerator)
+    device = build.resolve_device(cfg)
     solver = build.instantiate(cfg.lambda_solver, "lambda_solver")
     if not solver.adapts:
         raise UserError("lambda_solver=uniform solves nothing: use lp, oracle or entropic (1/L is in the table anyway)")
     attacks = build.build_protocol(cfg)
-    data = batch_sizes.build_data(cfg)
+    data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     x, y = _validation_images(cfg, data, device)
     members = named_members(cfg, data, x[:8], device)
@@ -79,7 +79,6 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     setting = Setting(cfg, mixture, threat_model, attacks, device, console)
     write_config(run_dir, cfg)
     choices = Choices(run_dir)
-    batch_sizes.settle_evaluation(cfg, data, mixture, device, choices, console)
     images = ROUNDS * len(y) + speed.attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
     passes = images * speed.passes_of_protocol(attacks, mixture, data.num_classes)
     speed.settle_evaluation(cfg, data, mixture, passes, device, choices, console)

@@ -27,15 +27,15 @@ ENOUGH = {"cpu": 5e13, "cuda": 1e16}
 
 
 def settle_precision(cfg: DictConfig, device: torch.device, choices: Choices) -> str:
-    """``fp32`` or ``bf16`` for training; ``auto`` is bf16 on GPUs whose tensor cores compute in it, else fp32.
+    """Lightning's precision for training; ``auto`` is bf16-mixed on GPUs whose tensor cores compute in it, else 32-true.
 
-    Evaluation is in fp32 always. On CPUs without instructions for bfloat16 autocast is many times slower.
+    Evaluation is in float32 always. On CPUs without instructions for bfloat16 autocast is many times slower.
     """
-    if cfg.precision != AUTO:
-        return str(cfg.precision)
+    if cfg.trainer.precision != AUTO:
+        return str(cfg.trainer.precision)
     # Compute capability 8 is the first with them; is_bf16_supported() counts emulation.
     cores = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return str(choices.settle("precision", lambda: "bf16" if cores else "fp32"))
+    return str(choices.settle("trainer.precision", lambda: "bf16-mixed" if cores else "32-true"))
 
 
 def settle_compilation(
@@ -90,13 +90,19 @@ def operations_of_training(
     cfg: DictConfig, module: MixtureTraining, protocol: Mapping[str, Attack], data: ImageDataModule
 ) -> float:
     """Floating-point operations of ``task=train``, about: training, validation and the final measurement."""
-    training = 2 * (module.training_attack.num_steps + 1) * module.total_batches * data.batch_size
-    validations = cfg.schedule.epochs / cfg.trainer.val_every_epochs
+    training = 2 * (module.training_attack.num_steps + 1) * batches_of_training(cfg, module, data) * data.batch_size
+    validations = cfg.trainer.max_epochs / (cfg.trainer.check_val_every_n_epoch or 1)
     seen = attacked_images(cfg.trainer.limit_val_batches, data.num_val, data)
     validation = 2 * module.validation_attack.num_steps * seen * validations
     tested = attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
     measurement = passes_of_protocol(protocol, module.mixture, data.num_classes) * tested
     return (training + validation + measurement) * operations_of(module.mixture, data.image_shape)
+
+
+def batches_of_training(cfg: DictConfig, module: MixtureTraining, data: ImageDataModule) -> int:
+    """How many batches t a training of ``trainer.max_epochs`` has."""
+    length = module.schedule.batches_in_epoch(data.batches_per_pass)
+    return cfg.trainer.max_epochs * build.limited(cfg.trainer.limit_train_batches, length)
 
 
 def attacked_images(limit: float | None, count: int, data: ImageDataModule) -> int:

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,36 +14,46 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from mixadv.callbacks import Checkpoints, WholeFiles
+from mixadv.checkpoint_files import LAST, newest, read_checkpoint
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
 from mixadv.export import load_mixture, save_mixture
 from mixadv.lambda_solvers import Uniform
-from mixadv.monitor.checkpoints import BEST, Checkpoints, WholeFiles, newest, read_checkpoint
-from mixadv.monitor.console import ConsoleProgress
-from mixadv.monitor.estimate import in_words, seconds_per_batch
-from mixadv.monitor.history import History, Mirror
 from mixadv.report import draw_curves
 from mixadv.signals import Signals
-from mixadv.tasks import batch_sizes, build, processes, speed
-from mixadv.tasks.batch_sizes import Sizes
+from mixadv.tasks import build, processes, speed
 from mixadv.tasks.card import model_card
 from mixadv.tasks.choices import Choices
+from mixadv.tasks.estimate import in_words, seconds_per_batch
+from mixadv.tasks.logging_to import log_accuracies, log_examples, logging_to, of_baseline
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.mirror import mirror_results, mirrored
 from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
 from mixadv.threat_model import ThreatModel
-from mixadv.training import MixtureTraining, Schedule
+from mixadv.training import MixtureTraining
 
 PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small_at (a small net on part of CIFAR-10)"
 LONG_ON_CPU = 86400
+# What Lightning says on the way and a user of the command line cannot act on.
+IRRELEVANT = (
+    # Lightning 2.6 under newer torch.
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+    # Rows of the history also come from validations and weights phases.
+    "The number of training batches .* is smaller than the logging interval",
+    # Attacks put members in eval mode, every update puts its member back.
+    "Found .* module.* in eval mode at the start of training",
+    "The '.*_dataloader' does not have many workers",
+)
 
 
 @dataclass(frozen=True)
-class Setting:
+class Session:
     """What the mixture and its baseline share."""
 
     cfg: DictConfig
@@ -52,12 +62,11 @@ class Setting:
     threat_model: ThreatModel
     recipe: dict[str, Any]
     console: Console
-    signals: Signals
     precision: str
     compiled: bool = False
 
 
-def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> None:
+def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> bool:
     """Algorithm 2 as configured, in `run_dir`, from the last checkpoint if it holds one.
 
     Args:
@@ -65,30 +74,34 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         run_dir: a claimed directory, `state` what it holds (not a finished run).
         sweep: name of the sweep this run belongs to.
 
+    Returns:
+        Whether there is a finished run now: not with ``trainer.fast_dev_run``, which keeps nothing.
+
     Raises:
         UserError: data, memory or settings do not allow it, or the loss was not finite.
     """
     first = processes.rank(cfg) == 0
     console = Console(quiet=not first)
-    if cfg.logger.kind not in ("wandb", "csv"):
-        raise UserError(f"logger.kind={cfg.logger.kind} is unknown: choose logger=wandb or logger=csv")
-    device = build.resolve_device(cfg.trainer.accelerator, processes.place(cfg))
-    data = batch_sizes.build_data(cfg)
+    device = build.resolve_device(cfg, processes.place(cfg))
+    data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
-    signals = Signals()
     choices = Choices(run_dir, processes.rank(cfg))
     precision, recipe = speed.settle_precision(cfg, device, choices), build.model_recipe(cfg.model, data)
-    setting = Setting(cfg, data, device, threat_model, recipe, console, signals, precision)
+    session = Session(cfg, data, device, threat_model, recipe, console, precision)
+    _check_division(cfg, data)
     with _memory_errors(cfg):
-        _sizes(setting).settle_batches(choices, console)
-        _check_division(cfg, data)
-        # Everything that can be refused is built once before the directory is written and the mirror started.
-        module = _module(setting, choices)
+        # Everything that can be refused is built once before the directory is written and loggers are started.
+        module = _module(session)
+        _trainer(session, run_dir, [])
     protocol = build.build_protocol(cfg)
+    if cfg.trainer.fast_dev_run:
+        with _memory_errors(cfg):
+            _try_out(session, module, run_dir)
+        return False
     compiled = speed.settle_compilation(
         cfg, lambda: speed.operations_of_training(cfg, module, protocol, data), device, choices
     )
-    setting = replace(setting, compiled=compiled)
+    session = replace(session, compiled=compiled)
 
     if first:
         # In this order: other processes read the choices as soon as there is a configuration.
@@ -96,13 +109,13 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         write_config(run_dir, cfg)
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with signals, mirrored(cfg, run_dir, sweep, console) as mirror, _memory_errors(cfg):
-        _train_and_measure(setting, module, run_dir, mirror)
+    with Signals(), logging_to(cfg, run_dir, sweep, console) as loggers, _memory_errors(cfg):
+        _train_and_measure(session, module, run_dir, loggers)
         if cfg.baseline:
-            _train_baseline(setting, run_dir / "baseline", mirror)
+            _train_baseline(session, run_dir / "baseline", loggers)
     if first:
         mark_done(run_dir)
+    return True
 
 
 def _check_division(cfg: DictConfig, data: ImageDataModule) -> None:
@@ -123,61 +136,57 @@ def _memory_errors(cfg: DictConfig) -> Iterator[None]:
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not known:
             raise
+        now = "all" if cfg.micro_batch_size is None else cfg.micro_batch_size
         raise UserError(
-            f"out of memory with L={cfg.L} and data.batch_size={cfg.data.batch_size}: set trainer.micro_batch_size "
-            f"(now {cfg.trainer.micro_batch_size}) to fewer images, as trainer.micro_batch_size=32, or lower one of "
-            "them; the last checkpoint is kept"
+            f"out of memory with L={cfg.L} and data.batch_size={cfg.data.batch_size}: set micro_batch_size (now {now}) "
+            "to fewer images, as micro_batch_size=32, or lower one of them; the last checkpoint is kept"
         ) from error
 
 
-def _train_baseline(setting: Setting, run_dir: Path, mirror: Any) -> None:
+def _try_out(session: Session, module: MixtureTraining, run_dir: Path) -> None:
+    """A few batches of training, validation and test, as ``trainer.fast_dev_run`` asks for; nothing is written."""
+    trainer = _trainer(session, run_dir, [])
+    with _lightning():
+        trainer.fit(module, datamodule=session.data)
+        trainer.test(module, datamodule=session.data, verbose=False)
+    session.console.print("trainer.fast_dev_run: training, validation and test went through; nothing is kept")
+
+
+def _train_baseline(session: Session, run_dir: Path, loggers: Sequence[Logger]) -> None:
     """One model for the same epochs per model, with the files of a run of its own."""
-    cfg = setting.cfg.copy()
+    cfg = session.cfg.copy()
     cfg.L, cfg.baseline = 1, False
     first = processes.rank(cfg) == 0
     if first:
         run_dir.mkdir(exist_ok=True)
         write_config(run_dir, cfg)
-    single = replace(setting, cfg=cfg)
-    module = _module(single, Choices(run_dir, processes.rank(cfg)))
-    _train_and_measure(single, module, run_dir, None if mirror is None else mirror.baseline())
+    single = replace(session, cfg=cfg)
+    own = of_baseline(loggers, cfg, run_dir, session.console)
+    _train_and_measure(single, _module(single), run_dir, own)
     if first:
         draw_curves(run_dir)
         mark_done(run_dir)
 
 
-def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path, mirror: Any) -> None:
+def _train_and_measure(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequence[Logger]) -> None:
     """Train the module's members, evaluate the best epoch on the test set once, write everything but DONE."""
-    cfg, data = setting.cfg, setting.data
+    cfg, data, device = session.cfg, session.data, session.device
     measured_before = read_results(run_dir)
     if measured_before is not None:
-        if mirror is not None:
-            mixture = load_mixture(run_dir / "mixture")
-            mirror_results(mirror, cfg, measured_before, mixture, data, setting.threat_model, setting.device)
+        log_accuracies(loggers, measured_before, module.t)
+        log_examples(loggers, cfg, load_mixture(run_dir / "mixture"), data, session.threat_model, device)
         return
-    mixture_config = {
-        "L": cfg.L,
-        "model": setting.recipe,
-        "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
-        "eps": str(cfg.eps),
-        "loss": build.as_dict(cfg.loss),
-        # Where the settings say auto, what it came to.
-        "data": build.as_dict(cfg.data) | {key: getattr(data, key) for key in batch_sizes.KEYS},
-        "data_name": data.name,
-        "class_names": list(data.class_names),
-        "seed": cfg.seed,
-    }
     started = time.perf_counter()
-    best_epoch = _fit(setting, module, run_dir, mixture_config, [] if mirror is None else [mirror])
-    mixture = module.mixture.to(setting.device)
+    best_epoch = _fit(session, module, run_dir, loggers)
+    mixture = module.mixture.to(device)
     training_seconds = time.perf_counter() - started
 
     limit = build.limited(cfg.trainer.limit_test_batches, len(data.test_dataloader()))
-    console = setting.console
-    console.print(f"Measuring on {min(data.num_test, limit * data.eval_batch_size)} test images", highlight=False)
+    images = min(data.num_test, limit * data.eval_batch_size)
+    session.console.print(f"Measuring on {images} test images", highlight=False)
     batches = itertools.islice(data.test_dataloader(), limit)
     names = data.class_names
-    measured = measure(cfg, mixture, batches, setting.threat_model, setting.device, run_dir, names)
+    measured = measure(cfg, mixture, batches, session.threat_model, device, run_dir, names)
     if measured is None:
         return
     results, arrays = measured
@@ -194,151 +203,157 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
         **results["seconds"],
         "total": round(time.perf_counter() - started, 3),
     }
-    save_mixture(mixture, run_dir / "mixture", mixture_config, model_card(results, mixture_config))
-    if mirror is not None:
-        mirror_results(mirror, cfg, results, mixture, data, setting.threat_model, setting.device)
+    assert module.recipe is not None
+    save_mixture(mixture, run_dir / "mixture", module.recipe, model_card(results, module.recipe))
+    log_accuracies(loggers, results, module.t)
+    log_examples(loggers, cfg, mixture, data, session.threat_model, device)
     write_results(run_dir, results, arrays)
     EvaluationState(run_dir / STATE).clear()
 
 
-def _sizes(setting: Setting) -> Sizes:
-    cfg, loss = setting.cfg, build.instantiate(setting.cfg.loss, "loss")
-    return Sizes(cfg, setting.data, setting.recipe, loss, setting.device, bf16=setting.precision == "bf16")
-
-
-def _module(setting: Setting, choices: Choices) -> MixtureTraining:
-    """The LightningModule for L members; the data's epochs are cut to its schedule."""
-    cfg, data = setting.cfg, setting.data
-    num_members = cfg.L
-    solver = build.instantiate(cfg.lambda_solver, "lambda_solver") if num_members > 1 else Uniform()
-    adapts = solver.adapts and num_members > 1
-    schedule = Schedule(cfg.schedule.kind, num_members, cfg.schedule.T_theta, weights_phases=adapts)
-    per_pass = max(1, data.num_train // data.batch_size)
-
-    def batches_in_epoch(epoch: int) -> int:
-        return build.limited(cfg.trainer.limit_train_batches, schedule.batches_in_epoch(epoch, per_pass))
-
-    epochs = cfg.schedule.epochs
-    total = sum(batches_in_epoch(epoch) for epoch in range(epochs))
-    updates = schedule.member_batches_in(total)
-    if cfg.schedule.kind == "sampled":
-        updates = max(1, round(updates / num_members))
-    data.batches_in_epoch = batches_in_epoch
-    data.setup("fit")
-    loss = build.instantiate(cfg.loss, "loss")
-    return MixtureTraining(
-        build.build_members(setting.recipe, num_members, cfg.seed, setting.device),
-        loss=loss,
-        threat_model=setting.threat_model,
-        attack=build.build_attack(cfg.attack, "attack"),
-        validation_attack=build.build_attack(cfg.protocol.validation, "protocol.validation"),
-        solver=solver,
-        kind=cfg.schedule.kind,
-        T_theta=cfg.schedule.T_theta,
-        optimizer=build.build_optimizer(cfg),
-        updates_per_member=updates,
-        total_batches=total,
-        seed=cfg.seed,
-        check_every=1 if setting.device.type == "cpu" else 50,
-        interruptible=setting.signals.interruptible,
-        micro_batch_size=_sizes(setting).micro_batch_size(choices, setting.console),
-    )
-
-
-def _fit(
-    setting: Setting,
-    module: MixtureTraining,
-    run_dir: Path,
-    mixture_config: dict[str, Any],
-    mirrors: list[Mirror],
-) -> float:
-    """Train to the end, from the last checkpoint if there is one; afterwards `module.mixture` is the best epoch's."""
-    cfg, data, console, device = setting.cfg, setting.data, setting.console, setting.device
-    num_members, epochs = module.mixture.num_members, cfg.schedule.epochs
-    last = newest(run_dir / "checkpoints", console.print, first=processes.rank(cfg) == 0)
-    if last is None and processes.rank(cfg) == 0:
-        _announce(setting, module)
-    if setting.compiled:
-        _compile(setting, module)
-    pl.seed_everything(cfg.seed, verbose=False)
-    title = f"mixture of {num_members}" if num_members > 1 else "single model"
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints",
-        mixture_config,
-        minutes=cfg.trainer.checkpoint_minutes,
-        member_updates=cfg.trainer.checkpoint_updates,
-        signals=setting.signals,
-    )
-    watchers: list[pl.Callback] = []
-    if processes.rank(cfg) == 0:
-        watchers = [
-            History(run_dir / "metrics.csv", num_members, cfg.trainer.log_every_steps, mirrors),
-            ConsoleProgress(console, title, cfg.trainer.log_every_steps, cfg.trainer.progress),
-        ]
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        **processes.trainer_settings(cfg, device),
-        precision="bf16-mixed" if setting.precision == "bf16" else "32-true",
-        deterministic=cfg.trainer.deterministic,
-        check_val_every_n_epoch=cfg.trainer.val_every_epochs,
-        limit_val_batches=build.limited(cfg.trainer.limit_val_batches, len(data.val_dataloader())),
-        reload_dataloaders_every_n_epochs=1,
-        num_sanity_val_steps=0,
-        inference_mode=False,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run_dir,
-        plugins=[WholeFiles()],
-        callbacks=[*watchers, checkpoints],
-    )
-    with warnings.catch_warnings():
-        # Lightning 2.6 under newer torch: nothing that a user could act on.
-        warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
-        try:
-            with setting.signals.shielded():
-                trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-                module.ranks.stop_together(device)
-        except SystemExit:
-            # Lightning turns signals into an exit without a word.
-            setting.signals.check()
-            raise
-    best = read_checkpoint(run_dir / "checkpoints" / BEST)
+def _module(session: Session) -> MixtureTraining:
+    """The LightningModule for L members."""
+    cfg, data = session.cfg, session.data
+    solver = build.instantiate(cfg.lambda_solver, "lambda_solver") if cfg.L > 1 else Uniform()
+    recipe = {
+        "L": cfg.L,
+        "model": session.recipe,
+        "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
+        "eps": str(cfg.eps),
+        "loss": build.as_dict(cfg.loss),
+        "data": build.as_dict(cfg.data),
+        "data_name": data.name,
+        "class_names": list(data.class_names),
+        "seed": cfg.seed,
+    }
+    mixture = build.build_members(session.recipe, cfg.L, cfg.seed, session.device)
     try:
-        module.load_state_dict(best["state_dict"])
+        return MixtureTraining(
+            mixture,
+            session.threat_model,
+            loss=build.instantiate(cfg.loss, "loss"),
+            attack=build.build_attack(cfg.attack, "attack"),
+            validation_attack=build.build_attack(cfg.protocol.validation, "protocol.validation"),
+            solver=solver,
+            kind=cfg.schedule.kind,
+            T_theta=cfg.schedule.T_theta,
+            optimizer=build.instantiate(cfg.optimizer, "optimizer"),
+            scheduler=build.instantiate(cfg.scheduler, "scheduler"),
+            gradient_clip_val=cfg.trainer.gradient_clip_val,
+            gradient_clip_algorithm=cfg.trainer.gradient_clip_algorithm,
+            seed=cfg.seed,
+            micro_batch_size=cfg.micro_batch_size,
+            protocol=build.build_protocol(cfg),
+            recipe=recipe,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _trainer(session: Session, run_dir: Path, loggers: Sequence[Logger]) -> pl.Trainer:
+    """Lightning's Trainer with everything that ``trainer`` says.
+
+    Raises:
+        UserError: Lightning refuses it.
+    """
+    cfg = session.cfg
+    settings = build.as_dict(cfg.trainer)
+    # Clipping is per member, and the module's business.
+    for key in ("gradient_clip_val", "gradient_clip_algorithm"):
+        del settings[key]
+    plugins = [build.instantiate(node, "trainer.plugins") for node in settings.pop("plugins") or []]
+    if isinstance(settings["profiler"], dict):
+        settings["profiler"] = build.instantiate(settings["profiler"], "trainer.profiler")
+    settings |= processes.trainer_settings(cfg, session.device)
+    settings |= {
+        "precision": session.precision,
+        "logger": list(loggers) or False,
+        "callbacks": build.build_callbacks(cfg, run_dir),
+        "default_root_dir": run_dir,
+        "use_distributed_sampler": False,
+        "plugins": [WholeFiles(), *plugins],
+    }
+    with _lightning():
+        return pl.Trainer(**settings)
+
+
+@contextmanager
+def _lightning() -> Iterator[None]:
+    """Lightning's refusals in one line; without what it says that a user cannot act on."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in IRRELEVANT:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        except (MisconfigurationException, ModuleNotFoundError) as error:
+            raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+
+
+def _fit(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequence[Logger]) -> float:
+    """Train to the end, from the last checkpoint if there is one; afterwards `module.mixture` is the best epoch's.
+
+    Returns:
+        Epochs per model that the best members had.
+    """
+    cfg, console = session.cfg, session.console
+    folder = run_dir / "checkpoints"
+    last = newest(folder, console.print, first=processes.rank(cfg) == 0)
+    if last is None and processes.rank(cfg) == 0:
+        _announce(session, module)
+    if session.compiled:
+        _compile(session, module)
+    pl.seed_everything(cfg.seed, verbose=False)
+    trainer = _trainer(session, run_dir, loggers)
+    signals = Signals.active
+    assert signals is not None
+    try:
+        with _lightning(), signals.shielded():
+            trainer.fit(module, datamodule=session.data, ckpt_path=last, weights_only=True)
+            module.ranks.stop_together(session.device)
+    except SystemExit:
+        # Lightning turns signals into an exit without a word.
+        signals.check()
+        raise
+    (checkpoints,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
+    # Without a validation there is no best.
+    best = Path(checkpoints.best_model_path or folder / LAST)
+    checkpoint = read_checkpoint(best)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{BEST} is of other members than these: start anew with resume=never") from error
-    assert checkpoints.best is not None
-    return checkpoints.best["epoch"]
+        raise UserError(f"{best.name} is of other members than these: start anew with resume=never") from error
+    return float(checkpoint["mixadv"]["epochs_done"])
 
 
-def _compile(setting: Setting, module: MixtureTraining) -> None:
-    cfg, data = setting.cfg, setting.data
+def _compile(session: Session, module: MixtureTraining) -> None:
+    cfg, data = session.cfg, session.data
     share = min(data.batch_size, data.num_train) // processes.number(cfg)
     size = min(share, module.micro_batch_size or share)
-    graphs = speed.Graphs(size, data.image_shape, setting.device, trained=True, bf16=setting.precision == "bf16")
-    speed.compile_members(cfg, module.mixture, graphs, setting.console)
+    graphs = speed.Graphs(size, data.image_shape, session.device, trained=True, bf16=session.precision == "bf16-mixed")
+    speed.compile_members(cfg, module.mixture, graphs, session.console)
 
 
-def _announce(setting: Setting, module: MixtureTraining) -> None:
+def _announce(session: Session, module: MixtureTraining) -> None:
     """Say how long it will take, and what would fit where it is too long for this machine."""
-    cfg, data, device = setting.cfg, setting.data, setting.device
-    epochs = cfg.schedule.epochs
+    cfg, data, device = session.cfg, session.data, session.device
+    epochs = cfg.trainer.max_epochs
     # No more at once than the training itself takes.
     part = min(data.batch_size, module.micro_batch_size or data.batch_size)
     per_part = seconds_per_batch(module, data.image_shape, data.num_classes, part, device)
     per_batch = per_part * data.batch_size / part
-    member_batches = module.schedule.member_batches_in(module.total_batches)
-    phases = module.total_batches - member_batches
+    total = speed.batches_of_training(cfg, module, data)
+    member_batches = module.schedule.member_batches_in(total)
     steps = module.validation_attack.num_steps / max(1, module.training_attack.num_steps)
-    validations = epochs / cfg.trainer.val_every_epochs * steps * data.num_val / data.batch_size
+    validations = epochs / (cfg.trainer.check_val_every_n_epoch or 1) * steps * data.num_val / data.batch_size
+    phases = total - member_batches
     seconds = per_batch * (member_batches + phases * module.solver.attack_cost() + validations)
     members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
     threads = torch.get_num_threads()
     cores = f"{threads} CPU core{'s' if threads > 1 else ''}"
-    hardware = cores if device.type == "cpu" else torch.cuda.get_device_name(device)
-    line = f"Training {members} for {epochs} epochs each on {hardware}: about {in_words(seconds)}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    times = f"{epochs} epoch{'s' if epochs > 1 else ''}"
+    line = f"Training {members} for {times} each on {hardware}: about {in_words(seconds)}"
     if device.type == "cpu" and seconds > LONG_ON_CPU:
         line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"
-    setting.console.print(line, highlight=False, soft_wrap=True)
+    session.console.print(line, highlight=False, soft_wrap=True)

@@ -1,32 +1,52 @@
 """Algorithm 2: adversarial training of the members alternating with weights phases, as manual optimization."""
 
+import math
+import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torchmetrics import MeanMetric
 
 from mixadv.attacks.objectives import InnerLoss
 from mixadv.attacks.pgd import PGD
+from mixadv.attacks.search import Attack
+from mixadv.attacks.suite import AttackSuite
+from mixadv.checkpoint_files import read_checkpoint
+from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.lambda_solvers import LambdaSolver
-from mixadv.losses import RobustLoss
+from mixadv.export import build_mixture
+from mixadv.lambda_solvers import LambdaSolver, OracleSubgradient
+from mixadv.losses import AT, RobustLoss
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch
 from mixadv.ranks import Ranks
+from mixadv.seeding import derive_seed
+from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
-from mixadv.training import generators
-from mixadv.training.metrics import MeanAccuracy
-from mixadv.training.optimizer import MemberOptimizer
+from mixadv.training import generators, learning_rate
+from mixadv.training.learning_rate import build_scheduler
+from mixadv.training.recorded import rebuilt, recorded
+from mixadv.training.replicas import Replicas
 from mixadv.training.schedule import Schedule
 from mixadv.training.shared_attack import DividedGame, SharedAttack
 from mixadv.training.update import add_gradient, running_statistics
 
-STATE_SCHEMA = 3
+STATE_SCHEMA = 4
+# Arguments of `MixtureTraining` that a checkpoint records; the members are recorded by their recipe.
+RECORDED = (
+    *("loss", "threat_model", "attack", "validation_attack", "solver", "kind", "T_theta", "optimizer", "scheduler"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "seed", "micro_batch_size", "protocol"),
+)
 
 
 class MixtureTraining(pl.LightningModule):
@@ -34,114 +54,252 @@ class MixtureTraining(pl.LightningModule):
 
     For t = 1, 2, ..., with batch B_t: in a weights phase the solver plays the game of the mixture on B_t, warm
     started from the current weights lam_t, members fixed; otherwise B_t is attacked for the mixture
-    (lam_t, theta_t) and one member (``sampled``) or every member (``shared``) takes an SGD step on its outer loss
-    at the attacked batch. Training attacks return their last iterate; the weights phase keeps the best one.
+    (lam_t, theta_t) and one member (``sampled``) or every member (``shared``) takes a step on its outer loss
+    at the attacked batch. Training attacks return their last iterate; the weights phase keeps the best one. The step of
+    member k does not carry the factor lam_k of the gradient of the mixture's loss: a member without weight would never
+    learn.
 
-    An epoch is one *per model*: it shows every member the training set once (in expectation when sampled).
+    An epoch is one *per model*: it shows every member the training set about once (in expectation when sampled), and
+    all epochs have the same number of batches (`Schedule.batches_in_epoch`). It works under any ``pl.Trainer`` with
+    ``max_epochs``, an `ImageDataModule` and one device, or several with ``strategy=Replicas()``:
+
+        trainer.fit(module, datamodule=data); trainer.test(module, datamodule=data)
+
+    It logs ``train/loss``, ``train/adversarial_accuracy``, ``train/lr``, ``weights/value``, ``weights/lower_bound``
+    (every ``log_every_n_steps`` batches, weights phases always), ``val/robust_accuracy``, ``val/clean_accuracy``,
+    ``val/ensemble_accuracy``, and beside them ``epoch`` (per model), ``member_updates`` (summed over members) and
+    ``lambda/k``; the step of all of them is t.
 
     Args:
         mixture: the members and the weights.
-        loss: inner and outer loss (AT or TRADES).
         threat_model: the ball.
+        loss: inner and outer loss (AT or TRADES).
         attack: PGD settings of training; objective, start and `keep` follow from the loss and the phase.
-        validation_attack: PGD whose exact expected accuracy selects the best epoch.
+        validation_attack: PGD whose exact expected accuracy is ``val/robust_accuracy``.
         solver: weights of a phase; one with ``adapts = False`` keeps them fixed, without phases. Where its
             ``recent_batches`` says so, the last batches of the members' phases, with the points found for them then,
             join the game of a weights phase.
         kind, T_theta: the schedule, see `Schedule`.
-        optimizer: settings of the members' optimizers.
-        updates_per_member: length of the learning-rate schedule, in updates of one member.
-        total_batches: batches t of the whole training, weights phases included.
+        optimizer: called with a member's parameters, makes its optimizer: ``functools.partial(torch.optim.SGD, lr=0.1)``.
+        scheduler: called with that optimizer, makes the schedule of its learning rate, see `build_scheduler`; stepped
+            after every update of the member.
+        gradient_clip_val, gradient_clip_algorithm: clip the gradient of each member before its step, by "norm" (the
+            default) or "value"; Lightning's Trainer does not clip in manual optimization.
         seed: seeds the generators of member draws, attacks and solver samples.
-        check_every: batches between two checks that the loss is finite (each waits for the device).
-        interruptible: entered around attacks, weights phases and validation batches, which change nothing that
-            `abandon_batch` does not put back: an exception may come at any point inside.
         micro_batch_size: the most images of a process's share in one forward-backward pass of members phases and
             weights phases; None for no limit. Gradients of the parts add up to that of the batch, one step follows,
             and the result is that of one pass up to rounding. Batch norm is the exception: in train mode it
             normalises each part by the part's own statistics, and updates its running ones once for each part. Dropout
             draws for each part.
+        protocol: attacks by name for ``trainer.test``, as `AttackSuite` takes them; None: the validation attack alone.
+        predict: what ``trainer.predict`` returns: "draw" (the label of a member drawn for each image) or
+            "probabilities" (sum_k lambda_k softmax f_k).
+        recipe: what it takes to build the mixture again, see `mixadv.export`; kept in checkpoints. None: that of the
+            members where `mixadv.models.build_member` built them, else a checkpoint can only be loaded with
+            ``load_from_checkpoint(path, mixture=...)``.
+
+    Raises:
+        ValueError: an argument is out of its range, or optimizer and scheduler do not fit.
     """
 
     def __init__(
         self,
         mixture: Mixture,
-        *,
-        loss: RobustLoss,
         threat_model: ThreatModel,
-        attack: PGD,
-        validation_attack: PGD,
-        solver: LambdaSolver,
+        *,
+        loss: RobustLoss | None = None,
+        attack: PGD | None = None,
+        validation_attack: PGD | None = None,
+        solver: LambdaSolver | None = None,
         kind: str = "sampled",
         T_theta: int = 50,
-        optimizer: MemberOptimizer | None = None,
-        updates_per_member: int,
-        total_batches: int,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
         seed: int = 0,
-        check_every: int = 1,
-        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
         micro_batch_size: int | None = None,
+        protocol: Mapping[str, Attack] | None = None,
+        predict: str = "draw",
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if predict not in ("draw", "probabilities"):
+            raise ValueError(f"predict is {predict!r}: choose draw or probabilities")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1, or None")
         self.mixture = mixture
-        self.loss = loss
+        self.loss = AT() if loss is None else loss
         self.threat_model = threat_model
-        inner = InnerLoss(loss)
-        self.training_attack = replace(attack, objective=inner, start=loss.start, keep="last", restarts=1)
+        attack = PGD(num_steps=10, step_size=0.25) if attack is None else attack
+        inner = InnerLoss(self.loss)
+        self.training_attack = replace(attack, objective=inner, start=self.loss.start, keep="last", restarts=1)
         self.weights_attack = replace(self.training_attack, keep="objective")
-        self.validation_attack = validation_attack
-        self.solver = solver
-        adapts = solver.adapts and mixture.num_members > 1
+        self.validation_attack = validation_attack or PGD(num_steps=20, step_size=0.25)
+        self.solver = OracleSubgradient(num_steps=10) if solver is None else solver
+        adapts = self.solver.adapts and mixture.num_members > 1
         self.schedule = Schedule(kind, mixture.num_members, T_theta, weights_phases=adapts)
-        self.optimizer_settings = optimizer or MemberOptimizer()
-        self.updates_per_member = updates_per_member
-        self.total_batches = total_batches
+        self.optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+        self.scheduler = scheduler or learning_rate.piecewise
+        self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.seed = seed
-        self.check_every = check_every
-        self.interruptible = interruptible
         self.micro_batch_size = micro_batch_size
+        self.protocol = protocol
+        self.predict = predict
+        self.recipe = dict(recipe) if recipe is not None else _recipe_of(mixture)
+        self._try_optimizer()
+        settings = {name: getattr(self, name) for name in RECORDED if name not in ("attack", "kind", "T_theta")}
+        settings |= {"attack": attack, "kind": kind, "T_theta": T_theta}
+        self.save_hyperparameters(recorded(settings), logger=False)
 
+        # Known once a trainer says how long the training is, see `setup`.
+        self.batches_per_epoch = self.total_batches = self.updates_per_member = 0
+        self.check_every = 1
         self.t = 0
         self.member_updates = [0] * mixture.num_members
         self.member_generator = torch.Generator().manual_seed(seed)
         self.attack_generator: torch.Generator | None = None
         self._attack_state: Tensor | None = None
         self.ranks = Ranks()
-        self._recent: deque[AttackedBatch] = deque(maxlen=solver.recent_batches)
+        self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
         self._bad_step: Tensor | None = None
         # Generators as they were before the batch under way, until that batch has changed something.
         self._before_batch: dict[str, Any] | None = None
+        self.accuracies = torch.nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust", "ensemble")})
 
-        self.validation: dict[str, float] = {}
-        self.clean_accuracy = MeanAccuracy()
-        self.robust_accuracy = MeanAccuracy()
-        self.ensemble_accuracy = MeanAccuracy()
+    def _try_optimizer(self) -> None:
+        """Refuse settings of optimizer and scheduler now, not when the training has begun."""
+        try:
+            optimizer = self.optimizer(self.mixture.members[0].parameters())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer: {error}") from error
+        for group in optimizer.param_groups:
+            rates = {name: value for name, value in group.items() if isinstance(value, float)}
+            for name, value in rates.items():
+                if not math.isfinite(value):
+                    raise ValueError(f"optimizer: {name}={value} must be finite")
+            if not group["lr"] > 0:
+                raise ValueError(f"optimizer: lr={group['lr']} would learn nothing: give a positive rate, as lr=0.1")
+        try:
+            build_scheduler(self.scheduler, optimizer, 100)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scheduler: {error}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        """log sum_k lambda_k softmax(f_k(x)) [B, C], as `Mixture.forward`: the averaged prediction, not the draw."""
+        return self.mixture(x)
 
     def configure_optimizers(self) -> Any:
-        """One SGD and one schedule per member; the schedules are stepped by hand, with their member."""
-        built = [self.optimizer_settings.build(member, self.updates_per_member) for member in self.mixture.members]
-        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
+        """One optimizer and one schedule per member; the schedules are stepped by hand, with their member."""
+        optimizers = [self.optimizer(member.parameters()) for member in self.mixture.members]
+        schedules = [build_scheduler(self.scheduler, optimizer, self.updates_per_member) for optimizer in optimizers]
+        return optimizers, schedules
 
     def setup(self, stage: str) -> None:
-        """Place the attack's generator on the device of the run; find out who runs along."""
+        """Find out who runs along and, before a fit, how long epochs and training are.
+
+        Raises:
+            UserError: the trainer asks for what the algorithm cannot do; the message says what works.
+        """
         self.ranks = Ranks.here()
         device = self.trainer.strategy.root_device
+        # Sums in float64 do not depend on the batching; MPS has none.
+        for metric in self.accuracies.values():
+            metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64)
+        if stage != "fit":
+            return
+        self._set_lengths()
+        # Every check waits for the device, which costs nothing on the CPU.
+        self.check_every = 1 if device.type == "cpu" else 50
         self.attack_generator = torch.Generator(device).manual_seed(self.seed + 1)
         if self._attack_state is not None:
             self.attack_generator.set_state(self._attack_state)
             self._attack_state = None
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+    def _set_lengths(self) -> None:
+        trainer, data = self.trainer, self._data()
+        strategy = trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, Replicas)):
+            wrong = type(strategy).__name__
+            raise UserError(
+                f"{wrong} cannot train a mixture, whose members are updated one at a time: use one device, or "
+                "several with strategy=mixadv.training.Replicas()"
+            )
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise UserError("the learning rate follows the share of the training that is done: set max_epochs")
+        length = self.schedule.batches_in_epoch(data.batches_per_pass)
+        limit = trainer.limit_train_batches
+        if limit is not None and limit != 1.0:
+            length = min(length, limit) if isinstance(limit, int) else max(1, round(limit * length))
+        if length < 1:
+            raise UserError("limit_train_batches=0 trains nothing: leave it out, or give 1 batch or more")
+        # Said in batches from here on: Lightning would take a share of the shortened epoch once more.
+        trainer.limit_train_batches = length
+        data.batches_per_epoch = self.batches_per_epoch = length
+        data.overfit_batches = length if trainer.overfit_batches else None
+        self.total_batches = trainer.max_epochs * length
+        updates = self.schedule.member_batches_in(self.total_batches)
+        if self.schedule.kind == "sampled":
+            updates = round(updates / self.mixture.num_members)
+        self.updates_per_member = max(1, updates)
+
+    def _data(self) -> ImageDataModule:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ImageDataModule):
+            raise UserError(
+                "MixtureTraining has epochs per model, longer than one pass over the images, and continues inside "
+                "them: give trainer.fit(module, datamodule=...) an ImageDataModule of mixadv.data, not a DataLoader"
+            )
+        return data
+
+    def on_train_start(self) -> None:
+        """Write the first row of the history, or go on inside an epoch."""
+        if self.t == 0:
+            for logger in self.loggers:
+                logger.log_metrics(self.progress(), 0)
+        if self._data().train_dataloader().batches_left < self.batches_per_epoch:
+            # The first epoch is what is left of one; Lightning has to ask again for the length of the next.
+            self.trainer.reload_dataloaders_every_n_epochs = 1
+
+    def on_train_epoch_end(self) -> None:
+        """The next epoch begins."""
+        self._data().train_dataloader().close_epoch()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Serve batch t to the members or to the weights, as the schedule says; one of no examples to nobody."""
         x, y = batch
         if not len(y):
-            return {"phase": "none"}
+            return
         self._before_batch = self._generators()
         self.t += 1
         if self.schedule.is_weights_phase(self.t):
-            return self._weights_phase(x, y)
-        return self._members_phase(x, y)
+            self._record(self._weights_phase(x, y))
+            return
+        found = self._members_phase(x, y)
+        every = self.trainer.log_every_n_steps
+        if every and self.t % every == 0:
+            self._record(found)
+
+    def _record(self, values: dict[str, Any]) -> None:
+        """One row for every logger, and the values for callbacks and progress bars.
+
+        Not through self.log alone: it would repeat the values of the last members phase in rows of weights phases.
+        """
+        numbers = {name: float(value) for name, value in {**values, **self.progress()}.items()}
+        for name, number in numbers.items():
+            self.log(name, number, logger=False, batch_size=1, prog_bar=name == "train/loss")
+        for logger in self.loggers:
+            logger.log_metrics(numbers, self.t)
+
+    def progress(self) -> dict[str, float]:
+        """What every row of the history has: epochs per model, updates of all members together, lambda."""
+        weights = self.mixture.weights.tolist()
+        return {
+            "epoch": self.epochs_done,
+            "member_updates": sum(self.member_updates),
+            **{f"lambda/{k}": weight for k, weight in enumerate(weights)},
+        }
 
     def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         self.refuse_broken()
@@ -159,7 +317,7 @@ class MixtureTraining(pl.LightningModule):
         except ValueError as error:
             raise UserError(
                 f"the members' losses are not finite at step {self.t}: stopped, the last good checkpoint is kept. "
-                f"Lower optimizer.lr (now {self.optimizer_settings.lr:g})"
+                f"Lower {self._rate()}"
             ) from error
         lam0 = self.mixture.weights.double().cpu()
         with self._interruptible():
@@ -167,7 +325,8 @@ class MixtureTraining(pl.LightningModule):
         self._before_batch = None
         self.mixture.set_weights(solution.weights)
         self.ranks.take_from_first_(self.mixture.weights)
-        return {"phase": "weights", "value": solution.value, "lower_bound": solution.lower_bound}
+        bound = {} if solution.lower_bound is None else {"weights/lower_bound": solution.lower_bound}
+        return {"weights/value": solution.value, **bound}
 
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.member_generator)
@@ -188,11 +347,9 @@ class MixtureTraining(pl.LightningModule):
         mean_loss = torch.stack(losses).mean()
         self._watch(mean_loss)
         return {
-            "phase": "members",
-            "members": updated,
-            "loss": mean_loss,
-            "adversarial_accuracy": torch.stack(hits).mean(),
-            "lr": sum(rates) / len(rates),
+            "train/loss": mean_loss,
+            "train/adversarial_accuracy": torch.stack(hits).mean(),
+            "train/lr": sum(rates) / len(rates),
         }
 
     def _update_member(self, k: int, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +360,8 @@ class MixtureTraining(pl.LightningModule):
         gradients = [p.grad for p in member.parameters() if p.grad is not None]
         # Statistics of batch norm too: members stay the same on all processes.
         self.ranks.average_([*gradients, *running_statistics(member), seen])
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
         optimizer.step()
         self._as_list(self.lr_schedulers())[k].step()
         self.member_updates[k] += 1
@@ -222,8 +381,10 @@ class MixtureTraining(pl.LightningModule):
             self.refuse_non_finite()
 
     def _interruptible(self) -> AbstractContextManager[None]:
-        # One process alone must not leave what all do in step.
-        return self.interruptible() if self.ranks.size == 1 else nullcontext()
+        """Inside, a signal may end the work at once: nothing changes that `abandon_batch` does not put back."""
+        # With several processes none may leave a collective operation that the others wait in.
+        signals = Signals.active if self.ranks.size == 1 else None
+        return nullcontext() if signals is None else signals.interruptible()
 
     def abandon_batch(self) -> bool:
         """Undo the batch under way if it has changed nothing but generators; whether there was one."""
@@ -232,6 +393,7 @@ class MixtureTraining(pl.LightningModule):
         self._set_generators(self._before_batch)
         self._before_batch = None
         self.t -= 1
+        self._data().train_dataloader().take_back()
         return True
 
     def _generators(self) -> dict[str, Any]:
@@ -251,6 +413,10 @@ class MixtureTraining(pl.LightningModule):
             self.attack_generator.set_state(self._attack_state)
             self._attack_state = None
 
+    def _rate(self) -> str:
+        now = self._as_list(self.optimizers())[0].param_groups[0]["lr"]
+        return f"optimizer.lr (now at {now:g})"
+
     def refuse_non_finite(self) -> None:
         """Stop the training if a loss was not finite.
 
@@ -260,7 +426,7 @@ class MixtureTraining(pl.LightningModule):
         if self._bad_step is not None and (step := int(self._bad_step)) >= 0:
             raise UserError(
                 f"the training loss was not finite at step {step}: stopped, the last good checkpoint is kept. "
-                f"Lower optimizer.lr (now {self.optimizer_settings.lr:g}) or use precision=fp32"
+                f"Lower {self._rate()} or use trainer.precision=32-true"
             )
 
     def refuse_broken(self) -> None:
@@ -275,11 +441,11 @@ class MixtureTraining(pl.LightningModule):
             if not bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
                 raise UserError(
                     f"member {k} is not finite after step {self.t}: stopped, the last good checkpoint is kept. "
-                    f"Lower optimizer.lr (now {self.optimizer_settings.lr:g})"
+                    f"Lower {self._rate()}"
                 )
 
     def on_validation_start(self) -> None:
-        """Look before attacking what training left."""
+        """Refuse members that are not finite before attacking them."""
         self.refuse_broken()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -287,47 +453,95 @@ class MixtureTraining(pl.LightningModule):
 
         Of several processes each takes whole batches: the numbers are those of one.
         """
-        x, y = batch
-        if not self.ranks.serves(batch_idx):
-            x, y = x[:0], y[:0]
+        x, y = self._own(batch, batch_idx)
         generator = torch.Generator(x.device).manual_seed(self.seed + 2 + batch_idx)
-        with self._interruptible(), torch.enable_grad():
+        with self._interruptible(), torch.inference_mode(False), torch.enable_grad():
             x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, generator)
         # However training and attack compute, correctness is that of the plain float32 model.
-        with self.mixture.attack_mode(plain=True):
-            self.clean_accuracy.update(self.mixture.expected_accuracy(x, y))
-            self.ensemble_accuracy.update(self.mixture.ensemble_accuracy(x, y))
-            self.robust_accuracy.update(self.mixture.expected_accuracy(x_adv, y))
+        with torch.inference_mode(False), self.mixture.attack_mode(plain=True):
+            robust = self.mixture.expected_accuracy(x_adv, y)
+        self._log_accuracies("val", x, y, robust)
 
     def on_validation_epoch_end(self) -> None:
-        """Metrics of the validation pass just made, reduced over processes, into `validation`."""
-        metrics = {
-            "val/clean_accuracy": self.clean_accuracy,
-            "val/robust_accuracy": self.robust_accuracy,
-            "val/ensemble_accuracy": self.ensemble_accuracy,
-        }
-        self.validation = {name: float(metric.compute()) for name, metric in metrics.items()}
-        for metric in metrics.values():
-            metric.reset()
+        """Log what else belongs into the row of a validation."""
+        self.log_dict({**self.progress(), "step": float(self.t)}, batch_size=1)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """``test/robust_accuracy``: per image the least exact expected accuracy over all points that `protocol` finds.
+
+        The attacks and their random starts are those of ``task=evaluate`` and of `AttackSuite`.
+        """
+        x, y = self._own(batch, batch_idx)
+        suite = AttackSuite(self.protocol or {"validation": self.validation_attack})
+        robust = torch.zeros(0, device=x.device)
+        if len(y):
+            with torch.inference_mode(False), torch.enable_grad():
+                found = suite(self.mixture, x, y, self.threat_model, seed=self.seed, batch=batch_idx)
+            robust = found.expected_accuracy
+        self._log_accuracies("test", x, y, robust)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Labels [B] of members drawn for each image, or probabilities [B, C], as `predict` says.
+
+        The draws follow from seed and batch number alone.
+        """
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if self.predict == "probabilities":
+            return self.mixture(x).exp()
+        generator = torch.Generator(x.device).manual_seed(derive_seed(self.seed, "predict", batch_idx))
+        return self.mixture.predict(x, generator)
+
+    def _own(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """The batch, or none of it where another process has it; tensors that attacks can differentiate."""
+        x, y = batch if self.ranks.serves(batch_idx) else (batch[0][:0], batch[1][:0])
+        if not x.is_inference():
+            return x, y
+        with torch.inference_mode(False):
+            return x.clone(), y.clone()
+
+    def _log_accuracies(self, stage: str, x: Tensor, y: Tensor, robust: Tensor) -> None:
+        """Update and log the three accuracies; their metrics reduce over batches and processes."""
+        with torch.inference_mode(False), self.mixture.attack_mode(plain=True):
+            clean = self.mixture.expected_accuracy(x, y)
+            ensemble = self.mixture.ensemble_accuracy(x, y)
+        for name, values in {"clean": clean, "robust": robust, "ensemble": ensemble}.items():
+            metric = self.accuracies[name]
+            metric.update(values.to(metric.dtype))
+            self.log(f"{stage}/{name}_accuracy", metric, batch_size=max(1, len(y)), prog_bar=name == "robust")
 
     @property
     def epochs_done(self) -> float:
-        """Epochs per model so far: the members' mean number of updates over the updates of one epoch."""
-        per_epoch = self.updates_per_member / (self.trainer.max_epochs or 1)
-        return sum(self.member_updates) / len(self.member_updates) / per_epoch
+        """Epochs per model so far: batches done over the batches of an epoch."""
+        return self.t / max(1, self.batches_per_epoch)
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether the epoch's last batch is done and its validation is still to come."""
+        return self._data().train_dataloader().batches_left == 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know of: counters and generators, as tensors and plain containers."""
+        """Add what Lightning does not know of, as tensors and plain containers: counters, generators, the recipe.
+
+        Lightning's own loop counters are left out: they cannot express an epoch of which a part is left. It is told
+        the epoch alone when the training goes on.
+        """
+        stream = self._data().train_dataloader()
+        checkpoint.pop("loops", None)
+        checkpoint["epoch"] = stream.epoch
+        if self.recipe is not None:
+            checkpoint["mixture_config"] = self.recipe
         checkpoint["mixadv"] = {
             "schema": STATE_SCHEMA,
             "t": self.t,
+            "epochs_done": self.epochs_done,
             "member_updates": list(self.member_updates),
+            "should_stop": bool(self.trainer.should_stop),
             **self._generators(),
             "recent": [list(batch) for batch in self._recent],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up counters and generators.
+        """Take up counters and generators, and tell the trainer how far the training is.
 
         Raises:
             UserError: the checkpoint is not one of ours, or of another schema or L.
@@ -345,5 +559,45 @@ class MixtureTraining(pl.LightningModule):
             raise UserError("the checkpoint is of other members than these: use another name=... or resume=never")
         self.t = state["t"]
         self.member_updates = list(state["member_updates"])
-        self._set_generators(state)
         self._recent.extend(AttackedBatch(*batch) for batch in state["recent"])
+        if self._trainer is None or not self.trainer.training:
+            return
+        self._set_generators(state)
+        loop: Any = self.trainer.fit_loop
+        loop.epoch_progress.current.processed = checkpoint["epoch"]
+        # Callbacks such as weight averaging count by trainer.global_step, which is that of the optimizers.
+        steps = loop.epoch_loop.manual_optimization.optim_step_progress.total
+        steps.ready = steps.completed = checkpoint["global_step"]
+        loop.epoch_loop._batches_that_stepped = self.t
+        self.trainer.should_stop = state["should_stop"]
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = None, **given: Any
+    ) -> "MixtureTraining":
+        """The training in a checkpoint, with the members as they were there; nothing in the file can run code.
+
+        Args:
+            checkpoint_path: a checkpoint of ours. map_location: the device, None for the CPU.
+            given: arguments of `MixtureTraining` that take the place of recorded ones; needed for those that are not
+                part of mixadv (``mixture`` for members of your own, ``loss``, ...).
+
+        Raises:
+            UserError: it cannot be read, or names code that has to be given.
+        """
+        checkpoint = read_checkpoint(Path(checkpoint_path))
+        settings = checkpoint.get("hyper_parameters", {})
+        recipe = checkpoint.get("mixture_config")
+        if "mixture" not in given and recipe is None:
+            raise UserError(f"{checkpoint_path} does not say how to build its members: give mixture=...")
+        mixture = given.pop("mixture", None) or build_mixture(recipe)
+        parts = {key: rebuilt(settings[key], key) for key in RECORDED if key in settings and key not in given}
+        module = cls(mixture, **{**parts, **given}, recipe=recipe)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module if map_location is None else module.to(map_location)
+
+
+def _recipe_of(mixture: Mixture) -> dict[str, Any] | None:
+    recipes = [getattr(member, "recipe", None) for member in mixture.members]
+    return None if None in recipes else {"L": len(recipes), "models": recipes}

@@ -59,10 +59,10 @@ class Schedule:
         """How many of the batches 1..`batches` update members."""
         return batches - (batches // (self.member_batches + 1) if self.weights_phases else 0)
 
-    def batches_in_epoch(self, epoch: int, batches_per_pass: int) -> int:
-        """Length of epoch `epoch` (from 0), where an epoch shows every member `batches_per_pass` batches.
+    def batches_in_epoch(self, batches_per_pass: int) -> int:
+        """Length of an epoch: it shows every member `batches_per_pass` batches, and has the weights phases due for them.
 
-        Sampled draws give each member that many updates in expectation.
+        Sampled draws give each member that many updates in expectation. All epochs are equally long, so that one of
+        them may have a weights phase more or less than it has room for, at the cost of a batch of the members.
         """
-        per_epoch = batches_per_pass * (self.num_members if self.kind == "sampled" else 1)
-        return self.batches_for((epoch + 1) * per_epoch) - self.batches_for(epoch * per_epoch)
+        return self.batches_for(batches_per_pass * (self.num_members if self.kind == "sampled" else 1))

@@ -1,0 +1,76 @@
+"""The progress display in the terminal."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's RichProgressBar, and one line for every validation, also where there is no terminal.
+
+    In a narrow terminal the metrics are wrapped; bar, batches and times keep their place.
+
+    Args:
+        title: what is being trained, for the lines; None: "mixture of L" or "single model".
+        others: see RichProgressBar.
+    """
+
+    def __init__(self, title: str | None = None, **others: Any) -> None:
+        super().__init__(**others)
+        self.title = title
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether there is a terminal to draw in, and drawing is wanted."""
+        return super().is_enabled and get_console().is_terminal
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """Description, bar, batches, and seconds done and left."""
+
+        def column() -> Column:
+            return Column(no_wrap=True)
+
+        return [
+            TextColumn("{task.description}", table_column=column()),
+            BarColumn(bar_width=12, table_column=column()),
+            MofNCompleteColumn(table_column=column()),
+            TimeElapsedColumn(table_column=column()),
+            TimeRemainingColumn(table_column=column()),
+        ]
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What the module logs with ``prog_bar=True``, by the last part of its name, and lambda."""
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        numbers = {name.rpartition("/")[2].removesuffix("_accuracy"): value for name, value in shown.items()}
+        return {**numbers, "lambda": _lambda(trainer)}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print one line: epoch, accuracies, lambda."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        found = trainer.callback_metrics
+        lam = _lambda(trainer)
+        members = lam.count(",") + 1
+        title = self.title or (f"mixture of {members}" if members > 1 else "single model")
+        line = (
+            f"{title}  epoch {float(found['epoch']):.1f}/{trainer.max_epochs}"
+            f"  clean {float(found['val/clean_accuracy']):.3f}  robust {float(found['val/robust_accuracy']):.3f}"
+            f"  lambda {lam}"
+        )
+        get_console().print(Text(line, style="dim"), soft_wrap=True)
+
+
+def _lambda(trainer: pl.Trainer) -> str:
+    """The weights that were logged last, as (0.50, 0.20, 0.30)."""
+    found = trainer.callback_metrics
+    weights = []
+    while f"lambda/{len(weights)}" in found:
+        weights.append(f"{float(found[f'lambda/{len(weights)}']):.2f}")
+    return f"({', '.join(weights)})"

@@ -1,0 +1,119 @@
+"""Checkpoint files: how they are written whole, and the one reader of them. Imports no Lightning."""
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixadv.errors import UserError
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+DIGEST = "digest"
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write `checkpoint` with a digest of its content to `path`, whole or not at all, and wait until the disk has it.
+
+    Raises:
+        OSError: the disk is full or refuses; what was at `path` before is still there.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({**checkpoint, DIGEST: digest_of(checkpoint)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # Half a file would take up what is left of a full disk.
+        temporary.unlink(missing_ok=True)
+        # PyTorch's writer reports a full disk as an internal error of its archive.
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            raise OSError(errno.ENOSPC, "the checkpoint was not written whole", str(path)) from error
+        raise
+
+
+def digest_of(content: Any) -> str:
+    """BLAKE2b of nested plain containers and tensors: of their types, keys, shapes and bytes."""
+    digest = blake2b(digest_size=16)
+
+    def take(value: Any) -> None:
+        digest.update(type(value).__name__.encode())
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                take(key)
+                take(part)
+        elif isinstance(value, (list, tuple)):
+            digest.update(str(len(value)).encode())
+            for part in value:
+                take(part)
+        else:
+            digest.update(repr(value).encode())
+
+    take({key: value for key, value in content.items() if key != DIGEST})
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
+    """Load a checkpoint as tensors and plain containers; nothing in it can run code.
+
+    Args:
+        path: the file.
+        with_digest: refuse one that carries no digest of its content.
+
+    Raises:
+        UserError: the file is missing, torn, changed since it was written, or holds other kinds of objects.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}: put it back, or start anew with resume=never") from None
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}): "
+            "it is torn or foreign; remove it, or start anew with resume=never"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} holds no state_dict: it is not a training checkpoint")
+    if (with_digest or DIGEST in checkpoint) and checkpoint.get(DIGEST) != digest_of(checkpoint):
+        raise UserError(
+            f"{path} has changed since it was written (its digest does not fit): remove it, or start anew with "
+            "resume=never"
+        )
+    return checkpoint
+
+
+def newest(directory: Path, say: Callable[[str], None], *, first: bool = True) -> Path | None:
+    """The checkpoint to go on from: last.ckpt, or the one before it where that cannot be read; None before the first.
+
+    A last.ckpt that cannot be read is set aside as last.ckpt.torn, where nothing overwrites it, and said to be so; of
+    several processes the `first` does that.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read.
+    """
+    last, previous = directory / LAST, directory / PREVIOUS
+    if last.exists():
+        try:
+            read_checkpoint(last, with_digest=True)
+            return last
+        except UserError as error:
+            if not previous.exists():
+                raise
+            read_checkpoint(previous, with_digest=True)
+            if first:
+                aside = last.with_name(f"{LAST}.torn")
+                say(f"{error}. Set aside as {aside.name}; going on from {PREVIOUS}")
+                os.replace(last, aside)
+    if previous.exists():
+        read_checkpoint(previous, with_digest=True)
+        return previous
+    return None

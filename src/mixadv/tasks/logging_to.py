@@ -1,0 +1,112 @@
+"""The loggers of a run, and what they get beside the history of its training."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+
+from mixadv.config import parse_eps
+from mixadv.data.base import ImageDataModule
+from mixadv.loggers import CSVLogger, WandbLogger, flat_config
+from mixadv.mixture import Mixture
+from mixadv.signals import Stopped
+from mixadv.tasks import build, processes
+from mixadv.tasks.measure import example_images
+from mixadv.threat_model import ThreatModel
+
+
+def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Console) -> list[Logger]:
+    """What ``logger`` names, with what a run says of itself where they take it and the command does not say it.
+
+    Raises:
+        UserError: one of them cannot be built.
+    """
+    own = {"save_dir": str(run_dir), "name": run_dir.name, "group": sweep, "console": console}
+    built = []
+    for name, node in cfg.logger.items():
+        settings = build.as_dict(node)
+        taken = build.parameters_of(settings["_target_"])
+        missing = {key: value for key, value in own.items() if key in taken and settings.get(key) is None}
+        built.append(build.instantiate(settings, f"logger.{name}", **missing))
+    return built
+
+
+@contextmanager
+def logging_to(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Console) -> Iterator[list[Logger]]:
+    """The loggers of a run with its settings as hyperparameters; ended with the run's exit code whatever happens."""
+    loggers = build_loggers(cfg, run_dir, sweep, console)
+    if cfg.task == "train":
+        # It comes first: Weights & Biases sends what stands in metrics.csv.
+        loggers = [CSVLogger(run_dir), *(logger for logger in loggers if not isinstance(logger, CSVLogger))]
+    code = 1
+    try:
+        choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+        for logger in loggers:
+            logger.log_hyperparams(flat_config(build.as_dict(cfg), dict(choices), parse_eps(cfg.eps)))
+        yield loggers
+        code = 0
+    except Stopped as stop:
+        code = stop.exit_code
+        raise
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.finish(code)
+            else:
+                logger.finalize("success" if code == 0 else "failed")
+
+
+def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path, console: Console) -> list[Logger]:
+    """The loggers of the single model beside a mixture: the same run in Weights & Biases, files of its own elsewhere."""
+    mirrors = [logger.baseline() for logger in loggers if isinstance(logger, WandbLogger)]
+    others = [
+        logger
+        for logger in build_loggers(cfg, run_dir, None, console)
+        if not isinstance(logger, (WandbLogger, CSVLogger))
+    ]
+    return [CSVLogger(run_dir), *others, *mirrors]
+
+
+def log_accuracies(loggers: Sequence[Logger], results: dict[str, Any], step: int) -> None:
+    """The measured accuracies, ``test/clean_accuracy``, ``test/ensemble_accuracy`` and ``test/robust_accuracy``."""
+    clean, robust = results["clean"], results["robust"]
+    numbers = {
+        "test/clean_accuracy": clean["expected_accuracy"],
+        "test/ensemble_accuracy": clean["ensemble_accuracy"],
+        "test/robust_accuracy": robust["expected_accuracy"],
+    }
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.summary(results)
+        elif not isinstance(logger, CSVLogger):
+            logger.log_metrics(numbers, step)
+
+
+def log_examples(
+    loggers: Sequence[Logger],
+    cfg: DictConfig,
+    mixture: Mixture,
+    data: ImageDataModule,
+    threat_model: ThreatModel,
+    device: torch.device,
+) -> None:
+    """A table of the first test images as the validation's attack leaves them, where a logger takes one."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger.num_images > 0 and processes.rank(cfg) == 0:
+            x, y = (part[: logger.num_images].to(device) for part in next(iter(data.test_dataloader())))
+            attack = build.build_attack(cfg.protocol.validation, "protocol.validation")
+            logger.images(*example_images(mixture.to(device), x, y, attack, threat_model, data.class_names))
+
+
+def log_results(loggers: Sequence[Logger], results: dict[str, Any], figures: Sequence[Path]) -> None:
+    """Accuracies, tables and figures of a run that does not train."""
+    log_accuracies(loggers, results, step=0)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_results(results, [path for path in figures if path.exists()])
