@@ -231,8 +231,8 @@ def test_at_radius_zero_robust_is_clean(command, tmp_path):
         ("trainer.accelerator=abacus", "trainer.accelerator=abacus is unknown"),
         ("logger.kind=paper", "logger.kind=paper is unknown"),
         ("loss._target_=os.system", "loss._target_='os.system'"),
-        ("data._target_=mixadv.data.nothing.Nothing", "data._target_=mixadv.data.nothing.Nothing does not exist"),
-        ("model.name=vgg", "model"),
+        ("data._target_=mixadv.data.nothing.Nothing", "data._target_='mixadv.data.nothing.Nothing' does not exist"),
+        ("model._target_=mixadv.models.vgg", "model._target_='mixadv.models.vgg' does not exist"),
     ],
 )
 def test_settings_that_only_the_objects_know_are_refused_in_one_line(command, tmp_path, override, start):

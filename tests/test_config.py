@@ -109,7 +109,7 @@ def test_the_flagship_command_is_the_papers_setting(command):
     assert (cfg.task, cfg.L, cfg.eps, cfg.seed) == ("train", 3, "8/255", 0)
     assert cfg.threat_model.norm == "linf"
     assert config.parse_eps(cfg.eps) == 8 / 255
-    assert cfg.model.name == "resnet18"
+    assert cfg.model._target_ == "mixadv.models.resnet18"
     assert cfg.data._target_ == "mixadv.data.cifar10.CIFAR10"
     assert cfg.loss == {"_target_": "mixadv.losses.TRADES", "beta": 6.0}
     assert cfg.lambda_solver._target_ == "mixadv.lambda_solvers.AcceleratedEntropic"
@@ -169,7 +169,7 @@ def test_larger_protocols_hold_the_smaller_ones_unchanged():
 def test_the_presets_of_the_paper_are_its_setting(compose, experiment, loss):
     cfg = compose(f"experiment={experiment}")
     assert cfg.loss._target_ == f"mixadv.losses.{loss}"
-    assert (cfg.model.name, cfg.data._target_) == ("resnet18", "mixadv.data.cifar10.CIFAR10")
+    assert (cfg.model._target_, cfg.data._target_) == ("mixadv.models.resnet18", "mixadv.data.cifar10.CIFAR10")
     assert (cfg.schedule.kind, cfg.schedule.epochs, cfg.trainer.val_every_epochs) == ("sampled", 200, 1)
     assert (cfg.attack.num_steps, cfg.protocol.validation.num_steps) == (10, 20)
     assert config.parse_eps(cfg.eps) == pytest.approx(8 / 255)

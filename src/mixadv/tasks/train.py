@@ -20,7 +20,7 @@ from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
-from mixadv.export import load_mixture, save_mixture
+from mixadv.export import factories_of, load_mixture, save_mixture
 from mixadv.lambda_solvers import Uniform
 from mixadv.monitor.checkpoints import BEST, Checkpoints, WholeFiles, newest, read_checkpoint
 from mixadv.monitor.console import ConsoleProgress
@@ -78,6 +78,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     signals = Signals()
     choices = Choices(run_dir, processes.rank(cfg))
     precision, recipe = speed.settle_precision(cfg, device, choices), build.model_recipe(cfg.model, data)
+    build.check_own_model(recipe, data)
     setting = Setting(cfg, data, device, threat_model, recipe, console, signals, precision)
     with _memory_errors(cfg):
         _sizes(setting).settle_batches(choices, console)
@@ -152,7 +153,7 @@ def _train_and_measure(setting: Setting, module: MixtureTraining, run_dir: Path,
     measured_before = read_results(run_dir)
     if measured_before is not None:
         if mirror is not None:
-            mixture = load_mixture(run_dir / "mixture")
+            mixture = load_mixture(run_dir / "mixture", factories_of({"model": setting.recipe}))
             mirror_results(mirror, cfg, measured_before, mixture, data, setting.threat_model, setting.device)
         return
     mixture_config = {
