@@ -23,7 +23,7 @@ from mixadv import Mixture, ThreatModel
 from mixadv.attacks import APGD, ARC, PGD, AttackSuite, SubsetAttack
 from mixadv.evaluation import confidence_interval
 from mixadv.export import read_mixture
-from mixadv.shipped import construct
+from mixadv.instantiate import held_to_mixadv, instantiate
 
 ATTACKS = {
     "pgd-20": PGD(20),
@@ -69,7 +69,8 @@ def plane(count: int) -> tuple[str, Mixture, Tensor, Tensor, ThreatModel]:
 def exported(path: Path, count: int) -> tuple[str, Mixture, Tensor, Tensor, ThreatModel]:
     """A mixture, the first of its test images, and its ball."""
     mixture, config = read_mixture(path)
-    data = construct({**config["data"], "num_test": None}, "data")
+    held_to_mixadv(config["data"], str(path))
+    data = instantiate({**config["data"], "num_test": None}, "data")
     data.prepare_data()
     data.setup("test")
     x, y = (torch.cat(parts)[:count] for parts in zip(*data.test_dataloader(), strict=True))

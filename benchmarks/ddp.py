@@ -33,9 +33,9 @@ def arguments(args: argparse.Namespace, model: str, trainer: str, name: str) -> 
         *data,
         *(f"data.batch_size={args.batch}", f"data.num_train={args.steps * args.batch}", "data.num_val=20"),
         *("data.num_test=20", f"model={model}", f"L={args.members}", "eps=0.1", "schedule=shared"),
-        *("lambda_solver=uniform", "schedule.epochs=1", f"attack.num_steps={args.attack_steps}"),
-        *("optimizer.lr_schedule=constant", "optimizer.lr=0.01", "trainer.log_every_steps=1"),
-        *("trainer.progress=false", "protocol.validation.num_steps=0", "protocol.diagnosed=0"),
+        *("lambda_solver=uniform", "trainer.max_epochs=1", f"attack.num_steps={args.attack_steps}"),
+        *("scheduler=constant", "optimizer.lr=0.01", "trainer.log_every_n_steps=1"),
+        *("trainer.enable_progress_bar=false", "protocol.validation.num_steps=0", "protocol.diagnosed=0"),
         *("~protocol.attacks.arc", "~protocol.attacks.subsets", "protocol.attacks.pgd-20.num_steps=1"),
         "protocol.attacks.pgd-20.restarts=1",
     ]

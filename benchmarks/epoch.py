@@ -26,11 +26,11 @@ from torch.nn import functional as F
 
 from mixadv.attacks.pgd import PGD
 from mixadv.data import ImageCorpus, ImageDataModule
+from mixadv.instantiate import instantiate
 from mixadv.lambda_solvers import Uniform
 from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
-from mixadv.shipped import construct
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MemberOptimizer, MixtureTraining
 
@@ -88,7 +88,7 @@ class Ours:
         per_member = max(1, args.batches // num_members) if kind == "sampled" else args.batches
         batches = per_member * (num_members if kind == "sampled" else 1) + (num_members > 1)
         settings = OmegaConf.load(harness.ROOT / "conf" / "lambda_solver" / f"{args.solver}.yaml")
-        solver = construct(dict(settings), "lambda_solver")
+        solver = instantiate(dict(settings), "lambda_solver")
         self.data = Noise(batch_size=args.batch)
         self.data.batches_in_epoch = lambda epoch: batches
         self.module = MixtureTraining(

@@ -143,7 +143,7 @@ def main() -> None:
     gpu_models = ["resnet18"] if device == "cuda" else []
     parser.add_argument("--models", nargs="+", default=["small_resnet", "preact_resnet20", *gpu_models])
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
-    parser.add_argument("--part", type=int, help="trainer.micro_batch_size in the updates")
+    parser.add_argument("--part", type=int, help="micro_batch_size in the updates")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the attack; above 2, 20 in the evaluation")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -24,7 +24,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 SETTINGS = (
     *("data=digits", "model=linear", "lambda_solver.num_steps=5", "schedule.T_theta=50", "data.batch_size=32"),
     *("protocol.validation.num_steps=10", "protocol.attacks.pgd-20.restarts=1", "protocol.diagnosed=0", "eps=0.1"),
-    *("trainer.accelerator=cpu", "trainer.progress=false", "name=run"),
+    *("trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "name=run"),
 )
 
 
@@ -48,7 +48,7 @@ def run(logger: str, epochs: int) -> None:
 
     for name in ("__init__", "log", "summary", "images", "finish"):
         setattr(WandbMirror, name, timed(name, getattr(WandbMirror, name)))
-    sys.argv = ["run.py", *SETTINGS, f"logger={logger}", f"schedule.epochs={epochs}"]
+    sys.argv = ["run.py", *SETTINGS, f"logger={logger}", f"trainer.max_epochs={epochs}"]
     program()
     parts = {name: [len(seconds), sum(seconds)] for name, seconds in inside.items()}
     Path("times.json").write_text(json.dumps({"cpu": time.process_time(), "inside": parts}))

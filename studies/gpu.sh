@@ -13,7 +13,7 @@ questions() {
     # A single model, and three with the weights of Algorithm 1.
     sweep $short L=1,3 seed=0
     # What a single model makes of the computing that three members cost.
-    sweep $short L=1 schedule.epochs=60 seed=0
+    sweep $short L=1 trainer.max_epochs=60 seed=0
     sweep $short L=3 lambda_solver=uniform,entropic seed=0
     sweep $short loss=trades L=1,3 seed=0
     # How much the seed moves all that.

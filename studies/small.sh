@@ -15,7 +15,7 @@ questions() {
     sweep $at L=3 lambda_solver=uniform seed=0,1
     sweep $at L=2 seed=0,1
     # What a single model makes of the computing that three members cost.
-    sweep $at L=1 schedule.epochs=18 seed=0,1
+    sweep $at L=1 trainer.max_epochs=18 seed=0,1
     sweep experiment=cifar10_small_trades L=3,1 seed=0
     # A third one for the question below.
     sweep $at L=1 seed=2

@@ -131,8 +131,8 @@ COMMANDS = [
     ("eps=", "eps= is not a number", "as eps=8/255"),
     ("L=two", "L=two: ", "Integer"),
     ("seed=1e3", "seed=1e3: ", "Integer"),
-    ("optimizer.milestones=0.5", "optimizer.milestones=0.5: ", "list"),
-    ("trainer.checkpoint_minutes=abc", "trainer.checkpoint_minutes=abc: ", "Float"),
+    ("scheduler.milestones=0.5", "scheduler.milestones=0.5: ", "list"),
+    ("callbacks.checkpoint.train_time_interval.minutes=abc", "callbacks.checkpoint.train_time_interval.minutes=abc: ", "Float"),
     ("loss=mse", "loss=mse is unknown", "choose one of at, trades"),
     ("threat_model=l3", "threat_model=l3 is unknown", "choose one of l2, linf"),
     ("logger=foo", "logger=foo is unknown", "choose one of csv, wandb"),
@@ -149,7 +149,7 @@ COMMANDS = [
     ("name=/", "name='/' leaves no usable directory name", "use letters"),
     ("hydra.run.dir=/dev/null/x", "cannot write /dev/null/x", "hydra.run.dir=DIR"),
     ("data=image_folder data.root=nowhere", "there is no folder", "set data.root"),
-    ("+protocol.attacks.x={_target_:os.system}", "protocol.attacks.x._target_='os.system'", "nothing else is run"),
+    ("+protocol.attacks.x={_target_:os.system}", "protocol.attacks.x._target_='os.system'", "is refused"),
 ]
 
 
@@ -166,16 +166,16 @@ def test_a_mistyped_command_is_one_line_and_touches_nothing(place, words, start,
 SETTINGS = [
     # Numbers of other kinds, and out of range.
     ("eps=1e999", "eps=inf is not a number", "as eps=8/255"),
-    ("schedule.epochs=1000000000", "schedule.epochs=1000000000", "at most 1000000"),
+    ("trainer.max_epochs=1000000000", "trainer.max_epochs=1000000000", "at most 1000000"),
     ("optimizer.lr=0", "optimizer.lr=0", "positive rate"),
     ("optimizer.momentum=1", "optimizer.momentum=1.0", "below 1"),
     ("optimizer.weight_decay=nan", "optimizer.weight_decay=nan", "at least 0"),
-    ("optimizer.milestones=[2]", "optimizer.milestones=[2.0]", "shares of the training"),
+    ("scheduler.milestones=[2]", "scheduler.milestones=[2.0]", "shares of the training"),
     ("trainer.accelerator=tpu", "trainer.accelerator=tpu is unknown", "auto, cpu, gpu"),
-    ("trainer.nodes=0", "trainer.nodes=0", "at least 1"),
+    ("trainer.num_nodes=0", "trainer.num_nodes=0", "at least 1"),
     ("trainer.devices=-2", "trainer.devices=-2", "at least 1"),
     ("trainer.devices=3", "batches of 20 images cannot be divided", "use data.batch_size=18"),
-    ("trainer.checkpoint_minutes=nan", "trainer.checkpoint_minutes=nan", "at least 0"),
+    ("callbacks.checkpoint.train_time_interval.minutes=nan", "callbacks.checkpoint.train_time_interval.minutes=nan", "at least 0"),
     ("trainer.limit_train_batches=[1]", "trainer.limit_train_batches=[1]", "number of batches"),
     # Arguments of classes.
     ("loss=trades loss.beta=-1", "loss: beta is -1", "at least 0"),
@@ -186,13 +186,21 @@ SETTINGS = [
     ("+loss.foo=1", "loss.foo: AT has no such setting", "it has none"),
     ("loss._target_=mixadv.losses.RobustLoss", "loss._target_=mixadv.losses.RobustLoss is a base class", "name one"),
     ("loss._target_=mixadv.losses.ZeroOne", "loss._target_=mixadv.losses.ZeroOne has no gradient", "loss=at"),
-    ("loss._target_=mixadv.lambda_solvers.Uniform", "loss._target_=mixadv.lambda_solvers.Uniform", "leave it"),
-    ("loss._target_=builtins.eval", "loss._target_='builtins.eval'", "nothing else is run"),
+    (
+        "loss._target_=mixadv.lambda_solvers.Uniform",
+        "loss._target_=mixadv.lambda_solvers.Uniform",
+        "derives from mixadv.losses.RobustLoss",
+    ),
+    ("loss._target_=builtins.eval", "loss._target_='builtins.eval'", "is refused"),
     ("lambda_solver.num_steps=1.5", "lambda_solver.num_steps=1.5", "a whole number"),
     ("lambda_solver.num_steps=true", "lambda_solver.num_steps=True", "a whole number"),
     ("lambda_solver.step_size=abc", "lambda_solver.step_size=abc", "a number or null"),
     ("+lambda_solver.foo=1", "lambda_solver.foo: OracleSubgradient has no such setting", "it has num_steps, step_size"),
-    ("lambda_solver._target_=mixadv.losses.AT", "lambda_solver._target_=mixadv.losses.AT", "leave it"),
+    (
+        "lambda_solver._target_=mixadv.losses.AT",
+        "lambda_solver._target_=mixadv.losses.AT",
+        "derives from mixadv.lambda_solvers",
+    ),
     ("lambda_solver=entropic lambda_solver.alpha=0", "lambda_solver: alpha", "positive and finite"),
     ("lambda_solver=entropic lambda_solver.alpha=abc", "lambda_solver.alpha=abc", "must be a number"),
     (
@@ -205,9 +213,13 @@ SETTINGS = [
     ("attack.num_steps=2.5", "attack.num_steps=2.5", "a whole number"),
     ("attack.step_size=0", "attack: step_size is 0", "positive"),
     ("attack.step_size=nan", "attack: step_size is nan", "positive"),
-    ("attack._target_=mixadv.losses.AT", "attack._target_=mixadv.losses.AT is no Attack", "leave it"),
+    ("attack._target_=mixadv.losses.AT", "attack._target_=mixadv.losses.AT is no Attack", "called with (mixture, x, y"),
     # An objective is called as well, but with other arguments.
-    ("attack._target_=mixadv.attacks.objectives.AveragedCE", "attack._target_=mixadv.attacks.objectives", "leave it"),
+    (
+        "attack._target_=mixadv.attacks.objectives.AveragedCE",
+        "attack._target_=mixadv.attacks.objectives",
+        "called with (mixture",
+    ),
     # Data.
     ("data.batch_size=null", "data.batch_size=null", "a whole number"),
     ("data.batch_size=1.5", "data.batch_size=1.5", "a whole number"),
@@ -235,10 +247,10 @@ SETTINGS = [
     ("+model.depth=5", "model: depth: linear has no such setting", "it has num_classes"),
     ("+model.mean=[0.5] +model.std=[0.2]", "model.mean", "follows from the data"),
     ("+model.num_classes=3", "model.num_classes", "follows from the data"),
-    ("~model.name", "model.name=None", "choose it with model=..."),
+    ("~model._target_", "model._target_=None", "choose one with model=..."),
     # Protocols.
     ("+protocol.attacks.x=null", "protocol.attacks.x=None", "with its _target_"),
-    ("+protocol.attacks.x={}", "protocol.attacks.x._target_=''", "not a class of mixadv"),
+    ("+protocol.attacks.x={}", "protocol.attacks.x._target_=None", "must name a class"),
     ("+protocol.attacks.x={_target_:mixadv.losses.AT}", "protocol.attacks.x._target_=mixadv.losses.AT", "no Attack"),
     ("+protocol.attacks.a__b={_target_:mixadv.attacks.pgd.PGD}", "protocol.attacks.a__b", "a name is made of"),
     ("protocol.attacks.subsets.num_steps=1.5", "protocol.attacks.subsets.num_steps=1.5", "a whole number"),
@@ -246,7 +258,7 @@ SETTINGS = [
     (
         "+protocol.attacks.pgd-20.objective={_target_:mixadv.losses.AT}",
         "protocol.attacks.pgd-20.objective._target_=mixadv.losses.AT is no Objective",
-        "leave it",
+        "called with (logits, y, weights, clean_logits)",
     ),
     ("~protocol.attacks", "protocol.attacks is not there", "leave ~protocol.attacks out"),
     ("protocol.attacks=null", "protocol.attacks=None", "choose protocol=fast"),
@@ -262,10 +274,10 @@ SETTINGS = [
     ("L='${nothing}'", "L has no value", "say L=..."),
     ("data.batch_size='${oc.env:NOT_SET_ANYWHERE}'", "data.batch_size has no value", "say data.batch_size=..."),
     # The mirror: known before the training, not after it.
-    ("logger=wandb logger.images=abc", "logger.images=abc", "a whole number of at least 0"),
-    ("logger=wandb logger.init_timeout=0", "logger.init_timeout=0", "positive number of seconds"),
-    ("logger=wandb logger.project=a/b", "logger.project=a/b", "without /"),
-    ("logger=wandb logger.entity=3", "logger.entity=3", "must be text"),
+    ("logger=wandb logger.wandb.images=abc", "logger.wandb.images=abc", "a whole number of at least 0"),
+    ("logger=wandb logger.wandb.init_timeout=0", "logger.wandb.init_timeout=0", "positive number of seconds"),
+    ("logger=wandb logger.wandb.project=a/b", "logger.wandb.project=a/b", "without /"),
+    ("logger=wandb logger.wandb.entity=3", "logger.wandb.entity=3", "must be text"),
 ]
 
 
@@ -684,9 +696,12 @@ MIXTURES = {
     "a deviation of NaN": (lambda f: with_model(f, std=[float("nan")]), "std is [nan]"),
     "a foreign argument": (lambda f: with_model(f, command="touch x"), "linear has no such setting"),
     "parameters that are a folder": (with_directory, "cannot be read"),
-    "data of a foreign class": (lambda f: with_data(f, _target_="os.system"), "data._target_='os.system'"),
+    "data of a foreign class": (
+        lambda f: with_data(f, _target_="os.system"),
+        "names data of 'os.system', which is not part",
+    ),
     "data of another class": (lambda f: with_data(f, _target_="mixadv.losses.AT"), "no ImageDataModule"),
-    "data without a class": (lambda f: with_config(f, data={}), "data._target_=''"),
+    "data without a class": (lambda f: with_config(f, data={}), "data._target_=None must name a class"),
     "data of other types": (lambda f: with_data(f, batch_size="abc"), "data.batch_size=abc must be a whole number"),
     "data with what it does not take": (lambda f: with_data(f, hook="x"), "data.hook: Digits has no such setting"),
     "data that are elsewhere": (

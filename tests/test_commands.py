@@ -44,12 +44,12 @@ ONE_STEP = (
     "protocol.attacks.pgd-20.num_steps=1",
     "protocol.attacks.pgd-20.restarts=1",
     "lambda_solver.num_steps=1",
-    "schedule.epochs=1",
+    "trainer.max_epochs=1",
     "schedule.T_theta=1",
     "trainer.limit_train_batches=4",
     "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=1",
-    "trainer.log_every_steps=1",
+    "trainer.log_every_n_steps=1",
     "logger=csv",
 )
 
@@ -109,7 +109,7 @@ def test_every_experiment_runs_one_step_and_keeps_the_contract(command, tmp_path
         reader = official.module(tmp_path / "data").reader()
         monkeypatch.setattr(CIFAR10, "reader", classmethod(lambda cls: reader))
         # What takes long in them: large networks, many attacks, compilation.
-        small = ("model=small_cnn", "protocol=fast", "compile=false", "precision=fp32")
+        small = ("model=small_cnn", "protocol=fast", "compile=false", "trainer.precision=32-true")
     else:
         small = ()
     finished = command(f"experiment={experiment}", *small, *ONE_STEP, "name=one")
@@ -132,7 +132,7 @@ def test_every_experiment_runs_one_step_and_keeps_the_contract(command, tmp_path
 
 
 def test_a_baseline_has_the_same_files(command, tmp_path):
-    assert command(*TINY, "baseline=true", "schedule.epochs=1", "name=both").rc == 0
+    assert command(*TINY, "baseline=true", "trainer.max_epochs=1", "name=both").rc == 0
     path = tmp_path / "outputs" / "train" / "both" / "baseline"
     assert_contract(path, 1)
     assert yaml.safe_load((path / "config.yaml").read_text())["L"] == 1
@@ -201,7 +201,7 @@ def test_the_same_seed_gives_the_same_numbers_elsewhere(trained, command, tmp_pa
 def test_seed_zero_is_a_seed_of_its_own(command, tmp_path):
     results = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert command(*TINY, f"seed={seed}", f"name={name}", "schedule.epochs=1").rc == 0
+        assert command(*TINY, f"seed={seed}", f"name={name}", "trainer.max_epochs=1").rc == 0
         results[name] = read(tmp_path / "outputs" / "train" / name)
         assert results[name]["seed"] == seed
     assert results["a"]["weights"] == results["b"]["weights"]
@@ -210,7 +210,7 @@ def test_seed_zero_is_a_seed_of_its_own(command, tmp_path):
 
 
 def test_at_radius_zero_robust_is_clean(command, tmp_path):
-    assert command(*TINY, "eps=0", "name=zero", "schedule.epochs=1").rc == 0
+    assert command(*TINY, "eps=0", "name=zero", "trainer.max_epochs=1").rc == 0
     results = read(tmp_path / "outputs" / "train" / "zero")
     assert results["threat_model"]["eps"] == 0
     assert results["robust"]["expected_accuracy"] == results["clean"]["expected_accuracy"]
@@ -231,8 +231,8 @@ def test_at_radius_zero_robust_is_clean(command, tmp_path):
         ("trainer.accelerator=abacus", "trainer.accelerator=abacus is unknown"),
         ("logger.kind=paper", "logger.kind=paper is unknown"),
         ("loss._target_=os.system", "loss._target_='os.system'"),
-        ("data._target_=mixadv.data.nothing.Nothing", "data._target_=mixadv.data.nothing.Nothing does not exist"),
-        ("model.name=vgg", "model"),
+        ("data._target_=mixadv.data.nothing.Nothing", "data._target_='mixadv.data.nothing.Nothing' does not exist"),
+        ("model._target_=mixadv.models.vgg", "model._target_='mixadv.models.vgg' does not exist"),
     ],
 )
 def test_settings_that_only_the_objects_know_are_refused_in_one_line(command, tmp_path, override, start):
@@ -258,7 +258,7 @@ def test_data_that_cannot_be_had_name_the_remedy(command, tmp_path):
 
 def test_a_sweep_keeps_runs_apart_survives_a_failure_and_is_reported(command, tmp_path):
     argv = ["-m", "eps=0.05,0.1", "L=2,0", *(text for text in TINY if not text.startswith("eps=")), "name=curve"]
-    argv.append("schedule.epochs=1")
+    argv.append("trainer.max_epochs=1")
     first = command(*argv)
     assert first.rc == 1
     assert "Traceback" not in first.out + first.err
@@ -302,7 +302,7 @@ def test_a_report_needs_runs(command, tmp_path):
 
 
 def test_a_failure_inside_a_sweep_job_keeps_its_reason(command, tmp_path):
-    argv = [*TINY, "name=lr", "schedule.epochs=1"]
+    argv = [*TINY, "name=lr", "trainer.max_epochs=1"]
     finished = command("-m", "optimizer.lr=1e30,0.1", *argv)
     assert finished.rc == 1
     folders = sorted(path for path in (tmp_path / "outputs" / "sweeps" / "lr").iterdir() if path.is_dir())

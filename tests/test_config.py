@@ -109,7 +109,7 @@ def test_the_flagship_command_is_the_papers_setting(command):
     assert (cfg.task, cfg.L, cfg.eps, cfg.seed) == ("train", 3, "8/255", 0)
     assert cfg.threat_model.norm == "linf"
     assert config.parse_eps(cfg.eps) == 8 / 255
-    assert cfg.model.name == "resnet18"
+    assert cfg.model._target_ == "mixadv.models.resnet18"
     assert cfg.data._target_ == "mixadv.data.cifar10.CIFAR10"
     assert cfg.loss == {"_target_": "mixadv.losses.TRADES", "beta": 6.0}
     assert cfg.lambda_solver._target_ == "mixadv.lambda_solvers.AcceleratedEntropic"
@@ -169,7 +169,7 @@ def test_larger_protocols_hold_the_smaller_ones_unchanged():
 def test_the_presets_of_the_paper_are_its_setting(compose, experiment, loss):
     cfg = compose(f"experiment={experiment}")
     assert cfg.loss._target_ == f"mixadv.losses.{loss}"
-    assert (cfg.model.name, cfg.data._target_) == ("resnet18", "mixadv.data.cifar10.CIFAR10")
+    assert (cfg.model._target_, cfg.data._target_) == ("mixadv.models.resnet18", "mixadv.data.cifar10.CIFAR10")
     assert (cfg.schedule.kind, cfg.schedule.epochs, cfg.trainer.val_every_epochs) == ("sampled", 200, 1)
     assert (cfg.attack.num_steps, cfg.protocol.validation.num_steps) == (10, 20)
     assert config.parse_eps(cfg.eps) == pytest.approx(8 / 255)
@@ -211,7 +211,7 @@ def test_types_and_defaults_of_the_schema_agree_with_the_files(compose):
         ["eps=128/255", "threat_model=l2"],
         ["L=1"],
         ["trainer.limit_train_batches=2", "trainer.limit_val_batches=0.5"],
-        ["optimizer.milestones=[]", "optimizer.weight_decay=0"],
+        ["scheduler.milestones=[]", "optimizer.weight_decay=0"],
         ["name=7"],
     ],
     ids=" ".join,
@@ -246,24 +246,24 @@ BAD_VALUES = [
     ("threat_model.norm=l1", "threat_model.norm"),
     ("threat_model.norm=null", "threat_model.norm"),
     ("schedule.kind=random", "schedule.kind"),
-    ("schedule.epochs=0", "schedule.epochs"),
-    ("schedule.epochs=-1", "schedule.epochs"),
+    ("trainer.max_epochs=0", "trainer.max_epochs"),
+    ("trainer.max_epochs=-1", "trainer.max_epochs"),
     ("schedule.T_theta=0", "schedule.T_theta"),
     ("optimizer.lr=-0.1", "optimizer.lr"),
     ("optimizer.lr=nan", "optimizer.lr"),
     ("optimizer.lr=inf", "optimizer.lr"),
     ("optimizer.momentum=-1", "optimizer.momentum"),
     ("optimizer.weight_decay=-1e-4", "optimizer.weight_decay"),
-    ("optimizer.gamma=-1", "optimizer.gamma"),
-    ("optimizer.warmup=1", "optimizer.warmup"),
-    ("optimizer.warmup=-0.1", "optimizer.warmup"),
-    ("optimizer.lr_schedule=linear", "optimizer.lr_schedule"),
-    ("optimizer.milestones=[0.5,1.0]", "optimizer.milestones"),
-    ("optimizer.milestones=[0]", "optimizer.milestones"),
-    ("optimizer.milestones=[nan]", "optimizer.milestones"),
+    ("scheduler.gamma=-1", "scheduler.gamma"),
+    ("scheduler.warmup=1", "scheduler.warmup"),
+    ("scheduler.warmup=-0.1", "scheduler.warmup"),
+    ("scheduler=linear", "scheduler"),
+    ("scheduler.milestones=[0.5,1.0]", "scheduler.milestones"),
+    ("scheduler.milestones=[0]", "scheduler.milestones"),
+    ("scheduler.milestones=[nan]", "scheduler.milestones"),
     ("trainer.devices=0", "trainer.devices"),
-    ("trainer.val_every_epochs=0", "trainer.val_every_epochs"),
-    ("trainer.log_every_steps=0", "trainer.log_every_steps"),
+    ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch"),
+    ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps"),
     ("trainer.limit_train_batches=0", "trainer.limit_train_batches"),
     ("trainer.limit_val_batches=-1", "trainer.limit_val_batches"),
     ("trainer.limit_test_batches=1.5", "trainer.limit_test_batches"),
@@ -281,7 +281,7 @@ BAD_VALUES = [
     ("+attack.keep=last", "attack.keep"),
     ("members=[a,b]", "members"),
     ("weights=[0.5,0.5]", "weights=[0.5,0.5]: task=train does not read it"),
-    ("trainer.val_every_epochs=3", "trainer.val_every_epochs"),
+    ("trainer.check_val_every_n_epoch=3", "trainer.check_val_every_n_epoch"),
 ]
 
 
@@ -410,7 +410,7 @@ BAD_COMMANDS = [
     (["weights=[a,0.5]"], "weights=[a,0.5]"),
     (["weights=[0.5,null]"], "weights=[0.5,null]"),
     (["weights=[true,0]"], "weights=[true,0]"),
-    (["schedule.epochs=ten"], "schedule.epochs=ten"),
+    (["trainer.max_epochs=ten"], "trainer.max_epochs=ten"),
     (["optimizer.lr=fast"], "optimizer.lr=fast"),
     (["modle=resnet18"], "modle"),
     (["data.rot=x"], "data.rot"),

@@ -31,8 +31,8 @@ COMMON = (
     "eps=0.1",
     "seed=7",
     "optimizer.lr=0.02",
-    "optimizer.lr_schedule=constant",
-    "schedule.epochs=2",
+    "scheduler=constant",
+    "trainer.max_epochs=2",
     "schedule.T_theta=2",
     "attack.num_steps=2",
     "protocol.validation.num_steps=3",
@@ -41,7 +41,7 @@ COMMON = (
     "protocol.attacks.arc.num_steps=1",
     "protocol.attacks.subsets.num_steps=1",
     "protocol.diagnosed=0",
-    "trainer.log_every_steps=1",
+    "trainer.log_every_n_steps=1",
 )
 SAMPLED = ("schedule=sampled", "loss=trades", "lambda_solver=oracle", "lambda_solver.num_steps=4")
 REMEMBERING = ("schedule=shared", "lambda_solver=lp", "lambda_solver.num_rounds=2", "lambda_solver.recent_batches=2")
@@ -141,7 +141,7 @@ def test_told_to_stop_all_processes_stop_together_and_go_on_together(tmp_path):
     [
         (("-m", "eps=0.1,0.2", "trainer=ddp_cpu"), "without -m"),
         (("trainer=ddp_cpu", "data.batch_size=15"), "use data.batch_size=14"),
-        (("trainer=ddp_cpu", "trainer.nodes=0"), "trainer.nodes=0 must be at least 1"),
+        (("trainer=ddp_cpu", "trainer.num_nodes=0"), "trainer.num_nodes=0 must be at least 1"),
         (("trainer=cpu", "trainer.devices=-1"), "trainer=ddp_cpu"),
         (("task=game", "trainer=ddp_cpu"), "task=game runs in one process"),
     ],

@@ -151,7 +151,7 @@ def test_two_processes_take_parts_of_their_shares(tmp_path):
     setting = ("schedule=shared", "loss=trades", "lambda_solver.num_steps=4")
     runs = [
         begun(tmp_path, *setting, "trainer=cpu", "name=one"),
-        begun(tmp_path, *setting, "trainer=ddp_cpu", "trainer.micro_batch_size=3", "name=two"),
+        begun(tmp_path, *setting, "trainer=ddp_cpu", "micro_batch_size=3", "name=two"),
     ]
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
@@ -241,15 +241,15 @@ def test_a_batch_that_does_not_fit_is_divided_and_stays_so(command, tmp_path, mo
     whole = command(*TINY, "L=2", "name=whole")
     assert whole.rc == 0, whole.err
     assert "Memory does not hold" not in whole.out
-    assert choices_of(tmp_path, "whole") == AS_IT_COMES | {"trainer.micro_batch_size": 20}
+    assert choices_of(tmp_path, "whole") == AS_IT_COMES | {"micro_batch_size": 20}
 
     (net,) = members("linear", wrap=lambda net: net, count=1)
     estimate = training_memory(net, 2, AT(), (1, 8, 8), 10, CPU)
     free_memory(monkeypatch, estimate.needed(20, 6))
-    parts = command(*TINY, "L=2", "name=parts", "schedule.epochs=2")
+    parts = command(*TINY, "L=2", "name=parts", "trainer.max_epochs=2")
     assert parts.rc == 0, parts.err
     assert "Memory does not hold 20 images at once: batches are served in 4 parts of at most 5" in parts.out
-    assert choices_of(tmp_path, "parts") == AS_IT_COMES | {"trainer.micro_batch_size": 5}
+    assert choices_of(tmp_path, "parts") == AS_IT_COMES | {"micro_batch_size": 5}
     ends = [json.loads((tmp_path / "outputs/train" / name / "results.json").read_text()) for name in ("whole", "parts")]
     assert ends[1]["weights"] == pytest.approx(ends[0]["weights"], abs=1e-4)
     assert ends[1]["clean"]["expected_accuracy"] == pytest.approx(ends[0]["clean"]["expected_accuracy"], abs=0.02)
@@ -270,7 +270,7 @@ def test_the_batch_size_that_fits(command, monkeypatch, tmp_path):
     cases = {"auto": (10**12, 128), "unknown": (None, 128), "tight": (estimate.needed(30), 32)}
     for name, (free, size) in cases.items():
         free_memory(monkeypatch, free)
-        done = command(*TINY, "data.batch_size=auto", "schedule.epochs=1", f"name={name}")
+        done = command(*TINY, "data.batch_size=auto", "trainer.max_epochs=1", f"name={name}")
         assert done.rc == 0, done.err
         assert f"data.batch_size=auto: batches of {size} images" in done.out
         assert choices_of(tmp_path, name)["data.batch_size"] == size
@@ -288,8 +288,8 @@ def test_the_batch_size_that_fits(command, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "true", "half"])
 def test_what_is_no_number_of_images(command, value):
-    refusal = command(*TINY, f"trainer.micro_batch_size={value}").refusal()
-    assert "trainer.micro_batch_size=" in refusal
+    refusal = command(*TINY, f"micro_batch_size={value}").refusal()
+    assert "micro_batch_size=" in refusal
     assert "whole number of at least 1" in refusal
 
 
@@ -299,7 +299,7 @@ def test_out_of_memory_names_the_remedy(command, monkeypatch):
 
     monkeypatch.setattr(PGD, "_climb", starved)
     refusal = command(*TINY).refusal()
-    assert refusal.startswith("out of memory with L=2 and data.batch_size=20: set trainer.micro_batch_size")
+    assert refusal.startswith("out of memory with L=2 and data.batch_size=20: set micro_batch_size")
 
 
 def test_choices_are_made_once(tmp_path):

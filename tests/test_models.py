@@ -4,6 +4,8 @@ from torch import nn
 
 from mixadv.models import MODELS, Normalize, build_member
 
+# The smallest that each of them gets.
+SMALL = {"linear": {}, "mlp": {"hidden": (8, 4)}, "wrn_28_10": {"depth": 10, "widen_factor": 1}}
 MEAN, STD = (0.49, 0.48, 0.44), (0.2, 0.3, 0.4)
 
 
@@ -44,7 +46,7 @@ def test_normalize():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("num_classes", "image_shape"), [(10, (1, 8, 8)), (4, (3, 32, 32)), (7, (3, 11, 9))])
 def test_every_model_takes_images_and_returns_logits(name, num_classes, image_shape):
-    own = {} if name == "linear" else {"width": 8}
+    own = SMALL.get(name, {"width": 8})
     model = build_member(name, num_classes=num_classes, image_shape=image_shape, **own).eval()
     logits = model(torch.rand(3, *image_shape))
     assert logits.shape == (3, num_classes)
@@ -55,7 +57,7 @@ def test_every_model_takes_images_and_returns_logits(name, num_classes, image_sh
 @pytest.mark.parametrize("name", MODELS)
 def test_normalisation_is_inside(name):
     """A normalising member at x is the plain member of the same parameters at (x - mean) / std."""
-    own = {} if name == "linear" else {"width": 4}
+    own = SMALL.get(name, {"width": 4})
     torch.manual_seed(0)
     inside = build_member(name, num_classes=5, mean=MEAN, std=STD, **own).eval()
     plain = build_member(name, num_classes=5, **own).eval()
@@ -121,6 +123,89 @@ def test_preact_block_normalises_before_it_convolves():
         torch.testing.assert_close(halved(out), nn.functional.conv2d(normalised, halved.shortcut.weight, stride=2))
 
 
+def test_wide_resnet_has_the_published_size_and_names():
+    """The names and shapes of a WRN-28-10 of TRADES or RobustBench, written out."""
+    with torch.device("meta"):
+        net = build_member("wrn_28_10", num_classes=10).net
+    assert parameters(net) == 36_479_194
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    expected = {"conv1.weight": (16, 3, 3, 3), "fc.weight": (10, 640), "fc.bias": (10,)}
+
+    def norm(name, channels):
+        expected.update({f"{name}.weight": (channels,), f"{name}.bias": (channels,)})
+
+    norm("bn1", 640)
+    before = 16
+    for group, channels in enumerate((160, 320, 640), 1):
+        for block in range(4):
+            here = f"block{group}.layer.{block}"
+            norm(f"{here}.bn1", before)
+            norm(f"{here}.bn2", channels)
+            expected[f"{here}.conv1.weight"] = (channels, before, 3, 3)
+            expected[f"{here}.conv2.weight"] = (channels, channels, 3, 3)
+            if block == 0:
+                expected[f"{here}.convShortcut.weight"] = (channels, before, 1, 1)
+            before = channels
+    assert shapes == expected
+
+
+def test_small_wide_resnet_has_the_size_counted_by_hand():
+    """WRN-16-2: groups of two blocks with 32, 64 and 128 channels."""
+    net = build_member("wrn_28_10", num_classes=3, depth=16, widen_factor=2)
+    convolutions = 9 * (3 * 16 + 16 * 32 + 3 * 32**2 + 32 * 64 + 3 * 64**2 + 64 * 128 + 3 * 128**2)
+    shortcuts = 16 * 32 + 32 * 64 + 64 * 128
+    norms = 2 * (16 + 3 * 32 + 32 + 3 * 64 + 64 + 3 * 128 + 128)
+    assert parameters(net) == convolutions + shortcuts + norms + 128 * 3 + 3
+
+
+def test_wide_resnet_is_its_definition():
+    """A forward pass in training mode written out with functions, and gradients that reach every parameter."""
+    torch.manual_seed(2)
+    net = build_member("wrn_28_10", num_classes=3, depth=16, widen_factor=2).net.double()
+    p = {name: value.detach() for name, value in net.named_parameters()}
+
+    def normalised(x, name):
+        x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return torch.relu(x * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None])
+
+    def convolved(x, name, stride=1, padding=1):
+        return nn.functional.conv2d(x, p[f"{name}.weight"], stride=stride, padding=padding)
+
+    x = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    out = convolved(x, "conv1")
+    for group, stride in ((1, 1), (2, 2), (3, 2)):
+        for block in range(2):
+            here, step = f"block{group}.layer.{block}", stride if block == 0 else 1
+            first = normalised(out, f"{here}.bn1")
+            shortcut = out if block else convolved(first, f"{here}.convShortcut", step, 0)
+            out = shortcut + convolved(
+                normalised(convolved(first, f"{here}.conv1", step), f"{here}.bn2"), f"{here}.conv2"
+            )
+    assert out.shape == (4, 128, 4, 4)
+    expected = normalised(out, "bn1").mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
+    logits = net.train()(x)
+    torch.testing.assert_close(logits, expected)
+    logits.square().sum().backward()
+    assert all(q.grad is not None and q.grad.any() for q in net.parameters())
+
+
+@pytest.mark.parametrize("hidden", [(7, 5, 6), (4,), ()])
+def test_mlp_is_a_loop_over_its_layers(hidden):
+    torch.manual_seed(3)
+    model = build_member("mlp", num_classes=3, image_shape=(2, 2, 3), hidden=hidden)
+    x = torch.rand(5, 2, 2, 3, requires_grad=True)
+    layers = [module for module in model.net if isinstance(module, nn.Linear)]
+    assert [layer.out_features for layer in layers] == [*hidden, 3]
+    out = x.flatten(1)
+    for number, layer in enumerate(layers):
+        out = out @ layer.weight.T + layer.bias
+        if number < len(hidden):
+            out = torch.where(out > 0, out, torch.zeros(()))
+    torch.testing.assert_close(model(x), out)
+    model(x).sum().backward()
+    assert x.grad.any()
+
+
 def test_small_models_are_small():
     assert 2e6 <= multiply_adds(build_member("small_resnet", num_classes=10), (3, 32, 32)) <= 5e6
     assert multiply_adds(build_member("small_cnn", num_classes=10), (3, 32, 32)) <= 5e6
@@ -146,6 +231,11 @@ def test_linear_is_an_affine_map():
         ("small_cnn", {"num_classes": 3, "width": 0}, "width"),
         ("small_cnn", {"num_classes": 3, "hidden": 0}, "hidden"),
         ("linear", {"num_classes": 3, "mean": MEAN}, "both"),
+        ("mlp", {"num_classes": 3, "hidden": 8}, "hidden is 8: it must be a list"),
+        ("mlp", {"num_classes": 3, "hidden": [8, 1.5]}, "in hidden is 1.5"),
+        ("wrn_28_10", {"num_classes": 3, "depth": 27}, "6 n \\+ 4"),
+        ("wrn_28_10", {"num_classes": 3, "depth": 4}, "depth is 4"),
+        ("wrn_28_10", {"num_classes": 3, "widen_factor": 0}, "widen_factor is 0"),
         ("linear", {"num_classes": 3, "image_shape": (1, 4, 4), "mean": MEAN, "std": STD}, "channels"),
     ],
 )
@@ -156,7 +246,7 @@ def test_wrong_settings_are_refused(name, kwargs, message):
 
 def test_equal_seeds_give_equal_members():
     for name in MODELS:
-        own = {} if name == "linear" else {"width": 4}
+        own = SMALL.get(name, {"width": 4})
         states = []
         for seed in (5, 5, 6):
             torch.manual_seed(seed)

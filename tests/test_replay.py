@@ -15,9 +15,9 @@ from mixadv import load_mixture
 from mixadv.attacks import ARC, PGD, AttackSuite, ExpectedLoss, Square, SubsetAttack, Transfer
 from mixadv.data.digits import Digits
 from mixadv.evaluation import evaluate
+from mixadv.instantiate import instantiate
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
-from mixadv.shipped import construct
 from mixadv.threat_model import ThreatModel
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.6)
@@ -226,7 +226,7 @@ def test_points_of_others_replayed_on_the_quickstart(command, tmp_path):
     assert finished.rc == 0, finished.err
     path = tmp_path / "outputs" / "train" / "quickstart" / "mixture"
     config = json.loads((path / "config.json").read_text())
-    data = construct(config["data"], "data")
+    data = instantiate(config["data"], "data")
     data.prepare_data()
     data.setup("test")
     x, y = data.test_images / 255, data.test_labels

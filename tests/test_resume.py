@@ -49,11 +49,11 @@ COMMON = (
     "protocol.attacks.arc.num_steps=1",
     "protocol.attacks.subsets.num_steps=1",
     "protocol.diagnosed=0",
-    "optimizer.lr_schedule=one_cycle",
+    "scheduler=one_cycle",
     "eps=0.1",
     "trainer.accelerator=cpu",
-    "trainer.log_every_steps=1",
-    "trainer.progress=false",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
 )
 SETTINGS = {
     "trades-entropic-sampled": (
@@ -64,7 +64,7 @@ SETTINGS = {
         "lambda_solver.num_steps=3",
         "lambda_solver.num_samples=2",
         "schedule=sampled",
-        "schedule.epochs=2",
+        "trainer.max_epochs=2",
     ),
     "at-oracle-shared": (
         "model=small_cnn",
@@ -73,7 +73,7 @@ SETTINGS = {
         "lambda_solver=oracle",
         "lambda_solver.num_steps=3",
         "schedule=shared",
-        "schedule.epochs=3",
+        "trainer.max_epochs=3",
     ),
     # Its weights phases remember batches, across the end of an epoch.
     "at-lp-shared": (
@@ -82,7 +82,7 @@ SETTINGS = {
         "lambda_solver.num_rounds=1",
         "lambda_solver.recent_batches=3",
         "schedule=shared",
-        "schedule.epochs=3",
+        "trainer.max_epochs=3",
     ),
 }
 

@@ -131,7 +131,7 @@ def test_being_told_to_stop_is_no_failure(tmp_path, cfg):
 
 
 @pytest.mark.parametrize(
-    "override", ["resume=never", "name=other", "runs=x", "logger=wandb", "trainer.progress=false", "data=digits"]
+    "override", ["resume=never", "name=other", "runs=x", "logger=wandb", "trainer.enable_progress_bar=false", "data=digits"]
 )
 def test_settings_that_change_nothing_may_differ(tmp_path, compose, cfg, override):
     write_config(tmp_path, cfg)
@@ -148,7 +148,7 @@ def test_settings_that_change_nothing_may_differ(tmp_path, compose, cfg, overrid
         ("seed=1", "seed: 0 there, 1 here"),
         ("eps=0.1", "eps: 0.05 there, 0.1 here"),
         ("loss.beta=5", "loss.beta: 6.0 there, 5 here"),
-        ("optimizer.milestones=[0.5]", "optimizer.milestones: [0.5, 0.75] there, [0.5] here"),
+        ("scheduler.milestones=[0.5]", "scheduler.milestones: [0.5, 0.75] there, [0.5] here"),
         ("data.num_test=49", "data.num_test: 50 there, 49 here"),
         ("+protocol.attacks.other={_target_:mixadv.attacks.pgd.PGD}", "protocol.attacks.other._target_: None there"),
     ],
@@ -170,7 +170,7 @@ def test_settings_that_change_the_numbers_are_refused(tmp_path, compose, overrid
 def test_many_differences_are_counted_not_listed(tmp_path, compose, cfg):
     write_config(tmp_path, cfg)
     # The seed is the data's seed too.
-    other = compose(*TINY, "L=3", "seed=1", "precision=bf16", "baseline=true", "schedule.epochs=9")
+    other = compose(*TINY, "L=3", "seed=1", "trainer.precision=bf16-mixed", "baseline=true", "trainer.max_epochs=9")
     with pytest.raises(UserError, match="and 3 more"):
         look(tmp_path, other)
 
@@ -246,7 +246,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(hold, comma
     process.wait()
     assert (path / LOCK).exists()
     assert holder(path) is None
-    finished = command(*TINY, "name=busy", "schedule.epochs=1")
+    finished = command(*TINY, "name=busy", "trainer.max_epochs=1")
     assert finished.rc == 0, finished.err
     assert (path / "DONE").exists()
     assert not (path / LOCK).exists()
@@ -269,7 +269,7 @@ def test_the_lock_is_held_while_there_is_something_to_write(command, tmp_path, m
 
     for name in ("write_config", "measure", "write_results", "mark_done"):
         watched(name)
-    assert command(*TINY, "name=watched", "schedule.epochs=1").rc == 0
+    assert command(*TINY, "name=watched", "trainer.max_epochs=1").rc == 0
     assert len(seen) == 4
     assert all(who.startswith(f"pid {os.getpid()} ") for who in seen.values())
     assert holder(path) is None
@@ -473,7 +473,7 @@ def test_a_finished_run_is_shown_and_not_touched(trained, tmp_path):
     kept = snapshot(cwd)
     assert {k: v for k, v in kept.items() if k != curves} == {k: v for k, v in before.items() if k != curves}
 
-    beside = run_command(cwd, *TINY, "L=1", "seed=6", "name=tiny", "resume=never", "schedule.epochs=1")
+    beside = run_command(cwd, *TINY, "L=1", "seed=6", "name=tiny", "resume=never", "trainer.max_epochs=1")
     assert beside.rc == 0, beside.err
     folder = cwd / "outputs" / "train"
     assert sorted(path.name for path in folder.iterdir()) == ["tiny", "tiny.2"]
@@ -515,13 +515,13 @@ def test_unwritable_output_is_one_message_with_the_remedy(command, tmp_path, blo
 def test_more_members_than_memory_holds_are_refused_with_what_would_fit(command, tmp_path, monkeypatch):
     # A linear digit classifier has 650 parameters of 12 bytes in training.
     monkeypatch.setattr(build, "available_memory", lambda device: 3 * 650 * 12 + 100)
-    whole = "trainer.micro_batch_size=null"  # auto would count what a step needs beside the members, and refuse too
+    whole = "micro_batch_size=null"  # auto would count what a step needs beside the members, and refuse too
     refusal = command(*TINY, "L=4", "name=big", whole).refusal()
     assert refusal.startswith("L=4 members of model=linear need")
     assert "at most L=3" in refusal
     assert not (tmp_path / "outputs" / "train" / "big").exists()
     monkeypatch.setattr(build, "available_memory", lambda device: 4 * 650 * 12)
-    fits = command(*TINY, "L=4", "name=big", "schedule.epochs=1", whole)
+    fits = command(*TINY, "L=4", "name=big", "trainer.max_epochs=1", whole)
     assert fits.rc == 0, fits.err
 
 

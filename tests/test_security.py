@@ -30,11 +30,11 @@ from mixadv.data.image_folder import ImageFolder
 from mixadv.errors import UserError
 from mixadv.evaluation.state import EvaluationState
 from mixadv.export import load_mixture
+from mixadv.instantiate import held_to_mixadv, instantiate
 from mixadv.members.load import load_members
 from mixadv.monitor.checkpoints import read_checkpoint
 from mixadv.monitor.wandb_mirror import ID_FILE, WandbMirror
 from mixadv.report.files import read_arrays
-from mixadv.shipped import construct
 from mixadv.tasks import build
 from wandb_service import Service
 
@@ -65,8 +65,10 @@ FORBIDDEN = {
 ONLY_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 # Methods that unpack what an archive says, wherever it says.
 METHODS = {"extractall", "extract"}
-# Who imports by name: what a person has named, what a configuration has (ours alone), and names of a package's own.
-IMPORTERS = {"export.py", "shipped.py", "tasks/arguments.py", "__init__.py", "data/__init__.py"}
+# Who imports by name: what a person has named, and names of a package's own.
+IMPORTERS = {"export.py", "instantiate.py", "__init__.py", "data/__init__.py"}
+# Who builds what settings name: those that a person gave, after a record was held to mixadv's own classes.
+BUILDERS = {"instantiate.py"}
 
 
 def calls(tree):
@@ -93,6 +95,8 @@ def misuses(tree, name=""):
     found = []
     for called, node in calls(tree):
         given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        if called == "hydra.utils.instantiate" and name in BUILDERS:
+            continue
         if called in FORBIDDEN or called.rpartition(".")[2] in METHODS or given.get("shell"):
             found.append(called)
         elif called in ONLY_WITH:
@@ -128,7 +132,7 @@ def test_the_rule_finds_what_it_is_for(text):
     assert misuses(ast.parse(text)) != []
 
 
-def test_configurations_build_classes_of_this_package_and_nothing_else():
+def test_shipped_configurations_name_classes_and_models_of_this_package():
     targets = {}
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
         for found in re.findall(r"_target_:\s*(\S+)", path.read_text()):
@@ -140,8 +144,8 @@ def test_configurations_build_classes_of_this_package_and_nothing_else():
     assert "mixadv.tasks.sweep.Sweep" in ours
 
 
-# Imports every module while connections and programs are refused. Then builds every class, as a configuration can: with
-# texts, numbers, lists and mappings for what it takes and for what it needs, and notes what that does.
+# Imports every module while connections and programs are refused. Then calls every class, as a record can have it
+# called: with texts, numbers, lists and mappings for what it takes and for what it needs, and notes what that does.
 PROGRAM = """
 import importlib, inspect, json, os, pkgutil, sys
 REFUSED = {"socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname",
@@ -167,7 +171,6 @@ try:
 except PermissionError:
     works = acts.pop("import") == ["subprocess.Popen"]
 
-from mixadv.shipped import construct
 # What a constructor may import is imported: that would write caches.
 import matplotlib.figure, PIL.Image, scipy.optimize, tarfile, torchvision.datasets, urllib.request, wandb
 targets = sorted({f"{m.__name__}.{n}" for m in modules for n, c in vars(m).items()
@@ -185,7 +188,7 @@ for target in targets:
         for given in (names, needed):
             building = target
             try:
-                construct({"_target_": target, **dict.fromkeys(given, value)}, "it")
+                getattr(sys.modules[module], name)(**dict.fromkeys(given, value))
                 built += 1
             except Exception:
                 pass
@@ -222,7 +225,7 @@ def test_importing_opens_no_connection_and_starts_no_process(refused):
 
 
 def test_building_any_class_of_ours_does_nothing_yet(refused):
-    """`_target_` may name all of them: a constructor writes nothing, starts nothing and asks nobody."""
+    """The record of a mixture may name all of them: a constructor writes nothing, starts nothing and asks nobody."""
     assert refused["targets"] > 60
     assert refused["built"] > 60
     assert refused["acts"] == {}
@@ -329,20 +332,44 @@ def test_no_variable_opens_the_readers_of_parameters(tmp_path, marker, monkeypat
         reader(tmp_path / "sent.ckpt")
 
 
-def test_a_configuration_gives_no_arguments_that_are_code(tmp_path):
-    """OmegaConf's and Hydra's own ways of naming code mean nothing to `construct`."""
+@pytest.mark.parametrize(
+    "node",
+    [
+        *({"_target_": target} for target in ("os.system", "mine.Data", "mixadv", "mixadvance.Data", "", None, 3)),
+        # A module of ours also holds functions and what it imports: neither may be called by a record.
+        *({"_target_": f"mixadv.{name}"} for name in ("main.os.system", "export.Path", "data.download.fetch", ".os.x")),
+        *({"_target_": target} for target in ("mixadv.models.linear", "mixadv.nothing.Nothing", ["mixadv.losses.AT"])),
+        {"_target_": "mixadv.losses.AT", "a": {"b": [{"c": {"_target_": "os.system"}}]}},
+        *({"_target_": "mixadv.losses.AT", key: True} for key in ("_partial_", "_args_", "_recursive_", "_convert_")),
+        {"_target_": "mixadv.losses.AT", "a": [{"_args_": ["touch"]}]},
+    ],
+    ids=str,
+)
+def test_a_record_names_classes_of_mixadv_and_nothing_else(node):
+    with pytest.raises(UserError) as error:
+        held_to_mixadv(node, "sent")
+    assert str(error.value).startswith("the record of sent ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_may_name_classes_of_mixadv():
+    held_to_mixadv({"_target_": "mixadv.attacks.pgd.PGD", "objective": {"_target_": "mixadv.attacks.ExpectedLoss"}}, "")
+
+
+def test_what_hydra_never_calls_is_not_called_for_a_user_either(tmp_path):
+    """Slips, as a copied line: a user may run whatever code they want."""
     for settings in (
-        {"_target_": "mixadv.attacks.pgd.PGD", "_partial_": True},
-        {"_target_": "mixadv.attacks.pgd.PGD", "_args_": ["x"]},
+        *({"_target_": name, "command": f"touch {tmp_path / 'executed'}"} for name in ("os.system", "posix.system")),
         {"_target_": "mixadv.attacks.pgd.PGD", "objective": {"_target_": "hydra.utils.get_class", "path": "os.system"}},
-        {"_target_": "mixadv.shipped.construct", "settings": {"_target_": "os.system"}, "key": "x"},
+        {"_target_": "mixadv.instantiate.instantiate", "settings": {"_target_": "os.system"}, "key": "x"},
         {"_target_": ["os.system"]},
         {"_target_": "mixadv..os.system"},
-        {"_target_": "mixadv.export.importlib.import_module", "name": "antigravity"},
+        {"_target_": "mixadv.main.os.system", "command": f"touch {tmp_path / 'executed'}"},
     ):
         with pytest.raises(UserError) as error:
-            construct(settings, "attack")
+            instantiate(settings, "attack")
         assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
 
 
 # --- a mixture that was sent -------------------------------------------------------------------------------
@@ -432,7 +459,7 @@ def test_a_saved_configuration_reads_no_variable(command, trained, tmp_path, tex
     folder = tmp_path / "outputs" / "train" / "sent"
     folder.mkdir(parents=True)
     config = yaml.safe_load((trained.path / "config.yaml").read_text())
-    config["model"]["name"] = text
+    config["model"]["_target_"] = text
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "DONE").touch()
     secret = "[4321, 8765]"
@@ -733,10 +760,10 @@ def test_secrets_are_nowhere(command, checkout, fault):
     (checkout / ".env").write_text("".join(f"{name}={value}\n" for name, value in SECRETS.items()))
     wandb.teardown()
     try:
-        argv = [*(text for text in TINY if text != "logger=csv"), "schedule.epochs=1", "L=2", "name=kept"]
+        argv = [*(text for text in TINY if text != "logger=csv"), "trainer.max_epochs=1", "L=2", "name=kept"]
         mode = {"WANDB_MODE": "offline"} if fault == "offline" else {}
-        finished = command(*argv, "logger.images=0", **environment, **mode, WANDB_BASE_URL=service.url)
-        again = command(*argv, "logger.images=0", "eps=0.06", **environment, **mode, WANDB_BASE_URL=service.url)
+        finished = command(*argv, "logger.wandb.images=0", **environment, **mode, WANDB_BASE_URL=service.url)
+        again = command(*argv, "logger.wandb.images=0", "eps=0.06", **environment, **mode, WANDB_BASE_URL=service.url)
         shown = command("task=report", "runs=outputs", **environment)
     finally:
         wandb.teardown()

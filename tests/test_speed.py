@@ -40,7 +40,7 @@ def network(**settings):
 def test_precision_on_a_cpu_is_fp32_and_kept(cfg, tmp_path):
     choices = Choices(tmp_path)
     assert speed.settle_precision(cfg(), CPU, choices) == "fp32"
-    assert speed.settle_precision(cfg("precision=bf16"), CPU, choices) == "bf16"
+    assert speed.settle_precision(cfg("trainer.precision=bf16-mixed"), CPU, choices) == "bf16"
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "choices.json").write_text('{"precision": "bf16"}')
     # Trained so far elsewhere.
@@ -232,7 +232,7 @@ def test_commands_really_compile(command, tmp_path):
     from torch._dynamo.utils import counters
 
     said = [text for text in TINY if not text.startswith(("data.batch_size", "data.eval_batch_size"))]
-    said += ["data.batch_size=20", "data.eval_batch_size=20", "schedule.epochs=1"]
+    said += ["data.batch_size=20", "data.eval_batch_size=20", "trainer.max_epochs=1"]
     for name, choice in (("plain", "compile=false"), ("fast", "compile=true")):
         torch._dynamo.reset()
         counters.clear()

@@ -73,7 +73,7 @@ def test_the_small_study_asks_for_all_that_its_text_compares(study):
         [at, "L=1,3", "seed=0,1"],
         [at, "L=3", "lambda_solver=uniform", "seed=0,1"],
         [at, "L=2", "seed=0,1"],
-        [at, "L=1", "schedule.epochs=18", "seed=0,1"],
+        [at, "L=1", "trainer.max_epochs=18", "seed=0,1"],
         ["experiment=cifar10_small_trades", "L=3,1", "seed=0"],
         [at, "L=1", "seed=2"],
         [at, "L=2", "schedule=sampled", "seed=0"],

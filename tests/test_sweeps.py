@@ -30,7 +30,7 @@ MICRO = (
     "data.num_test=20",
     "data.batch_size=20",
     "model=linear",
-    "schedule.epochs=1",
+    "trainer.max_epochs=1",
     "schedule.T_theta=2",
     "lambda_solver.num_steps=1",
     "attack.num_steps=1",
@@ -363,7 +363,7 @@ def test_in_parallel_failures_and_a_killed_process_are_told_and_the_rest_is_run_
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert set(re.findall(r"on (\d+) CPU core", first.out)) == {str(threads)}
 
-    argv = ["-m", "seed=10,11,12", *DIGITS, "schedule.epochs=60", "name=k"]
+    argv = ["-m", "seed=10,11,12", *DIGITS, "trainer.max_epochs=60", "name=k"]
     sweep = tmp_path / "outputs" / "sweeps" / "k"
     process = run_py(tmp_path, *argv, "launch=parallel")
     os.kill(worker(sweep, "seed=10"), signal.SIGKILL)
@@ -383,7 +383,7 @@ def test_in_parallel_failures_and_a_killed_process_are_told_and_the_rest_is_run_
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_parallel_jobs_do_not_outlive_the_command_and_keep_what_they_have(tmp_path, how):
-    argv = ["-m", "seed=0,1,2", *DIGITS, "schedule.epochs=2000", "trainer.val_every_epochs=20", "name=s"]
+    argv = ["-m", "seed=0,1,2", *DIGITS, "trainer.max_epochs=2000", "trainer.check_val_every_n_epoch=20", "name=s"]
     sweep = tmp_path / "outputs" / "sweeps" / "s"
     process = run_py(tmp_path, *argv, "launch=parallel", OMP_NUM_THREADS="1")
     jobs = [worker(sweep, f"seed={seed}") for seed in (0, 1)]
@@ -397,7 +397,7 @@ def test_parallel_jobs_do_not_outlive_the_command_and_keep_what_they_have(tmp_pa
 
 @pytest.mark.slow
 def test_two_sweeps_at_once_share_the_work(tmp_path):
-    argv = ["-m", "seed=0,1,2,3", *DIGITS, "schedule.epochs=5", "name=s"]
+    argv = ["-m", "seed=0,1,2,3", *DIGITS, "trainer.max_epochs=5", "name=s"]
     ends = [Ended(process) for process in [run_py(tmp_path, *argv) for _ in range(2)]]
     assert [end.rc for end in ends] == [0, 0]
     names = [f"seed={seed}" for seed in range(4)]
@@ -482,7 +482,7 @@ def asked_for(slurm):
 
 @pytest.mark.slow
 def test_on_slurm_a_preempted_job_goes_back_into_the_queue_and_continues(tmp_path, slurm):
-    argv = ["-m", "launch=slurm", "seed=0,1", "L=0,2", *DIGITS, "schedule.epochs=60", "name=s"]
+    argv = ["-m", "launch=slurm", "seed=0,1", "L=0,2", *DIGITS, "trainer.max_epochs=60", "name=s"]
     argv += ["hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90", "hydra.launcher.array_parallelism=3"]
     path = f"{slurm / 'bin'}:{os.environ['PATH']}"
     process = run_py(tmp_path, *argv, PATH=path, OMP_NUM_THREADS="1")

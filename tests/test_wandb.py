@@ -143,7 +143,7 @@ def test_offline_files_hold_the_curves_of_mixture_and_baseline_and_no_secret(com
 
 def test_a_sweep_makes_one_run_each_in_one_group_and_a_crash_shows(command, tmp_path):
     argv = [text for text in TINY if text not in ("logger=csv", "eps=0.05")]
-    argv += ["logger.images=0", "trainer.max_epochs=1", "name=swept"]
+    argv += ["logger.wandb.images=0", "trainer.max_epochs=1", "name=swept"]
     finished = command("-m", "optimizer.lr=0.1,1e30", "eps=0.05", *argv)
     assert finished.rc == 1
     assert "Traceback" not in finished.out + finished.err
@@ -684,7 +684,7 @@ def test_a_session_that_sends_no_row_still_holds_the_run(mirror, tmp_path):
 
 
 # Weights phases, members' rows and validations; batches t = 1 to 8 or more, two epochs.
-STOPPED = ("logger=wandb", "logger.images=2", "trainer.log_every_n_steps=2", "trainer.checkpoint_updates=6", "L=3")
+STOPPED = ("logger=wandb", "logger.wandb.images=2", "trainer.log_every_n_steps=2", "callbacks.checkpoint.every_n_train_steps=6", "L=3")
 
 
 def rows_of(folder):
@@ -762,7 +762,7 @@ def test_a_command_stopped_in_its_baseline_still_shows_the_mixture(command, tmp_
 
 def test_a_service_that_fails_all_the_time_leaves_a_whole_run_and_one_warning(command, service, tmp_path):
     service.fail = failing(500)
-    argv = [*(text for text in TINY if text != "logger=csv"), "logger.init_timeout=1", "name=cut"]
+    argv = [*(text for text in TINY if text != "logger=csv"), "logger.wandb.init_timeout=1", "name=cut"]
     finished = command(*argv, WANDB_API_KEY=SECRET)
     assert finished.rc == 0, finished.err
     assert finished.err == ""

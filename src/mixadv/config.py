@@ -256,10 +256,12 @@ def _check_keys(cfg: DictConfig) -> None:
 def _check_groups(cfg: DictConfig) -> None:
     """What the classes behind the groups cannot know, or would say late."""
     model, protocol, logger = cfg.model, cfg.protocol, cfg.logger
-    if not isinstance(model.get("name"), str):
-        raise UserError(f"model.name={model.get('name')} must be a model's name: choose it with model=...")
+    target = model.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"model._target_={target} must name a model: choose one with model=...")
     for key in ("num_classes", "image_shape", *(("mean", "std") if cfg.task == "train" else ())):
-        if key in model:
+        # A model of the user's own takes what it takes.
+        if key in model and target.startswith("mixadv."):
             raise UserError(f"model.{key}: it follows from the data; leave it out")
     if not isinstance(protocol.name, str) or not re.fullmatch(PLAIN_NAME, protocol.name):
         raise UserError(f"protocol.name={protocol.name} must be made of letters, digits and single . _ -")

@@ -30,12 +30,15 @@ _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 FACTORY = re.compile(rf"{_DOTTED}:{_DOTTED}")
 
 
-def build_factory(source: str) -> nn.Module:
+def build_factory(source: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The module that the callable `source` = ``package.module:callable`` returns, in eval mode on the CPU.
 
     This imports and runs code: `source` must come from who runs the program, never from a file. The working
-    directory comes first on `sys.path` while the callable is imported and called, and no longer. The callable
-    takes no arguments.
+    directory comes first on `sys.path` while the callable is imported and called, and no longer.
+
+    Args:
+        source: its import path.
+        arguments: by name, what it is called with; plain values, which may come from a file. None for none.
 
     Raises:
         UserError: it cannot be imported, raises, or returns anything but a `torch.nn.Module` with all shapes known.
@@ -54,7 +57,7 @@ def build_factory(source: str) -> nn.Module:
             raise UserError(f"{source} is a module, not a function: name a function that builds and returns one")
         if not callable(factory):
             raise UserError(f"{source} is a {type(factory).__name__}, not a function that returns a torch.nn.Module")
-        module = factory()
+        module = factory(**(arguments or {}))
         if not isinstance(module, nn.Module):
             raise UserError(f"{source} returned a {type(module).__name__}: it must return a torch.nn.Module")
         if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
@@ -77,7 +80,7 @@ def member_recipes(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The recipe of each of the L members: ``config["models"]``, or L times ``config["model"]``.
 
     A recipe is {name, num_classes, image_shape, mean, std, further arguments of the factory} of a model of
-    ours, or {"factory": "package.module:callable"}.
+    ours, or {"factory": "package.module:callable", "arguments": {...}}; the arguments may be left out.
 
     Raises:
         ValueError: L is no whole number >= 1, or not the number of recipes; neither or both keys are there.
@@ -108,12 +111,18 @@ def build_mixture(config: Mapping[str, Any], factories: Sequence[str] = ()) -> M
     """
     recipes = member_recipes(config)
     _check_factories("the recipe", recipes, factories)
-    return Mixture([_build(recipe) for recipe in recipes])
+    return Mixture([build_recipe(recipe) for recipe in recipes])
 
 
-def _build(recipe: dict[str, Any]) -> nn.Module:
+def build_recipe(recipe: Mapping[str, Any]) -> nn.Module:
+    """A freshly initialised member as its recipe says, see `member_recipes`. A recipe with a factory runs its code.
+
+    Raises:
+        ValueError: unknown model or arguments that it does not take.
+        UserError: the factory fails.
+    """
     if "factory" in recipe:
-        return build_factory(recipe["factory"])
+        return build_factory(recipe["factory"], recipe.get("arguments"))
     settings = dict(recipe)
     name = settings.pop("name")
     try:
@@ -247,6 +256,27 @@ def mixture_of_checkpoint(
     return _assemble(path, config, state, factories), config
 
 
+def factories_of(config: Mapping[str, Any]) -> list[str]:
+    """The import paths of the code that builds members, each once; see `member_recipes` for the recipes."""
+    recipes = config.get("models") or [config["model"]]
+    return list(dict.fromkeys(recipe["factory"] for recipe in recipes if "factory" in recipe))
+
+
+def recipe_name(recipe: Mapping[str, Any]) -> str:
+    """What readers know a member's architecture by: the name of a model of ours, or ``package.module:callable``."""
+    return str(recipe.get("name") or recipe.get("factory"))
+
+
+def are_plain(arguments: Any) -> bool:
+    """Whether a recipe may hold these arguments: by name, values of JSON, nothing that gets built or resolved."""
+    try:
+        text = json.dumps(arguments)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    named = isinstance(arguments, dict) and all(isinstance(name, str) for name in arguments)
+    return named and '"_target_"' not in text and "${" not in text
+
+
 def _check_recipe(path: Path, config: Any) -> None:
     """A recipe may come from anywhere: only plain settings of the right kinds, and nothing that gets resolved."""
     try:
@@ -263,9 +293,13 @@ def _check_recipe(path: Path, config: Any) -> None:
         raise UserError(f"the recipe in {path} has models={recipes!r}, which is not a list of mappings")
     for recipe in recipes:
         if "factory" in recipe:
-            factory = recipe["factory"]
-            if not isinstance(factory, str) or not FACTORY.fullmatch(factory) or len(recipe) > 1:
-                raise UserError(f"the recipe in {path} has {recipe!r}: expected only factory=package.module:callable")
+            factory, unknown = recipe["factory"], set(recipe) - {"factory", "arguments"}
+            if not isinstance(factory, str) or not FACTORY.fullmatch(factory) or unknown:
+                raise UserError(
+                    f"the recipe in {path} has {recipe!r}: expected only factory=package.module:callable and arguments"
+                )
+            if not are_plain(recipe.get("arguments", {})):
+                raise UserError(f"the recipe in {path} has arguments={recipe['arguments']!r}: expected plain values")
             continue
         name = recipe.get("name")
         if not isinstance(name, str) or name not in MODELS:
@@ -317,7 +351,7 @@ def _check_size(recipes: Sequence[dict[str, Any]], state: Mapping[str, Any]) -> 
     held = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, torch.Tensor))
     texts = [json.dumps(recipe) for recipe in recipes if "factory" not in recipe]
     with torch.device("meta"):
-        built = {text: _build(json.loads(text)).state_dict().values() for text in set(texts)}
+        built = {text: build_recipe(json.loads(text)).state_dict().values() for text in set(texts)}
     wanted = sum(tensor.numel() for text in texts for tensor in built[text])
     if wanted > MAX_EXCESS * (held + 1000):
         raise ValueError(f"the recipe describes {wanted:,} numbers, the file holds {held:,}")

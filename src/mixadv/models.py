@@ -11,6 +11,7 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from numbers import Integral, Real
 
 import torch
@@ -161,6 +162,58 @@ class _PreActResNet(nn.Module):
         return self.fc(x.mean((-2, -1)))
 
 
+class _WideBlock(nn.Module):
+    """conv(relu(bn(conv(relu(bn(x)))))) plus x; where the number of channels changes, the sum is with a 1x1
+    convolution of relu(bn(x)), as in the authors' code.
+    """
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        same = stride == 1 and inputs == planes
+        # The name under which published checkpoints keep it.
+        self.convShortcut = None if same else nn.Conv2d(inputs, planes, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(x).relu()
+        x = x if self.convShortcut is None else self.convShortcut(out)
+        return self.conv2(self.bn2(self.conv1(out)).relu()) + x
+
+
+class _WideGroup(nn.Module):
+    """Blocks of one number of channels, the first with the stride; published checkpoints call them `layer`."""
+
+    def __init__(self, inputs: int, planes: int, blocks: int, stride: int) -> None:
+        super().__init__()
+        rest = [_WideBlock(planes, planes, 1) for _ in range(blocks - 1)]
+        self.layer = nn.Sequential(_WideBlock(inputs, planes, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class _WideResNet(nn.Module):
+    """Stem of 16 channels, three groups of 16, 32 and 64 times `factor` channels, mean over the image, linear layer."""
+
+    def __init__(self, channels: int, num_classes: int, blocks: int, factor: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.block1 = _WideGroup(16, 16 * factor, blocks, 1)
+        self.block2 = _WideGroup(16 * factor, 32 * factor, blocks, 2)
+        self.block3 = _WideGroup(32 * factor, 64 * factor, blocks, 2)
+        self.bn1 = nn.BatchNorm2d(64 * factor)
+        self.fc = nn.Linear(64 * factor, num_classes)
+        _initialise(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(self.bn1(x).relu().mean((-2, -1)))
+
+
 def resnet18(
     num_classes: int,
     image_shape: Sequence[int] = (3, 32, 32),
@@ -240,6 +293,46 @@ def small_cnn(
     return _member(net, channels, mean, std)
 
 
+def wide_resnet(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    depth: int = 28,
+    widen_factor: int = 10,
+) -> nn.Module:
+    """Wide residual network WRN-`depth`-`widen_factor` (Zagoruyko & Komodakis, BMVC 2016), pre-activation, without
+    dropout; WRN-28-10 has 36,479,194 parameters for 10 classes. Parameter names are those of the networks that TRADES
+    and RobustBench publish, so their checkpoints load. ValueError unless depth is 6 n + 4 for n >= 1 blocks a group."""
+    channels, _, _ = _checked(num_classes, image_shape, 1)
+    _check_whole("depth", depth, 10)
+    _check_whole("widen_factor", widen_factor)
+    if depth % 6 != 4:
+        raise ValueError(f"depth is {depth}: it must be 6 n + 4, as 10, 16, 22, 28 or 34")
+    return _member(_WideResNet(channels, num_classes, (depth - 4) // 6, widen_factor), channels, mean, std)
+
+
+def mlp(
+    num_classes: int,
+    image_shape: Sequence[int] = (3, 32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    hidden: Sequence[int] = (256, 256),
+) -> nn.Module:
+    """Fully connected: flatten(x), then for every number of units in `hidden` a linear layer and ReLU, then the logits;
+    `hidden` may be empty."""
+    shape = _checked(num_classes, image_shape, 1)
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+        raise ValueError(f"hidden is {hidden!r}: it must be a list of whole numbers, one for each hidden layer")
+    for units in hidden:
+        _check_whole("a number of units in hidden", units)
+    layers: list[nn.Module] = [nn.Flatten()]
+    sizes = [math.prod(shape), *hidden]
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return _member(nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes)), shape[0], mean, std)
+
+
 def linear(
     num_classes: int,
     image_shape: Sequence[int] = (3, 32, 32),
@@ -258,6 +351,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_resnet": small_resnet,
     "small_cnn": small_cnn,
     "linear": linear,
+    "mlp": mlp,
+    "wrn_28_10": wide_resnet,
 }
 
 

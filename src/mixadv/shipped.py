@@ -1,6 +1,5 @@
-"""The configuration that comes with the package: where it lies, and the objects that it names."""
+"""The configuration that comes with the package: where it lies, and what its protocols hold."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -48,36 +47,3 @@ def refuse_aliases(path: Path) -> None:
     with path.open(encoding="utf-8") as file:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(file, Loader=yaml.SafeLoader)):
             raise ValueError("it has aliases (*name)")
-
-
-def construct(settings: dict[str, Any], key: str) -> Any:
-    """Build the object that ``_target_`` names, from this package alone; nested mappings with a ``_target_`` as well.
-
-    Args:
-        settings: ``_target_`` and the arguments of the class.
-        key: what the settings are called, for messages.
-
-    Raises:
-        UserError: the target is not a class of this package, does not exist, or refuses its arguments.
-    """
-    arguments = dict(settings)
-    target = str(arguments.pop("_target_", ""))
-    module, _, name = target.rpartition(".")
-    if not module.startswith("mixadv."):
-        raise UserError(f"{key}._target_={target!r} is not a class of mixadv: nothing else is run from a configuration")
-    nested = {
-        k: construct(v, f"{key}.{k}") if isinstance(v, dict) and "_target_" in v else v for k, v in arguments.items()
-    }
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise UserError(f"{key}._target_={target} does not exist") from None
-    # A module also holds functions and what it imports: neither may be called by a configuration.
-    if not isinstance(cls, type) or not cls.__module__.startswith("mixadv."):
-        raise UserError(f"{key}._target_={target} is not a class of mixadv: nothing else is run from a configuration")
-    try:
-        return cls(**nested)
-    except TypeError as error:
-        raise UserError(f"{key}: {str(error).replace('.__init__()', '')}") from error
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from error

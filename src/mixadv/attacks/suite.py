@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.seeding import derive_seed
-from mixadv.shipped import construct, shipped_protocol
+from mixadv.shipped import shipped_protocol
 from mixadv.threat_model import ThreatModel
 
 MIXTURE, TWIN = "mixture", "averaged twin"
@@ -97,8 +97,11 @@ class AttackSuite:
         Raises:
             UserError: there is no such protocol.
         """
+        # Hydra takes its time to import.
+        from mixadv.instantiate import instantiate
+
         nodes = shipped_protocol(name)["attacks"]
-        return cls({key: construct(node, f"protocol.attacks.{key}") for key, node in nodes.items()}, name)
+        return cls({key: instantiate(node, f"protocol.attacks.{key}", Attack) for key, node in nodes.items()}, name)
 
     def __call__(
         self, mixture: Mixture | nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel, *, seed: int = 0, batch: int = 0

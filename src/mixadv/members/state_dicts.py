@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mixadv.errors import UserError
-from mixadv.models import MODELS, build_member
+from mixadv.export import build_recipe, recipe_name
+from mixadv.models import MODELS
 
 # Where programs keep the state dict in what they save, the first one found first.
 NESTS = ("state_dict", "model_state_dict", "model", "net", "ema")
@@ -108,16 +109,17 @@ def to_member(
         for key, value in default_recipe.items()
         if value is not None
     }
-    explicit = "mean" in recipe
-    name = recipe.pop("name")
+    name, foreign, explicit = recipe_name(recipe), "factory" in recipe, "mean" in recipe
     try:
-        member = build_member(name, **recipe)
-    except (TypeError, ValueError) as error:
+        member = build_recipe(recipe)
+    except ValueError as error:
         raise UserError(f"model={name}: {error}") from error
     where, state = states[0]
-    normalised = _fill(f"{path} (its {where})" if where else str(path), name, member, state)
+    normalised = _fill(f"{path} (its {where})" if where else str(path), name, member, state, foreign)
     note = "normalised as in the file" if normalised else "normalised as asked" if explicit else "no normalisation"
-    if normalised:
+    if foreign:
+        note = "with the normalisation of its factory"
+    elif normalised:
         buffers = {key: member.get_buffer(f"normalize.{key}").flatten().tolist() for key in ("mean", "std")}
         if not all(s > 0 for s in buffers["std"]):
             raise UserError(f"{path} has normalize.std={buffers['std']}: every entry must be positive; mend the file")
@@ -125,11 +127,11 @@ def to_member(
     if where:
         others = ", ".join(other for other, _ in states[1:])
         note += f"; from {where}" + (f" (not {others})" if others else "")
-    return member, {"name": name, **recipe}, note
+    return member, recipe, note
 
 
-def _fill(place: str, name: str, member: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Load `state` into `member`, or into its bare net; whether the state holds the normalisation too.
+def _fill(place: str, name: str, member: nn.Module, state: dict[str, Tensor], foreign: bool) -> bool:
+    """Load `state` into `member`, or into the bare net of one of ours; whether the state holds the normalisation too.
 
     torch.compile and AveragedModel leave names of their own among the keys. Of what remains, a first part that
     all keys share is dropped again and again; the form that fits best counts.
@@ -142,7 +144,7 @@ def _fill(place: str, name: str, member: nn.Module, state: dict[str, Tensor]) ->
     net = {key.removeprefix("net."): value for key, value in whole.items() if key.startswith("net.")}
     candidates: list[tuple[list[str], list[str], bool, dict[str, str]]] = []
     while True:
-        for target in (whole, net):
+        for target in (whole,) if foreign else (whole, net):
             # Only training reads the number of batches, and old files do not have it.
             missing = [key for key in target if key not in keys and not key.endswith(".num_batches_tracked")]
             candidates.append((missing, [key for key in keys if key not in target], target is whole, keys))

@@ -57,9 +57,13 @@ class Setting:
 
 def described(config: Mapping[str, Any]) -> dict[str, str]:
     """Flat settings without paths and without what changes no number."""
+    flat = flat_settings(dict(config))
+    # Up to version 0.1 runs said the name of the model, and not its class.
+    if isinstance(model := flat.pop("model._target_", None), str):
+        flat["model.name"] = model.rpartition(".")[2]
     return {
         key: str(value)
-        for key, value in flat_settings(dict(config)).items()
+        for key, value in flat.items()
         if not is_indifferent(key)
         and not _within(key, _ASIDE)
         and not (isinstance(value, str) and ("/" in value or "\\" in value) and number(value) is None)

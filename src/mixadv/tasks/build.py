@@ -2,28 +2,31 @@
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.callbacks import ProgressBar as ProgressBarBase
+from pytorch_lightning.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from mixadv import instantiate as building
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import Attack
 from mixadv.callbacks import Checkpoints
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.export import build_mixture
+from mixadv.export import are_plain, build_mixture, build_recipe, factories_of, recipe_name
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss, ZeroOne
+from mixadv.members import LoadedMember, check_members
 from mixadv.mixture import Mixture
-from mixadv.models import build_member
-from mixadv.shipped import construct
-from mixadv.tasks.arguments import check_arguments
+from mixadv.models import MODELS
 from mixadv.threat_model import ThreatModel
 
 CHECKPOINTS = "mixadv.callbacks.Checkpoints"
@@ -35,11 +38,13 @@ KINDS: dict[str, type] = {
     "lambda_solver": LambdaSolver,
     "attack": Attack,
     "protocol.": Attack,
+    "callbacks.": Callback,
+    "logger.": Logger,
 }
 
 
 def instantiate(node: Any, key: str) -> Any:
-    """Build the object that ``_target_`` names, from this package alone; see `construct`.
+    """Build the object that ``_target_`` names, of mixadv or of the user's own; see `mixadv.instantiate.instantiate`.
 
     Raises:
         UserError: not such a class as `key` is for, or arguments that it does not take.
@@ -47,8 +52,11 @@ def instantiate(node: Any, key: str) -> Any:
     if not isinstance(node, Mapping):
         raise UserError(f"{key}={node} must be the settings of a class, with its _target_")
     settings = as_dict(node)
-    check_arguments(settings, key, next((kind for start, kind in KINDS.items() if key.startswith(start)), None))
-    built = construct(settings, key)
+    if key in ("optimizer", "scheduler"):
+        # Every member has its own; the training calls what is built here for each of them.
+        settings["_partial_"] = True
+    kind = next((kind for start, kind in KINDS.items() if key.startswith(start)), None)
+    built = building.instantiate(settings, key, kind)
     if isinstance(built, ZeroOne):
         raise UserError(f"{key}._target_={settings['_target_']} has no gradient: choose loss=at or loss=trades")
     return built
@@ -94,13 +102,25 @@ def keys_of(overrides: Sequence[str]) -> list[str]:
     return [text.lstrip("+~").split("=", 1)[0] for text in overrides]
 
 
-def as_recorded(cfg: DictConfig, config: dict[str, Any], said: Sequence[str]) -> DictConfig:
-    """`cfg` with data, eps and norm from the recipe of a mixture, except the keys that the command line `said`."""
+def as_recorded(cfg: DictConfig, config: dict[str, Any], said: Sequence[str], where: str = "the mixture") -> DictConfig:
+    """`cfg` with data, eps and norm from the recipe of a mixture, except the keys that the command line `said`.
+
+    Args:
+        cfg: as composed.
+        config: the recipe, see `mixadv.export.read_mixture`.
+        said: keys, see `keys_of`.
+        where: whose recipe it is, for messages.
+
+    Raises:
+        UserError: the recipe names data that are not of mixadv, and the command line does not say which to take.
+    """
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
     if "data" not in said and "data" in config:
         # Whom to ask for a download is not for a file to say that may come from anywhere.
-        own = OmegaConf.create({key: value for key, value in config["data"].items() if key != "mirrors"})
+        kept = {k: value for k, value in config["data"].items() if k != "mirrors" and f"data.{k}" not in said}
+        building.held_to_mixadv(kept, where)
+        own = OmegaConf.create(kept)
         for key in said:
             if key.startswith("data."):
                 OmegaConf.update(own, key.removeprefix("data."), OmegaConf.select(cfg, key))
@@ -140,15 +160,53 @@ def build_threat_model(norm: str, eps: Any, image_shape: tuple[int, int, int]) -
     return ThreatModel(norm, radius)
 
 
-def model_recipe(model: Any, data: ImageDataModule) -> dict[str, Any]:
-    """What it takes to build one member: the model's own settings and what the data fixes."""
-    return {
-        **as_dict(model),
-        "num_classes": data.num_classes,
-        "image_shape": list(data.image_shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
-    }
+def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> dict[str, Any]:
+    """What it takes to build one member: the model's own settings and what the data fixes; see `member_recipes`.
+
+    A factory of the user's own gets what the data fixes where it has an argument of that name, and the settings do not
+    say otherwise: num_classes, image_shape (C, H, W), in_channels, mean and std (one number for each channel).
+
+    Args:
+        model: the settings, with the factory as ``_target_``.
+        data: loaded.
+        statistics: whether mean and std belong to what the data fixes.
+
+    Raises:
+        UserError: no such factory, or arguments that it does not take.
+    """
+    settings = as_dict(model)
+    factory = building.named(settings.get("_target_"), "model")
+    fixed: dict[str, Any] = {"num_classes": data.num_classes, "image_shape": list(data.image_shape)}
+    if statistics:
+        fixed |= {"mean": list(data.mean), "std": list(data.std)}
+    target = settings.pop("_target_")
+    if factory in MODELS.values():
+        name = next(name for name, ours in MODELS.items() if ours is factory)
+        return {"name": name, **fixed, **settings}
+    for key, value in settings.items():
+        if key.startswith("_") or not are_plain({key: value}):
+            raise UserError(f"model.{key}={value}: models of your own take plain values (text, numbers, lists) alone")
+    taken, _ = building.arguments_of(factory)
+    fixed["in_channels"] = data.image_shape[0]
+    arguments = {key: value for key, value in fixed.items() if key in taken} | settings
+    building.check_arguments(factory, arguments, "model")
+    parts = target.split(".")
+    depth = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in sys.modules)
+    return {"factory": f"{'.'.join(parts[:depth])}:{'.'.join(parts[depth:])}", "arguments": arguments}
+
+
+def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
+    """Try a model of the user's own out on two images before it is trained; those of mixadv are known to work.
+
+    Raises:
+        UserError: it cannot be built, or is no classifier of these images; see `mixadv.members.check_members`.
+    """
+    if "factory" not in recipe:
+        return
+    name = recipe_name(recipe)
+    count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], data.val_images[:2] / 255)
+    if count != data.num_classes:
+        raise UserError(f"model: {name} tells {count} classes apart, but {data.name} has {data.num_classes}")
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -171,24 +229,25 @@ def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: t
     Raises:
         UserError: unknown model, settings it does not take, or more members than memory holds.
     """
-    settings = dict(recipe)
-    name = settings.pop("name")
     try:
-        with torch.device("meta"):
-            member = build_member(name, **settings)
-    except (TypeError, ValueError) as error:
+        # Code of others need not work without numbers.
+        with nullcontext() if "factory" in recipe else torch.device("meta"):
+            member = build_recipe(recipe)
+    except ValueError as error:
         raise UserError(f"model: {error}") from error
     needed = num_members * BYTES_PER_PARAMETER * sum(p.numel() for p in member.parameters())
     free = available_memory(device)
     if free is not None and needed > free:
         fit = num_members * free // needed
         raise UserError(
-            f"L={num_members} members of model={name} need {needed / 2**30:.1f} GiB to train, but only "
+            f"L={num_members} members of model={recipe_name(recipe)} need {needed / 2**30:.1f} GiB to train, but only "
             f"{free / 2**30:.1f} GiB are free on the {device.type}: choose "
             + (f"at most L={fit}, or a smaller model=..." if fit else "a smaller model=... or model.width=...")
         )
     torch.manual_seed(seed)
-    return build_mixture({"L": num_members, "model": recipe})
+    config = {"L": num_members, "model": recipe}
+    # The user's own command has named the factory.
+    return build_mixture(config, factories_of(config)).train()
 
 
 def build_attack(node: Any, key: str) -> PGD:

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from mixadv.export import factories_of, recipe_name
+
 _USE = """
 ```python
 from mixadv import load_mixture
@@ -37,15 +39,21 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def _factories(config: dict[str, Any]) -> str:
+    """What `load_mixture` has to be told where code of others builds members."""
+    factories = sorted(factories_of(config))
+    return f", factories={factories!r}" if factories else ""
+
+
 def model_card(results: dict[str, Any], config: dict[str, Any]) -> str:
     """What a trained mixture is, what was measured, and how to load it."""
     weights = ", ".join(f"{weight:.4f}" for weight in results["weights"])
     return f"""# A mixture of {config["L"]} classifiers
 
-Draws member k with probability lambda_k for every image; lambda = ({weights}). Members: `{config["model"]["name"]}`,
-trained on {config["data_name"]} ({results["data"]["num_train"]} images) against attacks in the {_ball(config)},
-images in [0, 1], seed {config["seed"]}.
-{_measured(results)}{_USE % ""}"""
+Draws member k with probability lambda_k for every image; lambda = ({weights}). Members:
+`{recipe_name(config["model"])}`, trained on {config["data_name"]} ({results["data"]["num_train"]} images)
+against attacks in the {_ball(config)}, images in [0, 1], seed {config["seed"]}.
+{_measured(results)}{_USE % _factories(config)}"""
 
 
 def solved_card(results: dict[str, Any], config: dict[str, Any]) -> str:
@@ -59,9 +67,6 @@ def solved_card(results: dict[str, Any], config: dict[str, Any]) -> str:
     limit = math.ceil(1e4 * (1 - solved["certificate"]["value_lp"]) - 1e-6) / 1e4
     reached = math.floor(1e4 * (1 - solved["certificate"]["value_at_weights"]) + 1e-6) / 1e4
     table = "\n".join(["| member | lambda | from |", "|---|---|---|", *rows])
-    recipes = config.get("models", [])
-    factories = [recipe["factory"] for recipe in recipes or [config["model"]] if "factory" in recipe]
-    known = f", factories={sorted(set(factories))!r}" if factories else ""
     return f"""# Optimal weights over {config["L"]} classifiers
 
 Draws member k with probability lambda_k for every image. The weights were chosen to minimise the adversarial risk on
@@ -70,4 +75,4 @@ images in [0, 1]. On all points found there they have a robust accuracy of {reac
 members have more than {limit:.4f}.
 
 {table}
-{_measured(results)}{_USE % known}"""
+{_measured(results)}{_USE % _factories(config)}"""

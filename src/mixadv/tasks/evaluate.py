@@ -12,7 +12,7 @@ from rich.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
-from mixadv.export import member_recipes
+from mixadv.export import member_recipes, recipe_name
 from mixadv.members import LoadedMember, recorded_config
 from mixadv.mixture import Mixture
 from mixadv.report import write_report
@@ -131,10 +131,10 @@ def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) ->
     for key in said:
         if key in ("experiment", "L", "model") or key.startswith("model."):
             raise UserError(f"{key}=...: task=evaluate takes it from the mixture; leave it out")
-    merged = build.as_recorded(cfg, config, said)
+    merged = build.as_recorded(cfg, config, said, cfg.mixture)
     merged.L = int(config["L"])
     recipes = config.get("models") or [config["model"]]
-    merged.model = {"name": ", ".join(dict.fromkeys(recipe.get("name", recipe.get("factory")) for recipe in recipes))}
+    merged.model = {"_target_": ", ".join(dict.fromkeys(map(recipe_name, recipes)))}
     return merged
 
 

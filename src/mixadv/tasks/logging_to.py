@@ -9,10 +9,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
-from rich.console import Console
 
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
+from mixadv.instantiate import arguments_of, named
 from mixadv.loggers import CSVLogger, WandbLogger, flat_config
 from mixadv.mixture import Mixture
 from mixadv.signals import Stopped
@@ -21,26 +21,26 @@ from mixadv.tasks.measure import example_images
 from mixadv.threat_model import ThreatModel
 
 
-def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Console) -> list[Logger]:
+def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None) -> list[Logger]:
     """What ``logger`` names, with what a run says of itself where they take it and the command does not say it.
 
     Raises:
         UserError: one of them cannot be built.
     """
-    own = {"save_dir": str(run_dir), "name": run_dir.name, "group": sweep, "console": console}
+    own = {"save_dir": str(run_dir), "name": run_dir.name, "group": sweep}
     built = []
     for name, node in cfg.logger.items():
         settings = build.as_dict(node)
-        taken = build.parameters_of(settings["_target_"])
+        taken, _ = arguments_of(named(settings["_target_"], f"logger.{name}"))
         missing = {key: value for key, value in own.items() if key in taken and settings.get(key) is None}
-        built.append(build.instantiate(settings, f"logger.{name}", **missing))
+        built.append(build.instantiate({**settings, **missing}, f"logger.{name}"))
     return built
 
 
 @contextmanager
-def logging_to(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Console) -> Iterator[list[Logger]]:
+def logging_to(cfg: DictConfig, run_dir: Path, sweep: str | None) -> Iterator[list[Logger]]:
     """The loggers of a run with its settings as hyperparameters; ended with the run's exit code whatever happens."""
-    loggers = build_loggers(cfg, run_dir, sweep, console)
+    loggers = build_loggers(cfg, run_dir, sweep)
     if cfg.task == "train":
         # It comes first: Weights & Biases sends what stands in metrics.csv.
         loggers = [CSVLogger(run_dir), *(logger for logger in loggers if not isinstance(logger, CSVLogger))]
@@ -62,12 +62,12 @@ def logging_to(cfg: DictConfig, run_dir: Path, sweep: str | None, console: Conso
                 logger.finalize("success" if code == 0 else "failed")
 
 
-def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path, console: Console) -> list[Logger]:
+def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path) -> list[Logger]:
     """The loggers of the single model beside a mixture: the same run in Weights & Biases, files of its own elsewhere."""
     mirrors = [logger.baseline() for logger in loggers if isinstance(logger, WandbLogger)]
     others = [
         logger
-        for logger in build_loggers(cfg, run_dir, None, console)
+        for logger in build_loggers(cfg, run_dir, None)
         if not isinstance(logger, (WandbLogger, CSVLogger))
     ]
     return [CSVLogger(run_dir), *others, *mirrors]

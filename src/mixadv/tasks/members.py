@@ -31,7 +31,7 @@ def as_recorded_by_members(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         config = recorded_config(source)
         if config is None:
             continue
-        own = build.as_recorded(cfg, config, said)
+        own = build.as_recorded(cfg, config, said, source)
         if first is None:
             first = source, own
         for key in DECIDES:
@@ -49,10 +49,8 @@ def named_members(cfg: DictConfig, data: ImageDataModule, x: Tensor, device: tor
     Raises:
         UserError: a member cannot be loaded or used, or does not fit the others or the data.
     """
-    own = build.as_dict(cfg.model)
-    recipe = {key: value for key, value in build.model_recipe(cfg.model, data).items() if key not in ("mean", "std")}
     # The statistics of these images need not be those that a foreign network was trained with: only what was said.
-    recipe |= {key: own[key] for key in ("mean", "std") if key in own}
+    recipe = build.model_recipe(cfg.model, data, statistics=False)
     named = [str(source) for source in cfg.members]
     members = with_unique_names(
         [m for source in named for m in load_members(source, default_recipe=recipe, device=device, factories=named)]

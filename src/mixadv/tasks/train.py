@@ -24,7 +24,7 @@ from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
-from mixadv.export import load_mixture, save_mixture
+from mixadv.export import factories_of, load_mixture, save_mixture
 from mixadv.lambda_solvers import Uniform
 from mixadv.report import draw_curves
 from mixadv.signals import Signals
@@ -87,6 +87,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> bo
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     choices = Choices(run_dir, processes.rank(cfg))
     precision, recipe = speed.settle_precision(cfg, device, choices), build.model_recipe(cfg.model, data)
+    build.check_own_model(recipe, data)
     session = Session(cfg, data, device, threat_model, recipe, console, precision)
     _check_division(cfg, data)
     with _memory_errors(cfg):
@@ -109,7 +110,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> bo
         write_config(run_dir, cfg)
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
-    with Signals(), logging_to(cfg, run_dir, sweep, console) as loggers, _memory_errors(cfg):
+    with Signals(), logging_to(cfg, run_dir, sweep) as loggers, _memory_errors(cfg):
         _train_and_measure(session, module, run_dir, loggers)
         if cfg.baseline:
             _train_baseline(session, run_dir / "baseline", loggers)
@@ -161,7 +162,7 @@ def _train_baseline(session: Session, run_dir: Path, loggers: Sequence[Logger]) 
         run_dir.mkdir(exist_ok=True)
         write_config(run_dir, cfg)
     single = replace(session, cfg=cfg)
-    own = of_baseline(loggers, cfg, run_dir, session.console)
+    own = of_baseline(loggers, cfg, run_dir)
     _train_and_measure(single, _module(single), run_dir, own)
     if first:
         draw_curves(run_dir)
@@ -174,7 +175,8 @@ def _train_and_measure(session: Session, module: MixtureTraining, run_dir: Path,
     measured_before = read_results(run_dir)
     if measured_before is not None:
         log_accuracies(loggers, measured_before, module.t)
-        log_examples(loggers, cfg, load_mixture(run_dir / "mixture"), data, session.threat_model, device)
+        mixture = load_mixture(run_dir / "mixture", factories_of({"model": session.recipe}))
+        log_examples(loggers, cfg, mixture, data, session.threat_model, device)
         return
     started = time.perf_counter()
     best_epoch = _fit(session, module, run_dir, loggers)
