@@ -136,6 +136,9 @@ def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         functions: list[Any] = [factory]
     else:
         functions = [vars(base)["__init__"] for base in factory.__mro__ if "__init__" in vars(base)]
+        if functions[0] is object.__init__ and factory.__new__ is not object.__new__:
+            # Such as datetime.timedelta: what takes the arguments has no signature, the call itself tells.
+            return found, True
     for function in functions:
         try:
             parameters = list(inspect.signature(function).parameters.values())[int(isinstance(factory, type)) :]
