@@ -14,6 +14,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixadv.errors import UserError
+from mixadv.setting_keys import flat_settings
+from mixadv.unknown_keys import unknown_key
 
 TASKS = ("train", "evaluate", "solve", "game", "report")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -221,7 +223,7 @@ def _check_keys(cfg: DictConfig) -> None:
         # Hydra's `+key=value` adds to typed nodes too, and `~key` takes away.
         there, prefix = set(map(str, cfg[name] if name else cfg)), f"{name}." if name else ""
         for key in sorted(there - must - may):
-            raise UserError(f"{prefix}{key}: there is no such key; `--cfg job` shows all of them, --help the groups")
+            raise UserError(unknown_key(f"{prefix}{key}", flat_settings(OmegaConf.to_container(cfg))))
         for key in sorted(must - there):
             raise UserError(f"{prefix}{key} is not there: leave ~{prefix}{key} out of the command")
     try:
