@@ -39,7 +39,7 @@ from mixadv.tasks import run_task
 from test_data_cifar10 import BASE, synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} - {"hydra"}
 
 
 def contents(root):

@@ -18,7 +18,8 @@ from mixadv.errors import UserError
 from mixadv.shipped import protocols, shipped_protocol
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+# hydra/ holds choices for groups of Hydra's own, and the searches need sweepers that nothing of ours installs.
+GROUPS = sorted({path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} - {"hydra", "hparams_search"})
 
 
 # --- eps ---------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def test_an_extra_that_is_missing_is_named(command, monkeypatch, launch, node):
     command("--cfg", "job")
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], node)
     refusal = command("-m", f"launch={launch}", "seed=0,1", *DIGITS).refusal()
-    assert refusal == f"launch={launch} needs a launcher that is not installed: pip install 'mixadv[{launch}]'"
+    assert refusal == f"launch={launch} needs a launcher that is not installed: pip install -e '.[{launch}]'"
 
 
 def test_without_slurm_the_launcher_says_so(command, tmp_path):

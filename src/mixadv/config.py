@@ -14,6 +14,8 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixadv.errors import UserError
+from mixadv.setting_keys import flat_settings
+from mixadv.unknown_keys import unknown_key
 
 TASKS = ("train", "evaluate", "solve", "game", "report")
 RESUME = ("auto", "never")
@@ -71,22 +73,6 @@ class TrainerConfig:
     detect_anomaly: bool = False
     sync_batchnorm: bool = False
     plugins: Any = None
-
-
-# Arguments of Lightning's Trainer that would break a run, and why.
-REFUSED = {
-    "logger": "loggers are a group: logger=wandb, logger=[csv,tensorboard], logger=none",
-    "callbacks": "callbacks are a group: callbacks=[default,ema], or +callbacks.NAME._target_=CLASS",
-    "enable_checkpointing": "a run is continued and measured from its checkpoints; callbacks.checkpoint.* sets them",
-    "accumulate_grad_batches": "one batch is one step of Algorithm 2; micro_batch_size=N serves a large batch in parts",
-    "barebones": "it switches checkpoints off, and a run is continued and measured from them",
-    "default_root_dir": "a run writes to its own directory: name=..., or hydra.run.dir=DIR",
-    "inference_mode": "attacks need gradients where others only measure",
-    "use_distributed_sampler": "every process makes the same batches and attacks its share of each",
-    "reload_dataloaders_every_n_epochs": "the stream of batches keeps its own place",
-    "enable_autolog_hparams": "the settings of a run are logged always",
-    "model_registry": "mixtures are exported to mixture/ in the run directory",
-}
 
 
 @dataclass
@@ -241,9 +227,7 @@ def _check_keys(cfg: DictConfig) -> None:
         # Hydra's `+key=value` adds to typed nodes too, and `~key` takes away.
         there, prefix = set(map(str, cfg[name] if name else cfg)), f"{name}." if name else ""
         for key in sorted(there - must - may):
-            if name == "trainer" and key in REFUSED:
-                raise UserError(f"trainer.{key}: {REFUSED[key]}")
-            raise UserError(f"{prefix}{key}: there is no such key; `--cfg job` shows all of them, --help the groups")
+            raise UserError(unknown_key(f"{prefix}{key}", flat_settings(OmegaConf.to_container(cfg))))
         for key in sorted(must - there):
             raise UserError(f"{prefix}{key} is not there: leave ~{prefix}{key} out of the command")
     try:

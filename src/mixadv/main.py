@@ -5,25 +5,30 @@ heavy is imported before the checks have passed.
 """
 
 import errno
+import math
 import os
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig
 
+import mixadv
 from mixadv import config, launchers
+from mixadv.composition import composition_message
 from mixadv.errors import UserError
 from mixadv.redaction import printable
 from mixadv.shipped import config_dir
 from mixadv.signals import Stopped
+from mixadv.unknown_keys import misplaced_word
 
 if TYPE_CHECKING:
-    from mixadv.tasks.sweep import Outcome, Sweep
+    from mixadv.tasks import Ended
+    from mixadv.tasks.sweep import Sweep
 
 # A disk, or somebody's share of it.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -37,10 +42,11 @@ FROM_DOTENV = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "
 
 PATH_KEYS = ("mixture", "runs", "data.root")
 
+# What --version tells of: its short name -> the distribution.
+VERSIONS = {"hydra": "hydra-core", "lightning": "pytorch-lightning", "torch": "torch"}
+
 # What raises where the processes of jobs end, and not the jobs themselves.
 LAUNCHERS = ("joblib.", "submitit.")
-# The launchers that Hydra gets from elsewhere, and the extra that installs them.
-EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
 def _refuse(message: str) -> None:
@@ -48,30 +54,6 @@ def _refuse(message: str) -> None:
     # Names and reasons may come from files of others, and are not to give orders to the terminal.
     shown = printable(message, keep="\n")
     print(f"mixadv: {shown}", file=sys.stderr, flush=True)
-
-
-def _composition_message(error: Exception) -> str:
-    """Hydra and OmegaConf spread a refusal over exceptions and lines; keep what a reader can act on."""
-    from hydra.core.override_parser.overrides_parser import OverrideParseException
-    from hydra.errors import MissingConfigException
-
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        if group == "hydra/launcher" and choice in EXTRAS:
-            extra = EXTRAS[choice]
-            return f"launch={extra} needs a launcher that is not installed: pip install 'mixadv[{extra}]'"
-        return f"{group}={choice} is unknown: choose one of {', '.join(error.options)}"
-    if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r} as KEY=VALUE or GROUP=CHOICE; quote values that have spaces or commas"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines[0].startswith("Ambiguous value"):
-        return f"{lines[0]}: give one value, or add -m to sweep over all of them"
-    if lines[0].startswith("Could not override"):
-        key = lines[0].split("'")[1]
-        return f"{key}: there is no such key; `--cfg job` shows all of them, --help the groups"
-    # The lines after the first name OmegaConf's internals.
-    reason = f": {str(error.__cause__).splitlines()[0]}" if error.__cause__ is not None else ""
-    return lines[0].removeprefix("Error merging override ") + reason
 
 
 def _quoted(argument: str) -> str:
@@ -103,35 +85,53 @@ def _quoted_members(text: str) -> Iterator[str]:
         yield f"'{member}'" if _needs_quotes(member) else member
 
 
-def _job(cfg: DictConfig) -> Any:
+def _job(cfg: DictConfig) -> float:
     """One task in its run directory; Hydra calls this once for a run, many times for a sweep.
 
-    A job of a sweep returns its outcome and does not raise: Hydra would end the sweep.
+    A job of a sweep leaves its outcome and does not raise: Hydra would end the sweep.
+
+    Returns:
+        The robust accuracy in [0, 1], for Hydra's sweepers; nan where the job failed or measures none.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from mixadv.console import SAID, end_log
+
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
-    if hydra_cfg.mode == RunMode.MULTIRUN:
-        return _job_of_sweep(cfg, run_dir, overrides)
     try:
-        launch = hydra_cfg.runtime.choices.get("launch")
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            return _job_of_sweep(cfg, run_dir, overrides, hydra_cfg.job.num)
+        return _single_run(cfg, run_dir, overrides, hydra_cfg.runtime.choices.get("launch"))
+    except KeyboardInterrupt:
+        SAID.warning("interrupted")
+        raise
+    except Stopped as stop:
+        SAID.warning("stopped by %s", stop)
+        raise
+    finally:
+        end_log()
+
+
+def _single_run(cfg: DictConfig, run_dir: Path, overrides: list[str], launch: str | None) -> float:
+    try:
         if launch != "serial":
             raise UserError(f"launch={launch} is for sweeps: add -m, which also takes a single job")
-        _run(cfg, run_dir, overrides, sweep=None)
+        return _run(cfg, run_dir, overrides, sweep=None).robust_accuracy
     except UserError as error:
         _refuse(str(error))
+        _log_failure(run_dir, error)
         _remove_if_empty(run_dir)
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        _log_failure(run_dir, error)
         _remove_if_empty(run_dir)
         raise
-    return None
 
 
-def _run(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep: str | None) -> bool:
+def _run(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep: str | None) -> "Ended":
     config.check(cfg)
     from mixadv.tasks import run_task
 
@@ -146,25 +146,41 @@ def _run(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep: str | None
         ) from error
 
 
-def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> "Outcome":
+def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str], number: int) -> float:
     from mixadv.locks import Held
     from mixadv.tasks.run_directory import leave_reason, one_line
-    from mixadv.tasks.sweep import BEFORE, DONE, ELSEWHERE, FAILED, Outcome
+    from mixadv.tasks.sweep import BEFORE, DONE, ELSEWHERE, FAILED, Outcome, Sweep
 
-    name = run_dir.name
+    name, score = run_dir.name, math.nan
     try:
-        return Outcome(name, DONE if _run(cfg, run_dir, overrides, sweep=run_dir.parent.name) else BEFORE)
+        ended = _run(cfg, run_dir, overrides, sweep=run_dir.parent.name)
+        outcome, score = Outcome(name, DONE if ended.worked else BEFORE), ended.robust_accuracy
     except Held as error:
         _refuse(f"{name}: passed over, {error}")
-        return Outcome(name, ELSEWHERE, error.who)
+        outcome = Outcome(name, ELSEWHERE, error.who)
     except Exception as error:
         if isinstance(error, UserError):
             _refuse(f"{name}: {error}")
         else:
             traceback.print_exc()
+        _log_failure(run_dir, error)
         if cfg.task != "report":
             leave_reason(run_dir, error)
-        return Outcome(name, FAILED, one_line(error))
+        outcome = Outcome(name, FAILED, one_line(error))
+    if Sweep.of_job is not None:
+        Sweep.of_job.leave(number, outcome)
+    return score
+
+
+def _log_failure(run_dir: Path, error: Exception) -> None:
+    """Keep the reason in the log: of a refusal where the run has begun one, of a defect anyhow, with its traceback."""
+    from mixadv.console import SAID, begin_log
+
+    if isinstance(error, UserError):
+        SAID.error("%s", error)
+        return
+    SAID.error("a defect of mixadv", exc_info=error)
+    begin_log(run_dir)
 
 
 def _remove_if_empty(run_dir: Path) -> None:
@@ -192,7 +208,10 @@ def _take_dotenv(path: Path) -> None:
 
 
 def main() -> None:
-    """Entry point of ``python run.py`` and of the ``mixadv`` command."""
+    """Entry point of ``python run.py``, ``python -m mixadv`` and the ``mixadv`` command."""
+    if "--version" in sys.argv[1:]:
+        print(_versions())
+        return
     _take_dotenv(Path.cwd() / ".env")
     # Exceptions reach this function whole, instead of Hydra's shortened print-out.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -200,13 +219,16 @@ def main() -> None:
     sys.argv[1:] = map(_quoted, sys.argv[1:])
 
     import hydra
+    from hydra._internal.utils import get_args_parser
 
     from mixadv.tasks.sweep import Sweep
 
+    flags = {flag: action.nargs != 0 for action in get_args_parser()._actions for flag in action.option_strings}
+    if message := misplaced_word(sys.argv[1:], flags, config.TASKS):
+        _exit_with(message)
     Sweep.current = None
     try:
-        with _one_store():
-            _refusing(hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(_job))
+        _refusing(hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(_job))
         if Sweep.current is not None:
             _conclude(Sweep.current)
     finally:
@@ -214,35 +236,26 @@ def main() -> None:
             Sweep.current.close()
 
 
-@contextmanager
-def _one_store() -> Iterator[None]:
-    """For ``--help`` Hydra copies all that it has in store once for every group that it lists, a second's work.
-
-    It reads the copies alone, so they may be the store itself.
-    """
-    if not {"--help", "-h"} & set(sys.argv[1:]):
-        yield
-        return
-    from hydra.core.config_store import ConfigStore
-
-    setattr(ConfigStore, "__deepcopy__", lambda store, memo: store)  # noqa: B010
-    try:
-        yield
-    finally:
-        delattr(ConfigStore, "__deepcopy__")
+def _versions() -> str:
+    others = ", ".join(f"{name} {version(package)}" for name, package in VERSIONS.items())
+    return f"mixadv {mixadv.__version__} ({others})"
 
 
 def _refusing(application: Callable[[], Any]) -> None:
     """Run Hydra's application; what the user has to fix ends in one message and exit code 1."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         application()
     except UserError as error:
         _exit_with(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _exit_with(_composition_message(error))
+        _exit_with(composition_message(error))
+    except YAMLError as error:
+        # It spreads the file and the line over several lines.
+        _exit_with(f"a configuration file cannot be read: {' '.join(str(error).split())}")
     except OSError as error:
         if error.filename is None:
             raise

@@ -1,6 +1,5 @@
 """The test loop: every attack against the mixture and its parts, every point replayed on everybody."""
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import MIXTURE, Pass, checked_points, passes_of
+from mixadv.console import quiet_lightning
 from mixadv.evaluation.record import EvaluationRecord
 from mixadv.evaluation.state import EvaluationState
 from mixadv.mixture import Mixture
@@ -160,21 +160,20 @@ class _Loader:
 
 
 def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]], processes: Mapping[str, Any] | None) -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     alone = {"accelerator": "cpu" if batches[0][0].device.type == "cpu" else "gpu", "devices": 1}
-    trainer = pl.Trainer(
-        **(processes or alone),
-        precision="32-true",
-        inference_mode=False,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_lightning():
         # Lightning 2.6 under newer torch, and advice on loaders that do not apply to lists of tensors.
         warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+        trainer = pl.Trainer(
+            **(processes or alone),
+            precision="32-true",
+            inference_mode=False,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
         # One process alone must not leave what all do in step.
         signals = Signals.active if processes is not None and "strategy" in processes else None
         try:

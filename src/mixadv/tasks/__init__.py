@@ -1,19 +1,34 @@
 """What the command line can do; the only place that sees the configuration and builds objects from it."""
 
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from mixadv.config import check
+from mixadv.console import say
 from mixadv.signals import Signals, Stopped, requeue
 
 
-def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> bool:
+class Ended(NamedTuple):
+    """How a task ended.
+
+    Attributes:
+        worked: whether there was anything left to do.
+        robust_accuracy: expected accuracy under attack, in [0, 1]; nan for a task that measures none, and in
+            processes that help another one.
+    """
+
+    worked: bool
+    robust_accuracy: float = math.nan
+
+
+def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> Ended:
     """Run ``cfg.task`` in `run_dir`; a finished run there is shown instead, in a sweep in one line.
 
     Args:
@@ -21,9 +36,6 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         run_dir: where its files go.
         overrides: what the command line said.
         sweep: name of the sweep this run belongs to.
-
-    Returns:
-        Whether there was anything left to do.
 
     Raises:
         UserError: something outside the program has to be fixed; the message says what.
@@ -33,22 +45,22 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         from mixadv.tasks.report import report_runs
 
         report_runs(cfg)
-        return True
+        return Ended(True)
     from mixadv.tasks import processes
-    from mixadv.tasks.run_directory import State, claimed, digest, is_sealed, seal, show
+    from mixadv.tasks.run_directory import State, claimed, digest, is_sealed, robust_accuracy, seal, show
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
     if sweep is not None and cfg.resume != "never" and is_sealed(run_dir, settings):
         print(f"{run_dir.name} is done", flush=True)
-        return False
+        return Ended(False, robust_accuracy(run_dir))
     cfg, work = _prepared(cfg, overrides, sweep)
     # What members and mixtures record of themselves has not been looked at yet.
     check(cfg)
     if processes.rank(cfg) > 0:
         with _told_to_stop(cfg):
             processes.help_along(cfg, run_dir, work)
-        return True
+        return Ended(True)
     with claimed(run_dir, cfg) as (path, state):
         if state is not State.DONE:
             processes.work_in(path)
@@ -57,12 +69,12 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
             seal(path, settings)
     if state is not State.DONE:
         show(path)
-        return True
+        return Ended(True, robust_accuracy(path))
     if sweep is not None:
         print(f"{path.name} is done", flush=True)
     else:
         show(path, done_before=True)
-    return False
+    return Ended(False, robust_accuracy(path))
 
 
 @contextmanager
@@ -73,7 +85,7 @@ def _told_to_stop(cfg: DictConfig) -> Iterator[None]:
             yield
     except Stopped as stop:
         if stop.signum == signal.SIGUSR1:
-            requeue(print)
+            requeue(say)
         raise
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 
+from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
+from mixadv.console import Console
 from mixadv.errors import UserError
 from mixadv.games.gaussians import GaussianProblem, draw_problem, entropic_trace, oracle_errors
 from mixadv.games.motivating import ExactSolution, LineGame

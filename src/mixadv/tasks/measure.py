@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import passes_of
 from mixadv.config import parse_eps
+from mixadv.console import Console
 from mixadv.evaluation import (
     FLAGS,
     EvaluationRecord,

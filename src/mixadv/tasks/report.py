@@ -1,7 +1,8 @@
 """``task=report``: tables and curves over a directory of runs."""
 
 from omegaconf import DictConfig
-from rich.console import Console
+
+from mixadv.console import Console
 
 
 def report_runs(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import mixadv
+from mixadv.console import begin_log
 from mixadv.errors import UserError
 from mixadv.locks import LOCK, DirectoryLock, Held
 from mixadv.setting_keys import flat_settings, is_indifferent
@@ -181,9 +183,10 @@ def _difference(saved: Any, cfg: DictConfig) -> str:
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
-    """config.yaml, resolved; a FAILED from an earlier try is withdrawn."""
+    """config.yaml, resolved; a FAILED from an earlier try is withdrawn. The log of the run is written from here on."""
     _replace(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     (run_dir / "FAILED").unlink(missing_ok=True)
+    begin_log(run_dir)
 
 
 def write_results(run_dir: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -200,6 +203,12 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def robust_accuracy(run_dir: Path) -> float:
+    """The expected accuracy under attack, in [0, 1], that a run in `run_dir` has measured; nan where there is none."""
+    robust = (read_results(run_dir) or {}).get("robust")
+    return math.nan if robust is None else float(robust["expected_accuracy"])
+
+
 def mark_done(run_dir: Path) -> None:
     """From here on the run is shown, not continued."""
     (run_dir / "FAILED").unlink(missing_ok=True)
@@ -208,8 +217,7 @@ def mark_done(run_dir: Path) -> None:
 
 def show(run_dir: Path, *, done_before: bool = False) -> None:
     """Print the tables of a finished run, and draw its curves where it has a history."""
-    from rich.console import Console
-
+    from mixadv.console import Console
     from mixadv.report import draw_curves, read_run, show_run
 
     # Names come from files: nothing in them is markup.

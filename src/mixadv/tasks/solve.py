@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from mixadv.attacks.search import Attack
 from mixadv.config import parse_eps
+from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationRecord, confidence_interval, equilibrium_of, evaluate, pool_of

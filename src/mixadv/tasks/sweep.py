@@ -2,6 +2,7 @@
 
 Hydra hands the results of a sweep's jobs to nobody, and stops at the first one that raised. Jobs therefore do not
 raise; they leave an `Outcome` in a hidden folder of the sweep's directory, and the command that started them reads it.
+What they return to Hydra's sweeper is a number.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Sweep(Callback):
         launcher: the class of Hydra's that starts them.
     """
 
-    # The sweep that this process has started.
+    # The sweep that this process has started, and the one that the job in this process belongs to.
     current: Sweep | None = None
+    of_job: Sweep | None = None
 
     def __init__(self) -> None:
         self.directory: Path | None = None
@@ -73,6 +75,7 @@ class Sweep(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """In the job's process: one on this machine stops with the process that started it."""
+        Sweep.of_job = self
         if self.launcher.endswith(".JoblibLauncher") and os.getpid() != self._pid:
             _stop_without(self._pid)
             if os.getppid() != self._pid:
@@ -80,20 +83,19 @@ class Sweep(Callback):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """In the job's process: leave its outcome. A job that raised (a signal) has none."""
-        if self.directory is None:
-            return
-        outcome = job_return._return_value
-        if not isinstance(outcome, Outcome):
-            return
+        """In the job's process, after a job that did not raise."""
+        Sweep.of_job = None
+        if self.directory is not None:
+            # Trainers and their modules refer to each other: memory that a job held is not to fail the next one.
+            gc.collect()
+
+    def leave(self, number: int, outcome: Outcome) -> None:
+        """In the job's process: keep the outcome of job `number` for the process that has started the sweep."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        place = self._folder / f"{config.hydra.job.num}.json"
+        place = self._folder / f"{number}.json"
         temporary = place.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(outcome)))
         os.replace(temporary, place)
-        if outcome.state in (DONE, FAILED):
-            # Trainers and their modules refer to each other: memory that a job held is not to fail the next one.
-            gc.collect()
 
     def outcomes(self) -> list[Outcome]:
         """One for each job, in order; those that left none are looked up in their directories."""

@@ -1,0 +1,78 @@
+"""What Hydra could not compose, said in one line that names the remedy."""
+
+import re
+import sys
+from contextlib import suppress
+
+from omegaconf import DictConfig, OmegaConf
+
+from mixadv.setting_keys import flat_settings
+from mixadv.shipped import config_dir
+from mixadv.unknown_keys import unknown_key
+
+# The launchers and sweepers that Hydra gets from elsewhere, and what installs them.
+LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}
+SWEEPER_PACKAGES = {"optuna": "hydra-optuna-sweeper 'optuna<3'"}
+
+
+def composition_message(error: Exception) -> str:
+    """One line for what Hydra or OmegaConf refused: they spread it over exceptions and lines.
+
+    Args:
+        error: what Hydra's application raised while it composed ``sys.argv``.
+    """
+    from hydra.core.override_parser.overrides_parser import OverrideParseException
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and choice in LAUNCHER_EXTRAS:
+            extra = LAUNCHER_EXTRAS[choice]
+            return f"launch={extra} needs a launcher that is not installed: pip install -e '.[{extra}]'"
+        if group == "hydra/sweeper" and choice in SWEEPER_PACKAGES:
+            return f"{group}={choice} is not installed: pip install {SWEEPER_PACKAGES[choice]}"
+        return f"{group}={choice} is unknown: choose one of {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r} as KEY=VALUE or GROUP=CHOICE; quote values that have spaces or commas"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: give one value, or add -m to sweep over all of them"
+    if lines[0].startswith("Could not override"):
+        name = lines[0].split("'")[1]
+        return unknown_key(name, _known_keys(), _value_of(name))
+    # What follows the first line of a reason are OmegaConf's internals.
+    cause = error.__cause__ or error.__context__
+    reason = str(cause).splitlines()[0] if cause is not None else ""
+    if found := re.fullmatch(r"In '(.+)': \w+ raised while composing config:", lines[0]):
+        key = getattr(cause, "full_key", None)
+        if isinstance(cause, KeyError | AttributeError) and key:
+            reason = unknown_key(key, _known_keys())
+        return f"{found[1]}.yaml: {reason if not key or key in reason else f'{key}: {reason}'}"
+    return lines[0].removeprefix("Error merging override ") + (f": {reason}" if reason else "")
+
+
+def _known_keys() -> set[str]:
+    """The keys and groups of the configuration that the command asks for, as far as it can be composed."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    def composed(choices: list[str]) -> DictConfig:
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=config_dir()):
+            return hydra.compose("config", overrides=choices, return_hydra_config=True)
+
+    cfg = composed([])
+    groups = set(cfg.hydra.runtime.choices)
+    chosen = [word for word in sys.argv[1:] if word.partition("=")[0].lstrip("+") in groups]
+    # Another group may be what is wrong with the command.
+    with suppress(HydraException, OmegaConfBaseException):
+        cfg = composed(chosen)
+    return groups | set(flat_settings(OmegaConf.to_container(cfg, resolve=False)))
+
+
+def _value_of(key: str) -> str | None:
+    """What the command line gives `key`, as text."""
+    words = (word.partition("=") for word in sys.argv[1:])
+    return next((value for name, equals, value in words if equals and name.lstrip("+") == key), None)

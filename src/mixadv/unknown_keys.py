@@ -1,0 +1,121 @@
+"""What to say about a key or a word of the command line that mixadv does not know: its new name, or a likely one."""
+
+import difflib
+from collections.abc import Collection, Mapping
+
+# Keys of version 0.1 and what they are called now; a name without a dot that is a group takes a choice.
+RENAMED = {
+    "schedule.epochs": "trainer.max_epochs",
+    "trainer.nodes": "trainer.num_nodes",
+    "trainer.val_every_epochs": "trainer.check_val_every_n_epoch",
+    "trainer.log_every_steps": "trainer.log_every_n_steps",
+    "trainer.progress": "trainer.enable_progress_bar",
+    "precision": "trainer.precision",
+    "trainer.checkpoint_minutes": "callbacks.checkpoint.train_time_interval.minutes",
+    "trainer.checkpoint_updates": "callbacks.checkpoint.every_n_train_steps",
+    "trainer.micro_batch_size": "micro_batch_size",
+    "optimizer.lr_schedule": "scheduler",
+    "optimizer.milestones": "scheduler.milestones",
+    "optimizer.gamma": "scheduler.gamma",
+    "optimizer.warmup": "scheduler.warmup",
+    "logger.project": "logger.wandb.project",
+    "logger.entity": "logger.wandb.entity",
+    "logger.images": "logger.wandb.images",
+    "logger.init_timeout": "logger.wandb.init_timeout",
+    "logger.finish_timeout": "logger.wandb.finish_timeout",
+    "logger.kind": "logger",
+    "model.name": "model",
+}
+# Values that have another name as well.
+RENAMED_VALUES = {"trainer.precision": {"fp32": "32-true", "bf16": "bf16-mixed"}}
+# Arguments of Lightning's Trainer that would break a run, and why.
+REFUSED = {
+    "trainer.logger": "loggers are a group: logger=wandb, logger=[csv,tensorboard], logger=none",
+    "trainer.callbacks": "callbacks are a group: callbacks=[default,ema], or +callbacks.NAME._target_=CLASS",
+    "trainer.enable_checkpointing": "a run is continued and measured from its checkpoints; callbacks.checkpoint.* sets them",
+    "trainer.accumulate_grad_batches": "one batch is one step of Algorithm 2; micro_batch_size=N serves a large batch in parts",
+    "trainer.barebones": "it switches checkpoints off, and a run is continued and measured from them",
+    "trainer.default_root_dir": "a run writes to its own directory: name=..., or hydra.run.dir=DIR",
+    "trainer.inference_mode": "attacks need gradients where others only measure",
+    "trainer.use_distributed_sampler": "every process makes the same batches and attacks its share of each",
+    "trainer.reload_dataloaders_every_n_epochs": "the stream of batches keeps its own place",
+    "trainer.enable_autolog_hparams": "the settings of a run are logged always",
+    "trainer.model_registry": "mixtures are exported to mixture/ in the run directory",
+}
+# How alike two names are at least, from 0 to 1, before one is taken for a slip of the other.
+ALIKE = 0.75
+# More suggestions than that help nobody.
+SUGGESTIONS = 3
+
+
+def unknown_key(key: str, known: Collection[str], value: str | None = None) -> str:
+    """What to say about `key`, which is unknown.
+
+    Args:
+        key: as it was written, with dots.
+        known: dotted keys and names of groups that there are; `key` itself is passed over.
+        value: what it was given, as text; None where that is not known.
+
+    Returns:
+        One line: its new name if it had another one before, or why it cannot be set, else names that it may be a slip
+        of, if any.
+    """
+    if key in RENAMED:
+        new = RENAMED[key]
+        value = "..." if value is None else RENAMED_VALUES.get(new, {}).get(value, value)
+        return f"{key} is called {new} now: write {new}={value}"
+    if key in REFUSED:
+        return f"{key}: {REFUSED[key]}"
+    likely = _likely(key, known)
+    question = f", did you mean {' or '.join(likely)}?" if likely else ";"
+    return f"{key}: there is no such key{question} `--cfg job` shows all of them, --help the groups"
+
+
+def _likely(key: str, known: Collection[str]) -> list[str]:
+    """The few keys that end in it, else the one most like it."""
+    others = sorted(set(known) - {key})
+    nested = [name for name in others if name.endswith(f".{key}")]
+    if nested:
+        return nested if len(nested) <= SUGGESTIONS else []
+    return difflib.get_close_matches(key, others, n=1, cutoff=ALIKE)
+
+
+def misplaced_word(words: list[str], flags: Mapping[str, bool], tasks: Collection[str]) -> str | None:
+    """What to write instead of the first word that is written as in other programs: ``--eps 0.1``, ``evaluate``.
+
+    Args:
+        words: of the command line, without the program.
+        flags: those that Hydra knows, with their dashes -> whether a value follows.
+        tasks: the names that ``task=`` takes.
+
+    Returns:
+        One line; None where there is no such word.
+    """
+    todo = list(words)
+    while todo:
+        word = todo.pop(0)
+        if word == "--":
+            return None
+        flag = _flag(word, flags)
+        if flag is not None:
+            # Its value follows, unless it is part of the word.
+            if flags[flag] and word == flag and todo:
+                todo.pop(0)
+        elif word.startswith("-") and word.strip("-"):
+            key, equals, value = word.lstrip("-").partition("=")
+            if not equals:
+                value = todo[0] if todo and "=" not in todo[0] and not todo[0].startswith("-") else "VALUE"
+            return f"{word}: there is no such flag; settings have no dashes, write {key.replace('-', '_')}={value}"
+        elif word in tasks:
+            return f"{word} stands alone: write task={word}"
+    return None
+
+
+def _flag(word: str, flags: Mapping[str, bool]) -> str | None:
+    """The flag that `word` is: whole, shortened (``--multi``), or with its value (``--cfg=job``, ``-cjob``)."""
+    if word in flags:
+        return word
+    if word.startswith("--"):
+        name = word.partition("=")[0]
+        return next((flag for flag in flags if flag.startswith(name)), None)
+    return next((flag for flag in flags if word.startswith("-") and flag == word[:2]), None)
