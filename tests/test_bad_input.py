@@ -34,7 +34,7 @@ from mixadv.data.base import ImageCorpus
 from mixadv.errors import UserError
 from mixadv.members import load_members
 from mixadv.models import build_member
-from mixadv.monitor.checkpoints import digest_of, newest
+from mixadv.checkpoint_files import digest_of, newest
 from mixadv.tasks import run_task
 from test_data_cifar10 import BASE, synthetic
 
@@ -131,11 +131,11 @@ COMMANDS = [
     ("eps=", "eps= is not a number", "as eps=8/255"),
     ("L=two", "L=two: ", "Integer"),
     ("seed=1e3", "seed=1e3: ", "Integer"),
-    ("scheduler.milestones=0.5", "scheduler.milestones=0.5: ", "list"),
-    ("callbacks.checkpoint.train_time_interval.minutes=abc", "callbacks.checkpoint.train_time_interval.minutes=abc: ", "Float"),
+    ("scheduler.milestones=0.5", "scheduler.milestones=0.5 must be", "a list"),
+    ("callbacks.checkpoint.train_time_interval.minutes=abc", "callbacks.checkpoint", "minutes"),
     ("loss=mse", "loss=mse is unknown", "choose one of at, trades"),
     ("threat_model=l3", "threat_model=l3 is unknown", "choose one of l2, linf"),
-    ("logger=foo", "logger=foo is unknown", "choose one of csv, wandb"),
+    ("logger=foo", "logger=foo is unknown", "choose one of csv, mlflow, none, tensorboard, wandb"),
     ("protocol=foo", "protocol=foo is unknown", "fast, paper, strict"),
     ("launch=foo", "launch=foo is unknown", "serial"),
     ("launch=parallel", "launch=parallel is for sweeps", "add -m"),
@@ -166,16 +166,27 @@ def test_a_mistyped_command_is_one_line_and_touches_nothing(place, words, start,
 SETTINGS = [
     # Numbers of other kinds, and out of range.
     ("eps=1e999", "eps=inf is not a number", "as eps=8/255"),
-    ("trainer.max_epochs=1000000000", "trainer.max_epochs=1000000000", "at most 1000000"),
-    ("optimizer.lr=0", "optimizer.lr=0", "positive rate"),
-    ("optimizer.momentum=1", "optimizer.momentum=1.0", "below 1"),
-    ("optimizer.weight_decay=nan", "optimizer.weight_decay=nan", "at least 0"),
-    ("scheduler.milestones=[2]", "scheduler.milestones=[2.0]", "shares of the training"),
+    ("optimizer.lr=0", "optimizer: lr=0", "positive rate"),
+    ("optimizer.lr=-0.1", "optimizer: Invalid learning rate", "-0.1"),
+    ("optimizer.lr=nan", "optimizer: lr=nan", "finite"),
+    ("optimizer.lr=fast", "optimizer.lr=fast", "must be a number"),
+    ("optimizer.momentum=-1", "optimizer: Invalid momentum", "-1"),
+    ("optimizer.weight_decay=nan", "optimizer: weight_decay=nan", "finite"),
+    ("optimizer.momentum=0 optimizer.nesterov=true", "optimizer: Nesterov momentum requires", "momentum"),
+    ("+optimizer.foo=1", "optimizer.foo: SGD has no such setting", "lr, momentum"),
+    ("scheduler.milestones=[2]", "scheduler: milestones=[2]", "shares of the training"),
+    ("scheduler.milestones=[nan]", "scheduler: milestones=[nan]", "shares of the training"),
+    ("scheduler.gamma=-1", "scheduler: gamma=-1", "at least 0"),
+    ("scheduler=one_cycle scheduler.warmup=1", "scheduler: warmup=1", "share of the training"),
+    ("scheduler=cosine scheduler.warmup=-0.1", "scheduler: warmup=-0.1", "share of the training"),
+    ("trainer.precision=fp16", "trainer: Precision 'fp16' is invalid", "Allowed"),
+    ("trainer.strategy=fsdp", "trainer.strategy=fsdp cannot train a mixture", "leave it at auto"),
     ("trainer.accelerator=tpu", "trainer.accelerator=tpu is unknown", "auto, cpu, gpu"),
     ("trainer.num_nodes=0", "trainer.num_nodes=0", "at least 1"),
     ("trainer.devices=-2", "trainer.devices=-2", "at least 1"),
     ("trainer.devices=3", "batches of 20 images cannot be divided", "use data.batch_size=18"),
-    ("callbacks.checkpoint.train_time_interval.minutes=nan", "callbacks.checkpoint.train_time_interval.minutes=nan", "at least 0"),
+    ("callbacks.checkpoint=3", "callbacks.checkpoint=3", "with its _target_"),
+    ("+callbacks.mine._target_=mixadv.losses.AT", "callbacks.mine._target_=mixadv.losses.AT", "no Callback"),
     ("trainer.limit_train_batches=[1]", "trainer.limit_train_batches=[1]", "number of batches"),
     # Arguments of classes.
     ("loss=trades loss.beta=-1", "loss: beta is -1", "at least 0"),
@@ -269,7 +280,7 @@ SETTINGS = [
     # Keys and interpolations.
     ("+threat_model.bounds=[0,255]", "threat_model.bounds: there is no such key", "--cfg job"),
     ("+protocol.foo=1", "protocol.foo: there is no such key", "--cfg job"),
-    ("+logger.foo=1", "logger.foo: there is no such key", "--cfg job"),
+    ("+logger.foo=1", "logger.foo=1", "with its _target_"),
     ("mixture=outputs/train/x", "mixture=outputs/train/x", "task=evaluate measures it"),
     ("L='${nothing}'", "L has no value", "say L=..."),
     ("data.batch_size='${oc.env:NOT_SET_ANYWHERE}'", "data.batch_size has no value", "say data.batch_size=..."),
@@ -882,6 +893,8 @@ def test_a_run_whose_last_checkpoint_is_none_is_not_gone_on_with(trained, tmp_pa
     assert not mark.exists()
     after = contents(run)
     assert re.sub(r"\s+", " ", after.pop("FAILED").decode()).strip() == refusal
+    # The log says so as well.
+    assert after.pop("mixadv.log").startswith(before.pop("mixadv.log"))
     # Where it goes on, the history is cut to the checkpoint's step: a refused checkpoint cuts nothing.
     assert after == before
 

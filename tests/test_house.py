@@ -58,15 +58,14 @@ ALLOWED = {
     | {"console"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
-        "evaluation",
-        "ranks",
+        *("checkpoint_files", "data", "evaluation", "export", "ranks", "seeding", "signals"),
     },
     # What watches, keeps and shows.
-    "monitor": {"training", "mixture", "signals", "data"},
-    "monitor.wandb_mirror": {"redaction"},
-    "loggers": {"redaction"},
-    "export": {"mixture", "models", "monitor"},
-    "members": {"export", "mixture", "models", "monitor"},
+    "checkpoint_files": set(),
+    "callbacks": {"training", "checkpoint_files", "signals"},
+    "loggers": {"redaction", "console"},
+    "export": {"mixture", "models", "checkpoint_files", "instantiate"},
+    "members": {"export", "mixture", "models", "checkpoint_files"},
     "report": {"locks", "redaction", "setting_keys", "shipped"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},

@@ -280,6 +280,7 @@ class ImageDataModule(LightningDataModule):
         return self._ordered("test")
 
     def predict_dataloader(self) -> BatchStream:
+        """The test images."""
         return self._ordered("test")
 
     def _ordered(self, split: str) -> BatchStream:

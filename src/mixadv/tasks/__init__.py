@@ -66,6 +66,8 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
             processes.work_in(path)
             with _told_to_stop(cfg):
                 work(cfg, path, state)
+            if cfg.trainer.fast_dev_run:
+                return Ended(True)
             seal(path, settings)
     if state is not State.DONE:
         show(path)

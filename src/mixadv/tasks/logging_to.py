@@ -37,19 +37,20 @@ def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None) -> list[Log
     return built
 
 
+def with_history(loggers: Sequence[Logger], run_dir: Path) -> list[Logger]:
+    """`loggers` with metrics.csv at their head, for Weights & Biases sends what stands there."""
+    return [CSVLogger(run_dir), *(logger for logger in loggers if not isinstance(logger, CSVLogger))]
+
+
 @contextmanager
-def logging_to(cfg: DictConfig, run_dir: Path, sweep: str | None) -> Iterator[list[Logger]]:
-    """The loggers of a run with its settings as hyperparameters; ended with the run's exit code whatever happens."""
-    loggers = build_loggers(cfg, run_dir, sweep)
-    if cfg.task == "train":
-        # It comes first: Weights & Biases sends what stands in metrics.csv.
-        loggers = [CSVLogger(run_dir), *(logger for logger in loggers if not isinstance(logger, CSVLogger))]
+def logging_to(loggers: Sequence[Logger], cfg: DictConfig) -> Iterator[None]:
+    """Give the loggers the settings as hyperparameters; end them with the run's exit code whatever happens."""
     code = 1
     try:
         choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
         for logger in loggers:
             logger.log_hyperparams(flat_config(build.as_dict(cfg), dict(choices), parse_eps(cfg.eps)))
-        yield loggers
+        yield
         code = 0
     except Stopped as stop:
         code = stop.exit_code
@@ -65,12 +66,8 @@ def logging_to(cfg: DictConfig, run_dir: Path, sweep: str | None) -> Iterator[li
 def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path) -> list[Logger]:
     """The loggers of the single model beside a mixture: the same run in Weights & Biases, files of its own elsewhere."""
     mirrors = [logger.baseline() for logger in loggers if isinstance(logger, WandbLogger)]
-    others = [
-        logger
-        for logger in build_loggers(cfg, run_dir, None)
-        if not isinstance(logger, (WandbLogger, CSVLogger))
-    ]
-    return [CSVLogger(run_dir), *others, *mirrors]
+    others = [logger for logger in build_loggers(cfg, run_dir, None) if not isinstance(logger, WandbLogger)]
+    return with_history([*others, *mirrors], run_dir)
 
 
 def log_accuracies(loggers: Sequence[Logger], results: dict[str, Any], step: int) -> None:

@@ -1,7 +1,6 @@
 """``task=train``: a mixture and, with ``baseline=true``, a single model beside it, measured once on the test set."""
 
 import itertools
-import logging
 import os
 import time
 import warnings
@@ -16,11 +15,11 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 
 from mixadv.callbacks import Checkpoints, WholeFiles
 from mixadv.checkpoint_files import LAST, newest, read_checkpoint
 from mixadv.config import parse_eps
+from mixadv.console import Console, quiet_lightning
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
@@ -32,7 +31,14 @@ from mixadv.tasks import build, processes, speed
 from mixadv.tasks.card import model_card
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.estimate import in_words, seconds_per_batch
-from mixadv.tasks.logging_to import log_accuracies, log_examples, logging_to, of_baseline
+from mixadv.tasks.logging_to import (
+    build_loggers,
+    log_accuracies,
+    log_examples,
+    logging_to,
+    of_baseline,
+    with_history,
+)
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
 from mixadv.threat_model import ThreatModel
@@ -63,19 +69,20 @@ class Session:
     recipe: dict[str, Any]
     console: Console
     precision: str
+    # What the module is made of beside its members.
+    parts: dict[str, Any]
     compiled: bool = False
 
 
-def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> bool:
+def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> None:
     """Algorithm 2 as configured, in `run_dir`, from the last checkpoint if it holds one.
+
+    With ``trainer.fast_dev_run`` a few batches run and nothing is kept.
 
     Args:
         cfg: the checked configuration.
         run_dir: a claimed directory, `state` what it holds (not a finished run).
         sweep: name of the sweep this run belongs to.
-
-    Returns:
-        Whether there is a finished run now: not with ``trainer.fast_dev_run``, which keeps nothing.
 
     Raises:
         UserError: data, memory or settings do not allow it, or the loss was not finite.
@@ -83,24 +90,25 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> bo
     first = processes.rank(cfg) == 0
     console = Console(quiet=not first)
     device = build.resolve_device(cfg, processes.place(cfg))
+    # Everything that can be refused is built before data are loaded, the directory is written and loggers begin.
+    parts, loggers = _parts(cfg), build_loggers(cfg, run_dir, sweep)
+    build.build_callbacks(cfg, run_dir)
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     choices = Choices(run_dir, processes.rank(cfg))
     precision, recipe = speed.settle_precision(cfg, device, choices), build.model_recipe(cfg.model, data)
     build.check_own_model(recipe, data)
-    session = Session(cfg, data, device, threat_model, recipe, console, precision)
+    session = Session(cfg, data, device, threat_model, recipe, console, precision, parts)
     _check_division(cfg, data)
     with _memory_errors(cfg):
-        # Everything that can be refused is built once before the directory is written and loggers are started.
         module = _module(session)
         _trainer(session, run_dir, [])
-    protocol = build.build_protocol(cfg)
     if cfg.trainer.fast_dev_run:
         with _memory_errors(cfg):
             _try_out(session, module, run_dir)
-        return False
+        return
     compiled = speed.settle_compilation(
-        cfg, lambda: speed.operations_of_training(cfg, module, protocol, data), device, choices
+        cfg, lambda: speed.operations_of_training(cfg, module, parts["protocol"], data), device, choices
     )
     session = replace(session, compiled=compiled)
 
@@ -110,13 +118,13 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> bo
         write_config(run_dir, cfg)
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
-    with Signals(), logging_to(cfg, run_dir, sweep) as loggers, _memory_errors(cfg):
+    loggers = with_history(loggers, run_dir)
+    with Signals(), logging_to(loggers, cfg), _memory_errors(cfg):
         _train_and_measure(session, module, run_dir, loggers)
         if cfg.baseline:
             _train_baseline(session, run_dir / "baseline", loggers)
     if first:
         mark_done(run_dir)
-    return True
 
 
 def _check_division(cfg: DictConfig, data: ImageDataModule) -> None:
@@ -161,7 +169,7 @@ def _train_baseline(session: Session, run_dir: Path, loggers: Sequence[Logger]) 
     if first:
         run_dir.mkdir(exist_ok=True)
         write_config(run_dir, cfg)
-    single = replace(session, cfg=cfg)
+    single = replace(session, cfg=cfg, parts=session.parts | {"solver": Uniform()})
     own = of_baseline(loggers, cfg, run_dir)
     _train_and_measure(single, _module(single), run_dir, own)
     if first:
@@ -213,10 +221,26 @@ def _train_and_measure(session: Session, module: MixtureTraining, run_dir: Path,
     EvaluationState(run_dir / STATE).clear()
 
 
+def _parts(cfg: DictConfig) -> dict[str, Any]:
+    """What the groups name for the module.
+
+    Raises:
+        UserError: one of them cannot be built.
+    """
+    return {
+        "loss": build.instantiate(cfg.loss, "loss"),
+        "attack": build.build_attack(cfg.attack, "attack"),
+        "validation_attack": build.build_attack(cfg.protocol.validation, "protocol.validation"),
+        "protocol": build.build_protocol(cfg),
+        "solver": build.instantiate(cfg.lambda_solver, "lambda_solver") if cfg.L > 1 else Uniform(),
+        "optimizer": build.instantiate(cfg.optimizer, "optimizer"),
+        "scheduler": build.instantiate(cfg.scheduler, "scheduler"),
+    }
+
+
 def _module(session: Session) -> MixtureTraining:
     """The LightningModule for L members."""
     cfg, data = session.cfg, session.data
-    solver = build.instantiate(cfg.lambda_solver, "lambda_solver") if cfg.L > 1 else Uniform()
     recipe = {
         "L": cfg.L,
         "model": session.recipe,
@@ -233,19 +257,13 @@ def _module(session: Session) -> MixtureTraining:
         return MixtureTraining(
             mixture,
             session.threat_model,
-            loss=build.instantiate(cfg.loss, "loss"),
-            attack=build.build_attack(cfg.attack, "attack"),
-            validation_attack=build.build_attack(cfg.protocol.validation, "protocol.validation"),
-            solver=solver,
+            **session.parts,
             kind=cfg.schedule.kind,
             T_theta=cfg.schedule.T_theta,
-            optimizer=build.instantiate(cfg.optimizer, "optimizer"),
-            scheduler=build.instantiate(cfg.scheduler, "scheduler"),
             gradient_clip_val=cfg.trainer.gradient_clip_val,
             gradient_clip_algorithm=cfg.trainer.gradient_clip_algorithm,
             seed=cfg.seed,
             micro_batch_size=cfg.micro_batch_size,
-            protocol=build.build_protocol(cfg),
             recipe=recipe,
         )
     except ValueError as error:
@@ -275,15 +293,17 @@ def _trainer(session: Session, run_dir: Path, loggers: Sequence[Logger]) -> pl.T
         "use_distributed_sampler": False,
         "plugins": [WholeFiles(), *plugins],
     }
-    with _lightning():
-        return pl.Trainer(**settings)
+    try:
+        with _lightning():
+            return pl.Trainer(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 @contextmanager
 def _lightning() -> Iterator[None]:
     """Lightning's refusals in one line; without what it says that a user cannot act on."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with quiet_lightning(), warnings.catch_warnings():
         for message in IRRELEVANT:
             warnings.filterwarnings("ignore", message=message)
         try:
