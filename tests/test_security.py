@@ -30,9 +30,10 @@ from mixadv.data.image_folder import ImageFolder
 from mixadv.errors import UserError
 from mixadv.evaluation.state import EvaluationState
 from mixadv.export import load_mixture
+from mixadv.loggers import WandbLogger
+from mixadv.loggers.wandb_link import ID_FILE
 from mixadv.members.load import load_members
 from mixadv.monitor.checkpoints import read_checkpoint
-from mixadv.monitor.wandb_mirror import ID_FILE, WandbMirror
 from mixadv.report.files import read_arrays
 from mixadv.shipped import construct
 from mixadv.tasks import build
@@ -66,7 +67,7 @@ ONLY_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", F
 # Methods that unpack what an archive says, wherever it says.
 METHODS = {"extractall", "extract"}
 # Who imports by name: what a person has named, what a configuration has (ours alone), and names of a package's own.
-IMPORTERS = {"export.py", "shipped.py", "tasks/arguments.py", "__init__.py", "data/__init__.py"}
+IMPORTERS = {"export.py", "shipped.py", "tasks/arguments.py", "__init__.py", "data/__init__.py", "loggers/__init__.py"}
 
 
 def calls(tree):
@@ -169,6 +170,7 @@ except PermissionError:
 
 from mixadv.shipped import construct
 # What a constructor may import is imported: that would write caches.
+import fsspec.implementations.chained
 import matplotlib.figure, PIL.Image, scipy.optimize, tarfile, torchvision.datasets, urllib.request, wandb
 targets = sorted({f"{m.__name__}.{n}" for m in modules for n, c in vars(m).items()
                   if isinstance(c, type) and c.__module__.startswith("mixadv.")})
@@ -568,11 +570,11 @@ def test_an_id_that_was_sent_does_not_leave_its_folder(tmp_path, monkeypatch, te
     run = tmp_path / "deep" / "deeper" / "run"
     run.mkdir(parents=True)
     (run / ID_FILE).write_text(text)
-    settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 10}
-    mirror = WandbMirror(run, **settings, console=Console(file=io.StringIO()))
-    mirror.finish(0)
-    assert re.fullmatch(r"[0-9a-f]{8}", mirror.run.id)
-    assert (run / ID_FILE).read_text() == f"{mirror.run.id}\n"
+    logger = WandbLogger(run, project="p", console=Console(file=io.StringIO()))
+    logger.log_hyperparams({})
+    logger.finish(0)
+    assert re.fullmatch(r"[0-9a-f]{8}", logger.run.id)
+    assert (run / ID_FILE).read_text() == f"{logger.run.id}\n"
     written = list(tmp_path.rglob("*.wandb"))
     assert written
     assert all(path.is_relative_to(run / "wandb") for path in written)
@@ -590,11 +592,10 @@ def test_what_lies_in_place_of_the_id_is_not_written_through(tmp_path, monkeypat
         (run / ID_FILE).symlink_to(precious)
     else:
         (run / ID_FILE).mkdir()
-    settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 10}
     said = io.StringIO()
-    mirror = WandbMirror(run, **settings, console=Console(file=said, width=300))
-    mirror.log({"step": 1})
-    mirror.finish(0)
+    logger = WandbLogger(run, project="p", console=Console(file=said, width=300))
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    logger.finish(0)
     assert precious.read_text() == "mine"
     assert ("cannot be used" in said.getvalue()) == (there == "a directory")
 
@@ -614,13 +615,13 @@ def test_settings_of_a_folder_do_not_say_where_the_key_goes(tmp_path, monkeypatc
     try:
         (tmp_path / place / "settings").write_text(f"[default]\nbase_url = {service.url}\n")
         said = io.StringIO()
-        settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 3}
-        mirror = WandbMirror(tmp_path / "run", **settings, console=Console(file=said, width=300))
-        mirror.finish(0)
+        logger = WandbLogger(tmp_path / "run", project="p", init_timeout=3, console=Console(file=said, width=300))
+        logger.log_hyperparams({})
+        logger.finish(0)
         assert service.received == []
     finally:
         service.close()
-    assert mirror.mode == "offline"
+    assert logger.mode == "offline"
     assert "could send your key elsewhere" in said.getvalue()
 
 

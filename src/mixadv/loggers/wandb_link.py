@@ -138,6 +138,7 @@ class Link:
             self.say(f"{SERVICE} {reason}", style="yellow")
 
     def say(self, line: str, style: str = "") -> None:
+        """One line, whatever is in it."""
         self.console.print(Text(line, style=style), soft_wrap=True)
 
     def send(self, number: int, values: Mapping[str, Any], *, commit: bool = True) -> None:
