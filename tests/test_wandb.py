@@ -834,9 +834,13 @@ def test_models_go_to_the_service_by_lightnings_own_way(mirror, service, tmp_pat
     monkeypatch.setattr(made.run, "log_artifact", lambda artifact, aliases: sent.append((artifact.name, aliases)))
     checkpoints = ModelCheckpoint(tmp_path / "kept", monitor="train/loss", every_n_epochs=1)
     fit([CSVLogger(tmp_path / "models"), made], checkpoints, enable_checkpointing=True)
-    made.finish(0)
     assert sent[-1] == (f"model-{made.version}", ["latest", "best"])
     assert len(sent) == (1 if log_model is True else 2)
+    # The single model beside it is another artifact.
+    again = ModelCheckpoint(tmp_path / "kept" / "baseline", monitor="train/loss")
+    fit([CSVLogger(tmp_path / "models" / "baseline"), made.baseline()], again, enable_checkpointing=True)
+    assert sent[-1][0] == f"baseline-{made.version}"
+    made.finish(0)
     assert warnings_of(made) == []
 
 

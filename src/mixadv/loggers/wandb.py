@@ -195,9 +195,17 @@ class WandbLogger(pl_loggers.WandbLogger):
         self._attempt_online(lambda: parent(status))
 
     def _attempt_online(self, action: Callable[[], object]) -> None:
-        # An offline folder would hold a copy of every checkpoint.
+        def send() -> None:
+            # An offline folder would hold a copy of every checkpoint.
+            if self.mode != "online":
+                return
+            # Else they would be versions of the mixture's.
+            if self._mixture is not None:
+                self._checkpoint_name = f"baseline-{self.run.id}"
+            action()
+
         if self._log_model:
-            self._attempt(lambda: self.mode == "online" and action(), but="the model")
+            self._attempt(send, but="the model")
 
     # --- what is ours --------------------------------------------------------------------------------------
 
@@ -206,7 +214,8 @@ class WandbLogger(pl_loggers.WandbLogger):
         view = object.__new__(WandbLogger)
         view.__dict__.update(self.__dict__)
         view._directory, view._namespace = self._directory / "baseline", "baseline/"
-        view._rows, view._mixture, view._checkpoint_callbacks = RowReader(view._directory / FILE), self, {}
+        view._rows, view._mixture = RowReader(view._directory / FILE), self
+        view._checkpoint_callbacks, view._checkpoint_name = {}, None
         self._views.append(view)
         return view
 
