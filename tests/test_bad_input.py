@@ -285,9 +285,9 @@ SETTINGS = [
     ("L='${nothing}'", "L has no value", "say L=..."),
     ("data.batch_size='${oc.env:NOT_SET_ANYWHERE}'", "data.batch_size has no value", "say data.batch_size=..."),
     # The mirror: known before the training, not after it.
-    ("logger=wandb logger.wandb.images=abc", "logger.wandb.images=abc", "a whole number of at least 0"),
-    ("logger=wandb logger.wandb.init_timeout=0", "logger.wandb.init_timeout=0", "positive number of seconds"),
-    ("logger=wandb logger.wandb.project=a/b", "logger.wandb.project=a/b", "without /"),
+    ("logger=wandb logger.wandb.images=abc", "logger.wandb.images=abc", "a whole number"),
+    ("logger=wandb logger.wandb.init_timeout=0", "logger.wandb: init_timeout=0", "positive number of seconds"),
+    ("logger=wandb logger.wandb.project=a/b", "logger.wandb: project=a/b", "without /"),
     ("logger=wandb logger.wandb.entity=3", "logger.wandb.entity=3", "must be text"),
 ]
 

@@ -27,13 +27,14 @@ from rich.console import Console
 from conftest import TINY
 from evaluated_run import write_evaluation
 from mixadv.data.image_folder import ImageFolder
+from mixadv.checkpoint_files import read_checkpoint
 from mixadv.errors import UserError
 from mixadv.evaluation.state import EvaluationState
 from mixadv.export import load_mixture
 from mixadv.instantiate import held_to_mixadv, instantiate
+from mixadv.loggers import WandbLogger
+from mixadv.loggers.wandb_link import ID_FILE
 from mixadv.members.load import load_members
-from mixadv.monitor.checkpoints import read_checkpoint
-from mixadv.monitor.wandb_mirror import ID_FILE, WandbMirror
 from mixadv.report.files import read_arrays
 from mixadv.tasks import build
 from wandb_service import Service
@@ -65,8 +66,10 @@ FORBIDDEN = {
 ONLY_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 # Methods that unpack what an archive says, wherever it says.
 METHODS = {"extractall", "extract"}
-# Who imports by name: what a person has named, and names of a package's own.
-IMPORTERS = {"export.py", "instantiate.py", "__init__.py", "data/__init__.py"}
+# Who imports by name: what a person has named, names of a package's own, and what a checkpoint may name (ours alone).
+IMPORTERS = {"export.py", "instantiate.py", "__init__.py", "data/__init__.py", "loggers/__init__.py"} | {
+    "training/recorded.py"
+}
 # Who builds what settings name: those that a person gave, after a record was held to mixadv's own classes.
 BUILDERS = {"instantiate.py"}
 
@@ -172,6 +175,7 @@ except PermissionError:
     works = acts.pop("import") == ["subprocess.Popen"]
 
 # What a constructor may import is imported: that would write caches.
+import fsspec.implementations.chained
 import matplotlib.figure, PIL.Image, scipy.optimize, tarfile, torchvision.datasets, urllib.request, wandb
 targets = sorted({f"{m.__name__}.{n}" for m in modules for n, c in vars(m).items()
                   if isinstance(c, type) and c.__module__.startswith("mixadv.")})
@@ -595,11 +599,11 @@ def test_an_id_that_was_sent_does_not_leave_its_folder(tmp_path, monkeypatch, te
     run = tmp_path / "deep" / "deeper" / "run"
     run.mkdir(parents=True)
     (run / ID_FILE).write_text(text)
-    settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 10}
-    mirror = WandbMirror(run, **settings, console=Console(file=io.StringIO()))
-    mirror.finish(0)
-    assert re.fullmatch(r"[0-9a-f]{8}", mirror.run.id)
-    assert (run / ID_FILE).read_text() == f"{mirror.run.id}\n"
+    logger = WandbLogger(run, project="p", console=Console(file=io.StringIO()))
+    logger.log_hyperparams({})
+    logger.finish(0)
+    assert re.fullmatch(r"[0-9a-f]{8}", logger.run.id)
+    assert (run / ID_FILE).read_text() == f"{logger.run.id}\n"
     written = list(tmp_path.rglob("*.wandb"))
     assert written
     assert all(path.is_relative_to(run / "wandb") for path in written)
@@ -617,11 +621,10 @@ def test_what_lies_in_place_of_the_id_is_not_written_through(tmp_path, monkeypat
         (run / ID_FILE).symlink_to(precious)
     else:
         (run / ID_FILE).mkdir()
-    settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 10}
     said = io.StringIO()
-    mirror = WandbMirror(run, **settings, console=Console(file=said, width=300))
-    mirror.log({"step": 1})
-    mirror.finish(0)
+    logger = WandbLogger(run, project="p", console=Console(file=said, width=300))
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    logger.finish(0)
     assert precious.read_text() == "mine"
     assert ("cannot be used" in said.getvalue()) == (there == "a directory")
 
@@ -641,13 +644,13 @@ def test_settings_of_a_folder_do_not_say_where_the_key_goes(tmp_path, monkeypatc
     try:
         (tmp_path / place / "settings").write_text(f"[default]\nbase_url = {service.url}\n")
         said = io.StringIO()
-        settings = {"project": "p", "entity": None, "name": "n", "group": None, "config": {}, "init_timeout": 3}
-        mirror = WandbMirror(tmp_path / "run", **settings, console=Console(file=said, width=300))
-        mirror.finish(0)
+        logger = WandbLogger(tmp_path / "run", project="p", init_timeout=3, console=Console(file=said, width=300))
+        logger.log_hyperparams({})
+        logger.finish(0)
         assert service.received == []
     finally:
         service.close()
-    assert mirror.mode == "offline"
+    assert logger.mode == "offline"
     assert "could send your key elsewhere" in said.getvalue()
 
 

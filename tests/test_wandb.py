@@ -15,16 +15,21 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import PIL.Image
 import pytest
+import pytorch_lightning as pl
+import torch
 import wandb
 import yaml
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from torch.utils.data import DataLoader
 
-from conftest import OUTSIDE, TINY
+from conftest import OUTSIDE, QUIET, TINY
 from mixadv.errors import UserError
-from mixadv.loggers import MetricsFile, WandbLogger
-from mixadv.loggers import wandb as logger_module
-from mixadv.loggers.wandb import ID_FILE, SUPERSEDED
+from mixadv.loggers import CSVLogger, MetricsFile, WandbLogger, wandb_link
+from mixadv.loggers.wandb_link import ID_FILE, SUPERSEDED
 from mixadv.training import MixtureTraining
 from wandb_service import BLOCK, Offline, Service
 
@@ -226,6 +231,7 @@ def test_every_curve_has_one_axis(mirror, monkeypatch, tmp_path):
     class Run:
         id = "x"
         starting_step = 0
+        config = property(lambda self: {})
 
         def define_metric(self, name, step_metric=None, hidden=None):
             defined.append((name, step_metric, hidden))
@@ -329,21 +335,29 @@ def test_a_key_is_found_where_wandb_keeps_it(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     host = urlsplit(wandb.Settings().base_url).hostname
-    assert not logger_module._has_key()
+    assert not wandb_link._has_key()
     (tmp_path / ".netrc").write_text("machine example.org login user password x\n")
-    assert not logger_module._has_key()
+    assert not wandb_link._has_key()
     (tmp_path / ".netrc").write_text(f"machine {host} login user password {SECRET}\n")
-    assert logger_module._has_key()
+    assert wandb_link._has_key()
     (tmp_path / ".netrc").write_text("this is no netrc {")
-    assert not logger_module._has_key()
+    assert not wandb_link._has_key()
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    assert logger_module._has_key()
+    assert wandb_link._has_key()
 
 
 def test_an_unknown_mode_is_refused_in_one_line(mirror, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sideways")
     with pytest.raises(UserError, match="WANDB_MODE=sideways"):
         mirror("mode")
+
+
+def kill_the_background_process():
+    """Of wandb, whatever it is doing."""
+    popened = [thing for thing in gc.get_objects() if type(thing) is subprocess.Popen]
+    (process,) = [one for one in popened if str(one.args[0]).endswith("wandb-core") and one.poll() is None]
+    process.kill()
+    process.wait()
 
 
 # --- faults ------------------------------------------------------------------------------------------------
@@ -448,10 +462,7 @@ def test_a_service_that_goes_away_is_waited_for_no_longer_than_asked(mirror, ser
 def test_a_background_process_that_dies_is_told_once_and_the_next_run_has_another(mirror, tmp_path, capfd):
     made = mirror("dead")
     play(made, tmp_path / "dead", losses(0, 3))
-    popened = [thing for thing in gc.get_objects() if type(thing) is subprocess.Popen]
-    (process,) = [one for one in popened if str(one.args[0]).endswith("wandb-core") and one.poll() is None]
-    process.kill()
-    process.wait()
+    kill_the_background_process()
     play(made, tmp_path / "dead", losses(3, 300))
     made.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)
     made.summary(RESULTS)
@@ -682,6 +693,258 @@ def test_a_session_that_sends_no_row_still_holds_the_run(mirror, tmp_path):
     assert after.column("step") == [0, 1, 2, 3]
     assert after.column("baseline/step") == [0, 1, 2]
 
+
+# --- in a stock Trainer ------------------------------------------------------------------------------------
+
+
+class Module(pl.LightningModule):
+    """Two layers; logs each step under the training's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.save_hyperparameters({"width": 2, "callable": max})
+        self.layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def training_step(self, batch, batch_idx):
+        loss = self(batch).square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Chatty(pl.Callback):
+    """Logs by itself, with a step of its own and without, as callbacks of others do."""
+
+    def on_train_start(self, trainer, pl_module):
+        for logger in trainer.loggers[-1:]:
+            logger.experiment.log({"early": 1})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        logger = trainer.loggers[-1]
+        logger.experiment.log({"theirs": batch_idx}, step=1000 + batch_idx)
+        if batch_idx == 1:
+            logger.log_image("picture", [np.zeros((4, 4, 3), np.uint8)])
+            logger.experiment.log({"other": 5})
+
+
+def fit(loggers, *callbacks, epochs=2, **arguments):
+    torch.manual_seed(0)
+    trainer = pl.Trainer(
+        **{**QUIET, "logger": loggers, **arguments}, max_epochs=epochs, log_every_n_steps=1, callbacks=list(callbacks)
+    )
+    trainer.fit(Module(), DataLoader(torch.arange(16.0).reshape(8, 2) / 16, 2))
+    return trainer
+
+
+def test_behind_the_csv_logger_a_stock_trainer_sends_each_row_once_whatever_others_log(mirror, tmp_path):
+    folder = tmp_path / "stock"
+    made = mirror("stock", config={"eps": 0.5})
+    fit([CSVLogger(folder), made], Chatty(), LearningRateMonitor("step"))
+    # A fit is not the end of the run.
+    made.summary(RESULTS)
+    made.finish(0)
+    offline = Offline(folder)
+    same_rows(offline, folder)
+    count = len(rows_of(folder))
+    assert offline.numbers == list(range(count))
+    assert offline.column("theirs") == [0, 1, 2, 3] * 2
+    assert (offline.column("early"), offline.column("other")) == ([1], [5, 5])
+    assert [row["_step"] for row in offline.history if "picture/_type" in row] == [
+        row["_step"] for row in offline.history if "other" in row
+    ]
+    assert offline.summary["test/robust_accuracy"] == 0.5
+    assert offline.config["eps"] == 0.5
+    assert offline.config["width"] == 2
+    assert offline.exit_code == 0
+    assert warnings_of(made) == []
+    # Behind the end there is nobody.
+    made.experiment.log({"late": 1})
+    made.log_metrics({"late": 1}, 3)
+    made.finish(1)
+
+
+def test_alone_it_sends_what_a_stock_trainer_gives_it(mirror, tmp_path):
+    made = mirror("alone")
+    fit(made)
+    made.experiment.log({"theirs": 1})
+    made.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)
+    made.finish(0)
+    offline = Offline(tmp_path / "alone")
+    assert offline.column("trainer/global_step") == list(range(8))
+    assert len(offline.column("train/loss")) == 8
+    assert offline.column("theirs") == [1]
+    assert any("examples/nrows" in row for row in offline.history)
+    assert warnings_of(made) == []
+
+
+def test_it_connects_when_it_is_used_and_never_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("connected"))
+    made = WandbLogger(tmp_path)
+    assert (made.run, made.name, made.version, made.save_dir) == (None, "mixadv", None, str(tmp_path))
+    made.finish(0)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    made.log_hyperparams({"eps": 1})
+    made.log_metrics({"a": 1}, 1)
+    made.experiment.log({"a": 1})
+    made.log_graph(Module())
+    made.finish(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("watch", ["all", {"log": "gradients", "log_freq": 2}])
+def test_a_watched_module_shows_its_gradients_beside_the_rows(mirror, tmp_path, watch):
+    folder = tmp_path / "watched"
+    made = mirror("watched", watch={"log": watch, "log_freq": 2} if isinstance(watch, str) else watch)
+    fit([CSVLogger(folder), made])
+    made.finish(0)
+    offline = Offline(folder)
+    names = {key.split("/layer")[0].split("/graph")[0] for row in offline.history for key in row}
+    assert ("gradients" in names, "parameters" in names) == (True, watch == "all")
+    same_rows(offline, folder)
+    assert warnings_of(made) == []
+    assert wandb.run is None
+
+
+def test_a_watched_module_trains_on_where_the_background_process_dies(mirror, tmp_path, capfd):
+    folder = tmp_path / "watched"
+    made = mirror("watched", watch={"log_freq": 1})
+
+    class Kill(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                kill_the_background_process()
+
+    trainer = fit([CSVLogger(folder), made], Kill(), Chatty(), epochs=40)
+    made.finish(0)
+    assert trainer.global_step == 160
+    assert len(rows_of(folder)) == 160
+    assert len(warnings_of(made)) == 1, said(made)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("log_model", [True, "all"])
+def test_models_go_to_the_service_by_lightnings_own_way(mirror, service, tmp_path, monkeypatch, log_model):
+    made = mirror("models", log_model=log_model)
+    sent = []
+    monkeypatch.setattr(made.run, "log_artifact", lambda artifact, aliases: sent.append((artifact.name, aliases)))
+    checkpoints = ModelCheckpoint(tmp_path / "kept", monitor="train/loss", every_n_epochs=1)
+    fit([CSVLogger(tmp_path / "models"), made], checkpoints, enable_checkpointing=True)
+    assert sent[-1] == (f"model-{made.version}", ["latest", "best"])
+    assert len(sent) == (1 if log_model is True else 2)
+    # The single model beside it is another artifact.
+    again = ModelCheckpoint(tmp_path / "kept" / "baseline", monitor="train/loss")
+    fit([CSVLogger(tmp_path / "models" / "baseline"), made.baseline()], again, enable_checkpointing=True)
+    assert sent[-1][0] == f"baseline-{made.version}"
+    made.finish(0)
+    assert warnings_of(made) == []
+
+
+def test_models_that_the_service_refuses_stop_nothing(mirror, service, tmp_path, capfd):
+    made = mirror("models", log_model=True)
+    checkpoints = ModelCheckpoint(tmp_path / "kept")
+    trainer = fit([CSVLogger(tmp_path / "models"), made], checkpoints, enable_checkpointing=True)
+    made.finish(0)
+    assert trainer.global_step == 8
+    assert any("CreateArtifact" in text for text in service.received)
+    assert len(service.column("train/loss")) == 8
+    assert capfd.readouterr().out == ""
+
+
+def test_offline_no_model_is_kept(mirror, tmp_path, monkeypatch):
+    made = mirror("models", log_model="all")
+    monkeypatch.setattr(made.run, "log_artifact", lambda *_, **__: pytest.fail("kept"))
+    fit([CSVLogger(tmp_path / "models"), made], ModelCheckpoint(tmp_path / "kept"), enable_checkpointing=True)
+    made.finish(0)
+    assert warnings_of(made) == []
+
+
+def test_a_lost_service_leaves_a_dummy(mirror, monkeypatch, tmp_path):
+    made = mirror("lost")
+    monkeypatch.setattr(made.run, "log", lambda *_, **__: 1 / 0)
+    play(made, tmp_path / "lost", losses(0, 1))
+    assert made.experiment.anything("goes") is None
+    fit([CSVLogger(tmp_path / "lost"), made], Chatty())
+    assert len(warnings_of(made)) == 1
+
+
+# --- results without a training ----------------------------------------------------------------------------
+
+
+def test_results_are_tables_and_figures(mirror, tmp_path):
+    made = mirror("results", config={"eps": 0.1})
+    picture = tmp_path / "curves.png"
+    PIL.Image.new("RGB", (4, 4)).save(picture)
+    results = {
+        **RESULTS,
+        "members": [{"clean": 0.75, "robust": 0.25}, {"clean": 0.5, "robust": 0.125}],
+        "averaged_twin": {"clean": 0.8, "robust": 0.2},
+        "attacks": {"pgd-20": {"expected_accuracy": 0.6, "settings": {}}},
+    }
+    made.summary(results)
+    made.log_results(results, [picture, tmp_path / "missing.png"])
+    made.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)
+    made.finish(0)
+    offline = Offline(tmp_path / "results")
+    (row,) = offline.history
+    assert row["_step"] == 0
+    assert (row["results/nrows"], row["attacks/nrows"], row["examples/nrows"]) == (4, 1, 1)
+    assert row["figures/curves/_type"] == "image-file"
+    assert not any("missing" in key for key in row)
+    (path,) = offline.folder.glob("files/media/table/results_*.json")
+    assert json.loads(path.read_text())["data"] == [
+        ["mixture", 0.5, 0.5],
+        ["member 0", 0.75, 0.25],
+        ["member 1", 0.5, 0.125],
+        ["averaged twin", 0.8, 0.2],
+    ]
+    assert offline.summary["test/robust_accuracy"] == 0.5
+    assert warnings_of(made) == []
+
+
+def test_results_that_cannot_be_sent_stop_nothing(mirror, monkeypatch):
+    made = mirror("results")
+    monkeypatch.setattr(wandb, "Table", lambda **_: 1 / 0)
+    made.log_results(RESULTS)
+    assert "did not take the tables (ZeroDivisionError" in said(made)
+    made.summary(RESULTS)
+    made.finish(0)
+
+
+# --- settings ----------------------------------------------------------------------------------------------
+
+
+def test_names_of_the_constructor_and_of_the_environment_arrive(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_NOTES", "from the shell")
+    monkeypatch.setenv("WANDB_PROJECT", "shell")
+    # It reads its environment once.
+    wandb.teardown()
+    arguments = {"project": None, "tags": ("a", "b"), "group": "g", "job_type": "train", "id": "abcd1234"}
+    made = mirror("named", **arguments, settings={"x_stats_sampling_interval": 30.0})
+    assert made.run.settings.x_stats_sampling_interval == 30
+    made.finish(0)
+    run = Offline(tmp_path / "named").run
+    assert (list(run.tags), run.run_group, run.job_type, run.run_id) == (["a", "b"], "g", "train", "abcd1234")
+    assert (run.notes, run.project) == ("from the shell", "shell")
+    monkeypatch.setenv("WANDB_TAGS", "c,d")
+    wandb.teardown()
+    other = mirror("other")
+    other.finish(0)
+    assert list(Offline(tmp_path / "other").run.tags) == ["c", "d"]
+    wandb.teardown()
+
+
+def test_offline_may_be_said_by_the_constructor(mirror, service, tmp_path):
+    made = mirror("said", offline=True)
+    assert made.mode == "offline"
+    assert service.received == []
+
+
+# --- stopped and continued, through the command line ---------------------------------------------------------
 
 # Weights phases, members' rows and validations; batches t = 1 to 8 or more, two epochs.
 STOPPED = ("logger=wandb", "logger.wandb.images=2", "trainer.log_every_n_steps=2", "callbacks.checkpoint.every_n_train_steps=6", "L=3")

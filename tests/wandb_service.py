@@ -68,13 +68,15 @@ class Offline:
             records = read_records(path)
         of_kind = {
             kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
-            for kind in ("history", "run", "summary", "exit", "metric", "preempting")
+            for kind in ("history", "run", "config", "summary", "exit", "metric", "preempting")
         }
         self.folder = path.parent
         self.history = [items_of(entry.item) for entry in of_kind["history"]]
         self.numbers = [row["_step"] for row in self.history]
         self.run = of_kind["run"][0]
-        self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
+        self.config = {}
+        for update in (self.run.config, *of_kind["config"]):
+            self.config.update(items_of(update.update))
         self.summary: dict[str, Any] = {}
         for entry in of_kind["summary"]:
             self.summary.update(items_of(entry.update))

@@ -111,18 +111,19 @@ class MetricsFile:
 
         Args:
             step: number of the last batch done.
-            validated: False where the validation after that batch, if any, is still to come: its row goes too.
+            validated: False where the validation after that batch, if any, is still to come: its row goes too, and
+                what follows it.
 
         Returns:
             The rows that stay.
         """
-
-        def happened(row: dict[str, str]) -> bool:
+        kept, is_over = [], False
+        for row in self.rows():
             own = int(row["step"])
-            is_validation = any(name.startswith("val/") and cell for name, cell in row.items())
-            return own < step or (own == step and (validated or not is_validation))
-
-        kept = [row for row in self.rows() if happened(row)]
+            if own == step and not validated:
+                is_over |= any(name.startswith("val/") and cell for name, cell in row.items())
+            if own < step or (own == step and not is_over):
+                kept.append(row)
         self._write(kept)
         return kept
 

@@ -4,93 +4,25 @@ Online with a key, offline without. The run's id is kept in the run directory, a
 in metrics.csv: a run that was stopped and continued goes on in the same Weights & Biases run, where each row is once.
 """
 
-import netrc
+import math
 import os
 import re
-import secrets
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytorch_lightning.loggers as pl_loggers
 from pytorch_lightning.loggers.logger import DummyExperiment, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
-from rich.text import Text
 from torch import nn
 
 from mixadv.errors import UserError
 from mixadv.loggers.metrics_file import FILE, RowReader, as_numbers
-from mixadv.redaction import shown
+from mixadv.loggers.wandb_link import Link
 
-ID_FILE = "wandb-run-id.txt"
 MODES = ("online", "offline", "disabled")
-SERVICE = "Weights & Biases"
-# Offline folders that a later session has replaced; `wandb sync` without arguments does not look there.
-SUPERSEDED = "superseded"
-# The shell's codes of programs that a signal has ended lie above.
-SIGNALLED = 128
-SENT_SETTINGS = (Path("wandb/settings"), Path(".wandb/settings"))
-LAUNCH = "wandb.sdk.launch.inputs.internal"
-
-
-class _Link:
-    """The connection that a logger and its views share; of all that goes wrong, the first thing is told.
-
-    wandb reports to it instead of the terminal: the program hears nothing else of errors of the background process.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.mode: str | None = None
-        self.run: Any = None
-        self.is_tried = False  # the connection
-        self.known = 0  # records below this number are there already
-        self.told = False  # something failed
-        self.lost = False  # nothing more is sent
-        self.ended = False
-        self.listening = False  # before and after, what wandb reports is an exception as well
-        self.follows = True  # metrics.csv, or else whatever is logged
-        self.defined: set[str] = set()  # metrics whose axis the service knows
-
-    def attempt(self, action: Callable[[], object], *, but: str | None = None) -> None:
-        """Do it, unless something vital has failed before; vital is what has no name `but` is missing alone."""
-        if self.lost:
-            return
-        try:
-            action()
-        except Exception as error:  # whatever the service does, the training and its local files go on
-            self.lost = but is None
-            missing = f"did not take {but}" if but else "stopped taking values"
-            self.tell(f"{missing} ({type(error).__name__}: {shown(error)}); the local files are complete")
-
-    def tell(self, reason: str) -> None:
-        """One warning a run."""
-        if not self.told:
-            self.told = True
-            self.say(f"{SERVICE} {reason}", style="yellow")
-
-    def say(self, line: str, style: str = "") -> None:
-        self.console.print(Text(line, style=style), soft_wrap=True)
-
-    def send(self, number: int, values: Mapping[str, Any], *, commit: bool = True) -> None:
-        """Record `number` of the run, unless the service has it from an earlier session."""
-        if number >= self.known:
-            self.run.log(dict(values), step=number, commit=commit)
-
-    def info(self, message: str) -> None:
-        """Nothing that anybody waits for."""
-
-    def warning(self, message: str) -> None:
-        """Something did not arrive."""
-        if self.listening:
-            self.tell(f"did not take everything ({shown(message)}); the local files are complete")
-
-    error = warning
 
 
 class _Experiment:
@@ -99,14 +31,11 @@ class _Experiment:
     Numbers of records are those of rows; a record between two rows, or with another number, would shut rows out.
     """
 
-    def __init__(self, link: _Link) -> None:
-        self.__dict__["_link"] = link
+    def __init__(self, link: Link) -> None:
+        self._link = link
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link.run, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._link.run, name, value)
 
     def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         how = {"commit": False} if self._link.follows else {"step": step, "commit": commit}
@@ -132,22 +61,24 @@ class WandbLogger(pl_loggers.WandbLogger):
     Args:
         save_dir: the run's directory. Files go to save_dir/wandb, the run's id to save_dir/wandb-run-id.txt.
         project: where it is shown; by default WANDB_PROJECT, or else "mixadv".
-        entity, name, group, tags, notes, job_type: as in `wandb.init`; None leaves them to WANDB_ENTITY, WANDB_NAME
-            and so on.
-        log_model: True uploads checkpoints at the end of a fit, "all" whenever one is saved; see Lightning's logger.
-            Offline none is kept.
+        entity, group: as in `wandb.init`; None leaves them to WANDB_ENTITY and WANDB_RUN_GROUP.
         watch: None, or what is logged of the module: "gradients", "parameters", "all", or a dict of arguments of
-            `watch` (``{"log": "all", "log_freq": 500}``).
+            `watch` (``{"log": "all", "log_freq": 500}``). Parameters are logged in the module's `forward`: a module
+            that never calls itself shows gradients alone.
         offline: True for offline. Otherwise WANDB_MODE says it, and without WANDB_MODE whether there is a key.
         settings: arguments of `wandb.Settings` which replace ours.
         init_timeout: seconds to wait for the service before going on offline.
         finish_timeout: seconds to wait at the end until the service has everything.
         images: rows of the table of example images that the caller of `images` should make; kept as `num_images`.
         console: for the one line that says how to see the curves, and for one warning; by default the terminal.
-        kwargs: further arguments of Lightning's logger (``id``, ``checkpoint_name``, ...) and of `wandb.init`.
+        kwargs: of Lightning's logger and of `wandb.init`, under their names: ``name, tags, notes, job_type, id,
+            config``, which WANDB_NAME, WANDB_TAGS and so on set where they are left out; and
+            ``log_model``: True uploads checkpoints at the end of a fit, "all" whenever one is saved. Offline none is
+            kept.
 
     Raises:
         UserError: WANDB_MODE is none of online, offline and disabled.
+        ValueError: an argument is out of its range.
         MisconfigurationException: log_model with offline=True.
     """
 
@@ -157,12 +88,7 @@ class WandbLogger(pl_loggers.WandbLogger):
         *,
         project: str | None = None,
         entity: str | None = None,
-        name: str | None = None,
         group: str | None = None,
-        tags: Sequence[str] | None = None,
-        notes: str | None = None,
-        job_type: str | None = None,
-        log_model: Any = False,
         watch: str | Mapping[str, Any] | None = None,
         offline: bool | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -172,33 +98,29 @@ class WandbLogger(pl_loggers.WandbLogger):
         console: Console | None = None,
         **kwargs: Any,
     ) -> None:
+        asked = os.environ.get("WANDB_MODE") or None
+        if asked not in (None, *MODES):
+            raise UserError(f"WANDB_MODE={asked} is unknown: choose one of {', '.join(MODES)}, or leave it unset")
         # Lightning's constructor sets `_experiment`, which is the link's.
-        self._link = _Link(console or Console())
-        self.num_images = images
+        self._link = Link(console or Console(), "offline" if offline and asked != "disabled" else asked)
+        project = project or os.environ.get("WANDB_PROJECT") or "mixadv"
+        if not re.fullmatch(r"[^/\\#?%:]{1,128}", project):
+            raise ValueError(f"project={project} must be 1 to 128 characters without / \\ # ? % :")
+        for name, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"{name}={seconds} must be a positive number of seconds")
+        if images < 0:
+            raise ValueError(f"images={images} must be at least 0")
         super().__init__(
-            name=name,
-            save_dir=save_dir,
-            offline=bool(offline),
-            project=project or os.environ.get("WANDB_PROJECT") or "mixadv",
-            log_model=log_model,
-            entity=entity,
-            group=group,
-            tags=None if tags is None else list(tags),
-            notes=notes,
-            job_type=job_type,
-            **kwargs,
+            save_dir=save_dir, project=project, offline=bool(offline), entity=entity, group=group, **kwargs
         )
+        self.num_images = images
         self._watch: dict[str, Any] = {"log": watch} if isinstance(watch, str) else dict(watch or {})
         self._settings = {"init_timeout": init_timeout, "finish_timeout": finish_timeout, **(settings or {})}
         self._directory, self._namespace = Path(save_dir), ""
         self._rows, self._offset = RowReader(self._directory / FILE), 0
         self._mixture: WandbLogger | None = None
         self._views = [self]
-        asked = os.environ.get("WANDB_MODE")
-        if asked and asked not in MODES:
-            raise UserError(f"WANDB_MODE={asked} is unknown: choose one of {', '.join(MODES)}, or leave it unset")
-        self._link.mode = "offline" if offline and asked != "disabled" else asked or None
-        self._link.lost = asked == "disabled"
 
     # --- the connection ------------------------------------------------------------------------------------
 
@@ -227,78 +149,11 @@ class WandbLogger(pl_loggers.WandbLogger):
 
         Its `log` never raises, and what it gets becomes part of the next row, whatever `step` and `commit` are.
         """
-        self._connect()
+        self._link.connect(self._wandb_init, self._settings)
         return DummyExperiment() if self._link.lost else _Experiment(self._link)
 
-    def _connect(self) -> None:
-        """Start online if there is a key, else or failing that offline, failing that not at all; at the first call."""
-        link = self._link
-        if link.is_tried or link.lost or link.run is not None:
-            return
-        link.is_tried = True
-        # wandb's reports of its own errors would fail, and say so, where the service does.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        os.environ.setdefault("WANDB_SILENT", "true")
-        refused = ""
-        # Exceptions are the service's, the network's, the disk's, and what libraries make of them.
-        try:
-            self._wandb_init["id"] = self._id = self._id or _kept_id(Path(str(self.save_dir)) / ID_FILE)
-            # wandb would take from there where the key is sent, and through whom: a folder may come with one.
-            sent = [path for path in SENT_SETTINGS if path.exists()]
-            if sent and link.mode != "offline":
-                refused, link.mode = f"{sent[0]} could send your key elsewhere: move it to ~/.config/wandb", "offline"
-            link.mode = link.mode or ("online" if _has_key() else "offline")
-            if link.mode == "online":
-                try:
-                    link.run = self._start("online")
-                    link.known = link.run.starting_step
-                except Exception as error:
-                    refused, link.mode = shown(error), "offline"
-                    _release()
-            if link.mode == "offline":
-                link.run = self._start("offline")
-        except Exception as error:
-            link.run, link.lost = None, True
-            link.tell(f"cannot be used ({refused or shown(error)}); the local files are complete")
-            return
-        if refused:
-            link.tell(f"cannot be reached ({refused}); going on offline")
-            # What befalls the offline file is another matter.
-            link.told = False
-        link.listening = True
-        if link.mode == "online":
-            link.say(f"{SERVICE}: {getattr(link.run, 'url', '')}")
-
-    def _start(self, mode: Any) -> Any:
-        import wandb
-
-        wandb.setup()
-        wandb.termsetup(wandb.Settings(silent=True), self._link)
-        ours = {
-            "finish_timeout_raises": True,
-            "silent": True,
-            "console": "off",
-            # Remotes of checkouts may hold passwords; versions and commit are in results.json.
-            "disable_git": True,
-            "x_save_requirements": False,
-            # In a sweep, never the run of the job before.
-            "reinit": "create_new",
-        }
-        # Offline files continue nothing.
-        but = {"resume"} if mode == "offline" else set()
-        arguments = {name: v for name, v in self._wandb_init.items() if v is not None and name not in but}
-        # What wandb looks through for inputs of W&B Launch takes half as long to import as the rest; it goes on
-        # without. None is what Python takes for a module that cannot be imported.
-        modules: dict[str, Any] = sys.modules
-        blocked = modules.setdefault(LAUNCH, None) is None
-        try:
-            return wandb.init(mode=mode, settings=wandb.Settings(**{**ours, **self._settings}), **arguments)
-        finally:
-            if blocked:
-                del modules[LAUNCH]
-
     def _attempt(self, action: Callable[[], object], *, but: str | None = None) -> None:
-        self._connect()
+        self._link.connect(self._wandb_init, self._settings)
         self._link.attempt(action, but=but)
 
     # --- what Lightning calls ------------------------------------------------------------------------------
@@ -306,11 +161,6 @@ class WandbLogger(pl_loggers.WandbLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         """Store plain containers in the run's config; what cannot be stored is told, and the run goes on."""
-        if not self._link.is_tried and isinstance(params, Mapping):
-            # With the start of the run: the config is there even where the run is killed at once.
-            self._wandb_init["config"] = {**(self._wandb_init.get("config") or {}), **params}
-            self._connect()
-            return
         parent = super().log_hyperparams
         self._attempt(lambda: parent(params), but="the settings")
 
@@ -360,11 +210,17 @@ class WandbLogger(pl_loggers.WandbLogger):
         self._attempt_online(lambda: parent(status))
 
     def _attempt_online(self, action: Callable[[], object]) -> None:
-        # An offline folder would hold a copy of every checkpoint.
+        def send() -> None:
+            # An offline folder would hold a copy of every checkpoint.
+            if self.mode != "online":
+                return
+            # Else they would be versions of the mixture's.
+            if self._mixture is not None:
+                self._checkpoint_name = f"baseline-{self.run.id}"
+            action()
+
         if self._log_model:
-            self._connect()
-            if self.mode == "online":
-                self._link.attempt(action, but="the model")
+            self._attempt(send, but="the model")
 
     # --- what is ours --------------------------------------------------------------------------------------
 
@@ -373,7 +229,8 @@ class WandbLogger(pl_loggers.WandbLogger):
         view = object.__new__(WandbLogger)
         view.__dict__.update(self.__dict__)
         view._directory, view._namespace = self._directory / "baseline", "baseline/"
-        view._rows, view._mixture, view._checkpoint_callbacks = RowReader(view._directory / FILE), self, {}
+        view._rows, view._mixture = RowReader(view._directory / FILE), self
+        view._checkpoint_callbacks, view._checkpoint_name = {}, None
         self._views.append(view)
         return view
 
@@ -483,76 +340,18 @@ class WandbLogger(pl_loggers.WandbLogger):
         Args:
             exit_code: of the program: 0 shows as finished, others as failed.
         """
-        link = self._link
-        if link.run is None or link.ended:
+        if self._link.run is None or self._link.ended:
             return
         for view in self._views:
-            link.attempt(view._follow)
-        if exit_code > SIGNALLED:
-            link.attempt(link.run.mark_preempting)
-        # Also where values were lost: the next job of a sweep must not meet an open run.
-        lost, link.lost = link.lost, False
-        link.attempt(lambda: link.run.finish(exit_code=exit_code))
-        link.listening = False
-        folder = Path(link.run.settings.sync_dir)
-        if link.lost:
-            _release()
-        elif not (lost or link.told):
-            link.attempt(lambda: _set_aside(folder, link.run.id))
+            self._link.attempt(view._follow)
+        self._link.finish(exit_code)
         if self._watch:
             import wandb
 
             wandb.run = None
-        if link.mode == "offline" or link.told:
-            state = "is offline" if link.mode == "offline" else "is not complete"
-            link.say(f"{SERVICE} {state}; to upload: wandb sync {os.path.relpath(folder)}")
-        # What comes after the end goes nowhere.
-        link.lost = link.ended = True
 
 
 def _table(columns: list[str | int], rows: list[list[Any]]) -> Any:
     import wandb
 
     return wandb.Table(columns=columns, data=rows)
-
-
-def _has_key() -> bool:
-    """Whether `wandb login` or the environment left a key."""
-    import wandb
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url).hostname
-    try:
-        return netrc.netrc(path).authenticators(host or "") is not None
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return False
-
-
-def _kept_id(path: Path) -> str:
-    """The run's id, kept in `path`; a new one where there is none. It becomes part of a folder's name."""
-    kept = path.read_text(errors="replace").strip() if path.is_file() and not path.is_symlink() else ""
-    if not re.fullmatch(r"\w{4,64}", kept, re.ASCII):
-        kept = secrets.token_hex(4)
-        # Renamed into place: a link that came with the folder is replaced, not followed.
-        temporary = path.with_name(f".{path.name}.{kept}")
-        temporary.write_text(kept + "\n")
-        os.replace(temporary, path)
-    return kept
-
-
-def _set_aside(folder: Path, run_id: str) -> None:
-    """Move the run's other offline folders, whose rows are all in `folder` or uploaded, out of the way."""
-    # Of two that began in one second, the later has a number behind the id.
-    for other in set(folder.parent.glob(f"offline-run-*-{run_id}*")) - {folder}:
-        (folder.parent / SUPERSEDED).mkdir(exist_ok=True)
-        os.replace(other, folder.parent / SUPERSEDED / other.name)
-
-
-def _release() -> None:
-    """End wandb's background process, which may hold the id of a run that did not start, or be dead already."""
-    import wandb
-
-    with suppress(Exception):  # of a process that is gone; the next run starts another one
-        wandb.teardown()
