@@ -149,7 +149,10 @@ def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 annotation = _hints(function).get(parameter.name, Any)
                 found.setdefault(parameter.name, parameter.replace(annotation=annotation))
-        if function is object.__init__ or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        if function is object.__init__:
+            # Nobody above took all that ``**others`` holds: it goes elsewhere.
+            return found, function is not functions[0]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return found, False
     return found, True
 
