@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mixadv.checkpoint_files import read_checkpoint
 from mixadv.main import main
-from mixadv.monitor.checkpoints import read_checkpoint
 
 RUN = (
     "logger=csv",
@@ -51,7 +51,11 @@ RUN = (
     "protocol.diagnosed=0",
     "trainer.accelerator=cpu",
     "trainer.enable_progress_bar=false",
+    # Callbacks of Lightning's own keep their state as well.
+    "callbacks=[default,ema,early_stopping,lr_monitor]",
     "callbacks.checkpoint.every_n_train_steps=1",
+    "callbacks.ema.decay=0.9",
+    "callbacks.early_stopping.patience=1",
     "L=3",
     "eps=0.1",
     "seed=7",
@@ -203,13 +207,14 @@ def signals(root, reference, seconds, draw):
 
 def memory(root, reference, seconds, draw):
     """1,000 checkpoints, 10,000 weights phases: resident memory and open files before and after."""
+    from mixadv.callbacks import WholeFiles
+
     from mixadv.attacks import PGD
     from mixadv.lambda_solvers import OracleSubgradient
     from mixadv.losses import AT
     from mixadv.mixture import Mixture
     from mixadv.mixture_game import MixtureGame
     from mixadv.models import build_member
-    from mixadv.monitor.checkpoints import WholeFiles
     from mixadv.threat_model import ThreatModel
 
     torch.set_num_threads(1)

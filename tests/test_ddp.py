@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixadv.monitor.checkpoints import read_checkpoint
+from mixadv.checkpoint_files import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # No batch norm: each process would see the statistics of its own half. 30 test images in batches of 8: two rounds,

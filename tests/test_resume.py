@@ -1,28 +1,24 @@
 """A training that was stopped and continued ends where the uninterrupted one ends, bit for bit."""
 
 import csv
-import io
 import json
 import os
-import random
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from mixadv import config
 from mixadv.attacks import pgd
+from mixadv.callbacks import Checkpoints
+from mixadv.checkpoint_files import digest_of, newest, read_checkpoint
 from mixadv.errors import UserError
 from mixadv.export import load_mixture
-from mixadv.lambda_solvers import Uniform
-from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
-from mixadv.monitor.checkpoints import Checkpoints, digest_of, newest, read_checkpoint
-from mixadv.monitor.history import History
 from mixadv.signals import Stopped as ToldToStop
 from mixadv.tasks import train as task
 from mixadv.tasks.run_directory import State
@@ -102,13 +98,13 @@ def configured(compose):
 
 @pytest.fixture(scope="module")
 def train(configured):
-    """train(setting, directory): the task, without the tables at its end; a checkpoint every so many updates."""
+    """train(setting, directory): the task, without the tables at its end; a checkpoint every so many batches."""
 
-    def run(setting, directory, checkpoint_updates=None):
+    def run(setting, directory, every=None):
         started = (directory / "config.yaml").exists()
         directory.mkdir(exist_ok=True)
         cfg = configured[setting].copy()
-        cfg.trainer.checkpoint_updates = checkpoint_updates
+        cfg.callbacks.checkpoint.every_n_train_steps = every
         task.train(cfg, directory, State.UNFINISHED if started else State.NEW, None)
         return directory
 
@@ -132,16 +128,16 @@ def stop_at(patch, where):
     """Raise at a point of the training, in the middle of what the program does there."""
     kind, count = where
     if kind == "batch":
-        original = History.on_train_batch_end
+        original = Checkpoints.on_train_batch_end
 
         def after_batch(self, trainer, pl_module, *arguments):
-            original(self, trainer, pl_module, *arguments)
             if pl_module.t == count:
-                with self.file.path.open("a") as file:
+                with (Path(self.dirpath).parent / "metrics.csv").open("a") as file:
                     file.write("0.77,12,3")  # a line that was being written
                 raise Stopped
+            original(self, trainer, pl_module, *arguments)
 
-        patch.setattr(History, "on_train_batch_end", after_batch)
+        patch.setattr(Checkpoints, "on_train_batch_end", after_batch)
     else:
         original = Checkpoints.on_train_epoch_end
 
@@ -177,7 +173,7 @@ def history(directory):
 
 def results(directory):
     found = json.loads((directory / "results.json").read_text())
-    del found["seconds"], found["config"]["trainer"]["checkpoint_updates"]
+    del found["seconds"], found["config"]["callbacks"]["checkpoint"]["every_n_train_steps"]
     for attack in found["attacks"].values():
         del attack["seconds"], attack["seconds_on_parts"]
     return found
@@ -255,7 +251,7 @@ def test_a_run_stopped_inside_its_epochs(train, whole, tmp_path, monkeypatch, se
     def save_and_stop(self, trainer, module):
         saved(self, trainer, module)
         # The last state of all is the end of the training, not of an epoch.
-        if module.t not in stops and not trainer.datamodule.train_dataloader().between_epochs:
+        if module.t not in stops and trainer.datamodule.train_dataloader().batches_left != module.batches_per_epoch:
             stops.append(module.t)
             raise Stopped
 
@@ -336,7 +332,7 @@ def test_a_second_interrupt_inside_an_update_keeps_the_last_checkpoint(train, wh
 
     monkeypatch.setattr(torch.optim.SGD, "step", and_two_signals)
     with pytest.raises(ToldToStop):
-        train("at-oracle-shared", tmp_path / "run", 3)
+        train("at-oracle-shared", tmp_path / "run", 1)
     # L=3: the eighth update is in the middle of the third batch; every batch has left a checkpoint.
     assert len(calls) == 8
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["mixadv"]["t"] == 2
@@ -405,7 +401,7 @@ def test_measured_members_are_those_of_the_best_epoch(whole):
     exported = load_mixture(directory / "mixture").state_dict()
     assert differences({f"mixture.{name}": t for name, t in exported.items()}, state["state_dict"]) == []
     rows = [row for row in history(directory) if row["val/robust_accuracy"]]
-    scores = [(float(row["val/robust_accuracy"]), float(row["val/clean_accuracy"])) for row in rows]
+    scores = [float(row["val/robust_accuracy"]) for row in rows]
     assert results(directory)["best_epoch"] == pytest.approx(float(rows[scores.index(max(scores))]["epoch"]))
 
 
@@ -531,61 +527,16 @@ def test_other_files_are_no_checkpoints(tmp_path):
         read_checkpoint(tmp_path / "tensor.ckpt")
 
 
-def module(count):
-    torch.manual_seed(0)
-    return MixtureTraining(
-        Mixture([build_member("linear", num_classes=10, image_shape=(1, 8, 8)) for _ in range(count)]),
-        loss=AT(),
-        threat_model=ThreatModel("linf", 0.1),
-        attack=task.build.PGD(num_steps=1),
-        validation_attack=task.build.PGD(num_steps=1),
-        solver=Uniform(),
-        updates_per_member=5,
-        total_batches=5,
-    )
+def test_checkpoints_of_another_mixture_or_program_are_refused(whole):
+    checkpoint = read_checkpoint(whole("at-lp-shared") / "checkpoints" / "last.ckpt")
 
+    def module(count):
+        members = [build_member("linear", num_classes=10, image_shape=(1, 8, 8)) for _ in range(count)]
+        return MixtureTraining(Mixture(members), ThreatModel("linf", 0.1))
 
-def test_draws_go_on_from_a_checkpoint():
-    first, second = module(3), module(3)
-    first.attack_generator = torch.Generator().manual_seed(first.seed + 1)
-    for _ in range(13):
-        first.schedule.members_at(first.member_generator)
-        torch.rand(4, generator=first.attack_generator)
-    first.t, first.member_updates = 14, [6, 5, 2]
-    numpy_random = np.random.random_sample
-    for draw in (random.random, numpy_random, lambda: float(torch.rand(()))):
-        draw()
-    checkpoint = {}
-    first.on_save_checkpoint(checkpoint)
-    file = io.BytesIO()
-    torch.save(checkpoint, file)
-    file.seek(0)
-    expected = [random.random(), numpy_random(), float(torch.rand(()))]
-    second.on_load_checkpoint(torch.load(file, weights_only=True))
-    assert (second.t, second.member_updates) == (14, [6, 5, 2])
-    assert [random.random(), numpy_random(), float(torch.rand(()))] == expected
-    ours, theirs = ([m.schedule.members_at(m.member_generator)[0] for _ in range(30)] for m in (second, first))
-    assert ours == theirs
-    assert len(set(ours)) == 3
-    # Loaded before the device was known, the noise of the attacks goes on from there too.
-    second.trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    second.setup("fit")
-    assert torch.equal(second.attack_generator.get_state(), first.attack_generator.get_state())
-
-
-def test_checkpoints_of_another_mixture_or_program_are_refused():
-    first = module(2)
-    first.attack_generator = torch.Generator()
-    checkpoint = {}
-    first.on_save_checkpoint(checkpoint)
-    with pytest.raises(UserError, match="holds 2 members, not L=3"):
-        module(3).on_load_checkpoint(checkpoint)
+    module(3).on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="holds 3 members, not L=2"):
+        module(2).on_load_checkpoint(checkpoint)
     for foreign in ({}, {"mixadv": {**checkpoint["mixadv"], "schema": 99}}):
         with pytest.raises(UserError, match="resume=never"):
-            module(2).on_load_checkpoint(foreign)
+            module(3).on_load_checkpoint(foreign)

@@ -110,9 +110,10 @@ class MetricsFile:
         """Drop the rows of what happened after batch `step`: a resumed run makes them again.
 
         Args:
-            step: number of the last batch done.
+            step: number of the last batch done; 0 keeps nothing, for the training writes its first row again.
             validated: False where the validation after that batch, if any, is still to come: its row goes too, and
-                what follows it.
+                what follows it. Rows of callbacks at `step`, which have no ``member_updates``, belong to the next
+                batch: Lightning counts a batch when it is done.
 
         Returns:
             The rows that stay.
@@ -122,7 +123,8 @@ class MetricsFile:
             own = int(row["step"])
             if own == step and not validated:
                 is_over |= any(name.startswith("val/") and cell for name, cell in row.items())
-            if own < step or (own == step and not is_over):
+            of_callback = row.get("member_updates") == ""
+            if own < step or (own == step > 0 and not is_over and not of_callback):
                 kept.append(row)
         self._write(kept)
         return kept

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from mixadv.config import check
-from mixadv.console import say
 from mixadv.signals import Signals, Stopped, requeue
 
 
@@ -87,6 +86,9 @@ def _told_to_stop(cfg: DictConfig) -> Iterator[None]:
             yield
     except Stopped as stop:
         if stop.signum == signal.SIGUSR1:
+            # Rich, which the console is made of, costs --help time.
+            from mixadv.console import say
+
             requeue(say)
         raise
 
