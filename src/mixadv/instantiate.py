@@ -169,7 +169,8 @@ def check_arguments(
     name_of_factory = getattr(factory, "__name__", type(factory).__name__)
     for name in (str(name) for name in settings if name not in (TARGET, *SPECIAL)):
         if name not in taken and not any_other:
-            raise UserError(f"{key}.{name}: {name_of_factory} has no such setting; it has {', '.join(taken) or 'none'}")
+            has = f"{name_of_factory} has no such setting; it has {', '.join(taken) or 'none'}"
+            raise UserError(f"{key}.{name}: {has}. Where the group sets it, ~{key}.{name} takes it away")
     for name, parameter in taken.items():
         if name in settings:
             _check_value(f"{key}.{name}", settings[name], parameter.annotation)
