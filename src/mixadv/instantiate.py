@@ -5,6 +5,7 @@ their own, may name any class or function: `instantiate` builds it, as Hydra doe
 anywhere (the record of a mixture) is held to the classes of mixadv by `held_to_mixadv` before anything is built.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -123,7 +124,8 @@ def named(target: Any, key: str) -> Callable[..., Any]:
         else:
             said = f"cannot be imported ({type(last).__name__}: {_first_line(last)}{_place(last)})"
         raise UserError(f"{key}.{TARGET}={target!r} {said}") from error
-    return found.func
+    # A module may hold a function with some of its arguments given already.
+    return functools.partial(found.func, *found.args, **found.keywords) if found.args or found.keywords else found.func
 
 
 def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -142,9 +144,10 @@ def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         except ValueError:
             # Written in C: the call itself tells.
             return found, True
+        hints = _hints(function)
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                annotation = _hints(function).get(parameter.name, Any)
+                annotation = hints.get(parameter.name, Any)
                 found.setdefault(parameter.name, parameter.replace(annotation=annotation))
         if function is object.__init__ or not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return found, False

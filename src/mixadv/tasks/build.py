@@ -188,7 +188,8 @@ def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
     if "factory" not in recipe:
         return
     name = recipe_name(recipe)
-    count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], data.val_images[:2] / 255)
+    images = data.train_images[[0, -1]] / 255
+    count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], images)
     if count != data.num_classes:
         raise UserError(f"model: {name} tells {count} classes apart, but {data.name} has {data.num_classes}")
 
