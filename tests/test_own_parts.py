@@ -117,6 +117,20 @@ def test_an_own_model_is_trained_exported_and_evaluated_again(own):
     assert results_of(again)["weights"] == results_of(path)["weights"]
 
 
+def test_mixtures_of_own_models_are_members_where_the_model_is_named(own):
+    for seed in (0, 1):
+        run(own, f"model=linear model._target_=mine.ConvNet seed={seed} L=1 schedule.epochs=1 name=run{seed}")
+    words = [*(w for w in TINY if w.startswith(("protocol", "trainer", "logger"))), "task=solve", "lambda_solver=lp"]
+    words += ["members=[outputs/train/run0,outputs/train/run1]", "name=weighed"]
+    assert run_command(own, *words).refusal().endswith("or model._target_=mine.ConvNet beside members=[...]")
+    finished = run_command(own, *words, "model=linear", "model._target_=mine.ConvNet")
+    assert finished.rc == 0, finished.err
+    solved = load_mixture(own / "outputs" / "solve" / "weighed", factories=["mine:ConvNet"])
+    for member, seed in zip(solved.members, (0, 1), strict=True):
+        (trained,) = load_mixture(own / "outputs" / "train" / f"run{seed}", factories=["mine:ConvNet"]).members
+        assert torch.equal(member.head.weight, trained.head.weight)
+
+
 def test_an_own_model_goes_on_from_its_checkpoint_and_is_shown_when_done(own):
     text = "model=linear model._target_=mine.ConvNet name=twice"
     path = run(own, text)
@@ -269,6 +283,19 @@ def test_parameters_alone_fit_an_own_model(own):
     assert results_of(alone)["clean"]["expected_accuracy"] == results_of(path)["members"][1]["clean"]
     record = json.loads((own / "outputs" / "evaluate" / "alone" / "results.json").read_text())
     assert record["members"][0]["note"].startswith("with the normalisation of its factory")
+
+
+def test_old_and_new_runs_of_one_model_are_one_setting():
+    from mixadv.report.settings import described
+
+    old, new = {"name": "resnet18", "width": 64}, {"_target_": "mixadv.models.resnet18", "width": 64}
+    assert described({"model": old}) == described({"model": new}) == {"model.name": "resnet18", "model.width": "64"}
+
+
+def test_a_function_with_some_arguments_given_is_a_model(own):
+    (own / "parts.py").write_text("import functools, mine\nthree = functools.partial(mine.ConvNet, channels=3)\n")
+    path = run(own, "model=linear model._target_=parts.three schedule.epochs=1 name=three")
+    assert load_mixture(path, factories=["parts:three"]).members[0].conv.out_channels == 3
 
 
 def test_a_nested_part_is_built_and_a_name_of_a_package_is_no_hurdle(own):

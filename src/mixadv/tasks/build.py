@@ -153,7 +153,8 @@ def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> 
     Args:
         model: the settings, with the factory as ``_target_``.
         data: loaded.
-        statistics: whether mean and std belong to what the data fixes.
+        statistics: whether mean and std belong to what the data fixes; without them, a factory of the user's own may
+            lack arguments.
 
     Raises:
         UserError: no such factory, or arguments that it does not take.
@@ -173,7 +174,7 @@ def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> 
     taken, _ = building.arguments_of(factory)
     fixed["in_channels"] = data.image_shape[0]
     arguments = {key: value for key, value in fixed.items() if key in taken} | settings
-    building.check_arguments(factory, arguments, "model")
+    building.check_arguments(factory, arguments, "model", given_later=not statistics)
     parts = target.split(".")
     depth = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in sys.modules)
     return {"factory": f"{'.'.join(parts[:depth])}:{'.'.join(parts[depth:])}", "arguments": arguments}
