@@ -364,7 +364,7 @@ def test_an_evaluation_takes_what_the_command_says_over_what_was_trained(trained
     assert found["num_examples"] == 20
     assert found["config"]["data"]["num_train"] == 200
     assert found["config"]["data"]["_target_"] == "mixadv.data.digits.Digits"
-    assert found["config"]["model"]["name"] == "linear"
+    assert found["config"]["model"] == {"_target_": "mixadv.models.linear"}
     assert found["attacks"]["pgd-20"]["settings"]["num_steps"] == 3
     assert found["config"]["eps"] == 0.2
 

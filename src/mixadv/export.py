@@ -316,9 +316,10 @@ def _check_factories(where: object, recipes: Sequence[dict[str, Any]], factories
     if unnamed:
         k, first = unnamed[0]
         every = ",".join(dict.fromkeys([*factories, *(factory for _, factory in unnamed)]))
-        raise UserError(
-            f"{where}: member {k} is built by {first} (code that is not in this file): name it, members=[{every}]"
-        )
+        remedy = f"members=[{every}]"
+        if "arguments" in recipes[k]:
+            remedy += f" beside mixture=..., or model._target_={first.replace(':', '.')} beside members=[...]"
+        raise UserError(f"{where}: member {k} is built by {first} (code that is not in this file): name it, {remedy}")
 
 
 def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], factories: Sequence[str]) -> Mixture:

@@ -5,6 +5,7 @@ their own, may name any class or function: `instantiate` builds it, as Hydra doe
 anywhere (the record of a mixture) is held to the classes of mixadv by `held_to_mixadv` before anything is built.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -123,7 +124,8 @@ def named(target: Any, key: str) -> Callable[..., Any]:
         else:
             said = f"cannot be imported ({type(last).__name__}: {_first_line(last)}{_place(last)})"
         raise UserError(f"{key}.{TARGET}={target!r} {said}") from error
-    return found.func
+    # A module may hold a function with some of its arguments given already.
+    return functools.partial(found.func, *found.args, **found.keywords) if found.args or found.keywords else found.func
 
 
 def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -145,9 +147,10 @@ def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         except ValueError:
             # Written in C: the call itself tells.
             return found, True
+        hints = _hints(function)
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                annotation = _hints(function).get(parameter.name, Any)
+                annotation = hints.get(parameter.name, Any)
                 found.setdefault(parameter.name, parameter.replace(annotation=annotation))
         if function is object.__init__:
             # Nobody above took all that ``**others`` holds: it goes elsewhere.
@@ -175,7 +178,8 @@ def check_arguments(
     name_of_factory = getattr(factory, "__name__", type(factory).__name__)
     for name in (str(name) for name in settings if name not in (TARGET, *SPECIAL)):
         if name not in taken and not any_other:
-            raise UserError(f"{key}.{name}: {name_of_factory} has no such setting; it has {', '.join(taken) or 'none'}")
+            has = f"{name_of_factory} has no such setting; it has {', '.join(taken) or 'none'}"
+            raise UserError(f"{key}.{name}: {has}. Where the group sets it, ~{key}.{name} takes it away")
     for name, parameter in taken.items():
         if name in settings:
             _check_value(f"{key}.{name}", settings[name], parameter.annotation)

@@ -169,7 +169,8 @@ def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> 
     Args:
         model: the settings, with the factory as ``_target_``.
         data: loaded.
-        statistics: whether mean and std belong to what the data fixes.
+        statistics: whether mean and std belong to what the data fixes; without them, a factory of the user's own may
+            lack arguments.
 
     Raises:
         UserError: no such factory, or arguments that it does not take.
@@ -189,7 +190,7 @@ def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> 
     taken, _ = building.arguments_of(factory)
     fixed["in_channels"] = data.image_shape[0]
     arguments = {key: value for key, value in fixed.items() if key in taken} | settings
-    building.check_arguments(factory, arguments, "model")
+    building.check_arguments(factory, arguments, "model", given_later=not statistics)
     parts = target.split(".")
     depth = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in sys.modules)
     return {"factory": f"{'.'.join(parts[:depth])}:{'.'.join(parts[depth:])}", "arguments": arguments}
@@ -204,7 +205,8 @@ def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
     if "factory" not in recipe:
         return
     name = recipe_name(recipe)
-    count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], data.val_images[:2] / 255)
+    images = data.train_images[[0, -1]] / 255
+    count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], images)
     if count != data.num_classes:
         raise UserError(f"model: {name} tells {count} classes apart, but {data.name} has {data.num_classes}")
 

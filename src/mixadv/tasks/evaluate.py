@@ -12,9 +12,10 @@ from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
-from mixadv.export import member_recipes, recipe_name
+from mixadv.export import member_recipes
 from mixadv.members import LoadedMember, recorded_config
 from mixadv.mixture import Mixture
+from mixadv.models import MODELS
 from mixadv.report import write_report
 from mixadv.tasks import build, processes, speed
 from mixadv.tasks.choices import Choices
@@ -134,8 +135,16 @@ def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) ->
     merged = build.as_recorded(cfg, config, said, cfg.mixture)
     merged.L = int(config["L"])
     recipes = config.get("models") or [config["model"]]
-    merged.model = {"_target_": ", ".join(dict.fromkeys(map(recipe_name, recipes)))}
+    merged.model = {"_target_": ", ".join(dict.fromkeys(map(_target, recipes)))}
     return merged
+
+
+def _target(recipe: dict[str, Any]) -> str:
+    """What the configuration of a training says of the model with this recipe."""
+    if "factory" in recipe:
+        return recipe["factory"].replace(":", ".")
+    factory = MODELS[recipe["name"]]
+    return f"{factory.__module__}.{factory.__name__}"
 
 
 def as_named(cfg: DictConfig, overrides: list[str]) -> DictConfig:

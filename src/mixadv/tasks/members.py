@@ -7,6 +7,7 @@ from torch import Tensor
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
+from mixadv.export import factories_of
 from mixadv.members import LoadedMember, check_members, load_members, recorded_config, with_unique_names
 from mixadv.tasks import build
 
@@ -52,8 +53,10 @@ def named_members(cfg: DictConfig, data: ImageDataModule, x: Tensor, device: tor
     # The statistics of these images need not be those that a foreign network was trained with: only what was said.
     recipe = build.model_recipe(cfg.model, data, statistics=False)
     named = [str(source) for source in cfg.members]
+    # A factory among the members is called without arguments; one that needs some is named as the model.
+    factories = [*named, *factories_of({"model": recipe})]
     members = with_unique_names(
-        [m for source in named for m in load_members(source, default_recipe=recipe, device=device, factories=named)]
+        [m for source in named for m in load_members(source, default_recipe=recipe, device=device, factories=factories)]
     )
     num_classes = check_members(members, x)
     if num_classes != data.num_classes:
