@@ -119,6 +119,8 @@ def test_lightnings_own_handler_is_held_back_for_a_while(monkeypatch):
     handler = logging.StreamHandler(page)
     monkeypatch.setattr(own, "handlers", [handler])
     monkeypatch.setattr(own, "propagate", False)
+    monkeypatch.setattr(own, "level", logging.INFO)
+    own.manager._clear_cache()
     with quiet_lightning():
         own.warning("advice")
         own.error("defect")

@@ -372,7 +372,7 @@ def test_a_sweeper_that_searches_is_told_of_failures_and_they_are_run_again(best
     assert "Traceback" not in finished.err
 
 
-def test_jobs_without_a_robust_accuracy_return_nan(best, command, monkeypatch):
+def test_jobs_without_a_robust_accuracy_return_nan(command, monkeypatch):
     returned = []
     real = Sweep.on_job_end
 
@@ -394,8 +394,10 @@ def test_jobs_without_a_robust_accuracy_return_nan(best, command, monkeypatch):
     assert 0 <= returned[0] <= 1
 
 
-def test_the_shipped_search_needs_a_sweeper_and_names_it(command, tmp_path):
+def test_the_shipped_search_needs_a_sweeper_and_names_it(command, monkeypatch):
     """What the file says beyond its sweeper is Hydra's and Optuna's own."""
+    command("--cfg", "job")
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml", raising=False)
     refusal = command("-m", "hparams_search=optuna", *DIGITS).refusal()
     assert refusal == "hydra/sweeper=optuna is not installed: pip install hydra-optuna-sweeper 'optuna<3'"
     keys = yaml.safe_load((ROOT / "conf" / "hparams_search" / "optuna.yaml").read_text())["hydra"]["sweeper"]["params"]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from mixadv.config import check
-from mixadv.console import say
 from mixadv.signals import Signals, Stopped, requeue
 
 
@@ -85,6 +84,8 @@ def _told_to_stop(cfg: DictConfig) -> Iterator[None]:
             yield
     except Stopped as stop:
         if stop.signum == signal.SIGUSR1:
+            from mixadv.console import say
+
             requeue(say)
         raise
 
