@@ -135,8 +135,8 @@ def test_configurations_build_classes_of_this_package_and_nothing_else():
             targets.setdefault(found, path.relative_to(ROOT / "conf").parts[0])
     assert targets
     ours = {name for name in targets if name.startswith("mixadv.")}
-    # How jobs of a sweep are started is Hydra's, and chosen by the command line alone.
-    assert {targets[name] for name in set(targets) - ours} <= {"launch"}
+    # How jobs of a sweep are started and drawn is Hydra's, and chosen by the command line alone.
+    assert {targets[name] for name in set(targets) - ours} <= {"launch", "hparams_search"}
     assert "mixadv.tasks.sweep.Sweep" in ours
 
 
