@@ -893,8 +893,9 @@ def test_a_run_whose_last_checkpoint_is_none_is_not_gone_on_with(trained, tmp_pa
     assert not mark.exists()
     after = contents(run)
     assert re.sub(r"\s+", " ", after.pop("FAILED").decode()).strip() == refusal
-    # The log says so as well.
-    assert after.pop("mixadv.log").startswith(before.pop("mixadv.log"))
+    log = after.pop("mixadv.log")
+    assert log.startswith(before.pop("mixadv.log"))
+    assert log.decode().endswith(f"[ERROR] {refusal}\n")
     # Where it goes on, the history is cut to the checkpoint's step: a refused checkpoint cuts nothing.
     assert after == before
 

@@ -1,7 +1,10 @@
 """Sweeps: what runs, what is passed over, what is told at the end; one after the other, in parallel, on a cluster."""
 
+import copy
 import csv
+import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -10,11 +13,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.sweeper import Sweeper
 from PIL import Image
 
 from conftest import OUTSIDE
@@ -22,6 +31,7 @@ from mixadv.config import run_name
 from mixadv.locks import DirectoryLock
 from mixadv.report import read_run
 from mixadv.tasks import build, train
+from mixadv.tasks.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 # Less than a second for each job.
@@ -282,6 +292,118 @@ def test_the_report_tells_running_failed_unfinished_and_done_apart(command, tmp_
     assert f"running: pid {os.getpid()} on " in report.out
 
 
+# --- sweepers that search ----------------------------------------------------------------------------------
+
+
+class BestOfThree(Sweeper):
+    """Runs three jobs one after the other, and takes the one with the largest number."""
+
+    # Hydra takes plugins from there alone.
+    __module__ = "hydra_plugins.best"
+    told: ClassVar[list] = []
+
+    def __init__(self, key, values):
+        self.key, self.values = key, values
+
+    def setup(self, *, hydra_context, task_function, config):
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        scores = {}
+        for number, value in enumerate(self.values):
+            (job,) = self.launcher.launch([[f"{self.key}={value}", *arguments]], initial_job_idx=number)
+            if job.status is JobStatus.COMPLETED:
+                assert type(job.return_value) is float
+                scores[value] = job.return_value
+        self.told.append((max(scores, key=scores.get), scores))
+
+
+@pytest.fixture
+def best(command, monkeypatch):
+    """best(values): `-m hydra/sweeper=best` over them; the command's end, the best one and all numbers."""
+    command("--cfg", "job")
+    if importlib.util.find_spec("hydra_plugins") is None:
+        monkeypatch.setitem(sys.modules, "hydra_plugins", ModuleType("hydra_plugins"))
+    home = ModuleType("hydra_plugins.best")
+    home.BestOfThree = BestOfThree
+    monkeypatch.setitem(sys.modules, home.__name__, home)
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, "hydra_plugins.best.BestOfThree", BestOfThree)
+    node = {"_target_": "hydra_plugins.best.BestOfThree", "key": "optimizer.lr", "values": [0.1, 0.2, 0.3]}
+    monkeypatch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
+    ConfigStore.instance().store(group="hydra/sweeper", name="best", node=node, provider="tests")
+
+    def run(values, *argv):
+        BestOfThree.told.clear()
+        finished = command("-m", "hydra/sweeper=best", f"hydra.sweeper.values={values}", *argv)
+        assert BestOfThree.told, finished.err
+        return finished, *BestOfThree.told[0]
+
+    return run
+
+
+def test_a_sweeper_that_searches_gets_the_robust_accuracy_as_a_number(best, tmp_path):
+    argv = [*(text for text in DIGITS if not text.startswith("eps=")), "eps=0.02", "name=s"]
+    finished, winner, scores = best("[1e-6,0.02,0.3]", *argv)
+    assert finished.rc == 0, finished.err
+    assert concluded(finished) == "3 jobs, 3 done"
+    sweep = tmp_path / "outputs" / "sweeps" / "s"
+    measured = {
+        float(name.removeprefix("optimizer.lr=")): json.loads((path / "results.json").read_text())
+        for name, path in folders(sweep).items()
+    }
+    assert scores == {lr: results["robust"]["expected_accuracy"] for lr, results in measured.items()}
+    assert len(set(scores.values())) == 3
+    assert scores[winner] == max(scores.values())
+    # Those that are done already give the numbers of their files.
+    again = best("[1e-6,0.02,0.3]", *argv)
+    assert concluded(again[0]) == "3 jobs, 3 done (3 before)"
+    assert again[1:] == (winner, scores)
+
+
+def test_a_sweeper_that_searches_is_told_of_failures_and_they_are_run_again(best, tmp_path):
+    finished, winner, scores = best("[-1,0.1]", *DIGITS, "name=s")
+    assert finished.rc == 1
+    assert list(scores) == [0.1] == [winner]
+    assert concluded(finished) == "2 jobs, 1 done, 1 failed"
+    assert complaints(finished) == {"optimizer.lr=-1": "optimizer.lr=-1.0 must be at least 0"}
+    assert "Traceback" not in finished.err
+
+
+def test_jobs_without_a_robust_accuracy_return_nan(command, monkeypatch):
+    returned = []
+    real = Sweep.on_job_end
+
+    def on_job_end(self, config, job_return, **rest):
+        returned.append(job_return.return_value)
+        real(self, config, job_return, **rest)
+
+    monkeypatch.setattr(Sweep, "on_job_end", on_job_end)
+    assert command("task=game", "game=motivating", "name=g").rc == 0
+    assert command("task=report", "runs=outputs").rc == 0
+    # For Hydra's own sweeper a job that failed has not raised.
+    assert command("-m", "L=0", *DIGITS).rc == 1
+    assert [type(value) for value in returned] == [float] * 3
+    assert all(math.isnan(value) for value in returned)
+    returned.clear()
+    assert command(*DIGITS, "name=one").rc == 0
+    assert command(*DIGITS, "name=one").rc == 0
+    assert returned[0] == returned[1]
+    assert 0 <= returned[0] <= 1
+
+
+def test_the_shipped_search_needs_a_sweeper_and_names_it(command, monkeypatch):
+    """What the file says beyond its sweeper is Hydra's and Optuna's own."""
+    command("--cfg", "job")
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml", raising=False)
+    refusal = command("-m", "hparams_search=optuna", *DIGITS).refusal()
+    assert refusal == "hydra/sweeper=optuna is not installed: pip install hydra-optuna-sweeper 'optuna<3'"
+    keys = yaml.safe_load((ROOT / "conf" / "hparams_search" / "optuna.yaml").read_text())["hydra"]["sweeper"]["params"]
+    assert command("--cfg", "job", *(f"{key}=1" for key in keys)).rc == 0
+
+
 # --- launchers ---------------------------------------------------------------------------------------------
 
 
@@ -362,6 +484,10 @@ def test_in_parallel_failures_and_a_killed_process_are_told_and_the_rest_is_run_
     # Two at a time share the cores.
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert set(re.findall(r"on (\d+) CPU core", first.out)) == {str(threads)}
+
+    logs = {path.parent.name.split(",")[0]: path.read_text() for path in sweep.glob("*/mixadv.log")}
+    assert sorted(logs) == [f"seed={seed}" for seed in range(4)]
+    assert all(log.count("Files: ") == 1 for log in logs.values())
 
     argv = ["-m", "seed=10,11,12", *DIGITS, "trainer.max_epochs=60", "name=k"]
     sweep = tmp_path / "outputs" / "sweeps" / "k"

@@ -21,7 +21,7 @@ from mixadv.report.games import draw_game
 from mixadv.tasks import game as task
 from mixadv.tasks.game_settings import exact_radius, game_settings
 
-FILES = {"DONE", "config.yaml", "game.npz", "game.png", "results.json"}
+FILES = {"DONE", "config.yaml", "game.npz", "game.png", "mixadv.log", "results.json"}
 KEYS = {"schema", "task", "seed", "device", "versions", "git", "config", "game", "flags", "seconds"}
 SMALL = (
     "task=game",

@@ -40,19 +40,25 @@ class RunLog(logging.FileHandler):
         super().__init__(filename, mode="a", encoding="utf-8", delay=True)
         self._filename = filename
         self._waiting: deque[logging.LogRecord] | None = deque(maxlen=HELD_BACK)
+        self._ended = False
 
     def begin(self, directory: Path) -> None:
-        """Write to `directory` from now on, first what has waited; a log that has begun stays where it is."""
-        if self._waiting is None:
+        """Write to `directory` from now on, first what has waited; it is made if need be.
+
+        A log that has begun, or that has ended, stays as it is.
+        """
+        if self._waiting is None or self._ended:
             return
         waiting, self._waiting = self._waiting, None
+        with suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
         self.baseFilename = os.path.abspath(directory / self._filename)
         for record in waiting:
             self.handle(record)
 
     def end(self) -> None:
         """Close the file; what comes later is dropped."""
-        self._waiting = deque(maxlen=0)
+        self._waiting, self._ended = deque(maxlen=0), True
         # What could not be written before cannot be written now.
         with suppress(OSError):
             self.close()

@@ -88,7 +88,7 @@ def _quoted_members(text: str) -> Iterator[str]:
 def _job(cfg: DictConfig) -> float:
     """One task in its run directory; Hydra calls this once for a run, many times for a sweep.
 
-    A job of a sweep leaves its outcome and does not raise: Hydra would end the sweep.
+    A job of a sweep leaves its outcome; it raises only for sweepers that search: Hydra's own would end the sweep.
 
     Returns:
         The robust accuracy in [0, 1], for Hydra's sweepers; nan where the job failed or measures none.
@@ -169,6 +169,9 @@ def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str], number: 
         outcome = Outcome(name, FAILED, one_line(error))
     if Sweep.of_job is not None:
         Sweep.of_job.leave(number, outcome)
+        if Sweep.of_job.searches and outcome.state in (FAILED, ELSEWHERE):
+            # Sweepers that search know what to do about a job that raised; nan ends some of them (Optuna's).
+            raise UserError(f"{name}: {outcome.reason}")
     return score
 
 

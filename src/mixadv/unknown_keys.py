@@ -53,7 +53,8 @@ def unknown_key(key: str, known: Collection[str], value: str | None = None) -> s
 
     Args:
         key: as it was written, with dots.
-        known: dotted keys and names of groups that there are; `key` itself is passed over.
+        known: dotted keys and names of groups that there are; `key` itself, and what it
+            would belong to, are passed over.
         value: what it was given, as text; None where that is not known.
 
     Returns:
@@ -73,7 +74,7 @@ def unknown_key(key: str, known: Collection[str], value: str | None = None) -> s
 
 def _likely(key: str, known: Collection[str]) -> list[str]:
     """The few keys that end in it, else the one most like it."""
-    others = sorted(set(known) - {key})
+    others = sorted(name for name in known if not f"{key}.".startswith(f"{name}."))
     nested = [name for name in others if name.endswith(f".{key}")]
     if nested:
         return nested if len(nested) <= SUGGESTIONS else []

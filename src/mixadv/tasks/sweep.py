@@ -51,6 +51,7 @@ class Sweep(Callback):
         directory: the sweep's directory; None in a single run.
         names: the jobs' names in order, as far as they can be known beforehand.
         launcher: the class of Hydra's that starts them.
+        searches: whether a sweeper other than Hydra's own draws the jobs and reads their numbers.
     """
 
     # The sweep that this process has started, and the one that the job in this process belongs to.
@@ -61,6 +62,7 @@ class Sweep(Callback):
         self.directory: Path | None = None
         self.names: list[str] = []
         self.launcher = ""
+        self.searches = False
         self._pid = os.getpid()
         self._folder = Path()
 
@@ -70,6 +72,7 @@ class Sweep(Callback):
         self._folder = self.directory / f".jobs-{uuid.uuid4().hex[:8]}"
         self.names = _job_names(config)
         self.launcher = str(config.hydra.launcher.get("_target_"))
+        self.searches = not _is_basic(config)
         self._pid = os.getpid()
         Sweep.current = self
 
@@ -83,7 +86,7 @@ class Sweep(Callback):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """In the job's process, after a job that did not raise."""
+        """In the job's process, unless a signal has ended the job."""
         Sweep.of_job = None
         if self.directory is not None:
             # Trainers and their modules refer to each other: memory that a job held is not to fail the next one.
@@ -155,11 +158,13 @@ def _stop_without(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _is_basic(config: DictConfig) -> bool:
+    return str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
+
+
 def _job_names(config: DictConfig) -> list[str]:
     """The names that Hydra's own sweeper gives its jobs; of others nothing is known beforehand."""
-    if not str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
-        return []
-    return job_names(list(config.hydra.overrides.task))
+    return job_names(list(config.hydra.overrides.task)) if _is_basic(config) else []
 
 
 def job_names(overrides: Sequence[str]) -> list[str]:
