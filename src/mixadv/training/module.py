@@ -204,9 +204,6 @@ class MixtureTraining(pl.LightningModule):
         """
         self.ranks = Ranks.here()
         device = self.trainer.strategy.root_device
-        # Sums in float64 do not depend on the batching; MPS has none.
-        for metric in self.accuracies.values():
-            metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64)
         if stage != "fit":
             return
         self._set_lengths()
@@ -230,8 +227,10 @@ class MixtureTraining(pl.LightningModule):
             raise UserError("the learning rate follows the share of the training that is done: set max_epochs")
         length = self.schedule.batches_in_epoch(data.batches_per_pass)
         limit = trainer.limit_train_batches
-        if limit is not None and limit != 1.0:
-            length = min(length, limit) if isinstance(limit, int) else max(1, round(limit * length))
+        if isinstance(limit, int):
+            length = min(length, limit)
+        elif limit is not None:
+            length = max(1, round(limit * length))
         if length < 1:
             raise UserError("limit_train_batches=0 trains nothing: leave it out, or give 1 batch or more")
         # Said in batches from here on: Lightning would take a share of the shortened epoch once more.
@@ -414,8 +413,8 @@ class MixtureTraining(pl.LightningModule):
             self._attack_state = None
 
     def _rate(self) -> str:
-        now = self._as_list(self.optimizers())[0].param_groups[0]["lr"]
-        return f"optimizer.lr (now at {now:g})"
+        made = self._as_list(self.optimizers())
+        return f"optimizer.lr (now at {made[0].param_groups[0]['lr']:g})" if made else "optimizer.lr"
 
     def refuse_non_finite(self) -> None:
         """Stop the training if a loss was not finite.
@@ -437,8 +436,8 @@ class MixtureTraining(pl.LightningModule):
         """
         self.refuse_non_finite()
         for k, member in enumerate(self.mixture.members):
-            tensors = [t for t in member.state_dict().values() if t.is_floating_point()]
-            if not bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
+            finite = [t.isfinite().all() for t in member.state_dict().values() if t.is_floating_point()]
+            if finite and not bool(torch.stack(finite).all()):
                 raise UserError(
                     f"member {k} is not finite after step {self.t}: stopped, the last good checkpoint is kept. "
                     f"Lower {self._rate()}"
@@ -506,7 +505,10 @@ class MixtureTraining(pl.LightningModule):
             ensemble = self.mixture.ensemble_accuracy(x, y)
         for name, values in {"clean": clean, "robust": robust, "ensemble": ensemble}.items():
             metric = self.accuracies[name]
-            metric.update(values.to(metric.dtype))
+            # Sums in float64 (where the device has it) do not depend on the batching. Said every time, for a metric
+            # that Lightning moves to a device computes in float32 again.
+            metric.set_dtype(clean.dtype)
+            metric.update(values.to(clean.dtype))
             self.log(f"{stage}/{name}_accuracy", metric, batch_size=max(1, len(y)), prog_bar=name == "robust")
 
     @property
