@@ -47,7 +47,9 @@ def test_precision_on_a_cpu_is_fp32_and_kept(cfg, tmp_path):
     assert speed.settle_precision(cfg(), CPU, Choices(tmp_path)) == "bf16-mixed"
 
 
-@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "32-true"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("capability", "wanted"), [((7, 5), "32-true"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")]
+)
 def test_precision_on_a_gpu_follows_its_tensor_cores(cfg, tmp_path, monkeypatch, capability, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert speed.settle_precision(cfg(), torch.device("cuda", 0), Choices(tmp_path)) == wanted
