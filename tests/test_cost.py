@@ -1,10 +1,12 @@
 """The cost model of docs/performance.md: images that members see, forward and backward, counted and by formula."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.optim import SGD
 
 from conftest import QUIET
 from mixadv.attacks import PGD
@@ -15,7 +17,8 @@ from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch, MixtureGame
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
-from mixadv.training import LearningRate, MemberOptimizer, MixtureTraining
+from mixadv.training import MixtureTraining
+from mixadv.training.learning_rate import constant
 
 BATCH, PER_PASS, K, T_THETA, VALIDATION = 16, 6, 3, 2, 5
 BALL = ThreatModel("linf", 0.1)
@@ -66,18 +69,11 @@ def train_one_epoch(data, mixture, kind, loss, solver=None, validate=False):
         solver=solver,
         kind=kind,
         T_theta=T_THETA,
-        optimizer=MemberOptimizer(lr=0.01, learning_rate=LearningRate("constant")),
-        updates_per_member=PER_PASS,
-        total_batches=100,
+        optimizer=partial(SGD, lr=0.01),
+        scheduler=constant,
     )
-    data.batches_in_epoch = lambda epoch: module.schedule.batches_in_epoch(epoch, PER_PASS)
     passes = Passes(mixture)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        **QUIET,
-        limit_val_batches=None if validate else 0,
-        inference_mode=False,
-    )
+    trainer = pl.Trainer(max_epochs=1, **QUIET, limit_val_batches=None if validate else 0)
     trainer.fit(module, datamodule=data)
     return passes.counted
 

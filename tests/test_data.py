@@ -37,6 +37,20 @@ def stream(count=23, batch_size=4, **settings):
     return BatchStream(*numbered_images(count), batch_size, **settings)
 
 
+def epoch_of(batches):
+    """The batches of one whole epoch, which is then closed."""
+    served = list(batches)
+    batches.close_epoch()
+    return served
+
+
+def one_by_one(batches):
+    """Batches without end; an epoch is closed when the batch after its last one is asked for."""
+    while True:
+        yield from batches
+        batches.close_epoch()
+
+
 def numbers(batches):
     return [(x[:, 0, 0, 0] * 255).round().int().tolist() for x, _ in batches]
 
@@ -76,7 +90,7 @@ def test_a_pass_is_a_permutation_and_labels_follow_their_images():
 
 def test_passes_differ_and_leave_out_different_rests():
     batches = stream(23, 4, seed=1)
-    passes = [[i for batch in numbers(batches) for i in batch] for _ in range(3)]
+    passes = [[i for batch in numbers(epoch_of(batches)) for i in batch] for _ in range(3)]
     assert all(len(set(served)) == 20 for served in passes)
     assert len({frozenset(served) for served in passes}) > 1
     assert len({tuple(served) for served in passes}) == 3
@@ -86,7 +100,7 @@ def test_fewer_images_than_the_batch_size_give_one_ragged_batch_per_pass():
     batches = stream(5, 8)
     assert len(batches) == 1
     for _ in range(2):
-        assert [sorted(batch) for batch in numbers(batches)] == [[0, 1, 2, 3, 4]]
+        assert [sorted(batch) for batch in numbers(epoch_of(batches))] == [[0, 1, 2, 3, 4]]
 
 
 def test_ordered_stream_serves_everything_in_order_every_time():
@@ -102,7 +116,7 @@ def test_ordered_stream_serves_everything_in_order_every_time():
 def test_equal_seeds_agree_and_different_seeds_do_not():
     settings = {"padding": 2, "flip": True}
     first, second, other = (stream(seed=seed, **settings) for seed in (5, 5, 6))
-    one, two, three = ([*s, *s, *s] for s in (first, second, other))
+    one, two, three = ([batch for _ in range(3) for batch in epoch_of(s)] for s in (first, second, other))
     assert same(one, two)
     assert not same(one, three)
     # Seed 0 is a seed like any other, and -1 is not 1.
@@ -114,7 +128,7 @@ def test_every_batch_has_crops_of_its_own():
     # All images are the same, so batches differ by their augmentation alone.
     images = numbered_images(1)[0].expand(24, -1, -1, -1)
     batches = BatchStream(images, torch.zeros(24), 6, padding=2, flip=True)
-    served = [x.numpy().tobytes() for _ in range(2) for x, _ in batches]
+    served = [x.numpy().tobytes() for _ in range(2) for x, _ in epoch_of(batches)]
     assert len(set(served)) == 8
 
 
@@ -127,28 +141,26 @@ def test_the_global_generator_is_neither_read_nor_moved():
     assert same(one, list(stream(padding=1, flip=True)))
 
 
-@pytest.mark.parametrize("served", [0, 1, 3, 5, 6, 13])
+@pytest.mark.parametrize("served", [0, 1, 4, 5, 8, 13])
 def test_resuming_continues_with_the_same_batches(served):
-    def endless(batches):
-        while True:
-            yield from batches
-
-    settings = {"seed": 2, "padding": 2, "flip": True, "batches_in_epoch": lambda epoch: 3 + epoch}
-    whole = endless(stream(**settings))
-    reference = [next(whole) for _ in range(served + 9)]
+    settings = {"seed": 2, "padding": 2, "flip": True, "batches_per_epoch": 4}
+    whole = stream(**settings)
+    reference = [batch for _ in range(6) for batch in epoch_of(whole)]
     stopped = stream(**settings)
-    source = endless(stopped)
+    source = one_by_one(stopped)
     for _ in range(served):
         next(source)
-    stopped.close_epoch()
+    if not stopped.batches_left:
+        stopped.close_epoch()
     state = stopped.state_dict()
     assert state["position"] == served
+    assert state["epoch"] == served // 4
     assert all(type(value) is int for value in state.values())
     resumed = stream(**settings)
     resumed.load_state_dict(state)
     assert (resumed.epoch, len(resumed)) == (stopped.epoch, len(stopped))
-    rest = endless(resumed)
-    assert same(reference[served:], [next(rest) for _ in range(9)])
+    rest = one_by_one(resumed)
+    assert same(reference[served : served + 9], [next(rest) for _ in range(9)])
 
 
 def test_resuming_in_an_epoch_serves_what_is_left_of_it():
@@ -156,32 +168,32 @@ def test_resuming_in_an_epoch_serves_what_is_left_of_it():
     source = iter(stopped)
     reference = [next(source) for _ in range(6)]
     batches = stream(24, 4)
-    batches.load_state_dict({**stopped.state_dict(), "position": 2, "open": 1})
-    assert len(batches) == 4
-    assert same(list(batches), reference[2:])
+    batches.load_state_dict({**stopped.state_dict(), "position": 2})
+    assert len(batches) == batches.batches_left == 4
+    assert same(epoch_of(batches), reference[2:])
     assert len(batches) == len(list(batches)) == 6
 
 
-@pytest.mark.parametrize("lengths", [None, lambda epoch: 3 + epoch])
-def test_an_epoch_whose_end_is_due_is_one_batch_of_no_examples(lengths):
-    settings = {"seed": 2, "batch_size": 4, "batches_in_epoch": lengths}
+@pytest.mark.parametrize("length", [None, 4])
+def test_an_epoch_whose_end_is_due_is_one_batch_of_no_examples(length):
+    settings = {"seed": 2, "batch_size": 4, "batches_per_epoch": length}
     stopped = stream(24, **settings)
-    assert stopped.between_epochs
+    assert stopped.batches_left == (length or 6)
     list(stopped)
-    assert not stopped.between_epochs
+    assert stopped.batches_left == 0
     resumed = stream(24, **settings)
     resumed.load_state_dict(stopped.state_dict())
-    assert stopped.epoch_under_way == resumed.epoch_under_way == 0
+    assert stopped.epoch == resumed.epoch == 0
     assert len(resumed) == 1
     ((x, y),) = resumed
     assert (x.shape, y.shape) == ((0, *stopped.images.shape[1:]), (0,))
     # Not yet closed: stopped again, it is still due.
     assert resumed.state_dict() == stopped.state_dict()
     resumed.close_epoch()
-    assert resumed.between_epochs
-    assert resumed.epoch_under_way == 1
-    assert resumed.state_dict() == {**stopped.state_dict(), "open": 0}
-    assert len(resumed) == (6 if lengths is None else 4)
+    assert resumed.epoch == 1
+    assert resumed.state_dict() == {**stopped.state_dict(), "epoch": 1}
+    assert len(resumed) == (length or 6)
+    stopped.close_epoch()
     assert same(list(resumed), list(stopped))
 
 
@@ -199,16 +211,23 @@ def test_a_batch_taken_back_is_served_again():
 
 def test_taken_back_the_first_batch_of_an_epoch_leaves_the_one_before_closed():
     batches = stream(24, 4)
-    list(batches)
-    batches.close_epoch()
+    epoch_of(batches)
     next(iter(batches))
-    assert not batches.between_epochs
+    assert batches.batches_left == 5
     batches.take_back()
-    assert batches.between_epochs
-    assert batches.epoch_under_way == 1
+    assert batches.batches_left == 6
+    assert batches.epoch == 1
     resumed = stream(24, 4)
     resumed.load_state_dict(batches.state_dict())
     assert len(resumed) == 6
+
+
+def test_taken_back_the_last_batch_of_an_epoch_leaves_it_open():
+    batches = stream(24, 4, seed=3)
+    *_, last = batches
+    batches.take_back()
+    assert (batches.epoch, len(batches)) == (0, 1)
+    assert same([last], list(batches))
 
 
 def test_resuming_with_other_settings_is_refused():
@@ -217,30 +236,33 @@ def test_resuming_with_other_settings_is_refused():
         (stream(23, 4, seed=1), "seed=0, this run 1"),
         (stream(23, 5, seed=0), "batch_size=4, this run 5"),
         (stream(22, 4, seed=0), "num_examples=23, this run 22"),
+        (stream(23, 4, seed=0, batches_per_epoch=7), "batches_per_epoch=5, this run 7"),
     ):
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
 
 
-def test_epoch_lengths_come_from_the_callback():
-    lengths = [2, 7, 1, 5]
-    batches = stream(24, 4, batches_in_epoch=lambda epoch: lengths[epoch])
+@pytest.mark.parametrize("length", [1, 4, 7, 12])
+def test_epochs_have_the_length_asked_for(length):
+    batches = stream(24, 4, batches_per_epoch=length)
     plain = stream(24, 4)
     served = []
-    for length in lengths:
+    while len(served) < 12:
         assert len(batches) == length
-        epoch = list(batches)
+        epoch = epoch_of(batches)
         assert len(epoch) == length
         served += epoch
     # The epochs cut the one stream into pieces: they do not change what it holds.
-    assert same(served[:12], [*plain, *plain])
+    assert same(served[:12], [*epoch_of(plain), *epoch_of(plain)])
 
 
-def test_an_epoch_without_batches_is_refused():
-    batches = stream(batches_in_epoch=lambda epoch: 1 - epoch)
-    assert len(list(batches)) == 1
-    with pytest.raises(ValueError, match="epoch 1 must have at least one batch"):
-        list(batches)
+def test_the_same_batches_again():
+    """Three batches, crops and all, in epochs of five."""
+    settings = {"seed": 2, "padding": 2, "flip": True}
+    first = list(stream(24, 4, **settings))[:3]
+    batches = stream(24, 4, **settings, batches_per_epoch=5, repeat=3)
+    assert same(epoch_of(batches), [*first, *first[:2]])
+    assert same(epoch_of(batches), [first[2], *first, first[0]])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +277,10 @@ def test_an_epoch_without_batches_is_refused():
             "at least one image",
         ),
         ({"padding": -1}, "padding must be >= 0, got -1"),
-        ({"shuffle": False, "flip": True}, "belong to a training stream"),
+        ({"batches_per_epoch": 0}, "batches_per_epoch must be at least 1, got 0"),
+        ({"repeat": 0}, "repeat must be at least 1, got 0"),
+        ({"shuffle": False, "flip": True}, "are for a training stream"),
+        ({"shuffle": False, "batches_per_epoch": 2}, "are for a training stream"),
     ],
 )
 def test_bad_streams_are_refused(change, message):
@@ -423,7 +448,7 @@ def test_subsets_have_the_sizes_asked_for():
 
 def test_loaders_of_a_module():
     data = set_up(Made(batch_size=8, eval_batch_size=20, padding=1, val_fraction=0.2))
-    data.batches_in_epoch = lambda epoch: 4
+    data.batches_per_epoch = 4
     train = data.train_dataloader()
     assert len(list(train)) == 4
     assert data.train_dataloader() is train
@@ -513,22 +538,28 @@ class Recorder(LightningModule):
         self.seen.append((self.current_epoch, batch_idx, x.clone(), y.clone()))
         self.optimizers().step()
 
-    def save(self):
+    def stream(self):
+        return self.trainer.datamodule.train_dataloader()
+
+    def save(self, closed=""):
         if self.folder is not None:
-            between = self.trainer.datamodule.train_dataloader().between_epochs
-            self.trainer.save_checkpoint(self.folder / f"{self.global_step}{'-closed' if between else ''}.ckpt")
+            self.trainer.save_checkpoint(self.folder / f"{self.global_step}{closed}.ckpt")
+
+    def on_train_start(self):
+        if self.stream().batches_left < self.stream().batches_per_epoch:
+            self.trainer.reload_dataloaders_every_n_epochs = 1
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.save()
 
     def on_train_epoch_end(self):
-        self.trainer.datamodule.train_dataloader().close_epoch()
-        self.save()
+        self.stream().close_epoch()
+        self.save("-closed")
 
     def on_save_checkpoint(self, checkpoint):
         # A resumed epoch is a shorter one for the trainer: its own counters would not fit it.
         del checkpoint["loops"]
-        checkpoint["epoch"] = self.trainer.datamodule.train_dataloader().epoch_under_way
+        checkpoint["epoch"] = self.stream().epoch
 
     def on_load_checkpoint(self, checkpoint):
         self.trainer.fit_loop.epoch_progress.current.processed = checkpoint["epoch"]
@@ -542,25 +573,23 @@ class Recorder(LightningModule):
 
 def record(save_to=None, checkpoint=None):
     data = Made(batch_size=8, val_fraction=0.2, padding=1, seed=3)
-    data.batches_in_epoch = lambda epoch: (5, 2, 7)[epoch % 3]
+    data.batches_per_epoch = 5
     module = Recorder(save_to)
-    trainer = Trainer(
-        max_epochs=3,
-        **QUIET,
-        reload_dataloaders_every_n_epochs=1,
-    )
+    trainer = Trainer(max_epochs=3, **QUIET)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=None if checkpoint is None else True)
     return module
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_a_trainer_serves_epochs_of_the_lengths_asked_for_and_resumes_anywhere(tmp_path):
+def test_a_trainer_serves_epochs_of_the_length_asked_for_and_resumes_anywhere(tmp_path):
+    """48 images in batches of 8: a pass has 6 batches, an epoch 5."""
     run = record(save_to=tmp_path)
     whole = run.seen
-    assert [epoch for epoch, *_ in whole] == [0] * 5 + [1] * 2 + [2] * 7
+    assert [epoch for epoch, *_ in whole] == [0] * 5 + [1] * 5 + [2] * 5
     assert run.validated == [0, 1, 2]
     # In an epoch, at the end of one before and after its validation, one before the end, and in the last one.
-    for name, epoch in (("3", 0), ("5", 0), ("5-closed", 1), ("6", 1), ("7", 1), ("7-closed", 2), ("10", 2), ("14", 2)):
+    cases = (("3", 0), ("5", 0), ("5-closed", 1), ("6", 1), ("9", 1), ("10", 1), ("10-closed", 2), ("12", 2), ("15", 2))
+    for name, epoch in cases:
         served = int(name.split("-")[0])
         rest = record(checkpoint=tmp_path / f"{name}.ckpt")
         assert [epoch for epoch, *_ in rest.seen] == [epoch for epoch, *_ in whole[served:]]

@@ -13,8 +13,8 @@ from mixadv.lambda_solvers import OracleSubgradient
 from mixadv.losses import TRADES
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
-from mixadv.monitor import estimate
-from mixadv.monitor.estimate import in_words, seconds_per_batch
+from mixadv.tasks import estimate
+from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 
@@ -34,8 +34,6 @@ def training(kind="shared"):
         solver=OracleSubgradient(num_steps=2),
         kind=kind,
         T_theta=2,
-        updates_per_member=2,
-        total_batches=3,
         seed=5,
     )
 
@@ -56,12 +54,7 @@ def everything(module):
 
 def fit(module):
     data = Digits(batch_size=16, num_train=96, num_val=20, num_test=20, seed=2)
-    data.batches_in_epoch = lambda epoch: 3
-    trainer = pl.Trainer(
-        max_epochs=1,
-        **QUIET,
-        limit_val_batches=0,
-    )
+    trainer = pl.Trainer(max_epochs=1, **QUIET, limit_train_batches=3, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     return everything(module) | {"noise": module.attack_generator.get_state()}
 

@@ -4,13 +4,16 @@ import copy
 import itertools
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from conftest import QUIET
 from mixadv.attacks import APGD, ARC, PGD, AttackSuite, AveragedCE, ExpectedLoss, Square, SubsetAttack
 from mixadv.attacks.objectives import InnerLoss, TargetedLoss
 from mixadv.attacks.search import value_and_gradient
+from mixadv.data.stream import BatchStream
 from mixadv.evaluation import curves, evaluate
 from mixadv.lambda_solvers import Uniform
 from mixadv.losses import AT, TRADES, ZeroOne
@@ -282,11 +285,11 @@ def test_validation_judges_members_as_they_were_written(doubtful):
         attack=PGD(1),
         validation_attack=PGD(1),
         solver=Uniform(),
-        updates_per_member=1,
-        total_batches=1,
+        # The members have nothing to learn.
+        optimizer=lambda parameters: torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1),
     )
-    module.eval()
-    module.validation_step((x, y), 0)
-    module.on_validation_epoch_end()
-    assert module.validation == dict.fromkeys(module.validation, 1.0)
-    assert len(module.validation) == 3
+    trainer = pl.Trainer(**QUIET)
+    trainer.validate(module, BatchStream((255 * x).byte(), y, len(y), shuffle=False), verbose=False)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    assert found == dict.fromkeys(found, 1.0)
+    assert len(found) == 3

@@ -39,15 +39,17 @@ def network(**settings):
 
 def test_precision_on_a_cpu_is_fp32_and_kept(cfg, tmp_path):
     choices = Choices(tmp_path)
-    assert speed.settle_precision(cfg(), CPU, choices) == "fp32"
-    assert speed.settle_precision(cfg("trainer.precision=bf16-mixed"), CPU, choices) == "bf16"
+    assert speed.settle_precision(cfg(), CPU, choices) == "32-true"
+    assert speed.settle_precision(cfg("trainer.precision=bf16-mixed"), CPU, choices) == "bf16-mixed"
     (tmp_path / "config.yaml").write_text("")
-    (tmp_path / "choices.json").write_text('{"precision": "bf16"}')
+    (tmp_path / "choices.json").write_text('{"trainer.precision": "bf16-mixed"}')
     # Trained so far elsewhere.
-    assert speed.settle_precision(cfg(), CPU, Choices(tmp_path)) == "bf16"
+    assert speed.settle_precision(cfg(), CPU, Choices(tmp_path)) == "bf16-mixed"
 
 
-@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+@pytest.mark.parametrize(
+    ("capability", "wanted"), [((7, 5), "32-true"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")]
+)
 def test_precision_on_a_gpu_follows_its_tensor_cores(cfg, tmp_path, monkeypatch, capability, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert speed.settle_precision(cfg(), torch.device("cuda", 0), Choices(tmp_path)) == wanted
@@ -179,7 +181,8 @@ def test_graphs_are_made_before_the_run_needs_them(trained, count):
 
 
 def test_operations_of_a_training_are_those_of_its_passes(cfg):
-    """By hand: batches of 20 and 3 + 1 passes forward and backward, 2 validations, one measurement by pgd-20."""
+    """By hand: 2 epochs of 10 batches of 20 with 3 + 1 passes forward and backward, 2 validations, one measurement
+    by pgd-20."""
     config = cfg("L=2", "schedule=shared", "attack.num_steps=3", "~protocol.attacks.arc", "~protocol.attacks.subsets")
     data = Digits(num_train=200, num_val=40, num_test=50, batch_size=20, eval_batch_size=20)
     data.setup()
@@ -191,11 +194,10 @@ def test_operations_of_a_training_are_those_of_its_passes(cfg):
         attack=PGD(3),
         validation_attack=PGD(4),
         solver=Uniform(),
-        updates_per_member=20,
-        total_batches=21,
+        kind="shared",
     )
     one_image = 2 * 2 * 640
-    training, validation, measurement = 21 * 20 * 2 * 4, 2 * 40 * 2 * 4, 50 * 3 * 2 * 20
+    training, validation, measurement = 2 * 10 * 20 * 2 * 4, 2 * 40 * 2 * 4, 50 * 3 * 2 * 20
     wanted = one_image * (training + validation + measurement)
     assert speed.operations_of_training(config, module, build_protocol(config), data) == wanted
 

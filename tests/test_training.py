@@ -4,15 +4,20 @@ import copy
 import csv
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers.logger import Logger
 from torch.optim import SGD
 
+from conftest import QUIET
 from mixadv.attacks import PGD
+from mixadv.callbacks import Checkpoints, WholeFiles
+from mixadv.checkpoint_files import read_checkpoint
 from mixadv.data.digits import Digits
 from mixadv.data.stream import BatchStream
 from mixadv.errors import UserError
@@ -20,21 +25,30 @@ from mixadv.export import load_mixture
 from mixadv.game import Equilibrium
 from mixadv.lambda_solvers import OracleSubgradient, Uniform
 from mixadv.lambda_solvers.driver import LambdaSolver
+from mixadv.loggers import CSVLogger, MetricsFile
+from mixadv.loggers.metrics_file import standard_columns
 from mixadv.losses import AT, TRADES
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
-from mixadv.monitor.checkpoints import Checkpoints, read_checkpoint
-from mixadv.monitor.history import History, MetricsFile
 from mixadv.threat_model import ThreatModel
-from mixadv.training import LearningRate, MemberOptimizer, MixtureTraining
+from mixadv.training import MixtureTraining
+from mixadv.training.learning_rate import constant, cosine, piecewise
 
 EPS, STEP, NUM_STEPS = 0.1, 0.3, 3  # STEP is relative to EPS
 WEIGHTS = [0.5, 0.2, 0.3]
 
 
+class LongEpochs(Digits):
+    """An epoch is as long as a test limits it to, and not one pass; the batches are those of Digits."""
+
+    @property
+    def batches_per_pass(self):
+        return 1000
+
+
 @pytest.fixture(scope="module")
 def digits():
-    data = Digits(batch_size=16, eval_batch_size=16, num_train=96, num_val=40, num_test=20, seed=3)
+    data = LongEpochs(batch_size=16, eval_batch_size=16, num_train=96, num_val=40, num_test=20, seed=3)
     data.setup()
     return data
 
@@ -45,10 +59,9 @@ def members(count, name="small_resnet", seed=5, **settings):
     return [build_member(name, num_classes=10, image_shape=(1, 8, 8), **settings) for _ in range(count)]
 
 
-def training(mixture, *, loss=None, solver=None, attack=None, lr=0.1, rate="constant", **settings):
-    settings = {"updates_per_member": 20, "total_batches": 20, "T_theta": 2, "seed": 7, **settings}
+def training(mixture, *, loss=None, solver=None, attack=None, lr=0.1, rate=constant, **settings):
+    settings = {"T_theta": 2, "seed": 7, **settings}
     attack = attack or PGD(num_steps=NUM_STEPS, step_size=STEP)
-    curve = rate if isinstance(rate, LearningRate) else LearningRate(rate)
     return MixtureTraining(
         mixture,
         loss=loss or AT(),
@@ -56,25 +69,38 @@ def training(mixture, *, loss=None, solver=None, attack=None, lr=0.1, rate="cons
         attack=attack,
         validation_attack=PGD(num_steps=NUM_STEPS, step_size=STEP, keep="last"),
         solver=solver or Uniform(),
-        optimizer=MemberOptimizer(lr=lr, momentum=0.9, weight_decay=5e-4, learning_rate=curve),
+        optimizer=partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
+        scheduler=rate,
         **settings,
     )
 
 
-def fit(module, data, batches, epochs=1, validate=False, callbacks=()):
-    data.batches_in_epoch = lambda epoch: batches
+class Rows(Logger):
+    """A logger that keeps (step, numbers) of every row."""
+
+    name, version = "rows", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, params=None):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+
+def fit(module, data, batches, epochs=1, validate=False, callbacks=(), loggers=(), every=1):
+    keeps = any(isinstance(callback, Checkpoints) for callback in callbacks)
     trainer = pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **QUIET | {"logger": [Rows(), *loggers], "enable_checkpointing": keeps},
+        limit_train_batches=batches,
         limit_val_batches=None if validate else 0,
-        reload_dataloaders_every_n_epochs=1,
-        inference_mode=False,
+        log_every_n_steps=every,
         callbacks=list(callbacks),
+        plugins=[WholeFiles()],
     )
     trainer.fit(module, datamodule=data)
     return module
@@ -82,7 +108,7 @@ def fit(module, data, batches, epochs=1, validate=False, callbacks=()):
 
 def batches_of(data, count):
     """The first batches of training, from a stream of our own."""
-    stream = BatchStream(data.train_images, data.train_labels, 16, seed=3, batches_in_epoch=lambda epoch: count)
+    stream = BatchStream(data.train_images, data.train_labels, 16, seed=3, batches_per_epoch=count)
     return list(stream)
 
 
@@ -164,8 +190,7 @@ def test_one_member_is_plain_adversarial_training_step_for_step(digits, loss, ki
     if trades:
         member = InFloat64(member)
     plain, before = copy.deepcopy(member), state_of(member)
-    rate = LearningRate("piecewise", milestones=(0.6,), gamma=0.1)
-    module = training(Mixture([member]), loss=loss, kind=kind, rate=rate, updates_per_member=5, total_batches=5)
+    module = training(Mixture([member]), loss=loss, kind=kind, rate=partial(piecewise, milestones=(0.6,), gamma=0.1))
     fit(module, digits, 5)
     plain_training(plain, batches_of(digits, 5), [0.1, 0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1], trades)
     ours, theirs = state_of(member), state_of(plain)
@@ -233,7 +258,7 @@ def snapshot(trainer, module):
 
 
 class Watch(pl.Callback):
-    """(outputs, before, after) of every batch."""
+    """(outputs, before, after) of every batch: outputs are what it was for, and what is told to other callbacks."""
 
     def __init__(self):
         self.steps = []
@@ -242,7 +267,16 @@ class Watch(pl.Callback):
         self.before = snapshot(trainer, pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append((outputs, self.before, snapshot(trainer, pl_module)))
+        after = snapshot(trainer, pl_module)
+        step, row = trainer.loggers[0].rows[-1]
+        is_phase = step == pl_module.t and "weights/value" in row
+        said = {name.rpartition("/")[2]: float(value) for name, value in trainer.callback_metrics.items()}
+        if is_phase:
+            outputs = {"phase": "weights", **said}
+        else:
+            updated = [k for k, count in enumerate(after.counts) for _ in range(count - self.before.counts[k])]
+            outputs = {"phase": "members", "members": updated, **said}
+        self.steps.append((outputs, self.before, after))
 
 
 UPDATES = {"sampled": 6, "shared": 14}
@@ -256,8 +290,7 @@ def watched(request, digits):
         Mixture(members(3, width=2), WEIGHTS),
         solver=OracleSubgradient(num_steps=3),
         kind=request.param,
-        rate="cosine",
-        updates_per_member=UPDATES[request.param],
+        rate=cosine,
     )
     fit(module, digits, 20, callbacks=[watch])
     return request.param, module, watch.steps
@@ -426,18 +459,30 @@ RECIPE = {
 }
 
 
-def poisoned(digits, tmp_path, poison, **settings):
+class CheckEvery(pl.Callback):
+    """Has the module ask the device as rarely as on a GPU."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.check_every = self.count
+
+
+def poisoned(digits, tmp_path, poison, check_every=1, **settings):
     """Three epochs of four batches; what the training raised, and last.ckpt of the first epoch."""
-    module = training(Mixture(members(3, "linear")), kind="shared", **settings)
+    module = training(Mixture(members(3, "linear")), kind="shared", recipe=RECIPE, **settings)
     module.validation_attack = PGD(num_steps=2)
+    callbacks = [CheckEvery(check_every), poison, Checkpoints(tmp_path)]
     with pytest.raises(UserError) as caught:
-        fit(module, digits, 4, epochs=3, validate=True, callbacks=[poison, Checkpoints(tmp_path, RECIPE)])
-    for name in ("last.ckpt", "best.ckpt"):
+        fit(module, digits, 4, epochs=3, validate=True, callbacks=callbacks)
+    # The state before a validation is kept beside the one after it.
+    for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):
         checkpoint = read_checkpoint(tmp_path / name)
         assert checkpoint["mixadv"]["t"] == 4
         assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
         assert load_mixture(tmp_path / name).num_members == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     return str(caught.value)
 
 
@@ -446,7 +491,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(digits, t
     """Asked every 4 or 7 batches (7 falls in epoch 2 as well), it still names the step where it happened."""
     message = poisoned(digits, tmp_path, Poison(6), check_every=check_every)
     assert "not finite at step 6" in message
-    assert "optimizer.lr (now 0.1)" in message
+    assert "optimizer.lr (now at 0.1)" in message
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_validation(digits, tmp_path):
@@ -508,11 +553,15 @@ def validation_by_hand(module, data, attack_steps, seed):
     }
 
 
+def accuracies(trainer):
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
 def test_validation_is_the_exact_expectation_under_attack(digits):
     module = training(Mixture([InFloat64(m) for m in members(3, width=3)], WEIGHTS), kind="shared", lr=0.05)
     fit(module, digits, 12, validate=True)
     by_hand = validation_by_hand(module, digits, NUM_STEPS, seed=7 + 2)
-    assert module.validation == pytest.approx(by_hand, abs=1e-12)
+    assert accuracies(module.trainer) == pytest.approx(by_hand, abs=1e-12)
     assert 0.05 < by_hand["val/robust_accuracy"] < by_hand["val/clean_accuracy"]
     assert len({round(value, 6) for value in by_hand.values()}) == 3
 
@@ -522,17 +571,18 @@ class Validations(pl.Callback):
         self.seen = []
 
     def on_validation_end(self, trainer, pl_module):
-        self.seen.append((pl_module.t, dict(pl_module.validation)))
+        self.seen.append((pl_module.t, accuracies(trainer)))
 
 
 def test_every_epoch_meets_the_same_random_starts_and_a_tie_keeps_the_first_epoch(digits, tmp_path):
     """Members that stand still score the same in every epoch, on random points of the ball too."""
     networks = members(3, "linear")
     fit(training(Mixture(networks, WEIGHTS), lr=0.1), digits, 20)
-    module = training(Mixture(networks, WEIGHTS), lr=0.0)
+    # Float32 does not hold so small a rate.
+    module = training(Mixture(networks, WEIGHTS), lr=1e-300)
     module.validation_attack = PGD(num_steps=0, keep="last")
     validations = Validations()
-    fit(module, digits, 2, epochs=3, validate=True, callbacks=[validations, Checkpoints(tmp_path, RECIPE)])
+    fit(module, digits, 2, epochs=3, validate=True, callbacks=[validations, Checkpoints(tmp_path)])
     assert [t for t, _ in validations.seen] == [2, 4, 6]
     by_hand = validation_by_hand(module, digits, 0, seed=7 + 2)
     for _, seen in validations.seen:
@@ -553,14 +603,6 @@ class Collapse(pl.Callback):
                     parameter.zero_()
 
 
-class ListMirror:
-    def __init__(self):
-        self.rows = []
-
-    def log(self, row):
-        self.rows.append(row)
-
-
 HEADER = (
     "epoch,step,member_updates,seconds,train/loss,train/adversarial_accuracy,train/lr,val/clean_accuracy,"
     "val/robust_accuracy,val/ensemble_accuracy,weights/value,weights/lower_bound,lambda/0,lambda/1,lambda/2"
@@ -571,21 +613,20 @@ HEADER = (
 def recorded(digits, tmp_path_factory):
     """Four epochs of 9 batches: shared, T_theta=2, so phases at t = 3, 6, ..., 36 and 24 updates per member."""
     path = tmp_path_factory.mktemp("recorded")
-    mirror, watch, validations = ListMirror(), Watch(), Validations()
+    watch, validations = Watch(), Validations()
     module = training(
         Mixture(members(3, "linear"), WEIGHTS),
         solver=OracleSubgradient(num_steps=3),
         kind="shared",
-        rate=LearningRate("piecewise", milestones=(0.5,), gamma=0.1),
-        updates_per_member=24,
-        total_batches=36,
+        rate=partial(piecewise, milestones=(0.5,), gamma=0.1),
+        recipe=RECIPE,
     )
-    history = History(path / "metrics.csv", 3, every=4, mirrors=[mirror])
-    callbacks = [Collapse(), watch, validations, history, Checkpoints(path, RECIPE)]
-    fit(module, digits, 9, epochs=4, validate=True, callbacks=callbacks)
+    callbacks = [Collapse(), watch, validations, Checkpoints(path)]
+    history = CSVLogger(path, standard_columns(3))
+    fit(module, digits, 9, epochs=4, validate=True, callbacks=callbacks, loggers=[history], every=4)
     with (path / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return path, module, rows, mirror.rows, watch.steps, validations.seen
+    return path, module, rows, module.trainer.loggers[0].rows, watch.steps, validations.seen
 
 
 def test_best_checkpoint_is_the_epoch_with_the_highest_robust_accuracy(recorded):
@@ -597,8 +638,8 @@ def test_best_checkpoint_is_the_epoch_with_the_highest_robust_accuracy(recorded)
     checkpoint = read_checkpoint(path / "best.ckpt")
     assert checkpoint["mixadv"]["t"] == best
     assert checkpoint["mixture_config"] == RECIPE
-    assert checkpoint["callbacks"]["mixadv.Checkpoints"]["best"]["val/robust_accuracy"] == pytest.approx(scores[best])
-    assert checkpoint["callbacks"]["mixadv.Checkpoints"]["best"]["epoch"] == pytest.approx(2)
+    assert float(checkpoint["callbacks"]["mixadv.Checkpoints"]["best_model_score"]) == pytest.approx(scores[best])
+    assert checkpoint["mixadv"]["epochs_done"] == pytest.approx(2)
     last = read_checkpoint(path / "last.ckpt")
     assert last["mixadv"]["t"] == 36
     assert last["mixadv"]["member_updates"] == [24, 24, 24]
@@ -637,7 +678,8 @@ def test_history_rows(recorded):
     for (kind, t), row in zip(kinds, rows, strict=True):
         updates = t - t // 3
         assert int(row["member_updates"]) == 3 * updates
-        assert float(row["epoch"]) == pytest.approx(updates / 6, rel=1e-7)
+        # Epochs are equally long: the share that is done goes by batches.
+        assert float(row["epoch"]) == pytest.approx(t / 9, rel=1e-7)
         weights = WEIGHTS if t == 0 else steps[t - 1][2].weights.tolist()
         assert [float(row[f"lambda/{k}"]) for k in range(3)] == pytest.approx(weights, abs=1e-7)
         if kind == "train":
@@ -654,11 +696,13 @@ def test_history_rows(recorded):
     assert seconds == sorted(seconds)
 
 
-def test_mirrors_receive_the_same_rows(recorded):
+def test_every_logger_receives_the_same_rows(recorded):
+    """The wall time, which the file adds, aside."""
     _, _, rows, mirrored, *_ = recorded
     assert len(mirrored) == len(rows)
-    for row, numbers in zip(rows, mirrored, strict=True):
-        assert set(numbers) == {name for name, cell in row.items() if cell}
+    for row, (step, numbers) in zip(rows, mirrored, strict=True):
+        assert step == int(row["step"])
+        assert {"step", "seconds", *numbers} == {name for name, cell in row.items() if cell}
         assert all(isinstance(number, (int, float)) for number in numbers.values())
         assert {name: float(row[name]) for name in numbers} == pytest.approx(numbers, rel=1e-6, abs=1e-9)
 

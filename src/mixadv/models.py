@@ -362,6 +362,10 @@ def build_member(name: str, **kwargs: object) -> nn.Module:
     Its convolutions keep their weights in the channels_last layout, whose kernels are faster on CPUs and GPUs
     (docs/performance.md); images may come in any layout.
 
+    Returns:
+        A module whose attribute ``recipe``, a plain dict, holds the name and the arguments, as
+        ``build_member(**recipe)`` takes them: checkpoints of a training tell by it how to build the members again.
+
     Raises:
         ValueError: an unknown name or argument (the message lists those there are), or a value out of its range.
     """
@@ -371,4 +375,19 @@ def build_member(name: str, **kwargs: object) -> nn.Module:
     for key in kwargs:
         if key not in known:
             raise ValueError(f"{key}: {name} has no such setting; it has {', '.join(known)}")
-    return MODELS[name](**kwargs).to(memory_format=torch.channels_last)
+    member = MODELS[name](**kwargs).to(memory_format=torch.channels_last)
+    member.recipe = {"name": name, **{key: _plain(value) for key, value in kwargs.items()}}  # type: ignore[assignment]
+    return member
+
+
+def _plain(value: object) -> object:
+    """Numbers as Python's own and sequences as lists, for files that hold nothing else."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Sequence):
+        return [_plain(part) for part in value]
+    raise TypeError(f"{value!r} is no plain setting")

@@ -24,11 +24,12 @@ from mixadv.attacks.suite import AttackSuite
 from mixadv.checkpoint_files import read_checkpoint
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.export import build_mixture
+from mixadv.export import mixture_of_checkpoint
 from mixadv.lambda_solvers import LambdaSolver, OracleSubgradient
 from mixadv.losses import AT, RobustLoss
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch
+from mixadv.models import MODELS
 from mixadv.ranks import Ranks
 from mixadv.seeding import derive_seed
 from mixadv.signals import Signals
@@ -80,7 +81,8 @@ class MixtureTraining(pl.LightningModule):
             ``recent_batches`` says so, the last batches of the members' phases, with the points found for them then,
             join the game of a weights phase.
         kind, T_theta: the schedule, see `Schedule`.
-        optimizer: called with a member's parameters, makes its optimizer: ``functools.partial(torch.optim.SGD, lr=0.1)``.
+        optimizer: called with a member's parameters, makes its optimizer:
+            ``functools.partial(torch.optim.SGD, lr=0.1)``.
         scheduler: called with that optimizer, makes the schedule of its learning rate, see `build_scheduler`; stepped
             after every update of the member.
         gradient_clip_val, gradient_clip_algorithm: clip the gradient of each member before its step, by "norm" (the
@@ -204,9 +206,6 @@ class MixtureTraining(pl.LightningModule):
         """
         self.ranks = Ranks.here()
         device = self.trainer.strategy.root_device
-        # Sums in float64 do not depend on the batching; MPS has none.
-        for metric in self.accuracies.values():
-            metric.set_dtype(torch.float32 if device.type == "mps" else torch.float64)
         if stage != "fit":
             return
         self._set_lengths()
@@ -230,8 +229,10 @@ class MixtureTraining(pl.LightningModule):
             raise UserError("the learning rate follows the share of the training that is done: set max_epochs")
         length = self.schedule.batches_in_epoch(data.batches_per_pass)
         limit = trainer.limit_train_batches
-        if limit is not None and limit != 1.0:
-            length = min(length, limit) if isinstance(limit, int) else max(1, round(limit * length))
+        if isinstance(limit, int):
+            length = min(length, limit)
+        elif limit is not None:
+            length = max(1, round(limit * length))
         if length < 1:
             raise UserError("limit_train_batches=0 trains nothing: leave it out, or give 1 batch or more")
         # Said in batches from here on: Lightning would take a share of the shortened epoch once more.
@@ -414,8 +415,8 @@ class MixtureTraining(pl.LightningModule):
             self._attack_state = None
 
     def _rate(self) -> str:
-        now = self._as_list(self.optimizers())[0].param_groups[0]["lr"]
-        return f"optimizer.lr (now at {now:g})"
+        made = self._as_list(self.optimizers())
+        return f"optimizer.lr (now at {made[0].param_groups[0]['lr']:g})" if made else "optimizer.lr"
 
     def refuse_non_finite(self) -> None:
         """Stop the training if a loss was not finite.
@@ -437,8 +438,8 @@ class MixtureTraining(pl.LightningModule):
         """
         self.refuse_non_finite()
         for k, member in enumerate(self.mixture.members):
-            tensors = [t for t in member.state_dict().values() if t.is_floating_point()]
-            if not bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
+            finite = [t.isfinite().all() for t in member.state_dict().values() if t.is_floating_point()]
+            if finite and not bool(torch.stack(finite).all()):
                 raise UserError(
                     f"member {k} is not finite after step {self.t}: stopped, the last good checkpoint is kept. "
                     f"Lower {self._rate()}"
@@ -505,9 +506,13 @@ class MixtureTraining(pl.LightningModule):
             clean = self.mixture.expected_accuracy(x, y)
             ensemble = self.mixture.ensemble_accuracy(x, y)
         for name, values in {"clean": clean, "robust": robust, "ensemble": ensemble}.items():
-            metric = self.accuracies[name]
-            metric.update(values.to(metric.dtype))
-            self.log(f"{stage}/{name}_accuracy", metric, batch_size=max(1, len(y)), prog_bar=name == "robust")
+            metric: Any = self.accuracies[name]
+            # Sums in float64 (where the device has it) do not depend on the batching. Said every time, for a metric
+            # that Lightning moves to a device computes in float32 again.
+            metric.set_dtype(clean.dtype)
+            metric.update(values.to(clean.dtype))
+            shown = name == "robust"
+            self.log(f"{stage}/{name}_accuracy", metric, batch_size=max(1, len(y)), prog_bar=shown)
 
     @property
     def epochs_done(self) -> float:
@@ -572,27 +577,43 @@ class MixtureTraining(pl.LightningModule):
         self.trainer.should_stop = state["should_stop"]
 
     @classmethod
-    def load_from_checkpoint(
-        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = None, **given: Any
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        map_location: Any = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **given: Any,
     ) -> "MixtureTraining":
         """The training in a checkpoint, with the members as they were there; nothing in the file can run code.
 
         Args:
             checkpoint_path: a checkpoint of ours. map_location: the device, None for the CPU.
+            hparams_file, strict, weights_only: of Lightning's signature; files hold their settings, and are read whole
+                and without code whatever these say.
             given: arguments of `MixtureTraining` that take the place of recorded ones; needed for those that are not
                 part of mixadv (``mixture`` for members of your own, ``loss``, ...).
 
         Raises:
             UserError: it cannot be read, or names code that has to be given.
         """
-        checkpoint = read_checkpoint(Path(checkpoint_path))
-        settings = checkpoint.get("hyper_parameters", {})
-        recipe = checkpoint.get("mixture_config")
-        if "mixture" not in given and recipe is None:
-            raise UserError(f"{checkpoint_path} does not say how to build its members: give mixture=...")
-        mixture = given.pop("mixture", None) or build_mixture(recipe)
+        path = Path(checkpoint_path)
+        checkpoint = read_checkpoint(path)
+        settings = checkpoint.get("hyper_parameters")
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{path} was not written by a training of mixadv: it does not say how it was trained")
+        mixture = given.pop("mixture", None)
+        if mixture is None:
+            if checkpoint.get("mixture_config") is None:
+                raise UserError(f"{path} does not say how to build its members: give mixture=...")
+            mixture = mixture_of_checkpoint(path, checkpoint)[0].train()
         parts = {key: rebuilt(settings[key], key) for key in RECORDED if key in settings and key not in given}
-        module = cls(mixture, **{**parts, **given}, recipe=recipe)
+        parts["recipe"] = checkpoint.get("mixture_config")
+        try:
+            module = cls(mixture, **{**parts, **given})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} has settings that this version does not take: {error}") from error
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         return module if map_location is None else module.to(map_location)
@@ -600,4 +621,7 @@ class MixtureTraining(pl.LightningModule):
 
 def _recipe_of(mixture: Mixture) -> dict[str, Any] | None:
     recipes = [getattr(member, "recipe", None) for member in mixture.members]
-    return None if None in recipes else {"L": len(recipes), "models": recipes}
+    # Members of others may have something else of that name.
+    if not all(isinstance(recipe, dict) and recipe.get("name") in MODELS for recipe in recipes):
+        return None
+    return {"L": len(recipes), "models": recipes}

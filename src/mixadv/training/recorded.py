@@ -1,7 +1,7 @@
 """The parts of a training as plain containers, so that a checkpoint says what it was trained with, and back.
 
 A part is recorded as ``{"_target_": "module.Class", argument: value, ...}``. A checkpoint may come from anywhere, so
-only classes of mixadv, optimizers of ``torch.optim`` and its schedulers are built again; other parts are given by the
+only attacks, losses, solvers and threat models of mixadv, optimizers of ``torch.optim`` and its schedulers are built again; other parts are given by the
 caller.
 """
 
@@ -20,6 +20,8 @@ from mixadv.errors import UserError
 from mixadv.training import learning_rate
 
 PLAIN = (str, int, float, bool, type(None))
+# Where the classes are that a training is made of: plain settings, which do nothing when they are built.
+HOMES = ("mixadv.attacks", "mixadv.lambda_solvers", "mixadv.losses", "mixadv.threat_model")
 SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle")
 
 
@@ -92,10 +94,10 @@ def _shipped(target: str) -> Any:
         home, kind = (lr_scheduler, LRScheduler) if "lr_scheduler" in module else (optim, optim.Optimizer)
         found = getattr(home, name, None)
         return found if isinstance(found, type) and issubclass(found, kind) else None
-    if not module.startswith("mixadv."):
+    if not any(module == home or module.startswith(f"{home}.") for home in HOMES):
         return None
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-    return found if isinstance(found, type) and found.__module__.startswith("mixadv.") else None
+    return found if isinstance(found, type) and found.__module__ == module else None

@@ -60,7 +60,7 @@ class Schedule:
         return batches - (batches // (self.member_batches + 1) if self.weights_phases else 0)
 
     def batches_in_epoch(self, batches_per_pass: int) -> int:
-        """Length of an epoch: it shows every member `batches_per_pass` batches, and has the weights phases due for them.
+        """Length of an epoch: `batches_per_pass` batches for every member, and the weights phases due for them.
 
         Sampled draws give each member that many updates in expectation. All epochs are equally long, so that one of
         them may have a weights phase more or less than it has room for, at the cost of a batch of the members.
