@@ -235,7 +235,7 @@ def test_lightnings_hints_go_to_the_log_alone(trained, command, tmp_path, monkey
 
 
 def test_a_job_of_a_sweep_that_fails_says_why_in_its_own_log(tmp_path):
-    finished = run_command(tmp_path, "-m", "optimizer.lr=1e30,0.1", "L=0,2", *TINY, "schedule.epochs=1", "name=s")
+    finished = run_command(tmp_path, "-m", "optimizer.lr=1e30,0.1", "L=0,2", *TINY, "trainer.max_epochs=1", "name=s")
     assert finished.rc == 1
     logs = {path.parent.name[:20]: path.read_text() for path in (tmp_path / "outputs").rglob("mixadv.log")}
     # Of those that were refused nothing began.

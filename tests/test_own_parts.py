@@ -119,7 +119,7 @@ def test_an_own_model_is_trained_exported_and_evaluated_again(own):
 
 def test_mixtures_of_own_models_are_members_where_the_model_is_named(own):
     for seed in (0, 1):
-        run(own, f"model=linear model._target_=mine.ConvNet seed={seed} L=1 schedule.epochs=1 name=run{seed}")
+        run(own, f"model=linear model._target_=mine.ConvNet seed={seed} L=1 trainer.max_epochs=1 name=run{seed}")
     words = [*(w for w in TINY if w.startswith(("protocol", "trainer", "logger"))), "task=solve", "lambda_solver=lp"]
     words += ["members=[outputs/train/run0,outputs/train/run1]", "name=weighed"]
     assert run_command(own, *words).refusal().endswith("or model._target_=mine.ConvNet beside members=[...]")
@@ -294,7 +294,7 @@ def test_old_and_new_runs_of_one_model_are_one_setting():
 
 def test_a_function_with_some_arguments_given_is_a_model(own):
     (own / "parts.py").write_text("import functools, mine\nthree = functools.partial(mine.ConvNet, channels=3)\n")
-    path = run(own, "model=linear model._target_=parts.three schedule.epochs=1 name=three")
+    path = run(own, "model=linear model._target_=parts.three trainer.max_epochs=1 name=three")
     assert load_mixture(path, factories=["parts:three"]).members[0].conv.out_channels == 3
 
 
