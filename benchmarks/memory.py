@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from harness import describe, save, table
+from mixadv.training.memory import MemoryEstimate, attack_memory, training_memory
 
 from mixadv.attacks import PGD
 from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
-from mixadv.training.memory import MemoryEstimate, attack_memory, training_memory
 from mixadv.training.update import add_gradient
 
 SHAPE, CLASSES = (3, 32, 32), 10

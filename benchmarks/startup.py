@@ -63,7 +63,14 @@ def heavy_modules(statement: str) -> list[str]:
 
 def first_step(cwd: Path, name: str) -> tuple[float, float]:
     """Seconds from the start of `experiment=quickstart` to its first logged step; what the steps took of them."""
-    command = [sys.executable, RUN, "experiment=quickstart", "logger=csv", f"name={name}", "trainer.log_every_n_steps=1"]
+    command = [
+        sys.executable,
+        RUN,
+        "experiment=quickstart",
+        "logger=csv",
+        f"name={name}",
+        "trainer.log_every_n_steps=1",
+    ]
     history = cwd / "outputs" / "train" / name / "metrics.csv"
     started = time.perf_counter()
     run = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -31,8 +31,9 @@ SETTINGS = (
 def run(logger: str, epochs: int) -> None:
     """One run in this process; its times go to times.json."""
     sys.path.insert(0, str(SOURCE))
-    from mixadv.main import main as program
     from mixadv.monitor.wandb_mirror import WandbMirror
+
+    from mixadv.main import main as program
 
     inside: dict[str, list[float]] = {}
 

@@ -207,9 +207,8 @@ def signals(root, reference, seconds, draw):
 
 def memory(root, reference, seconds, draw):
     """1,000 checkpoints, 10,000 weights phases: resident memory and open files before and after."""
-    from mixadv.callbacks import WholeFiles
-
     from mixadv.attacks import PGD
+    from mixadv.callbacks import WholeFiles
     from mixadv.lambda_solvers import OracleSubgradient
     from mixadv.losses import AT
     from mixadv.mixture import Mixture

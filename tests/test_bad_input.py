@@ -30,11 +30,11 @@ from safetensors.torch import load_file, save_file
 from conftest import TINY, run_command
 from mixadv import config
 from mixadv.attacks.pgd import PGD
+from mixadv.checkpoint_files import digest_of, newest
 from mixadv.data.base import ImageCorpus
 from mixadv.errors import UserError
 from mixadv.members import load_members
 from mixadv.models import build_member
-from mixadv.checkpoint_files import digest_of, newest
 from mixadv.tasks import run_task
 from test_data_cifar10 import BASE, synthetic
 

@@ -131,7 +131,8 @@ def test_being_told_to_stop_is_no_failure(tmp_path, cfg):
 
 
 @pytest.mark.parametrize(
-    "override", ["resume=never", "name=other", "runs=x", "logger=wandb", "trainer.enable_progress_bar=false", "data=digits"]
+    "override",
+    ["resume=never", "name=other", "runs=x", "logger=wandb", "trainer.enable_progress_bar=false", "data=digits"],
 )
 def test_settings_that_change_nothing_may_differ(tmp_path, compose, cfg, override):
     write_config(tmp_path, cfg)

@@ -26,8 +26,8 @@ from rich.console import Console
 
 from conftest import TINY
 from evaluated_run import write_evaluation
-from mixadv.data.image_folder import ImageFolder
 from mixadv.checkpoint_files import read_checkpoint
+from mixadv.data.image_folder import ImageFolder
 from mixadv.errors import UserError
 from mixadv.evaluation.state import EvaluationState
 from mixadv.export import load_mixture

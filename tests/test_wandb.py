@@ -947,7 +947,13 @@ def test_offline_may_be_said_by_the_constructor(mirror, service, tmp_path):
 # --- stopped and continued, through the command line ---------------------------------------------------------
 
 # Weights phases, members' rows and validations; batches t = 1 to 8 or more, two epochs.
-STOPPED = ("logger=wandb", "logger.wandb.images=2", "trainer.log_every_n_steps=2", "callbacks.checkpoint.every_n_train_steps=6", "L=3")
+STOPPED = (
+    "logger=wandb",
+    "logger.wandb.images=2",
+    "trainer.log_every_n_steps=2",
+    "callbacks.checkpoint.every_n_train_steps=6",
+    "L=3",
+)
 
 
 def rows_of(folder):

@@ -239,7 +239,7 @@ def _check_keys(cfg: DictConfig) -> None:
 
 def _check_groups(cfg: DictConfig) -> None:
     """What the classes behind the groups cannot know, or would say late."""
-    model, protocol, logger = cfg.model, cfg.protocol, cfg.logger
+    model, protocol = cfg.model, cfg.protocol
     target = model.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"model._target_={target} must name a model: choose one with model=...")

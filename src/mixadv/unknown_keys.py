@@ -32,8 +32,12 @@ RENAMED_VALUES = {"trainer.precision": {"fp32": "32-true", "bf16": "bf16-mixed"}
 REFUSED = {
     "trainer.logger": "loggers are a group: logger=wandb, logger=[csv,tensorboard], logger=none",
     "trainer.callbacks": "callbacks are a group: callbacks=[default,ema], or +callbacks.NAME._target_=CLASS",
-    "trainer.enable_checkpointing": "a run is continued and measured from its checkpoints; callbacks.checkpoint.* sets them",
-    "trainer.accumulate_grad_batches": "one batch is one step of Algorithm 2; micro_batch_size=N serves a large batch in parts",
+    "trainer.enable_checkpointing": (
+        "a run is continued and measured from its checkpoints; callbacks.checkpoint.* sets them"
+    ),
+    "trainer.accumulate_grad_batches": (
+        "one batch is one step of Algorithm 2; micro_batch_size=N serves a large batch in parts"
+    ),
     "trainer.barebones": "it switches checkpoints off, and a run is continued and measured from them",
     "trainer.default_root_dir": "a run writes to its own directory: name=..., or hydra.run.dir=DIR",
     "trainer.inference_mode": "attacks need gradients where others only measure",

@@ -104,7 +104,14 @@ class AttackSuite:
         return cls({key: instantiate(node, f"protocol.attacks.{key}", Attack) for key, node in nodes.items()}, name)
 
     def __call__(
-        self, mixture: Mixture | nn.Module, x: Tensor, y: Tensor, threat_model: ThreatModel, *, seed: int = 0, batch: int = 0
+        self,
+        mixture: Mixture | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        *,
+        seed: int = 0,
+        batch: int = 0,
     ) -> SuiteRecord:
         """Attack x [B, ...] with labels y [B] by everything; a plain module counts as a mixture of one member.
 

@@ -174,7 +174,7 @@ class Checkpoints(ModelCheckpoint):
             self._save_last(trainer, pl_module)
 
     def _save_last(self, trainer: pl.Trainer, module: MixtureTraining) -> None:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module.refuse_broken()
         last = Path(str(self.dirpath)) / LAST

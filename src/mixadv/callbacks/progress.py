@@ -70,7 +70,7 @@ class ProgressBar(RichProgressBar):
 def _lambda(trainer: pl.Trainer) -> str:
     """The weights that were logged last, as (0.50, 0.20, 0.30)."""
     found = trainer.callback_metrics
-    weights = []
+    weights: list[str] = []
     while f"lambda/{len(weights)}" in found:
         weights.append(f"{float(found[f'lambda/{len(weights)}']):.2f}")
     return f"({', '.join(weights)})"

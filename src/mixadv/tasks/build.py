@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.callbacks import ProgressBar as ProgressBarBase
 from pytorch_lightning.loggers import Logger
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mixadv import instantiate as building
 from mixadv.attacks.pgd import PGD

@@ -64,7 +64,7 @@ def logging_to(loggers: Sequence[Logger], cfg: DictConfig) -> Iterator[None]:
 
 
 def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path) -> list[Logger]:
-    """The loggers of the single model beside a mixture: the same run in Weights & Biases, files of its own elsewhere."""
+    """The loggers of the single model beside a mixture: in Weights & Biases the same run, else files of its own."""
     mirrors = [logger.baseline() for logger in loggers if isinstance(logger, WandbLogger)]
     others = [logger for logger in build_loggers(cfg, run_dir, None) if not isinstance(logger, WandbLogger)]
     return with_history([*others, *mirrors], run_dir)

@@ -27,7 +27,7 @@ ENOUGH = {"cpu": 5e13, "cuda": 1e16}
 
 
 def settle_precision(cfg: DictConfig, device: torch.device, choices: Choices) -> str:
-    """Lightning's precision for training; ``auto`` is bf16-mixed on GPUs whose tensor cores compute in it, else 32-true.
+    """Lightning's precision for training; auto is bf16-mixed on GPUs whose tensor cores compute in it, else 32-true.
 
     Evaluation is in float32 always. On CPUs without instructions for bfloat16 autocast is many times slower.
     """

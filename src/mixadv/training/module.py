@@ -217,7 +217,8 @@ class MixtureTraining(pl.LightningModule):
             self._attack_state = None
 
     def _set_lengths(self) -> None:
-        trainer, data = self.trainer, self._data()
+        trainer: Any = self.trainer
+        data = self._data()
         strategy = trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, Replicas)):
             wrong = type(strategy).__name__
@@ -261,7 +262,7 @@ class MixtureTraining(pl.LightningModule):
                 logger.log_metrics(self.progress(), 0)
         if self._data().train_dataloader().batches_left < self.batches_per_epoch:
             # The first epoch is what is left of one; Lightning has to ask again for the length of the next.
-            self.trainer.reload_dataloaders_every_n_epochs = 1
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self) -> None:
         """The next epoch begins."""
@@ -278,7 +279,7 @@ class MixtureTraining(pl.LightningModule):
             self._record(self._weights_phase(x, y))
             return
         found = self._members_phase(x, y)
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.t % every == 0:
             self._record(found)
 
