@@ -83,9 +83,7 @@ def one_cycle(optimizer: Optimizer, updates: int, warmup: float = 0.25) -> LRSch
         ValueError: it is out of its range.
     """
     _share("warmup", warmup)
-    return _by_share(
-        optimizer, updates, lambda share: share / warmup if share < warmup else (1 - share) / (1 - warmup)
-    )
+    return _by_share(optimizer, updates, lambda share: share / warmup if share < warmup else (1 - share) / (1 - warmup))
 
 
 def build_scheduler(make: Callable[..., Any], optimizer: Optimizer, updates: int) -> LRScheduler:

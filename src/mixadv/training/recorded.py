@@ -1,8 +1,8 @@
 """The parts of a training as plain containers, so that a checkpoint says what it was trained with, and back.
 
 A part is recorded as ``{"_target_": "module.Class", argument: value, ...}``. A checkpoint may come from anywhere, so
-only attacks, losses, solvers and threat models of mixadv, optimizers of ``torch.optim`` and its schedulers are built again; other parts are given by the
-caller.
+only attacks, losses, solvers and threat models of mixadv, optimizers of ``torch.optim`` and its schedulers are built
+again; other parts are given by the caller.
 """
 
 import dataclasses
