@@ -131,6 +131,10 @@ class MixtureTraining(pl.LightningModule):
             raise ValueError(f"predict is {predict!r}: choose draw or probabilities")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1, or None")
+        if gradient_clip_val is not None and not 0 < gradient_clip_val < math.inf:
+            raise ValueError(f"gradient_clip_val={gradient_clip_val} must be positive and finite, or None")
+        if gradient_clip_algorithm not in (None, "norm", "value"):
+            raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: choose norm or value")
         self.mixture = mixture
         self.loss = AT() if loss is None else loss
         self.threat_model = threat_model
@@ -365,8 +369,12 @@ class MixtureTraining(pl.LightningModule):
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
         optimizer.step()
-        self._as_list(self.lr_schedulers())[k].step()
         self.member_updates[k] += 1
+        # Where a sampled schedule leads a member beyond its share, the last rate stays: not every schedule of torch
+        # goes on there, and some rise again.
+        scheduler = self._as_list(self.lr_schedulers())[k]
+        if scheduler.last_epoch + 1 < self.updates_per_member:
+            scheduler.step()
         return seen[0], seen[1]
 
     @staticmethod
@@ -399,10 +407,15 @@ class MixtureTraining(pl.LightningModule):
         return True
 
     def _generators(self) -> dict[str, Any]:
-        assert self.attack_generator is not None
+        attack_generator = self.attack_generator
+        if attack_generator is None:
+            # Before the first fit, or loaded from a file.
+            attack_generator = torch.Generator(self.device).manual_seed(self.seed + 1)
+            if self._attack_state is not None:
+                attack_generator.set_state(self._attack_state)
         return {
             "member_generator": self.member_generator.get_state(),
-            "attack_generator": self.attack_generator.get_state(),
+            "attack_generator": attack_generator.get_state(),
             # Members may draw too (dropout).
             **generators.state(),
         }
