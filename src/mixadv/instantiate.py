@@ -150,8 +150,10 @@ def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         hints = _hints(function)
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                # What a base class needs, the class itself may give it.
+                default = parameter.default if function is functions[0] else None
                 annotation = hints.get(parameter.name, Any)
-                found.setdefault(parameter.name, parameter.replace(annotation=annotation))
+                found.setdefault(parameter.name, parameter.replace(annotation=annotation, default=default))
         if function is object.__init__:
             # Nobody above took all that ``**others`` holds: it goes elsewhere.
             return found, function is not functions[0]

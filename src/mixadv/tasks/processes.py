@@ -68,11 +68,11 @@ def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
             f"trainer.strategy={wanted} cannot train a mixture, whose members are updated one at a time and attacked "
             "whole: leave it at auto; several processes average the gradients of each member"
         )
-    indices = cfg.trainer.devices
-    several = {"cpu": "cpu", "mps": "mps"}
+    # A list names GPUs; on the CPU it says how many processes.
+    named = isinstance(cfg.trainer.devices, ListConfig) and device.type != "cpu"
     settings: dict[str, Any] = {
-        "accelerator": several.get(device.type, "gpu"),
-        "devices": list(indices) if isinstance(indices, ListConfig) else devices(cfg),
+        "accelerator": {"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),
+        "devices": list(cfg.trainer.devices) if named else devices(cfg),
         "num_nodes": cfg.trainer.num_nodes,
     }
     if number(cfg) > 1:
