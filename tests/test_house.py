@@ -58,7 +58,7 @@ ALLOWED = {
     | {"console"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
-        *("checkpoint_files", "data", "evaluation", "export", "ranks", "seeding", "signals"),
+        *("checkpoint_files", "data", "evaluation", "export", "models", "ranks", "seeding", "signals"),
     },
     # What watches, keeps and shows.
     "checkpoint_files": set(),
@@ -66,7 +66,7 @@ ALLOWED = {
     "loggers": {"redaction", "console"},
     "export": {"mixture", "models", "checkpoint_files", "instantiate"},
     "members": {"export", "mixture", "models", "checkpoint_files"},
-    "report": {"locks", "redaction", "setting_keys", "shipped"},
+    "report": {"locks", "redaction", "setting_keys", "shipped", "unknown_keys"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},
     "composition": {"setting_keys", "shipped", "unknown_keys"},
