@@ -5,8 +5,8 @@ their own, may name any class or function: `instantiate` builds it, as Hydra doe
 anywhere (the record of a mixture) is held to the classes of mixadv by `held_to_mixadv` before anything is built.
 """
 
-import functools
 import difflib
+import functools
 import importlib
 import inspect
 import json

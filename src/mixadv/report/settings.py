@@ -14,7 +14,17 @@ from mixadv.unknown_keys import RENAMED
 
 UNIFORM, SHARED, SAMPLED = "uniform", "shared", "sampled"
 # What else changes no number, or stands elsewhere in the results.
-_ASIDE = ("seed", "data.seed", "baseline", "mixture", "members", "weights", "paths", "hydra", "trainer.log_every_n_steps")
+_ASIDE = (
+    "seed",
+    "data.seed",
+    "baseline",
+    "mixture",
+    "members",
+    "weights",
+    "paths",
+    "hydra",
+    "trainer.log_every_n_steps",
+)
 # What is run on the test set is compared by itself.
 _MEASUREMENT = ("protocol.name", "protocol.attacks", "protocol.diagnosed")
 

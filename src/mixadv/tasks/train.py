@@ -340,6 +340,8 @@ def _fit(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequ
     (checkpoints,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     # Without a validation there is no best.
     best = Path(checkpoints.best_model_path or folder / LAST)
+    if not best.exists() and not module.t:
+        raise UserError("the training ended before its first batch: raise trainer.max_time or trainer.max_steps")
     checkpoint = read_checkpoint(best)
     try:
         module.load_state_dict(checkpoint["state_dict"])
