@@ -11,6 +11,7 @@ from conftest import TINY
 from mixadv.config import TrainerConfig
 from mixadv.unknown_keys import REFUSED
 
+SWA = "pytorch_lightning.callbacks.StochasticWeightAveraging"
 MINE = '''
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
