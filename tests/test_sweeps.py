@@ -149,7 +149,7 @@ def test_a_refused_job_leaves_its_reason_for_the_table(command, tmp_path):
 
     report = command("task=report", "runs=outputs/sweeps/s")
     assert report.rc == 0, report.err
-    for reason in ("L=0 must be at least 1", "optimizer.lr=-1.0 must be at least 0"):
+    for reason in ("L=0 must be at least 1", "optimizer: Invalid learning rate: -1"):
         assert reason in report.out
     with (sweep / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -368,7 +368,7 @@ def test_a_sweeper_that_searches_is_told_of_failures_and_they_are_run_again(best
     assert finished.rc == 1
     assert list(scores) == [0.1] == [winner]
     assert concluded(finished) == "2 jobs, 1 done, 1 failed"
-    assert complaints(finished) == {"optimizer.lr=-1": "optimizer.lr=-1.0 must be at least 0"}
+    assert complaints(finished) == {"optimizer.lr=-1": "optimizer: Invalid learning rate: -1"}
     assert "Traceback" not in finished.err
 
 

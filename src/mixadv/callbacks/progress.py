@@ -48,7 +48,8 @@ class ProgressBar(RichProgressBar):
         shown = super().get_metrics(trainer, pl_module)
         shown.pop("v_num", None)
         numbers = {name.rpartition("/")[2].removesuffix("_accuracy"): value for name, value in shown.items()}
-        return {**numbers, "lambda": _lambda(trainer)}
+        lam = _lambda(trainer)
+        return {**numbers, "lambda": lam} if lam else numbers
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print one line: epoch, accuracies, lambda."""
@@ -68,9 +69,9 @@ class ProgressBar(RichProgressBar):
 
 
 def _lambda(trainer: pl.Trainer) -> str:
-    """The weights that were logged last, as (0.50, 0.20, 0.30)."""
+    """The weights that were logged last, as (0.50, 0.20, 0.30); empty where none were."""
     found = trainer.callback_metrics
     weights: list[str] = []
     while f"lambda/{len(weights)}" in found:
         weights.append(f"{float(found[f'lambda/{len(weights)}']):.2f}")
-    return f"({', '.join(weights)})"
+    return f"({', '.join(weights)})" if weights else ""
