@@ -59,7 +59,7 @@ ALLOWED = {
     | {"console"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
-        *("checkpoint_files", "data", "evaluation", "export", "ranks", "seeding", "signals"),
+        *("checkpoint_files", "data", "evaluation", "export", "models", "ranks", "seeding", "signals"),
     },
     # What watches, keeps and shows.
     "checkpoint_files": set(),
