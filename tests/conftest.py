@@ -63,14 +63,18 @@ class Finished:
 
 @contextlib.contextmanager
 def surroundings(cwd: Path, argv: list[str], environment: dict[str, str]) -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """Working directory, arguments, environment and streams of a command, all restored afterwards."""
+    """Working directory, arguments, environment and streams of a command, all restored afterwards.
+
+    What does not train has Weights & Biases switched off: offline runs take seconds, and tests do not name a logger.
+    """
     from hydra.core.global_hydra import GlobalHydra
 
     before, variables, arguments = Path.cwd(), dict(os.environ), sys.argv
     out, err = io.StringIO(), io.StringIO()
     for name in OUTSIDE:
         os.environ.pop(name, None)
-    os.environ.update({"COLUMNS": "200", "HOME": str(cwd), **environment})
+    mode = {"WANDB_MODE": "disabled"} if {"task=evaluate", "task=solve"} & set(argv) else {}
+    os.environ.update({"COLUMNS": "200", "HOME": str(cwd), **mode, **environment})
     sys.argv = ["run.py", *argv]
     os.chdir(cwd)
     try:

@@ -137,7 +137,7 @@ def test_the_console_is_as_it_was_and_the_log_holds_what_it_showed(trained):
     assert trained.finished.err == ""
     for line in ("ensemble accuracy", "Files: "):
         assert sum(line in shown for shown in out.splitlines()) == sum(line in kept for kept in log.splitlines()) == 1
-    assert re.match(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\]\[mixadv\.console\]\[INFO\] ", log)
+    assert re.search(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\]\[mixadv\.console\]\[INFO\] Writing to", log, re.M)
     assert not (trained.path / "baseline").exists()
 
 

@@ -67,7 +67,7 @@ ALLOWED = {
     "loggers": {"redaction", "console"},
     "export": {"mixture", "models", "checkpoint_files", "instantiate"},
     "members": {"export", "mixture", "models", "checkpoint_files"},
-    "report": {"locks", "redaction", "setting_keys", "shipped"},
+    "report": {"locks", "redaction", "setting_keys", "shipped", "unknown_keys"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},
     "composition": {"setting_keys", "shipped", "unknown_keys"},

@@ -131,7 +131,7 @@ def test_numbers_of_a_row():
 
 @pytest.mark.parametrize(
     ("step", "validated", "kept"),
-    [(2, True, 6), (2, False, 4), (1, True, 2), (1, False, 2), (0, True, 1), (9, True, 7)],
+    [(2, True, 6), (2, False, 4), (1, True, 2), (1, False, 2), (0, True, 0), (9, True, 7)],
 )
 def test_a_resumed_run_drops_what_it_makes_again(tmp_path, step, validated, kept):
     file = MetricsFile(tmp_path / "metrics.csv", ["step", "train/loss", "val/robust_accuracy"])
@@ -190,7 +190,7 @@ def test_the_clock_goes_on_over_sessions(tmp_path, monkeypatch):
     assert logger.truncate(0) == 0
     for step in range(4):
         now[0] += 10
-        logger.log_metrics({"train/loss": 1.0}, step)
+        logger.log_metrics({"train/loss": 1.0, "member_updates": step}, step)
     assert seconds() == [10, 20, 30, 40]
     now[0] = 1000
     again = CSVLogger(tmp_path)

@@ -80,11 +80,26 @@ SETTINGS = {
         "schedule=shared",
         "trainer.max_epochs=3",
     ),
+    # Averages of the weights, and an end before the last epoch: no validation is better by a whole point.
+    "callbacks-of-lightning": (
+        "model=small_cnn",
+        "model.width=2",
+        "schedule=shared",
+        "trainer.max_epochs=5",
+        "callbacks=[default,ema,early_stopping,lr_monitor]",
+        "callbacks.ema.decay=0.8",
+        "callbacks.early_stopping.patience=2",
+        "callbacks.early_stopping.min_delta=1",
+    ),
 }
 
 
 class Stopped(Exception):
     """The power goes."""
+
+
+def stop():
+    raise Stopped
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +217,8 @@ def test_the_uninterrupted_run_is_worth_comparing(whole):
     assert sum(last["mixadv"]["member_updates"]) == 18
     assert len(last["optimizer_states"]) == len(last["lr_schedulers"]) == 3
     done = [scheduler["last_epoch"] for scheduler in last["lr_schedulers"]]
-    assert done == last["mixadv"]["member_updates"]
+    # A schedule ends with the share of the member, 6 of 18 updates.
+    assert done == [min(updates, 5) for updates in last["mixadv"]["member_updates"]]
     rows = history(directory)
     assert len({row["lambda/0"] for row in rows}) > 1
     assert [int(row["step"]) for row in rows if row["weights/value"]] == [10, 20]
@@ -271,6 +287,7 @@ def test_a_run_stopped_inside_its_epochs(train, whole, tmp_path, monkeypatch, se
     [
         *(("trades-entropic-sampled", nth) for nth in (1, 2, 20, 31, 41, 55)),
         *(("at-oracle-shared", nth) for nth in (1, 8, 15, 30, 41)),
+        *(("callbacks-of-lightning", nth) for nth in (7, 26, 27, 60)),
     ],
 )
 def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_path, monkeypatch, setting, nth):
@@ -393,6 +410,29 @@ def test_a_finished_training_is_measured_without_training_again(train, whole, tr
     assert (trained / "metrics.csv").read_bytes() == before
     assert (trained / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
     assert_same_run(whole("at-oracle-shared"), trained)
+
+
+def test_an_early_stopped_training_does_not_train_on(train, whole, tmp_path, monkeypatch):
+    """It is killed while it is measured."""
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "measure", lambda *_: stop())
+        with pytest.raises(Stopped):
+            train("callbacks-of-lightning", directory)
+    last = (directory / "checkpoints" / "last.ckpt").read_bytes()
+    assert int(history(directory)[-1]["step"]) == 12 < 20
+    train("callbacks-of-lightning", directory)
+    assert (directory / "checkpoints" / "last.ckpt").read_bytes() == last
+    assert_same_run(whole("callbacks-of-lightning"), directory)
+
+
+def test_averaged_members_are_those_that_are_measured(whole):
+    directory = whole("callbacks-of-lightning")
+    best = read_checkpoint(directory / "checkpoints" / "best.ckpt")
+    name = next(key for key in best["state_dict"] if key.endswith("weight"))
+    assert not torch.equal(best["state_dict"][name], best["current_model_state"][name])
+    exported = load_mixture(directory / "mixture").state_dict()
+    assert torch.equal(exported[name.removeprefix("mixture.")], best["state_dict"][name])
 
 
 def test_measured_members_are_those_of_the_best_epoch(whole):

@@ -145,7 +145,7 @@ def test_shipped_configurations_name_classes_and_models_of_this_package():
     # Parts of Lightning, PyTorch and Hydra in the groups that are made of them; chosen by the command line alone.
     others = {targets[name] for name in set(targets) - ours}
     assert others <= {"launch", "hparams_search", "callbacks", "logger", "optimizer"}
-    homes = ("pytorch_lightning.", "torch.optim.", "hydra_plugins.", "hydra.", "datetime.timedelta")
+    homes = ("pytorch_lightning.", "torch.optim.", "hydra_plugins.", "hydra.", "optuna.", "datetime.timedelta")
     assert all(name.startswith(homes) for name in set(targets) - ours)
     assert "mixadv.tasks.sweep.Sweep" in ours
 

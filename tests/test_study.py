@@ -377,7 +377,7 @@ def test_histories_of_killed_runs_are_drawn_as_far_as_they_go(study: Path) -> No
 
 
 def test_settings_leave_out_what_changes_no_number(tmp_path: Path) -> None:
-    aside = {"compile": True, "name": "x", "trainer": {"progress": False}, "baseline": True, "logger": {"kind": "csv"}}
+    aside = {"compile": True, "name": "x", "trainer": {"enable_progress_bar": False}, "baseline": True, "logger": {}}
     a = read_run(write(tmp_path, "a", TWO, seed=0))
     b = read_run(write(tmp_path, "b", TWO, seed=5, noise=3, extra=aside))
     assert setting_of(a) == setting_of(b)

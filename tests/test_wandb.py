@@ -1041,3 +1041,26 @@ def test_a_service_that_fails_all_the_time_leaves_a_whole_run_and_one_warning(co
         path.name for path in folder.iterdir()
     }
     same_rows(Offline(folder), folder)
+
+
+@pytest.mark.parametrize("task", ["evaluate", "solve"])
+def test_evaluations_and_solutions_arrive_with_tables_and_figures(trained, command, tmp_path, task):
+    mixture = trained.path
+    argv = [f"task={task}", "logger=wandb", "name=shown", "data.num_test=20", "eps=0.05", "protocol.diagnosed=0"]
+    if task == "evaluate":
+        argv.append(f"mixture={mixture}")
+    else:
+        argv += [f"members=[{mixture}]", "lambda_solver=lp", "lambda_solver.num_rounds=1", "data.num_val=40"]
+    finished = command(*argv, *(text for text in TINY if text.startswith("protocol.")), WANDB_MODE="offline")
+    assert finished.rc == 0, finished.err
+    path = tmp_path / "outputs" / task / "shown"
+    offline = Offline(path)
+    results = json.loads((path / "results.json").read_text())
+    assert offline.summary["test/robust_accuracy"] == results["robust"]["expected_accuracy"]
+    assert (offline.config["eps"], offline.config["task"]) == (0.05, task)
+    shown = next(row for row in offline.history if "results/nrows" in row)
+    # The mixture, its members and the averaged twin.
+    assert shown["results/nrows"] >= 1 + len(results["members"])
+    assert shown["attacks/nrows"] == len(results["attacks"])
+    assert any(key.startswith("figures/") for key in shown)
+    assert not (path / "metrics.csv").exists()

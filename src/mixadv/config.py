@@ -93,6 +93,7 @@ class Config:
     weights: list[float] | None = None
     mixture: str | None = None
     runs: str = "outputs"
+    optimized_metric: str = "test/robust_accuracy"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: dict[str, Any] = MISSING
     scheduler: dict[str, Any] = MISSING
@@ -150,7 +151,7 @@ def path_safe(text: str) -> str:
 
 
 # Overrides that say where or what, not how: they do not belong to a run's name.
-UNNAMED = ("task", "name", "resume", "runs", "launch", "logger")
+UNNAMED = ("task", "name", "resume", "runs", "launch", "logger", "optimized_metric", "hparams_search")
 
 
 def run_name(overrides: Any, name: Any = None) -> str:

@@ -5,6 +5,7 @@ their own, may name any class or function: `instantiate` builds it, as Hydra doe
 anywhere (the record of a mixture) is held to the classes of mixadv by `held_to_mixadv` before anything is built.
 """
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -180,7 +181,9 @@ def check_arguments(
     name_of_factory = getattr(factory, "__name__", type(factory).__name__)
     for name in (str(name) for name in settings if name not in (TARGET, *SPECIAL)):
         if name not in taken and not any_other:
-            has = f"{name_of_factory} has no such setting; it has {', '.join(taken) or 'none'}"
+            likely = difflib.get_close_matches(name, taken, n=1)
+            question = f", did you mean {key}.{likely[0]}? It" if likely else "; it"
+            has = f"{name_of_factory} has no such setting{question} has {', '.join(taken) or 'none'}"
             raise UserError(f"{key}.{name}: {has}. Where the group sets it, ~{key}.{name} takes it away")
     for name, parameter in taken.items():
         if name in settings:

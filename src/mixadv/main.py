@@ -119,7 +119,7 @@ def _single_run(cfg: DictConfig, run_dir: Path, overrides: list[str], launch: st
     try:
         if launch != "serial":
             raise UserError(f"launch={launch} is for sweeps: add -m, which also takes a single job")
-        return _run(cfg, run_dir, overrides, sweep=None).robust_accuracy
+        return _run(cfg, run_dir, overrides, sweep=None).metric
     except UserError as error:
         _refuse(str(error))
         _log_failure(run_dir, error)
@@ -154,7 +154,7 @@ def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str], number: 
     name, score = run_dir.name, math.nan
     try:
         ended = _run(cfg, run_dir, overrides, sweep=run_dir.parent.name)
-        outcome, score = Outcome(name, DONE if ended.worked else BEFORE), ended.robust_accuracy
+        outcome, score = Outcome(name, DONE if ended.worked else BEFORE), ended.metric
     except Held as error:
         _refuse(f"{name}: passed over, {error}")
         outcome = Outcome(name, ELSEWHERE, error.who)

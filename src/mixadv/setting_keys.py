@@ -5,6 +5,7 @@ from typing import Any
 # They may differ when a run is continued or shown, and between runs that are compared.
 INDIFFERENT = (
     *("resume", "name", "runs", "compile", "logger", "data.mirrors", "data.download", "micro_batch_size"),
+    "optimized_metric",
     *("callbacks.checkpoint.train_time_interval", "callbacks.checkpoint.every_n_train_steps"),
     *("callbacks.progress", "callbacks.lr_monitor"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler", "trainer.detect_anomaly"),

@@ -103,6 +103,8 @@ class CuttingPlanes:
         Raises:
             RuntimeError: the deadline passed, or HiGHS failed.
         """
+        if time.perf_counter() >= deadline:
+            raise SolverError(_OUT_OF_TIME)
         mu, lam = self._attacker(deadline)
         bound = self._scale * float((mu @ self._rows).min() + self._masses @ self._shifts)
         self._idle = np.where(mu > 0, 0, self._idle + 1)

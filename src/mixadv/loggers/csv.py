@@ -30,6 +30,7 @@ class CSVLogger(pl_loggers.CSVLogger):
         self.file = MetricsFile(Path(save_dir) / FILE, columns)
         self._started = time.monotonic()
         self._before: float | None = None  # seconds of earlier sessions; None: not looked up yet
+        self._awaits_validation = False
 
     @property
     def log_dir(self) -> str:
@@ -54,6 +55,10 @@ class CSVLogger(pl_loggers.CSVLogger):
             metrics: name -> number.
             step: for the column ``step``; by default the number of rows so far.
         """
+        if self._awaits_validation and "member_updates" not in metrics:
+            # Of a callback, at the batch without examples that brings about the validation.
+            return
+        self._awaits_validation = False
         if self._before is None:
             self._before = _seconds(self.file.rows())
         row = {
@@ -77,6 +82,7 @@ class CSVLogger(pl_loggers.CSVLogger):
 
     def _truncate(self, step: int, validated: bool) -> int:
         kept = self.file.truncate(step, validated=validated)
+        self._awaits_validation = not validated
         self._before, self._started = _seconds(kept), time.monotonic()
         return len(kept)
 

@@ -10,10 +10,21 @@ from typing import Any
 from mixadv.report.files import Run
 from mixadv.report.names import format_ball, number
 from mixadv.setting_keys import flat_settings, is_indifferent
+from mixadv.unknown_keys import RENAMED
 
 UNIFORM, SHARED, SAMPLED = "uniform", "shared", "sampled"
 # What else changes no number, or stands elsewhere in the results.
-_ASIDE = ("seed", "data.seed", "baseline", "mixture", "members", "weights", "paths", "hydra", "trainer.log_every_steps")
+_ASIDE = (
+    "seed",
+    "data.seed",
+    "baseline",
+    "mixture",
+    "members",
+    "weights",
+    "paths",
+    "hydra",
+    "trainer.log_every_n_steps",
+)
 # What is run on the test set is compared by itself.
 _MEASUREMENT = ("protocol.name", "protocol.attacks", "protocol.diagnosed")
 
@@ -58,9 +69,11 @@ class Setting:
 def described(config: Mapping[str, Any]) -> dict[str, str]:
     """Flat settings without paths and without what changes no number."""
     flat = flat_settings(dict(config))
-    # Up to version 0.1 runs said the name of the model, and not its class.
-    if isinstance(model := flat.pop("model._target_", None), str):
-        flat["model.name"] = model.rpartition(".")[2]
+    # Runs of version 0.1 have other names for some settings.
+    flat = {RENAMED.get(key, key): value for key, value in flat.items()}
+    for key in ("model", "scheduler"):
+        if isinstance(target := flat.pop(f"{key}._target_", None), str):
+            flat[key] = target.rpartition(".")[2]
     return {
         key: str(value)
         for key, value in flat.items()
@@ -84,11 +97,13 @@ def setting_of(run: Run) -> Setting | None:
     schedule = run.config.get("schedule")
     schedule = schedule if isinstance(schedule, dict) else {}
     solver, single = run.solver, size == 1
-    weighing, rest = set(), set()
+    weighing, rest, epochs = set(), set(), None
     for key, value in described(run.config).items():
         if _within(key, ("lambda_solver", "schedule")):
-            if key not in ("schedule.epochs", "schedule.kind"):
+            if key != "schedule.kind":
                 weighing.add((key, value))
+        elif key == "trainer.max_epochs":
+            epochs = number(value)
         elif not _within(key, ("L", "loss._target_", "task", *_MEASUREMENT)):
             rest.add((key, value))
     return Setting(
@@ -96,7 +111,7 @@ def setting_of(run: Run) -> Setting | None:
         num_members=size,
         solver="" if single else solver,
         schedule="" if single else str(schedule.get("kind") or ""),
-        epochs=number(schedule.get("epochs")),
+        epochs=epochs,
         weighing=frozenset() if single or solver == UNIFORM else frozenset(weighing),
         rest=frozenset({*rest, ("data", run.data), ("norm", run.norm), ("eps", str(run.eps))}),
     )

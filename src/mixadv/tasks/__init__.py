@@ -19,12 +19,12 @@ class Ended(NamedTuple):
 
     Attributes:
         worked: whether there was anything left to do.
-        robust_accuracy: expected accuracy under attack, in [0, 1]; nan for a task that measures none, and in
-            processes that help another one.
+        metric: what ``optimized_metric`` names, in [0, 1]; nan for a task that does not measure it, and in processes
+            that help another one.
     """
 
     worked: bool
-    robust_accuracy: float = math.nan
+    metric: float = math.nan
 
 
 def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> Ended:
@@ -46,13 +46,13 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         report_runs(cfg)
         return Ended(True)
     from mixadv.tasks import processes
-    from mixadv.tasks.run_directory import State, claimed, digest, is_sealed, robust_accuracy, seal, show
+    from mixadv.tasks.run_directory import State, claimed, digest, is_sealed, measured, seal, show
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
     if sweep is not None and cfg.resume != "never" and is_sealed(run_dir, settings):
         print(f"{run_dir.name} is done", flush=True)
-        return Ended(False, robust_accuracy(run_dir))
+        return Ended(False, measured(run_dir, cfg.optimized_metric))
     cfg, work = _prepared(cfg, overrides, sweep)
     # What members and mixtures record of themselves has not been looked at yet.
     check(cfg)
@@ -70,12 +70,12 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
             seal(path, settings)
     if state is not State.DONE:
         show(path)
-        return Ended(True, robust_accuracy(path))
+        return Ended(True, measured(path, cfg.optimized_metric))
     if sweep is not None:
         print(f"{path.name} is done", flush=True)
     else:
         show(path, done_before=True)
-    return Ended(False, robust_accuracy(path))
+    return Ended(False, measured(path, cfg.optimized_metric))
 
 
 @contextmanager
@@ -107,12 +107,12 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
         from mixadv.tasks.members import as_recorded_by_members
         from mixadv.tasks.solve import solve_weights
 
-        return as_recorded_by_members(cfg, overrides), solve_weights
+        return as_recorded_by_members(cfg, overrides), partial(solve_weights, sweep=sweep)
     from mixadv.export import read_mixture
     from mixadv.tasks.evaluate import as_named, as_trained, evaluate_members, evaluate_mixture
 
     if not cfg.mixture:
-        return as_named(cfg, overrides), evaluate_members
+        return as_named(cfg, overrides), partial(evaluate_members, sweep=sweep)
 
     mixture, config = read_mixture(cfg.mixture, factories=list(cfg.members))
-    return as_trained(cfg, config, overrides), partial(evaluate_mixture, mixture=mixture, config=config)
+    return as_trained(cfg, config, overrides), partial(evaluate_mixture, sweep=sweep, mixture=mixture, config=config)

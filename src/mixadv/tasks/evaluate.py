@@ -19,6 +19,7 @@ from mixadv.models import MODELS
 from mixadv.report import write_report
 from mixadv.tasks import build, processes, speed
 from mixadv.tasks.choices import Choices
+from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, described, named_members, of_another_split
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
@@ -27,7 +28,9 @@ from mixadv.tasks.run_directory import State, mark_done, write_config, write_res
 TRIED = 8
 
 
-def evaluate_mixture(cfg: DictConfig, run_dir: Path, state: State, *, mixture: Mixture, config: dict[str, Any]) -> None:
+def evaluate_mixture(
+    cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, mixture: Mixture, config: dict[str, Any]
+) -> None:
     """Measure a mixture and its recipe `config` under ``cfg.protocol``, in a claimed directory.
 
     Raises:
@@ -35,10 +38,10 @@ def evaluate_mixture(cfg: DictConfig, run_dir: Path, state: State, *, mixture: M
     """
     data = build.build_data(cfg.data)
     _check_fit(config, data)
-    _evaluate(cfg, run_dir, mixture, data)
+    _evaluate(cfg, run_dir, sweep, mixture, data)
 
 
-def evaluate_members(cfg: DictConfig, run_dir: Path, state: State) -> None:
+def evaluate_members(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None) -> None:
     """Measure the mixture of ``cfg.members`` with ``cfg.weights`` (None: 1/L) as `evaluate_mixture` does.
 
     results.json says of each member also name, source and note.
@@ -55,7 +58,7 @@ def evaluate_members(cfg: DictConfig, run_dir: Path, state: State) -> None:
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
         line = f"member {k}: {member.name}, weight {weight:.4f} (from {member.source}, {member.note})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _evaluate(cfg, run_dir, mixture, data, members)
+    _evaluate(cfg, run_dir, sweep, mixture, data, members)
 
 
 def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
@@ -73,12 +76,17 @@ def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None
 
 
 def _evaluate(
-    cfg: DictConfig, run_dir: Path, mixture: Mixture, data: ImageDataModule, members: list[LoadedMember] | None = None
+    cfg: DictConfig,
+    run_dir: Path,
+    sweep: str | None,
+    mixture: Mixture,
+    data: ImageDataModule,
+    members: list[LoadedMember] | None = None,
 ) -> None:
     device = build.resolve_device(cfg, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     # Refused here, it leaves no directory behind that the mended command could not use.
-    protocol = build.build_protocol(cfg)
+    protocol, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
     if processes.rank(cfg) == 0:
         write_config(run_dir, cfg)
     mixture.to(device)
@@ -90,21 +98,23 @@ def _evaluate(
     loader = data.test_dataloader()
     limit = build.limited(cfg.trainer.limit_test_batches, len(loader))
     batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
-    measured = measure(cfg, mixture, batches, threat_model, device, run_dir, data.class_names)
-    if measured is None:
-        return
-    results, arrays = measured
-    if members is not None:
-        for entry, member in zip(results["members"], described(members), strict=True):
-            entry.update(member)
-        results["flags"] += _trained_otherwise(cfg)
-    results["data"] = {"name": data.name, "num_test": data.num_test}
-    results["seconds"]["total"] = round(time.perf_counter() - started, 3)
-    write_results(run_dir, results, arrays)
-    EvaluationState(run_dir / STATE).clear()
-    # The report says of a run what its files say: that it is done, too.
-    mark_done(run_dir)
-    write_report(run_dir)
+    with logging_to(loggers, cfg):
+        measured = measure(cfg, mixture, batches, threat_model, device, run_dir, data.class_names)
+        if measured is None:
+            return
+        results, arrays = measured
+        if members is not None:
+            for entry, member in zip(results["members"], described(members), strict=True):
+                entry.update(member)
+            results["flags"] += _trained_otherwise(cfg)
+        results["data"] = {"name": data.name, "num_test": data.num_test}
+        results["seconds"]["total"] = round(time.perf_counter() - started, 3)
+        write_results(run_dir, results, arrays)
+        EvaluationState(run_dir / STATE).clear()
+        # The report says of a run what its files say: that it is done, too.
+        mark_done(run_dir)
+        write_report(run_dir)
+        log_results(loggers, results, sorted(run_dir.glob("*.png")))
 
 
 def _trained_otherwise(cfg: DictConfig) -> list[dict[str, str]]:

@@ -203,10 +203,16 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def robust_accuracy(run_dir: Path) -> float:
-    """The expected accuracy under attack, in [0, 1], that a run in `run_dir` has measured; nan where there is none."""
-    robust = (read_results(run_dir) or {}).get("robust")
-    return math.nan if robust is None else float(robust["expected_accuracy"])
+def measured(run_dir: Path, metric: str) -> float:
+    """A number that the run in `run_dir` has measured, in [0, 1]; nan where it has not.
+
+    Args:
+        metric: ``test/robust_accuracy``, the expected accuracy under attack on the test images; or what selected the
+            best epoch, as ``val/robust_accuracy``.
+    """
+    results = read_results(run_dir) or {}
+    test = results.get("robust", {}).get("expected_accuracy", math.nan)
+    return float({"test/robust_accuracy": test, **results.get("validation", {})}.get(metric, math.nan))
 
 
 def mark_done(run_dir: Path) -> None:

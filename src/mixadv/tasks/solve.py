@@ -30,6 +30,7 @@ from mixadv.simplex import uniform
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.choices import Choices
+from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import header, settings_of
 from mixadv.tasks.members import described, named_members, of_another_split
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
@@ -53,7 +54,7 @@ class Setting:
     console: Console
 
 
-def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
+def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None) -> None:
     """Weigh ``cfg.members`` on the validation split and measure the result on the test set, in a claimed directory.
 
     The weights are those of the game whose payoff is the 0/1 loss and whose best response is every attack of the
@@ -68,7 +69,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     solver = build.instantiate(cfg.lambda_solver, "lambda_solver")
     if not solver.adapts:
         raise UserError("lambda_solver=uniform solves nothing: use lp, oracle or entropic (1/L is in the table anyway)")
-    attacks = build.build_protocol(cfg)
+    attacks, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     x, y = _validation_images(cfg, data, device)
@@ -125,6 +126,8 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State) -> None:
     arrays = test.arrays() | {"robust uniform": test.worst_case(np.asarray(other[0]))}
     write_results(run_dir, results, arrays)
     draw_solution(run_dir)
+    with logging_to(loggers, cfg):
+        log_results(loggers, results, sorted(run_dir.glob("*.png")))
     mark_done(run_dir)
 
 

@@ -187,7 +187,7 @@ def _train_and_measure(session: Session, module: MixtureTraining, run_dir: Path,
         log_examples(loggers, cfg, mixture, data, session.threat_model, device)
         return
     started = time.perf_counter()
-    best_epoch = _fit(session, module, run_dir, loggers)
+    best = _fit(session, module, run_dir, loggers)
     mixture = module.mixture.to(device)
     training_seconds = time.perf_counter() - started
 
@@ -206,7 +206,7 @@ def _train_and_measure(session: Session, module: MixtureTraining, run_dir: Path,
         "num_val": data.num_val,
         "num_test": data.num_test,
     }
-    results["best_epoch"] = best_epoch
+    results |= best
     results["member_updates"] = module.member_updates
     results["seconds"] = {
         "train": round(training_seconds, 3),
@@ -312,11 +312,11 @@ def _lightning() -> Iterator[None]:
             raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
-def _fit(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequence[Logger]) -> float:
+def _fit(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequence[Logger]) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; afterwards `module.mixture` is the best epoch's.
 
     Returns:
-        Epochs per model that the best members had.
+        ``best_epoch``, the epochs per model of the best members, and ``validation``, the score that chose them.
     """
     cfg, console = session.cfg, session.console
     folder = run_dir / "checkpoints"
@@ -340,12 +340,16 @@ def _fit(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequ
     (checkpoints,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     # Without a validation there is no best.
     best = Path(checkpoints.best_model_path or folder / LAST)
+    if not best.exists() and not module.t:
+        raise UserError("the training ended before its first batch: raise trainer.max_time or trainer.max_steps")
     checkpoint = read_checkpoint(best)
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{best.name} is of other members than these: start anew with resume=never") from error
-    return float(checkpoint["mixadv"]["epochs_done"])
+    score = checkpoints.best_model_score
+    chosen = {} if score is None else {str(checkpoints.monitor): float(score)}
+    return {"best_epoch": float(checkpoint["mixadv"]["epochs_done"]), "validation": chosen}
 
 
 def _compile(session: Session, module: MixtureTraining) -> None:

@@ -271,6 +271,8 @@ class MixtureTraining(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """The next epoch begins."""
         self._data().train_dataloader().close_epoch()
+        # Lightning has counted a batch without examples as well.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.t
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Serve batch t to the members or to the weights, as the schedule says; one of no examples to nobody."""
