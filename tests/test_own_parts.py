@@ -366,7 +366,7 @@ def test_old_and_new_runs_of_one_model_are_one_setting():
     from mixadv.report.settings import described
 
     old, new = {"name": "resnet18", "width": 64}, {"_target_": "mixadv.models.resnet18", "width": 64}
-    assert described({"model": old}) == described({"model": new}) == {"model.name": "resnet18", "model.width": "64"}
+    assert described({"model": old}) == described({"model": new}) == {"model": "resnet18", "model.width": "64"}
 
 
 def test_a_function_with_some_arguments_given_is_a_model(own):
