@@ -36,7 +36,6 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/apgd.py
 	$(BIN)/python benchmarks/epoch.py --models small_resnet --batch-sizes 64
 	$(BIN)/python benchmarks/scaling.py --quick
-	$(BIN)/python benchmarks/memory.py --models small_resnet --members 1 4 --batches 64
 	$(BIN)/python benchmarks/data_path.py --quick
 	$(BIN)/python benchmarks/ddp.py --quick
 	$(BIN)/python benchmarks/startup.py --repeats 3

@@ -82,7 +82,6 @@ def trained(data: ImageDataModule, model: str, eps: float, epochs: int) -> list[
         return [member.eval() for member in members]
     ball, attack, generator = ThreatModel("linf", eps), PGD(3, step_size=0.5, keep="last"), torch.Generator()
     per_pass = data.num_train // data.batch_size
-    data.batches_in_epoch = lambda epoch: per_pass
     for k, member in enumerate(members):
         optimizer = torch.optim.SGD(member.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * per_pass)
@@ -94,6 +93,7 @@ def trained(data: ImageDataModule, model: str, eps: float, epochs: int) -> list[
                 loss.backward()
                 optimizer.step()
                 rate.step()
+            data.train_dataloader().close_epoch()
         print(f"network {k} of {MEMBERS} trained, loss {loss.item():.2f}", flush=True)
     torch.save([member.state_dict() for member in members], path)
     return [member.eval() for member in members]

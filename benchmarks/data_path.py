@@ -40,7 +40,7 @@ def pieces(stream: BatchStream, batch: int, repeats: int, device: torch.device) 
 def measure(args: argparse.Namespace, model: str, batch: int, device: torch.device) -> dict[str, Any]:
     """One row of the table."""
     x, y = images(args.images, 0)
-    stream = BatchStream(x, y, batch, padding=4, flip=True, device=device, batches_in_epoch=lambda epoch: 10**9)
+    stream = BatchStream(x, y, batch, padding=4, flip=True, device=device, batches_per_epoch=10**9)
     served = itertools.chain.from_iterable(itertools.repeat(stream))
     fetching = interleaved({"fetch": lambda: next(served)}, args.repeats, warmup=3, synchronize=device)
     settings = argparse.Namespace(model=model, cpu=device.type == "cpu", steps=args.steps, images=2 * batch)

@@ -15,6 +15,7 @@ import logging
 import statistics
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import harness
@@ -32,7 +33,8 @@ from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
-from mixadv.training import MemberOptimizer, MixtureTraining
+from mixadv.training import MixtureTraining
+from mixadv.training.learning_rate import constant
 
 EPS = 8 / 255
 SETTING = ("model", "batch", "run", "L", "schedule")
@@ -60,6 +62,11 @@ class Noise(ImageDataModule):
 
         return ImageCorpus(*part(3000), *part(100), tuple("abcdefghij"))
 
+    @property
+    def batches_per_pass(self) -> int:
+        """More than anybody asks for: the trainer's limit is the length of an epoch."""
+        return 10**6
+
 
 class Clock(pl.Callback):
     """Seconds of every batch of an epoch, by phase, with all that happens between batches."""
@@ -74,7 +81,8 @@ class Clock(pl.Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[outputs["phase"]].append(now - self.last)
+        phase = "weights" if module.schedule.is_weights_phase(module.t) else "members"
+        self.seconds[phase].append(now - self.last)
         self.last = now
 
 
@@ -86,11 +94,10 @@ class Ours:
         shape = {"num_classes": 10, "image_shape": (3, 32, 32)}
         mixture = Mixture([build_member(model, **shape) for _ in range(num_members)])
         per_member = max(1, args.batches // num_members) if kind == "sampled" else args.batches
-        batches = per_member * (num_members if kind == "sampled" else 1) + (num_members > 1)
+        self.batches = per_member * (num_members if kind == "sampled" else 1) + (num_members > 1)
         settings = OmegaConf.load(harness.ROOT / "conf" / "lambda_solver" / f"{args.solver}.yaml")
         solver = instantiate(dict(settings), "lambda_solver")
         self.data = Noise(batch_size=args.batch)
-        self.data.batches_in_epoch = lambda epoch: batches
         self.module = MixtureTraining(
             mixture,
             loss=AT(),
@@ -100,9 +107,8 @@ class Ours:
             solver=solver if num_members > 1 else Uniform(),
             kind=kind,
             T_theta=per_member,
-            optimizer=MemberOptimizer(lr=0.01),
-            updates_per_member=10_000,
-            total_batches=batches,
+            optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4),
+            scheduler=constant,
         )
         if compiled:
             mixture.compile()
@@ -115,11 +121,8 @@ class Ours:
             accelerator="gpu" if self.device == "cuda" else "cpu",
             devices=1,
             precision="32-true",
+            limit_train_batches=self.batches,
             limit_val_batches=0,
-            reload_dataloaders_every_n_epochs=1,
-            num_sanity_val_steps=0,
-            inference_mode=False,
-            use_distributed_sampler=False,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -142,12 +145,13 @@ class Loop:
         self.net = net.to(memory_format=torch.contiguous_format).to(args.device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
         self.data, self.steps, self.device = Noise(batch_size=args.batch), args.steps, args.device
-        self.data.batches_in_epoch = lambda epoch: args.batches
+        self.data.batches_per_epoch = args.batches
         self.data.setup("fit")
 
     def __call__(self) -> dict[str, list[float]]:
         seconds, last = [], time.perf_counter()
-        for x, y in self.data.train_dataloader():
+        stream = self.data.train_dataloader()
+        for x, y in stream:
             x, y = x.to(self.device), y.to(self.device)
             self._update(self.net, x, y)
             if self.device == "cuda":
@@ -155,6 +159,7 @@ class Loop:
             now = time.perf_counter()
             seconds.append(now - last)
             last = now
+        stream.close_epoch()
         return {"members": seconds, "weights": []}
 
     def _update(self, net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -6,10 +6,11 @@ Both are fed by the same batches, resident on the device, and mark what they do 
 import argparse
 import logging
 import time
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import harness  # noqa: F401 - puts the package of this checkout on the path
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,10 +18,15 @@ from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixadv.attacks.pgd import PGD
+from mixadv.data import ImageCorpus, ImageDataModule
 from mixadv.data.stream import BatchStream
+from mixadv.lambda_solvers import Uniform
+from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
+from mixadv.training import MixtureTraining
+from mixadv.training.learning_rate import constant
 
 EPS, CLASSES, SHAPE, LR = 8 / 255, 10, (3, 32, 32), 0.05
 BALL = ThreatModel("linf", EPS)
@@ -40,21 +46,53 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (255 * x.clamp(0, 1)).round().to(torch.uint8), y
 
 
-class Marked:
-    """A stream's next `count` batches, each fetched under the mark "data"."""
+class Marked(BatchStream):
+    """A stream whose batches are made under the mark "data"; it begins with batch number `first`."""
 
-    def __init__(self, stream: BatchStream, count: int) -> None:
-        self.stream, self.count = stream, count
+    first = 0
 
-    def __len__(self) -> int:
-        return self.count
+    def _training_batch(self, number: int) -> tuple[Tensor, Tensor]:
+        with record_function("data"):
+            return super()._training_batch(self.first + number)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self.stream)
-        for _ in range(self.count):
-            with record_function("data"):
-                batch = next(batches)
-            yield batch
+
+class Patterns(ImageDataModule):
+    """`count` images of `images`; an epoch is as long as the trainer says."""
+
+    name = "patterns"
+
+    def __init__(self, count: int, batch: int) -> None:
+        super().__init__(batch_size=batch, num_train=count, num_val=CLASSES)
+        self.count, self.served = count, 0
+
+    def load(self) -> ImageCorpus:
+        return ImageCorpus(*images(self.count + CLASSES, 0), *images(CLASSES, 1), tuple("abcdefghij"))
+
+    @property
+    def batches_per_pass(self) -> int:
+        """More than anybody asks for: the trainer's limit is the length of an epoch."""
+        return 10**9
+
+    def train_dataloader(self) -> BatchStream:
+        if self._stream is None:
+            self._stream = self.marked(self.device)
+        return self._stream
+
+    def marked(self, device: torch.device) -> Marked:
+        """The training batches on a device, behind the `served` ones."""
+        how = {"padding": self.padding, "flip": self.flip, "device": device}
+        length = self.batches_per_epoch
+        stream = Marked(self.train_images, self.train_labels, self.batch_size, **how, batches_per_epoch=length)
+        stream.first = self.served
+        return stream
+
+
+class Watched(MixtureTraining):
+    """Keeps the losses of its steps, without waiting for the device."""
+
+    def _watch(self, loss: Tensor) -> None:
+        self.last_loss = loss.detach()
+        super()._watch(loss)
 
 
 class MarkedPGD(PGD):
@@ -76,65 +114,57 @@ class Job:
         self.mixture = Mixture([build_member(args.model, **kwargs) for _ in range(num_members)]).to(self.device)
         wide = ours is not None and ours["channels_last"]
         self.mixture.to(memory_format=torch.channels_last if wide else torch.contiguous_format)
-        x, y = images(max(args.images, batch), 0)
-        self.stream = BatchStream(
-            x, y, batch, padding=4, flip=True, device=self.device, batches_in_epoch=lambda e: 10**9
-        )
+        self.data = Patterns(max(args.images, batch), batch)
+        self.data.setup()
         self.losses: list[Tensor] = []
         self.profiler: profile | None = None
         self.started = self.took = 0.0
         if ours is None:
             self.optimizer = torch.optim.SGD(self.mixture.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
+            self.data.batches_per_epoch = 10**9
+            self.batches = iter(self.data.marked(self.device))
             return
-        import pytorch_lightning as pl
-
-        from mixadv.lambda_solvers import Uniform
-        from mixadv.losses import AT
-        from mixadv.training import LearningRate, MemberOptimizer, MixtureTraining
-
         logging.getLogger(pl.__name__).setLevel(logging.ERROR)
         if ours["compile"]:
             self.mixture.compile(**({} if ours["compile"] == "default" else {"mode": ours["compile"]}))
-        self.module = MixtureTraining(
+        self.module = Watched(
             self.mixture,
+            BALL,
             loss=AT(),
-            threat_model=BALL,
             attack=MarkedPGD(args.steps),
             validation_attack=PGD(1),
             solver=Uniform(),
             kind="shared",
-            optimizer=MemberOptimizer(LR, learning_rate=LearningRate("constant")),
-            updates_per_member=10**6,
-            total_batches=10**6,
-            check_every=50,
+            optimizer=partial(torch.optim.SGD, lr=LR, momentum=0.9, weight_decay=5e-4),
+            scheduler=constant,
         )
 
     def steps(self, count: int) -> float:
         """Train on the next `count` batches; seconds per step, from the end of the first to that of the last."""
-        batches = Marked(self.stream, count)
         if self.ours is None:
-            for index, (x, y) in enumerate(batches):
-                self._done(index, count, self.plain_step(x, y))
+            for index in range(count):
+                self._done(index, count, self.plain_step(*next(self.batches)))
             return self.took / (count - 1)
-        import pytorch_lightning as pl
 
         class Watch(pl.Callback):
             def on_train_batch_end(_, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-                self._done(index, count, outputs["loss"].detach())
+                self._done(index, count, module.last_loss)
 
         trainer = pl.Trainer(
             accelerator="cpu" if self.args.cpu else "gpu",
             devices=1,
             max_epochs=1,
             precision=self.ours["precision"],
+            limit_train_batches=count,
+            limit_val_batches=0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            num_sanity_val_steps=0,
             callbacks=[Watch()],
         )
-        trainer.fit(self.module, train_dataloaders=batches)
+        trainer.fit(self.module, datamodule=self.data)
+        self.data.served += count
         return self.took / (count - 1)
 
     def _done(self, index: int, count: int, loss: Tensor) -> None:

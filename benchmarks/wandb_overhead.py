@@ -1,9 +1,9 @@
-"""What mirroring a run to Weights & Biases (offline) costs: the same training with and without, interleaved.
+"""What the logger of Weights & Biases costs (offline): the same training with and without, interleaved.
 
-Small steps (digits, a linear model) make the mirror's share as large as it gets. Each run is a process of its own, from
+Small steps (digits, a linear model) make its share as large as it gets. Each run is a process of its own, from
 the start of Python to its end. Prints medians over the repeats and the spread (largest over smallest) of wall time and
 of processor time (the program's, wandb's background process not included), and the seconds that the program spent
-inside the mirror: what a busy machine disturbs least.
+inside `WandbLogger`: what a busy machine disturbs least.
 
     python benchmarks/wandb_overhead.py [--epochs 60] [--repeats 5]
 """
@@ -26,29 +26,38 @@ SETTINGS = (
     *("protocol.validation.num_steps=10", "protocol.attacks.pgd-20.restarts=1", "protocol.diagnosed=0", "eps=0.1"),
     *("trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "name=run"),
 )
+# Of the logger: what Lightning and the run call.
+METHODS = (
+    *("__init__", "log_hyperparams", "log_graph", "log_metrics", "summary", "images", "after_save_checkpoint"),
+    *("finalize", "finish"),
+)
 
 
 def run(logger: str, epochs: int) -> None:
     """One run in this process; its times go to times.json."""
     sys.path.insert(0, str(SOURCE))
-    from mixadv.monitor.wandb_mirror import WandbMirror
-
+    from mixadv.loggers import WandbLogger
     from mixadv.main import main as program
 
     inside: dict[str, list[float]] = {}
+    depth = 0
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            nonlocal depth
+            started, depth = time.perf_counter(), depth + 1
             try:
                 return method(*args, **kwargs)
             finally:
-                inside.setdefault(name, []).append(time.perf_counter() - started)
+                depth -= 1
+                # What one method asks of another is in its own time already.
+                if not depth:
+                    inside.setdefault(name, []).append(time.perf_counter() - started)
 
         return call
 
-    for name in ("__init__", "log", "summary", "images", "finish"):
-        setattr(WandbMirror, name, timed(name, getattr(WandbMirror, name)))
+    for name in METHODS:
+        setattr(WandbLogger, name, timed(name, getattr(WandbLogger, name)))
     sys.argv = ["run.py", *SETTINGS, f"logger={logger}", f"trainer.max_epochs={epochs}"]
     program()
     parts = {name: [len(seconds), sum(seconds)] for name, seconds in inside.items()}
@@ -56,7 +65,7 @@ def run(logger: str, epochs: int) -> None:
 
 
 def measure(logger: str, epochs: int) -> dict[str, Any]:
-    """Start a run in a folder of its own; its wall time, processor time and seconds inside the mirror."""
+    """Start a run in a folder of its own; its wall time, processor time and seconds inside the logger."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), "--epochs", str(epochs), "--inside", logger]
         environment = {**os.environ, "WANDB_MODE": "offline", "HOME": folder}
@@ -95,7 +104,7 @@ def main() -> None:
         print(f"inside {part.strip('_'):<8} {seconds:7.3f} s in {runs['wandb'][0]['inside'][part][0]} calls")
     shares = [sum(s for _, s in one["inside"].values()) / one["wall"] for one in runs["wandb"]]
     print(
-        f"share of wall time inside the mirror: {100 * statistics.median(shares):.2f} %, up to {100 * max(shares):.2f}"
+        f"share of wall time inside the logger: {100 * statistics.median(shares):.2f} %, up to {100 * max(shares):.2f}"
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from mixadv import config
+from mixadv.unknown_keys import REFUSED, RENAMED
 
 try:
     import tomllib
@@ -360,14 +361,18 @@ def test_requirements_keep_the_malicious_releases_out():
 
 # --- the README --------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def readme_commands():
-    """The arguments of every `python run.py` and `mixadv` line in the README's fenced blocks."""
-    readme = ROOT / "README.md"
+def blocks(page, *languages):
+    """The fenced blocks of a page in one of the languages."""
+    return [text for language, text in FENCE.findall((ROOT / page).read_text()) if language in languages]
+
+
+def readme_commands(page="README.md"):
+    """The arguments of every `python run.py` and `mixadv` line in the page's fenced blocks."""
     found = []
-    for block in FENCE.findall(readme.read_text() if readme.exists() else ""):
+    for block in blocks(page, "", "bash", "sh", "shell", "console"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.strip().removeprefix("$ "), comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -389,7 +394,10 @@ def filled(word, places):
     return f"{key}={value}"
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+TOURS = ("README.md", "docs/configuration.md", "docs/sweeps.md")
+
+
+@pytest.mark.parametrize("words", [words for page in TOURS for words in readme_commands(page)], ids=" ".join)
 def test_every_command_of_the_readme_composes(words, compose, tmp_path, monkeypatch):
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -432,7 +440,7 @@ def test_the_readme_is_finished_and_its_links_lead_somewhere():
 def test_the_python_of_the_readme_runs():
     import torch
 
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    _, block = blocks("README.md", "python")
     names = {}
     exec(block, names)
     assert names["x_adv"].shape == names["x"].shape
@@ -443,3 +451,75 @@ def test_the_python_of_the_readme_runs():
     torch.testing.assert_close(solution.weights, torch.tensor([0.4, 0.6], dtype=torch.float64), atol=1e-9, rtol=0)
     assert solution.value == pytest.approx(0.6, abs=1e-9)
     assert 0 <= solution.gap <= 1e-9 * 3
+
+
+# Lightning's advice to whoever uses it in Python, which depends on what else is installed.
+@pytest.mark.filterwarnings("ignore")
+def test_the_training_of_the_readme_gives_the_members_of_its_command(tmp_path, monkeypatch):
+    import torch
+
+    from conftest import run_command
+    from mixadv.checkpoint_files import read_checkpoint
+
+    block, _ = blocks("README.md", "python")
+    first = block.splitlines()[0]
+    assert first.startswith("# python run.py ")
+    # Of the measurement at the end as little as possible: the members are known by then.
+    less = ["protocol.diagnosed=0", "data.num_test=1", "~protocol.attacks.arc", "~protocol.attacks.subsets"]
+    done = run_command(tmp_path, *first.split()[3:], *less, "trainer.accelerator=cpu", "logger=csv", "name=run")
+    assert done.rc == 0, done.err
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block.replace("max_epochs=2", "max_epochs=2, accelerator='cpu'"), names)
+    last = read_checkpoint(tmp_path / "outputs" / "train" / "run" / "checkpoints" / "last.ckpt")
+    found = names["trainer"].lightning_module.state_dict()
+    assert found.keys() == last["state_dict"].keys()
+    assert all(torch.equal(found[name], last["state_dict"][name]) for name in found)
+    assert len(set(names["mixture"].weights.tolist())) == 3
+    assert 0.4 < names["trainer"].callback_metrics["test/robust_accuracy"] < 0.6
+    # Two epochs, and the file is that of the last.
+    loaded = names["module"]
+    assert loaded is not names["trainer"].lightning_module
+    assert all(torch.equal(value, last["state_dict"][name]) for name, value in loaded.state_dict().items())
+
+
+# --- the page of the configuration -------------------------------------------------------------------------
+
+PAGE = ROOT / "docs" / "configuration.md"
+
+
+def table(first, second):
+    """The rows of the page's table with these heads, as texts without back quotes around the first."""
+    rows = re.search(rf"^\| {first} \| {second}.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE.read_text(), re.MULTILINE)[1]
+    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows.splitlines()]
+    return {key.strip("| `"): [value.strip(" |") for value in values] for key, *values in cells}
+
+
+def test_the_page_lists_every_group_with_its_choices():
+    listed = {group: set(cells[0].split(", ")) for group, cells in table("group", "choices").items()}
+    folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"]
+    assert listed == {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
+
+
+def shown(value):
+    """A default as the page writes it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def test_the_page_lists_every_key_and_every_argument_of_the_trainer_with_its_default():
+    import yaml
+
+    shipped = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
+    keys = {key: value for key, value in shipped.items() if key not in ("defaults", "hydra")}
+    assert {key: cells[0] for key, cells in table("key", "default").items()} == {
+        key: shown(value) for key, value in keys.items()
+    }
+    schema = config.TrainerConfig()
+    assert {key: cells[0] for key, cells in table("argument", "default").items()} == {
+        key: shown(value) for key, value in vars(schema).items()
+    }
+
+
+def test_the_page_says_what_is_refused_and_what_is_renamed():
+    assert {key: cells[0] for key, cells in table("argument", "why").items()} == REFUSED
+    assert {key: cells[0].strip("`") for key, cells in table("old", "new").items()} == RENAMED

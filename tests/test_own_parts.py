@@ -1,4 +1,4 @@
-"""Parts of a user's own: models, losses, solvers, attacks and data that mixadv does not know, through the command line.
+"""Parts of a user's own, of every kind, that mixadv does not know, through the command line.
 
 The parts are those of docs/extending.md; its commands are run as they stand, and smaller.
 """
@@ -15,11 +15,11 @@ import torch
 
 from conftest import TINY, run_command
 from mixadv import load_mixture
+from mixadv.checkpoint_files import read_checkpoint
 from mixadv.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-CALLBACKS = (ROOT / "conf" / "callbacks").is_dir()
 
 
 def blocks(language):
@@ -81,17 +81,9 @@ def page(own, name):
 def test_the_page_says_how_to_bring_every_kind_of_part():
     names = [re.search(r"name=(\S+)", text)[1] for text in COMMANDS]
     assert names == [
-        *(
-            "own-model",
-            "again",
-            "own-loss",
-            "own-solver",
-            "own-training-attack",
-            "own-attack",
-            "own-data",
-            "again-data",
-        ),
-        "own-callback",
+        *("own-model", "again", "own-loss", "own-solver", "own-training-attack", "own-attack"),
+        *("own-data", "again-data", "own-optimizer", "own-scheduler", "own-function"),
+        *("own-callback", "own-metric", "averaged", "own-logger"),
     ]
 
 
@@ -179,12 +171,97 @@ def test_own_data_are_said_again_when_a_mixture_is_read(own):
     assert results_of(page(own, "again-data"))["clean"] == results_of(path)["clean"]
 
 
-@pytest.mark.skipif(not CALLBACKS, reason="there is no group `callbacks` yet")
+def rows(path):
+    """metrics.csv, column by column: the numbers that are there."""
+    with (path / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in table if row[name]] for name in table[0]}
+
+
+def test_an_optimizer_of_torch(own):
+    path = page(own, "own-optimizer")
+    last = read_checkpoint(path / "checkpoints" / "last.ckpt")
+    # Adam's, one for each member, as the checkpoint keeps them.
+    assert len(last["optimizer_states"]) == 2
+    for state in last["optimizer_states"]:
+        assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["param_groups"][0]["weight_decay"] == 5e-4
+    assert rows(path)["train/lr"][0] == 0.001
+
+
+def test_schedulers_of_torch_and_of_ones_own_get_their_length(own):
+    """200 images in batches of 20, two members: 40 updates in two epochs, so 20 for each."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    cycle = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD([parameter], 0.1), max_lr=0.2, total_steps=20)
+    found = rows(page(own, "own-scheduler"))["train/lr"]
+    rates = []
+    for _ in range(20):
+        rates.append(cycle.get_last_lr()[0])
+        cycle.optimizer.step()
+        cycle.step()
+    assert len(set(found)) > 2
+    assert all(min(abs(rate - one) for one in rates) < 1e-6 for rate in found)
+    # By hand: four updates up, then one over the root.
+    by_hand = [0.1 * min((done + 1) / 4, (4 / (done + 1)) ** 0.5) for done in range(20)]
+    found = rows(page(own, "own-function"))["train/lr"]
+    assert len(set(found)) > 2
+    assert all(min(abs(rate - one) for one in by_hand) < 1e-6 for rate in found)
+
+
 def test_an_own_callback(own):
     (text,) = (text for text in COMMANDS if text.endswith("name=own-callback"))
     finished = run_command(own, *small(shlex.split(text)))
     assert finished.rc == 0, finished.err
     assert finished.out.count("lambda: [") == 2
+
+
+def test_what_an_own_callback_logs_and_remembers(own):
+    path = page(own, "own-metric")
+    last = read_checkpoint(path / "checkpoints" / "last.ckpt")
+    first, second = (
+        torch.cat([last["state_dict"][f"mixture.members.{k}.{name}"].flatten() for name in names_of(last, k)])
+        for k in range(2)
+    )
+    distances = rows(path)["val/distance"]
+    assert len(distances) == 2
+    assert distances[1] == pytest.approx(2 * float((first - second).norm()), rel=1e-6)
+    assert last["callbacks"]["Distances"]["largest"] == pytest.approx(max(distances), rel=1e-6)
+
+
+def names_of(checkpoint, k):
+    """Of the parameters of member k; linear members have no buffers but those of the normalisation."""
+    prefix = f"mixture.members.{k}."
+    names = [name.removeprefix(prefix) for name in checkpoint["state_dict"] if name.startswith(prefix)]
+    return [name for name in names if name.endswith(("weight", "bias"))]
+
+
+def test_averages_and_early_stopping_beside_the_defaults(own):
+    path = page(own, "averaged")
+    last = read_checkpoint(path / "checkpoints" / "last.ckpt")
+    kept = {name.partition("{")[0] for name in last["callbacks"]}
+    assert kept == {"mixadv.Checkpoints", "EMAWeightAveraging", "EarlyStopping"}
+    # The rate of each member, beside the rate of the update.
+    assert {name for name in rows(path) if name.startswith("lr-")} == {"lr-SGD", "lr-SGD-1"}
+    mixture = load_mixture(path)
+    best = read_checkpoint(path / "checkpoints" / "best.ckpt")["state_dict"]
+    for k, member in enumerate(mixture.members):
+        for name, value in member.state_dict().items():
+            assert torch.equal(value, best[f"mixture.members.{k}.{name}"])
+
+
+def test_an_own_logger_beside_the_history(own):
+    path = page(own, "own-logger")
+    lines = [json.loads(line) for line in (path / "lines.jsonl").read_text().splitlines()]
+    settings, history, measured = lines[0], lines[1:-1], lines[-1]
+    assert settings == {"L": 2, "eps": 0.05}
+    with (path / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["step"] for row in history] == [int(row["step"]) for row in table]
+    for line, row in zip(history, table, strict=True):
+        for name in ("train/loss", "val/robust_accuracy", "lambda/0"):
+            assert (name in line) == bool(row[name])
+            assert name not in line or line[name] == pytest.approx(float(row[name]), rel=1e-6)
+    assert measured["test/robust_accuracy"] == results_of(path)["robust"]["expected_accuracy"]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
@@ -289,7 +366,7 @@ def test_old_and_new_runs_of_one_model_are_one_setting():
     from mixadv.report.settings import described
 
     old, new = {"name": "resnet18", "width": 64}, {"_target_": "mixadv.models.resnet18", "width": 64}
-    assert described({"model": old}) == described({"model": new}) == {"model.name": "resnet18", "model.width": "64"}
+    assert described({"model": old}) == described({"model": new}) == {"model": "resnet18", "model.width": "64"}
 
 
 def test_a_function_with_some_arguments_given_is_a_model(own):
