@@ -247,6 +247,37 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(train, whole, tmp_path
     assert_same_run(whole(setting), tmp_path / "run")
 
 
+@pytest.mark.parametrize("interval", [0.5, 3])
+def test_a_run_that_validates_inside_its_epochs_goes_on_with_the_same_members(configured, tmp_path, interval):
+    """At which batches it validates may differ until the epoch ends."""
+    cfg = configured["at-oracle-shared"].copy()
+    cfg.trainer.val_check_interval = interval
+
+    def run(name):
+        directory = tmp_path / name
+        started = directory.exists()
+        directory.mkdir(exist_ok=True)
+        task.train(cfg, directory, State.UNFINISHED if started else State.NEW, None)
+        return read_checkpoint(directory / "checkpoints" / "last.ckpt")
+
+    def and_a_signal(self, trainer, pl_module, *arguments):
+        if pl_module.t == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        batch_end(self, trainer, pl_module, *arguments)
+
+    batch_end = Checkpoints.on_train_batch_end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "on_train_batch_end", and_a_signal)
+        with pytest.raises(ToldToStop):
+            run("stopped")
+    one, two = run("whole"), run("stopped")
+    assert differences(one["state_dict"], two["state_dict"]) == []
+    assert differences(one["optimizer_states"], two["optimizer_states"]) == []
+    # The epoch after it is validated as without the stop.
+    steps = [[int(r["step"]) for r in history(tmp_path / n) if r["val/robust_accuracy"]] for n in ("whole", "stopped")]
+    assert [step for step in steps[0] if step > 8] == [step for step in steps[1] if step > 8] != []
+
+
 def test_a_run_stopped_twice(train, whole, tmp_path):
     for where in (("batch", 6), ("after last.ckpt", 1)):
         with pytest.MonkeyPatch.context() as patch:

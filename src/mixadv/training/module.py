@@ -170,6 +170,8 @@ class MixtureTraining(pl.LightningModule):
         self.ranks = Ranks()
         self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
         self._bad_step: Tensor | None = None
+        # The trainer's own, where the epoch that a resumed training goes on with has another.
+        self._val_check_interval: int | float | None = None
         # Generators as they were before the batch under way, until that batch has changed something.
         self._before_batch: dict[str, Any] | None = None
         self.accuracies = torch.nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust", "ensemble")})
@@ -271,6 +273,8 @@ class MixtureTraining(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """The next epoch begins."""
         self._data().train_dataloader().close_epoch()
+        if self._val_check_interval is not None:
+            self.trainer.val_check_interval = self._val_check_interval
         # Lightning has counted a batch without examples as well.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.t
 
@@ -586,6 +590,12 @@ class MixtureTraining(pl.LightningModule):
         self._set_generators(state)
         loop: Any = self.trainer.fit_loop
         loop.epoch_progress.current.processed = checkpoint["epoch"]
+        # Lightning refuses to validate every so many batches of an epoch that has fewer left.
+        trainer: Any = self.trainer
+        self._val_check_interval = trainer.val_check_interval
+        if isinstance(trainer.val_check_interval, int):
+            left = (checkpoint["epoch"] + 1) * self.batches_per_epoch - self.t
+            trainer.val_check_interval = min(trainer.val_check_interval, max(1, left))
         # Callbacks such as weight averaging count by trainer.global_step, which is that of the optimizers.
         steps = loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = checkpoint["global_step"]
