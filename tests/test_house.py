@@ -268,7 +268,7 @@ def public(tree):
 # Said where they are declared: by a framework, or by a protocol or base class of ours.
 DECLARED_ELSEWHERE = {
     *("forward", "setup", "prepare_data", "train_dataloader", "val_dataloader", "test_dataloader"),
-    *("load", "inner", "outer", "solve", "state_dict", "load_state_dict"),
+    *("load", "inner", "outer", "search", "solve", "state_dict", "load_state_dict"),
 }
 
 

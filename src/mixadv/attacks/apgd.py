@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.objectives import ON, AveragedCE, AveragedLoss, ExpectedLoss, Objective, TargetedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, value_and_gradient, warn_of_nan_gradients
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import SearchAttack, WorstPoints, value_and_gradient, warn_of_nan_gradients
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 LOSSES = ("ce", "margin", "dlr", "dlr-targeted")
@@ -34,7 +35,7 @@ def checkpoints(num_steps: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class APGD:
+class APGD(SearchAttack):
     """Auto-PGD (Croce & Hein, ICML 2020, Algorithm 1) on an objective of the whole mixture, differentiated exactly.
 
     With eta_0 = 2 eps, z = P(x_k + eta * direction of the gradient) and P the projection, a step is
@@ -72,6 +73,9 @@ class APGD:
     float64, labels that do not match, x outside the box; for an objective without a gradient.
     """
 
+    transfers: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
+
     num_steps: int = 100
     restarts: int = 1
     loss: str = "ce"
@@ -101,23 +105,6 @@ class APGD:
         if self.objective is not None and (self.loss, self.on) != ("ce", "expected"):
             raise ValueError("an objective takes the place of loss and on: give either it or them")
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
-        if threat_model.eps == 0 or len(x) == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
-        with torch.inference_mode(False), torch.enable_grad(), mixture.attack_mode():
-            return self._attack(mixture, x.detach().clone(), y.clone(), threat_model, generator)
-
     def objectives(self, num_classes: int) -> tuple[Objective, ...]:
         """What is climbed on C classes, one objective per run (times restarts)."""
         if self.objective is not None:
@@ -132,13 +119,8 @@ class APGD:
             return (ExpectedLoss(loss),)
         return (AveragedCE() if loss == "ce" else AveragedLoss(loss),)
 
-    def _attack(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
         with torch.no_grad():
             clean = mixture.member_logits(x)
@@ -184,7 +166,7 @@ class APGD:
 
 @dataclass(frozen=True)
 class _Run:
-    """What does not change from step to step. worst, blind: see `APGD._attack`; both are written to."""
+    """What does not change from step to step. worst, blind: see `APGD.search`; both are written to."""
 
     mixture: Mixture
     objective: Objective

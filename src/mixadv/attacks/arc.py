@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.boundaries import (
     Boundary,
@@ -17,8 +16,8 @@ from mixadv.attacks.boundaries import (
     per_example,
 )
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, warn_of_nan_gradients
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 ORDERS = ("random", "weights")
@@ -30,7 +29,7 @@ PUBLISHED_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
-class ARC:
+class ARC(SearchAttack):
     """Attacking randomized ensembles (Dbouk & Shanbhag, Adversarial Vulnerability of Randomized Ensembles, ICML 2022).
 
     A perturbation delta is kept for each example. K times, a local step v starts at 0 and the members of positive
@@ -69,8 +68,6 @@ class ARC:
     match, x outside the box; where no member has a gradient.
     """
 
-    transfers: ClassVar[bool] = False
-
     num_steps: int = 20
     step_size: float = 1.0
     decay: float = 0.1
@@ -92,25 +89,13 @@ class ARC:
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
-        if threat_model.eps == 0 or x.numel() == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
-        with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            search = _Search(self, mixture, x.detach().clone(), y.clone(), threat_model, generator)
-            for restart in range(self.restarts):
-                search.run(from_x=restart == 0)
-        warn_of_nan_gradients("ARC", search.blind, "move", stacklevel=2)
+        search = _Search(self, mixture, x, y, threat_model, generator)
+        for restart in range(self.restarts):
+            search.run(from_x=restart == 0)
+        warn_of_nan_gradients("ARC", search.blind, "move", stacklevel=3)
         return search.worst.x
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedObjective, Objective
-from mixadv.mixture import Mixture
+from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
 NO_GRADIENT = (
@@ -25,6 +26,44 @@ class Attack(Protocol):
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
         """Perturbed images of the shape of x [B, ...], for labels y [B]."""
+
+
+class SearchAttack(ABC):
+    """What our attacks have in common: the batch is checked once, and the members are as they were found afterwards.
+
+    Calling one returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
+    parameters. Members that are never drawn take no part.
+    """
+
+    transfers: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        mixture: Mixture | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member.
+
+        Raises:
+            ValueError: as `check_batch`, or the attack cannot work on this mixture.
+        """
+        check_batch(x, y, threat_model)
+        if threat_model.eps == 0 or x.numel() == 0:
+            return x.detach().clone()
+        mixture = as_mixture(mixture).support()
+        # Tensors made under inference_mode can neither be differentiated through nor written to; their clones can.
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiates), mixture.attack_mode():
+            return self.search(mixture, x.detach().clone(), y.clone(), threat_model, generator)
+
+    @abstractmethod
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+    ) -> Tensor:
+        """The perturbed images, for a batch and a mixture that have been looked at."""
 
 
 class WorstPoints:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import WorstPoints, check_batch, worst_from_x
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import SearchAttack, WorstPoints, worst_from_x
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 # Of 10,000 queries, those after which the windows' area is halved (section 4.1 of the paper).
@@ -20,7 +19,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(SearchAttack):
     """Square Attack (Andriushchenko, Croce, Flammarion & Hein, ECCV 2020) on a mixture, without gradients.
 
     Random search that climbs an objective, by default the exact expected margin
@@ -53,8 +52,6 @@ class Square:
     another shape, labels that do not match, x outside the box.
     """
 
-    transfers: ClassVar[bool] = False
-
     num_queries: int = 5000
     p_init: float = 0.8
     restarts: int = 1
@@ -68,29 +65,16 @@ class Square:
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init is {self.p_init}: it is a share of the pixels, above 0 and at most 1")
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
         if x.ndim > 4:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, H, W], [B, H, W] or [B, d]")
-        if threat_model.eps == 0 or x.numel() == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be written to outside it; their clones can.
-        with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            x, y = x.detach().clone(), y.clone()
-            worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
-            dice = _Dice(generator, x.device)
-            for _ in range(self.restarts):
-                self._search(mixture, x, y, threat_model, clean_logits, dice, worst)
-            return worst.x
+        worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
+        dice = _Dice(generator, x.device)
+        for _ in range(self.restarts):
+            self._search(mixture, x, y, threat_model, clean_logits, dice, worst)
+        return worst.x
 
     def _search(
         self,

@@ -7,15 +7,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary, per_example
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, warn_of_nan_gradients
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 # The last step relative to the first; between them the steps fall geometrically.
@@ -25,7 +24,7 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class SubsetAttack:
+class SubsetAttack(SearchAttack):
     """For each of many sets S of members, a search for a point that fools all of S.
 
     The exact expected accuracy sum_k lambda_k 1[f_k(x') = y] takes at most 2^L values, one for each set of fooled
@@ -64,8 +63,6 @@ class SubsetAttack:
     outside the box; where no member has a gradient.
     """
 
-    transfers: ClassVar[bool] = False
-
     num_steps: int = 20
     step_size: float = 1.0
     restarts: int = 1
@@ -81,26 +78,14 @@ class SubsetAttack:
         if not (math.isfinite(self.kappa) and self.kappa >= 0):
             raise ValueError(f"kappa is {self.kappa}: it must be at least 0 (in units of eps)")
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
-        if threat_model.eps == 0 or x.numel() == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
-        with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            search = _Search(self, mixture, x.detach().clone(), y.clone(), threat_model, generator)
-            sets = subsets_by_weight(search.weights.tolist(), self.max_subsets, generator)
-            for restart, members in itertools.product(range(self.restarts), sets):
-                search.run(members, from_x=restart == 0)
-        warn_of_nan_gradients("SubsetAttack", search.blind, "move", stacklevel=2)
+        search = _Search(self, mixture, x, y, threat_model, generator)
+        sets = subsets_by_weight(search.weights.tolist(), self.max_subsets, generator)
+        for restart, members in itertools.product(range(self.restarts), sets):
+            search.run(members, from_x=restart == 0)
+        warn_of_nan_gradients("SubsetAttack", search.blind, "move", stacklevel=3)
         return search.worst.x
 
 

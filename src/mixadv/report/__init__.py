@@ -22,7 +22,7 @@ from mixadv.report.figures import draw_curves
 from mixadv.report.files import Interval, Run, find_runs, read_run
 from mixadv.report.game_tables import games_table, is_game
 from mixadv.report.games import draw_game
-from mixadv.report.html import write_report
+from mixadv.report.page import write_report
 from mixadv.report.show import show_run
 from mixadv.report.solve import draw_solution
 from mixadv.report.study_figures import draw_study

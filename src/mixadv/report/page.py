@@ -1,0 +1,263 @@
+"""`report.html`: one page with everything that a reader of an evaluation asks for, from the files of its run.
+
+The page is whole by itself: figures and style are inside it, it runs no script, and a content policy forbids it to
+load anything. What it says stands in `page.html.j2`, which escapes all that comes from files; here is what it says it
+about. Every cell that shows an accuracy, a risk or a time carries the number in full precision.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from mixadv.redaction import printable
+from mixadv.report.attack_figures import ALTS, evaluation_figures, noting
+from mixadv.report.attacks import (
+    TWIN,
+    WHOLE,
+    attack_rows,
+    classifiers,
+    entries,
+    flags_of,
+    is_single,
+    settings_text,
+    wilson,
+    worst_cases,
+)
+from mixadv.report.citations import BIBTEX, OURS, papers_of
+from mixadv.report.comparison import comparison_sentence, member_sentence
+from mixadv.report.figures import save
+from mixadv.report.files import Interval, Run, read_arrays, read_run, replacing
+from mixadv.report.names import format_ball, number
+
+CHECKS = {
+    "zero-gradients": "gradients that vanish at the clean images",
+    "probabilities": "members that return probabilities where logits are expected",
+    "random-outputs": "outputs that differ from call to call",
+    "batch-dependent": "outputs that depend on the other images of the batch",
+    "black-box-beats-white-box": "an attack without gradients that finds more than those with them",
+    "noise-beats-pgd": "random noise that finds more than PGD",
+    "more-steps-do-not-hurt": "a loss that does not grow with the number of steps",
+    "larger-eps-does-not-hurt": "an accuracy that does not fall as the ball grows",
+    "ce-and-dlr-disagree": "two losses of the same attack that lead to very different accuracies",
+    "robust-above-clean": "an accuracy under attack above the clean one",
+    "survives-grey": "accuracy that is left where the ball holds a grey image",
+    "left-the-ball": "points outside the ball or the box, or not finite",
+}
+_CAPTIONS = {
+    "attacks.png": "Accuracy per attack, and the worst case over all points found.",
+    "eps.png": "Accuracy against the radius of the ball.",
+    "steps.png": "Loss at the points found against the steps of the attack.",
+    "examples.png": "Test images, clean and attacked.",
+    "curves.png": "Training: accuracy, weights and losses over epochs.",
+}
+_HERE = Path(__file__).parent
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Draw the figures of an evaluation anew and write `report.html` with them inside, whole or not at all.
+
+    Works on any run directory: what its files do not say is named as missing, and so is what cannot be read.
+
+    Raises:
+        UserError: there is no such directory, or it cannot be written.
+    """
+    run = read_run(run_dir)
+    figures, damage = evaluation_figures(run)
+    drawn = {name: save(build, run.path / name).read_bytes() for name, build in figures.items()}
+    if (run.path / "curves.png").is_file():
+        drawn["curves.png"] = (run.path / "curves.png").read_bytes()
+    found, pictures = _found(run, damage), _pictures(run, drawn, damage)
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+    )
+    environment.filters["exact"] = repr
+    page = environment.get_template("page.html.j2").render(
+        **_about(run),
+        **_doubts(run),
+        run=run,
+        damage=[*run.notes, *damage],
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        comparisons=[said for said in (member_sentence(run), comparison_sentence(run)) if said],
+        classifiers=_classifiers(run),
+        attacks=_attacks(run),
+        attack_head=_attack_head(run),
+        found=found,
+        game=_game(run),
+        pictures=pictures,
+        missing=[name for name in ALTS if name not in drawn],
+        config=json.dumps(run.config, indent=2, ensure_ascii=False, default=str),
+        papers=[OURS, *papers_of(entries(run))],
+        bibtex=BIBTEX,
+    )
+    path = run.path / "report.html"
+    with replacing(path) as temporary:
+        temporary.write_text(page + "\n", encoding="utf-8")
+    return path
+
+
+def _shown(value: Any) -> Any:
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value, keep="\n")
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What was measured, and how."""
+    ball = format_ball(run.norm, run.eps) if run.eps is not None else ""
+    whole, images = number(run.get("data", "num_test")), ""
+    if run.num_examples is not None:
+        of = f" of {whole:,.0f}" if whole and whole > run.num_examples else ""
+        images = f"{run.num_examples:,}{of} test images"
+    protocol, versions, seconds = run.get("protocol"), run.get("versions"), run.get("seconds")
+    times = seconds.items() if isinstance(seconds, dict) else ()
+    count = len(run.members) or run.num_members
+    facts = {
+        "Task": run.get("task"),
+        "Mixture": run.config.get("mixture"),
+        "Data": " · ".join(part for part in (run.data, images) if part),
+        "Threat model": f"{ball} ({run.eps!r} in input units)" if ball else None,
+        "Protocol": protocol,
+        "Hardware": run.get("device"),
+        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
+        "Commit": run.get("git"),
+        "Seed": run.seed,
+        "Seconds": ", ".join(f"{k} {v:.1f}" for k, s in times if (v := number(s)) is not None),
+    }
+    return {
+        "what": "one classifier" if count == 1 else f"a mixture of {count} classifiers" if count else "a mixture",
+        "about": [part for part in (run.data, ball, f"protocol {protocol}" if protocol else "", images) if part],
+        "ball": ball,
+        "images": images,
+        "single": is_single(run),
+        "facts": facts,
+    }
+
+
+def _doubts(run: Run) -> dict[str, Any]:
+    checked = run.get("checks")
+    ran = [str(name) for name in checked] if isinstance(checked, list) else None
+    return {
+        "flags": flags_of(run),
+        "flags_known": isinstance(run.get("flags"), list),
+        "checks": CHECKS,
+        "ran": ran,
+        "unchecked": [name for name in CHECKS if ran is not None and name not in ran],
+    }
+
+
+class _Classifier(NamedTuple):
+    name: str
+    clean: Interval
+    robust: Interval
+    weight: float | None = None
+    has_weight: bool = False
+    whole: bool = False
+
+
+def _classifiers(run: Run) -> list[_Classifier]:
+    """Every member, the mixture, the averaged twin and the baseline."""
+    worst, single, rows = worst_cases(run), is_single(run), []
+    for k, member in enumerate([] if single else run.members):
+        name = ": ".join(str(part) for part in (f"member {k}", member.get("name")) if part)
+        clean, weight = Interval(number(member.get("clean"))), number(member.get("weight"))
+        rows.append(_Classifier(name, clean, worst[f"member {k}"], weight, has_weight=True))
+    rows.append(_Classifier(classifiers(run)[0], run.clean, run.robust, whole=True))
+    if not single:
+        rows.append(_Classifier(TWIN, Interval(number(run.get("averaged_twin", "clean"))), worst[TWIN]))
+    if (base := run.baseline) is not None:
+        rows.append(
+            _Classifier(f"baseline ({'one model' if base.state == 'done' else base.state})", base.clean, base.robust)
+        )
+    return rows
+
+
+def _attack_head(run: Run) -> list[str]:
+    first, *others = classifiers(run)
+    parts = [] if first in WHOLE[1:] else ["from parts %"]
+    return ["attack", f"{first} % [95 %]", *(f"{who} %" for who in others), *parts, "worst found"]
+
+
+def _attacks(run: Run) -> list[dict[str, Any]]:
+    rows = []
+    for name, values in attack_rows(run):
+        entry = entries(run)[name]
+        first, *others = values.values()
+        rows.append(
+            {
+                "name": name,
+                "first": wilson(first, run.num_examples),
+                "others": others + ([] if is_single(run) else [number(entry.get("replayed_from_parts"))]),
+                "worst_found": number(entry.get("worst_found")),
+                "seconds": number(entry.get("seconds")),
+                "on_parts": number(entry.get("seconds_on_parts")),
+                "settings": settings_text(entry.get("settings")),
+            }
+        )
+    return rows
+
+
+def _found(run: Run, damage: list[str]) -> dict[str, Any] | None:
+    """How often each attack, by whom it was aimed at, was the first to find the worst case."""
+    with noting(damage):
+        arrays = read_arrays(run.path / "records.npz") or {}
+        found, robust = arrays.get("found_by"), arrays.get("robust")
+        if found is None or robust is None:
+            return None
+        stale = robust.dtype.kind != "f" or len(found) != len(robust) or run.robust.value is None
+        if stale or abs(float(robust.mean()) - (run.robust.value or 0.0)) > 1e-4:
+            raise ValueError(f"{run.path / 'records.npz'} does not belong to its results.json")
+        counts = Counter(_attack_and_target(str(name)) for name in found)
+        stayed = counts.pop(("clean", ""), 0)
+        targets = list(dict.fromkeys(["mixture", "members", TWIN, *(whom for _, whom in sorted(counts))]))
+        names = dict.fromkeys([*entries(run), *(name for name, _ in sorted(counts))])
+        rows = [(name, [counts[name, whom] for whom in targets]) for name in names]
+        shown = counts and not is_single(run)
+        return {"heads": [f"aimed at {t}" for t in targets], "rows": rows if shown else [], "stayed": stayed}
+    return None
+
+
+def _attack_and_target(key: str) -> tuple[str, str]:
+    name, _, whom = key.partition(" on ")
+    if key == "clean":
+        return key, ""
+    known = {"member": "members", "averaged": TWIN, "other": "other weights"}
+    return name, known.get(whom.partition(" ")[0], whom or "mixture")
+
+
+def _game(run: Run) -> dict[str, Any]:
+    """Value, regret and matching-penny gap, and by how much that has to exceed what."""
+    names = {"value": "value_at_weights", "least": "value_lp", "regret": "gap", "penny": "matching_penny_gap"}
+    game: dict[str, Any] = {short: number(run.get("game", key)) for short, key in names.items()}
+    weights = [number(member.get("weight")) for member in run.members]
+    risks = [None if (r := number(member.get("robust"))) is None else 1 - r for member in run.members]
+    needed = None
+    if len(risks) > 1 and None not in risks and None not in weights:
+        average = sum((w or 0.0) * (r or 0.0) for w, r in zip(weights, risks, strict=True))
+        needed = average - min(r for r in risks if r is not None)
+    return {**game, "needed": needed, "said": any(value is not None for value in game.values())}
+
+
+def _pictures(run: Run, drawn: dict[str, bytes], damage: list[str]) -> list[dict[str, Any]]:
+    shown = []
+    for name, caption in _CAPTIONS.items():
+        with noting(damage):
+            if (png := drawn.get(name)) is not None:
+                if png[:8] != b"\x89PNG\r\n\x1a\n" or png[12:16] != b"IHDR":
+                    raise ValueError(f"{name} is not a png")
+                # With its size, so that nothing moves while it is decoded.
+                width, height = struct.unpack(">II", png[16:24])
+                alt = ALTS[name](run) if name in ALTS else caption
+                data = base64.b64encode(png).decode("ascii")
+                shown.append({"caption": caption, "alt": alt, "width": width, "height": height, "data": data})
+    return shown
