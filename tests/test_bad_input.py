@@ -227,7 +227,7 @@ SETTINGS = [
     ("attack._target_=mixadv.losses.AT", "attack._target_=mixadv.losses.AT is no Attack", "called with (mixture, x, y"),
     # An objective is called as well, but with other arguments.
     (
-        "attack._target_=mixadv.attacks.objectives.AveragedCE",
+        "attack._target_=mixadv.attacks.objectives.AveragedLoss",
         "attack._target_=mixadv.attacks.objectives",
         "called with (mixture",
     ),

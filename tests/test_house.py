@@ -41,8 +41,7 @@ ALLOWED = {
     "locks": set(),
     # The mathematics wing: tensors only.
     "simplex": set(),
-    "game_checks": set(),
-    "game": {"simplex", "game_checks"},
+    "game": {"simplex"},
     "lambda_solvers": {"simplex", "game"},
     "games": {"simplex", "game", "lambda_solvers", "threat_model"},
     # The network wing.
@@ -153,11 +152,6 @@ def test_the_table_has_no_cycle():
         order += free
         left = {part: needs for part, needs in left.items() if part not in free}
     assert order.index("simplex") < order.index("mixture") < order.index("training") < order.index("tasks")
-
-
-def test_game_checks_belong_to_the_game_alone():
-    users = [path.stem for path in FILES if "mixadv.game_checks" in imported_modules(ast.parse(path.read_text()))]
-    assert users == ["game"]
 
 
 FOREIGN = {

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mixadv.attacks.objectives import ON, AveragedCE, AveragedLoss, ExpectedLoss, Objective, TargetedLoss
+from mixadv.attacks.objectives import ExpectedLoss, Objective, TargetedLoss
 from mixadv.attacks.search import SearchAttack, WorstPoints, value_and_gradient, warn_of_nan_gradients
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
@@ -46,12 +46,11 @@ class APGD(SearchAttack):
 
     num_steps: gradient steps N of each run: N + 1 forward and N backward passes per member.
     restarts: independent starts, for each target. With start="none" they would coincide: one is run.
-    loss: what is climbed: "ce", "margin", "dlr", or "dlr-targeted" (one run per target class).
-    on: "expected": sum_k lambda_k loss(f_k(x')). "averaged": the loss of the averaged prediction
-        log sum_k lambda_k softmax(f_k(x')).
+    loss: what is climbed in expectation, sum_k lambda_k loss(f_k(x')): "ce", "margin", "dlr", or "dlr-targeted" (one
+        run per target class).
     targets: the number T of targets of "dlr-targeted": the T most probable wrong classes of the averaged prediction
         at x, or all of them where there are fewer; None means 9, as in AutoAttack.
-    objective: any other objective of `mixadv.attacks.objectives`, in place of `loss` and `on`.
+    objective: any other objective of `mixadv.attacks.objectives`, in place of `loss`.
     rho, momentum: see above; momentum=1 is none.
     start: "uniform" in the ball, "none" (x).
 
@@ -59,9 +58,9 @@ class APGD(SearchAttack):
     has the same sign, but is not invariant to the scale of the logits.
 
     What is returned, per example: over x itself, all starts and all iterates, the point of lowest exact expected
-    accuracy sum_k lambda_k 1[f_k(x') = y], and among equals of highest objective; whatever `on` says. To measure the
-    ensemble, attack `Mixture([mixture])`, whose only member is the averaged prediction: then its accuracy decides.
-    An example whose expected accuracy has reached 0 cannot get worse, and is left alone from there on.
+    accuracy sum_k lambda_k 1[f_k(x') = y], and among equals of highest objective. To measure the ensemble, attack
+    `Mixture([mixture])`, whose only member is the averaged prediction: then its accuracy decides. An example whose
+    expected accuracy has reached 0 cannot get worse, and is left alone from there on.
 
     Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
     parameters, and left as found. Logits so large that a loss saturates in floating point are not rescaled: the
@@ -79,7 +78,6 @@ class APGD(SearchAttack):
     num_steps: int = 100
     restarts: int = 1
     loss: str = "ce"
-    on: str = "expected"
     targets: int | None = None
     objective: Objective | None = None
     rho: float = 0.75
@@ -91,7 +89,7 @@ class APGD(SearchAttack):
             raise ValueError(f"num_steps is {self.num_steps}: it must be at least 0")
         if self.restarts < 1:
             raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
-        for name, value, known in (("loss", self.loss, LOSSES), ("on", self.on, ON), ("start", self.start, STARTS)):
+        for name, value, known in (("loss", self.loss, LOSSES), ("start", self.start, STARTS)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if not 0 <= self.rho <= 1:
@@ -102,8 +100,8 @@ class APGD(SearchAttack):
             raise ValueError(f"targets is {self.targets}, but loss={self.loss} has none: use loss=dlr-targeted")
         if self.targets is not None and self.targets < 1:
             raise ValueError(f"targets is {self.targets}: it must be at least 1")
-        if self.objective is not None and (self.loss, self.on) != ("ce", "expected"):
-            raise ValueError("an objective takes the place of loss and on: give either it or them")
+        if self.objective is not None and self.loss != "ce":
+            raise ValueError("an objective takes the place of loss: give either of them")
 
     def objectives(self, num_classes: int) -> tuple[Objective, ...]:
         """What is climbed on C classes, one objective per run (times restarts)."""
@@ -113,11 +111,8 @@ class APGD(SearchAttack):
             loss = "dlr" if num_classes >= 4 else "margin"
             targets = min(DEFAULT_TARGETS if self.targets is None else self.targets, num_classes - 1)
             # With a single class the first rank is refused by name.
-            return tuple(TargetedLoss(loss, rank, self.on) for rank in range(1, max(targets, 1) + 1))
-        loss = "margin" if self.loss == "dlr" and num_classes < 3 else self.loss
-        if self.on == "expected":
-            return (ExpectedLoss(loss),)
-        return (AveragedCE() if loss == "ce" else AveragedLoss(loss),)
+            return tuple(TargetedLoss(loss, rank) for rank in range(1, max(targets, 1) + 1))
+        return (ExpectedLoss("margin" if self.loss == "dlr" and num_classes < 3 else self.loss),)
 
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None

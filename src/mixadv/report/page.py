@@ -49,7 +49,6 @@ CHECKS = {
     "ce-and-dlr-disagree": "two losses of the same attack that lead to very different accuracies",
     "robust-above-clean": "an accuracy under attack above the clean one",
     "survives-grey": "accuracy that is left where the ball holds a grey image",
-    "left-the-ball": "points outside the ball or the box, or not finite",
 }
 _CAPTIONS = {
     "attacks.png": "Accuracy per attack, and the worst case over all points found.",
