@@ -29,11 +29,11 @@ from mixadv.report import (
     sweep_table,
     write_table_csv,
 )
+from mixadv.report.cells import print_whole
 from mixadv.report.comparison import compare_with_best_member, member_sentence
 from mixadv.report.figures import curves_figure, member_style, running_mean
 from mixadv.report.names import format_eps, group_name, number
 from mixadv.report.sweeps import sweep_figure
-from mixadv.report.tables import print_whole
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WEIGHTS = [0.5, 0.2, 0.3]

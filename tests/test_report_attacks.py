@@ -19,6 +19,7 @@ from mixadv.errors import UserError
 from mixadv.report import attack_figures
 from mixadv.report.attack_figures import attacks_figure, draw_evaluation, eps_figure, evaluation_figures, steps_figure
 from mixadv.report.attacks import (
+    attack_rows,
     attacks_table,
     classifiers,
     flags_of,
@@ -27,6 +28,7 @@ from mixadv.report.attacks import (
     total_seconds,
     wilson,
 )
+from mixadv.report.cells import print_whole
 from mixadv.report.examples import (
     Examples,
     amplification,
@@ -37,7 +39,6 @@ from mixadv.report.examples import (
 )
 from mixadv.report.figures import STYLE
 from mixadv.report.files import Run, read_run
-from mixadv.report.tables import print_whole
 
 EIGHT = (0.1, 0.2, 0.05, 0.15, 0.1, 0.1, 0.1, 0.2)
 TWIN = "averaged twin"
@@ -136,9 +137,9 @@ def test_flags_and_settings_in_words(evaluated: tuple[Run, dict[str, Any]]) -> N
     assert settings_text(ATTACKS["apgd-ce"]) == "APGD(objective=CrossEntropy)"
     assert settings_text({"queries": 5}) == "queries=5"
     assert settings_text(None) == ""
-    assert total_seconds({"seconds": 3, "seconds_on_parts": 4.5}) == 7.5
-    assert total_seconds({"seconds": 3}) == 3
-    assert total_seconds({}) is None
+    times = [{"seconds": 3, "seconds_on_parts": 4.5}, {"seconds": 3}, {}]
+    run = edit(run, attacks={str(i): entry for i, entry in enumerate(times)})
+    assert [total_seconds(row) for row in attack_rows(run)] == [7.5, 3, None]
 
 
 # The table --------------------------------------------------------------------------------------------------

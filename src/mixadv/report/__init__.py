@@ -16,6 +16,7 @@ from rich.console import Console
 from mixadv.errors import UserError
 from mixadv.report.attack_figures import draw_evaluation
 from mixadv.report.attacks import attacks_table
+from mixadv.report.cells import print_whole
 from mixadv.report.comparison import Comparison, compare
 from mixadv.report.differences import compare_settings, differences_table, write_differences_csv
 from mixadv.report.figures import draw_curves
@@ -27,7 +28,7 @@ from mixadv.report.show import show_run
 from mixadv.report.solve import draw_solution
 from mixadv.report.study_figures import draw_study
 from mixadv.report.sweeps import draw_sweep
-from mixadv.report.tables import print_whole, results_table, sweep_table, write_table_csv
+from mixadv.report.tables import results_table, sweep_table, write_table_csv
 
 __all__ = [
     "Comparison",

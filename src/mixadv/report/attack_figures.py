@@ -53,7 +53,7 @@ def evaluation_figures(run: Run) -> tuple[dict[str, Callable[[], Figure]], list[
     """File name -> what builds its figure, for those that have data; and a line on each thing that is damaged."""
     figures: dict[str, Callable[[], Figure]] = {}
     damage: list[str] = []
-    if any(value is not None for _, values in attack_rows(run) for value in values.values()):
+    if any(value is not None for row in attack_rows(run) for value in row.values.values()):
         figures["attacks.png"] = partial(attacks_figure, run)
     readers: dict[str, Callable[[], Callable[[], Figure] | None]] = {
         "eps.png": lambda: _of(eps_figure, run, read_curve(run, "eps")),
@@ -94,7 +94,7 @@ def attacks_figure(run: Run) -> Figure:
     The last row, a line and a band are the worst case over all points found, with its 95 % interval.
     """
     rows, worst, everybody = attack_rows(run), worst_cases(run), classifiers(run)
-    names = [*(_shortened(name) for name, _ in rows), ALL]
+    names = [*(_shortened(row.name) for row in rows), ALL]
     tall = max(0.5, 0.11 * len(everybody) + 0.1)
     height = _ABOVE + _BELOW + max(tall * len(names), 0.29 * len(everybody) + 0.8)
     figure = new_figure(height)
@@ -102,8 +102,7 @@ def attacks_figure(run: Run) -> Figure:
     offsets = np.linspace(-0.32, 0.32, len(everybody)) if len(everybody) > 1 else [0.0]
     for who, offset in zip(everybody, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
-        whole = who in WHOLE
-        spans = [wilson(values[who], run.num_examples if whole else None) for _, values in rows]
+        spans = [row.mixture if who in WHOLE else Interval(row.values[who]) for row in rows]
         _draw_intervals(axes, [*spans, worst[who]], float(offset), who, style)
     name, final = everybody[0], worst[everybody[0]]
     if final.value is not None:
@@ -218,9 +217,9 @@ def _words(value: float | None) -> str:
 
 
 def _alt_attacks(run: Run) -> str:
-    who = classifiers(run)[0]
-    each = ", ".join(f"{name} {_words(values[who])}" for name, values in attack_rows(run))
-    return f"Accuracy of the {who} under each attack: {each}; worst case over all points {_words(run.robust.value)}."
+    each = ", ".join(f"{row.name} {_words(row.mixture.value)}" for row in attack_rows(run))
+    worst = _words(run.robust.value)
+    return f"Accuracy of the {classifiers(run)[0]} under each attack: {each}; worst case over all points {worst}."
 
 
 def _alt_curve(run: Run, name: str) -> str:

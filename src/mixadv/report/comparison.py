@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixadv.report.files import Run, read_records
+from mixadv.report.files import Run
+from mixadv.report.records import ALL, measured
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
@@ -53,57 +54,32 @@ def compare(run: Run) -> Comparison | None:
     if other is None or run.robust.value is None or other.robust.value is None:
         return None
     try:
-        differences = _paired_differences(run, other)
+        mine, theirs = measured(run), measured(other)
+        if not np.array_equal(mine.labels, theirs.labels):
+            raise ValueError("the two were evaluated on different test images")
+        return paired(mine.accuracies[ALL] - theirs.accuracies[ALL])
     except ValueError as error:
         note = str(error)
-    else:
-        return paired(differences)
     difference = run.robust.value - other.robust.value
     half_widths = [(r.high - r.low) / 2 for r in (run.robust, other.robust) if r.low is not None and r.high is not None]
     half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
     return Comparison(difference, difference - half, difference + half, False, run.num_examples, note)
 
 
-def _paired_differences(run: Run, other: Run) -> np.ndarray:
-    """d [N] float64; ValueError says why the two cannot be paired."""
-    arrays = []
-    for which in (run, other):
-        records = read_records(which)
-        for name in ("labels", "robust"):
-            if name not in records:
-                raise ValueError(f"{which.path / 'records.npz'} has no {name!r}")
-        robust = records["robust"].astype(np.float64)
-        if robust.shape != records["labels"].shape or robust.ndim != 1 or not np.isfinite(robust).all():
-            raise ValueError(f"{which.path / 'records.npz'} is not one finite number per example")
-        if len(robust) < 2:
-            raise ValueError("fewer than two test images")
-        # Stale records beside newer results would give an interval about other numbers than the table's.
-        if abs(robust.mean() - (which.robust.value or 0.0)) > 1e-4:
-            raise ValueError(f"{which.path / 'records.npz'} does not belong to its results.json")
-        arrays.append((robust, records["labels"]))
-    (a, labels_a), (b, labels_b) = arrays
-    if not np.array_equal(labels_a, labels_b):
-        raise ValueError("the two were evaluated on different test images")
-    return a - b
-
-
 def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
     """The mixture against its member with the highest robust accuracy on these images, paired; None if L < 2.
 
     Choosing the member on the same images favours it a little. None also where the records do not hold
-    `members_robust` [L, N] for the images of the results.
+    every member's accuracies for the images of the results.
     """
-    if len(run.members) < 2 or run.robust.value is None:
-        return None
     try:
-        records = read_records(run)
+        found = measured(run)
     except ValueError:
         return None
-    robust, members = records.get("robust"), records.get("members_robust")
-    if robust is None or members is None or members.shape != (len(run.members), *robust.shape) or robust.shape < (2,):
+    if found.members is None or len(found.members) < 2:
         return None
-    best = int(members.mean(axis=1).argmax())
-    return best, paired(robust.astype(np.float64) - members[best].astype(np.float64))
+    best = int(found.members.mean(axis=1).argmax())
+    return best, paired(found.accuracies[ALL] - found.members[best])
 
 
 def paired(differences: np.ndarray) -> Comparison:

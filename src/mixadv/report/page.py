@@ -12,7 +12,7 @@ import json
 import struct
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -25,16 +25,14 @@ from mixadv.report.attacks import (
     attack_rows,
     classifiers,
     entries,
+    everybody,
     flags_of,
     is_single,
-    settings_text,
-    wilson,
-    worst_cases,
 )
 from mixadv.report.citations import BIBTEX, OURS, papers_of
 from mixadv.report.comparison import comparison_sentence, member_sentence
 from mixadv.report.figures import save
-from mixadv.report.files import Interval, Run, read_arrays, read_run, replacing
+from mixadv.report.files import Run, read_arrays, read_run, replacing
 from mixadv.report.names import format_ball, number
 
 CHECKS = {
@@ -74,6 +72,10 @@ def write_report(run_dir: str | Path) -> Path:
     if (run.path / "curves.png").is_file():
         drawn["curves.png"] = (run.path / "curves.png").read_bytes()
     found, pictures = _found(run, damage), _pictures(run, drawn, damage)
+    first, *others = classifiers(run)
+    others += [] if is_single(run) else ["from parts"]
+    # Of one classifier alone there are neither members nor an averaged twin.
+    shown = {"mixture" if is_single(run) else who for who in classifiers(run)} | {"baseline"}
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -90,9 +92,10 @@ def write_report(run_dir: str | Path) -> Path:
         damage=[*run.notes, *damage],
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         comparisons=[said for said in (member_sentence(run), comparison_sentence(run)) if said],
-        classifiers=_classifiers(run),
-        attacks=_attacks(run),
-        attack_head=_attack_head(run),
+        classifiers=[row for who, row in everybody(run).items() if who in shown],
+        attacks=attack_rows(run),
+        attack_head=["attack", f"{first} % [95 %]", *(f"{who} %" for who in others), "worst found"],
+        whole=WHOLE,
         found=found,
         game=_game(run),
         pictures=pictures,
@@ -153,57 +156,6 @@ def _doubts(run: Run) -> dict[str, Any]:
         "ran": ran,
         "unchecked": [name for name in CHECKS if ran is not None and name not in ran],
     }
-
-
-class _Classifier(NamedTuple):
-    name: str
-    clean: Interval
-    robust: Interval
-    weight: float | None = None
-    has_weight: bool = False
-    whole: bool = False
-
-
-def _classifiers(run: Run) -> list[_Classifier]:
-    """Every member, the mixture, the averaged twin and the baseline."""
-    worst, single, rows = worst_cases(run), is_single(run), []
-    for k, member in enumerate([] if single else run.members):
-        name = ": ".join(str(part) for part in (f"member {k}", member.get("name")) if part)
-        clean, weight = Interval(number(member.get("clean"))), number(member.get("weight"))
-        rows.append(_Classifier(name, clean, worst[f"member {k}"], weight, has_weight=True))
-    rows.append(_Classifier(classifiers(run)[0], run.clean, run.robust, whole=True))
-    if not single:
-        rows.append(_Classifier(TWIN, Interval(number(run.get("averaged_twin", "clean"))), worst[TWIN]))
-    if (base := run.baseline) is not None:
-        rows.append(
-            _Classifier(f"baseline ({'one model' if base.state == 'done' else base.state})", base.clean, base.robust)
-        )
-    return rows
-
-
-def _attack_head(run: Run) -> list[str]:
-    first, *others = classifiers(run)
-    parts = [] if first in WHOLE[1:] else ["from parts %"]
-    return ["attack", f"{first} % [95 %]", *(f"{who} %" for who in others), *parts, "worst found"]
-
-
-def _attacks(run: Run) -> list[dict[str, Any]]:
-    rows = []
-    for name, values in attack_rows(run):
-        entry = entries(run)[name]
-        first, *others = values.values()
-        rows.append(
-            {
-                "name": name,
-                "first": wilson(first, run.num_examples),
-                "others": others + ([] if is_single(run) else [number(entry.get("replayed_from_parts"))]),
-                "worst_found": number(entry.get("worst_found")),
-                "seconds": number(entry.get("seconds")),
-                "on_parts": number(entry.get("seconds_on_parts")),
-                "settings": settings_text(entry.get("settings")),
-            }
-        )
-    return rows
 
 
 def _found(run: Run, damage: list[str]) -> dict[str, Any] | None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from mixadv.errors import UserError
+from mixadv.report.cells import add_row, new_table, percent, percent_with
 from mixadv.report.comparison import paired
 from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, save
-from mixadv.report.files import Run, read_records, read_run
+from mixadv.report.files import Run, read_run, stored_interval
 from mixadv.report.names import format_ball, number
+from mixadv.report.records import ALL, EVEN, measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,26 +31,21 @@ def solution_table(run: Run) -> Table:
     attacks on everybody. *test*: the test images, attacked for the first time.
     """
     fit = run.get("solve", "fit") or {}
-    table = Table(
-        title=Text(
-            f"{run.get('data', 'name')}, {format_ball(run.norm, run.eps)}: {len(run.weights)} classifiers weighed"
-        ),
-        caption=Text(_caption(run, fit)),
-        title_justify="left",
-        caption_justify="left",
+    table = new_table(
+        f"{run.get('data', 'name')}, {format_ball(run.norm, run.eps)}: {len(run.weights)} classifiers weighed",
+        ["", "λ", *COLUMNS.values()],
+        words=[""],
+        folds={"": 1},
+        caption=_caption(run, fit),
     )
-    table.add_column("")
-    table.add_column("λ", justify="right", no_wrap=True)
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right", no_wrap=True)
     rows = run.get("solve", "rows") or []
     for index, row in enumerate(rows):
         if index == len(rows) - 2:
             table.add_section()
-        member = index < len(run.weights)
-        cells = [_cell(row.get(column), interval=column == "test") for column in COLUMNS]
-        weight = f"{run.weights[index]:.4f}" if member else ""
-        table.add_row(str(row.get("who")), weight, *cells, style="bold" if index == len(rows) - 1 else "")
+        clean, pool, fresh, test = (stored_interval(row.get(column), "accuracy") for column in COLUMNS)
+        cells = [str(row.get("who")), f"{run.weights[index]:.4f}" if index < len(run.weights) else ""]
+        cells += [*(percent(at.value) for at in (clean, pool, fresh)), percent_with(test)]
+        add_row(table, cells, style="bold" if index == len(rows) - 1 else "")
     return table
 
 
@@ -65,16 +61,6 @@ def _caption(run: Run, fit: dict[str, Any]) -> str:
         f"{run.num_examples} test images. Attacks: {', '.join(run.attacks)}; every point is replayed on everybody; "
         "members alone are attacked by PGD and APGD."
     )
-
-
-def _cell(entry: Any, *, interval: bool) -> str:
-    if not isinstance(entry, dict):
-        return "–"
-    text = f"{100 * entry['accuracy']:.1f}"
-    if interval:
-        low, high = entry["ci95"]
-        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return text
 
 
 def solution_sentences(run: Run) -> list[str]:
@@ -101,26 +87,25 @@ def solution_sentences(run: Run) -> list[str]:
     if fit.get("status") == "stopped":
         sentences.append("The value was still moving when the rounds were over: raise lambda_solver.num_rounds.")
     try:
-        records = read_records(run)
+        found = measured(run)
     except ValueError as error:
         return [*sentences, f"No paired differences: {error}."]
-    robust, even, members = records["robust"], records.get("robust uniform"), records.get("members_robust")
     best = max(range(len(rows) - 2), key=lambda k: rows[k]["fresh"]["accuracy"])
     if max(run.weights) == 1.0:
         alone = run.weights.index(1.0)
         sentences.append(f"The optimal weights are those of {rows[alone]['who']} alone: mixing gains nothing here.")
-    rivals = [("uniform mixture", even)]
-    if members is not None and run.weights[best] < 1:
-        rivals.insert(0, (f"best member on the validation images ({rows[best]['who']})", members[best]))
-    for name, other in rivals:
-        if other is None or other.shape != robust.shape or len(robust) < 2:
-            continue
-        result = paired(robust.astype(np.float64) - other.astype(np.float64))
+    rivals = {}
+    if found.members is not None and run.weights[best] < 1:
+        rivals[f"best member on the validation images ({rows[best]['who']})"] = found.members[best]
+    if EVEN in found.accuracies:
+        rivals["uniform mixture"] = found.accuracies[EVEN]
+    for name, other in rivals.items():
+        result = paired(found.accuracies[ALL] - other)
         points, low, high = result.in_points()
         verdict = result.verdict("the optimal mixture is more robust", "the optimal mixture is less robust")
         sentences.append(
             f"Test set: optimal mixture minus {name}: {points} points, 95 % interval [{low}, {high}], paired over "
-            f"{len(robust):,} images: {verdict}."
+            f"{len(other):,} images: {verdict}."
         )
     return sentences
 
