@@ -33,14 +33,17 @@ from mixadv.report.files import read_run
 from mixadv.report.names import number
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
 from mixadv.report.settings import grouped, headline, names_of, setting_of
-from mixadv.report.study_figures import (
+from mixadv.report.study import (
+    accuracies_on_test,
+    accuracy_figure,
+    cost_figure,
     learned_weights,
     study_figures,
+    timed_runs,
     training_figure,
     validation_curves,
     weights_figure,
 )
-from mixadv.report.study_results import accuracies_on_test, accuracy_figure, cost_figure, timed_runs
 
 COUNT = 60
 PASSES = ("pgd-20", "apgd-ce", "apgd-dlr", "arc", "apgd-ce on member 0")

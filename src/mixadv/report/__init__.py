@@ -26,7 +26,7 @@ from mixadv.report.games import draw_game
 from mixadv.report.page import write_report
 from mixadv.report.show import show_run
 from mixadv.report.solve import draw_solution
-from mixadv.report.study_figures import draw_study
+from mixadv.report.study import draw_study
 from mixadv.report.sweeps import draw_sweep
 from mixadv.report.tables import results_table, sweep_table, write_table_csv
 

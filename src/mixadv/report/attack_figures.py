@@ -15,7 +15,7 @@ from mixadv.errors import UserError
 from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, WHOLE, Curve, attack_rows, classifiers, read_curve, wilson, worst_cases
 from mixadv.report.examples import MOST, examples_figure, read_examples, wrong_members
-from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, save
+from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, save, spaced
 from mixadv.report.files import Interval, Run, read_run
 from mixadv.report.names import format_eps, norm_symbol, number
 from mixadv.report.tables import headline_parts
@@ -97,8 +97,7 @@ def attacks_figure(run: Run) -> Figure:
     names = [*(_shortened(row.name) for row in rows), ALL]
     tall = max(0.5, 0.11 * len(everybody) + 0.1)
     height = _ABOVE + _BELOW + max(tall * len(names), 0.29 * len(everybody) + 0.8)
-    figure = new_figure(height)
-    axes = _panel(figure, run, "attacks", 0.35 + 0.105 * max(map(len, names)), height)
+    figure, axes = _panel(run, "attacks", 0.35 + 0.105 * max(map(len, names)), height)
     offsets = np.linspace(-0.32, 0.32, len(everybody)) if len(everybody) > 1 else [0.0]
     for who, offset in zip(everybody, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
@@ -136,8 +135,7 @@ def _draw_intervals(axes: Axes, at: list[Interval], offset: float, who: str, sty
 
 def eps_figure(run: Run, curve: Curve) -> Figure:
     """Accuracy against eps, with a band for the mixture's 95 % interval; its axes: "eps"."""
-    figure = new_figure(5.6)
-    axes = _panel(figure, run, "eps", 0.85, 5.6)
+    figure, axes = _panel(run, "eps")
     count = number(run.get("curves", "num_examples"))
     _draw_lines(axes, curve)
     first = next(iter(curve.lines))
@@ -148,11 +146,7 @@ def eps_figure(run: Run, curve: Curve) -> Figure:
         axes.fill_between(curve.x, low, high, color=ROBUST, alpha=0.12, linewidth=0, label=f"{first}, 95 %")
     if run.eps is not None:
         axes.axvline(run.eps, color="#555555", linestyle=":", linewidth=1.5, label=f"ε = {format_eps(run.eps)}")
-    kept: list[float] = []
-    for x in sorted(set(curve.x)):
-        # Two labels closer than this would run into each other.
-        if not kept or x - kept[-1] >= 0.055 * float(np.ptp(curve.x)):
-            kept.append(float(x))
+    kept = spaced(curve.x, 0.055)
     axes.set_xticks(kept, [format_eps(x) for x in kept])
     axes.set_ylim(0, 1)
     axes.set_xlabel(printable(f"ε (radius of the {norm_symbol(run.norm)} ball, in input units)"), parse_math=False)
@@ -164,8 +158,7 @@ def eps_figure(run: Run, curve: Curve) -> Figure:
 
 def steps_figure(run: Run, curve: Curve) -> Figure:
     """Loss that the attack reached against its number of steps; its axes: "steps"."""
-    figure = new_figure(5.6)
-    axes = _panel(figure, run, "steps", 0.85, 5.6)
+    figure, axes = _panel(run, "steps")
     _draw_lines(axes, curve)
     steps = sorted({float(x) for x in curve.x})
     some = [x for x in steps if x > 0]
@@ -181,11 +174,10 @@ def steps_figure(run: Run, curve: Curve) -> Figure:
     return figure
 
 
-def _panel(figure: Figure, run: Run, name: str, left: float, height: float) -> Axes:
-    title = " · ".join(headline_parts(run)) or run.path.name
-    figure.suptitle(printable(title), fontsize=16, y=1 - 0.12 / height, parse_math=False)
+def _panel(run: Run, name: str, left: float = 0.85, height: float = 5.6) -> tuple[Figure, Axes]:
+    figure = new_figure(height, " · ".join(headline_parts(run)) or run.path.name)
     box = (left / 14, _BELOW / height, (14 - left - _LEGEND) / 14, (height - _ABOVE - _BELOW) / height)
-    return figure.add_axes(box, label=name)
+    return figure, figure.add_axes(box, label=name)
 
 
 def _draw_lines(axes: Axes, curve: Curve) -> None:

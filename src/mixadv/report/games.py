@@ -51,9 +51,8 @@ def motivating_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fi
 
     Its axes are labelled "line" and "risk".
     """
-    figure = new_figure(5.6)
+    figure = new_figure(5.6, f"Two classifiers on the line, ε = {game['eps']}")
     exact = game["exact"]
-    figure.suptitle(f"Two classifiers on the line, ε = {game['eps']}", fontsize=16, y=0.975)
     _draw_line(figure.add_axes((0.02, 0.185, 0.555, 0.655), label="line"), game, arrays["thresholds"])
     _draw_risk(figure.add_axes((0.645, 0.245, 0.325, 0.595), label="risk"), exact, arrays["curve"])
     footnote(
@@ -182,21 +181,11 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
 
     Its axes are labelled "plane", "convergence" and "values".
     """
-    figure = new_figure(6.6)
+    figure = new_figure(6.6, f"{game['num_classifiers']} random linear classifiers on three Gaussians")
     count = len(game["seeds"])
-    figure.suptitle(f"{game['num_classifiers']} random linear classifiers on three Gaussians", fontsize=16, y=0.975)
-    box = {"bottom": 0.335, "height": 0.535}
-    panels = {
-        name: figure.add_axes((left, box["bottom"], width, box["height"]), label=name)
-        for name, left, width in (
-            ("plane", 0.035, 0.3),
-            ("convergence", 0.405, 0.255),
-            ("values", 0.725, 0.258),
-        )
-    }
-    _draw_plane(figure, panels["plane"], game, arrays)
-    _draw_convergence(panels["convergence"], game, arrays)
-    _draw_values(panels["values"], game, arrays)
+    _draw_plane(figure, figure.add_axes((0.035, 0.335, 0.3, 0.535), label="plane"), game, arrays)
+    _draw_convergence(figure.add_axes((0.405, 0.335, 0.255, 0.535), label="convergence"), game, arrays)
+    _draw_values(figure.add_axes((0.725, 0.335, 0.258, 0.535), label="values"), game, arrays)
     found = game["convergence"]
     footnote(
         figure,
@@ -221,29 +210,16 @@ def _draw_plane(figure: Figure, axes: Axes, game: dict[str, Any], arrays: dict[s
     image = axes.imshow(said, extent=extent, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto", zorder=0)
     for mask, colour, marker, label in ((positive, POSITIVE, "o", "Y = +1"), (~positive, NEGATIVE, "x", "Y = −1")):
         face: dict[str, Any] = {"edgecolors": "none"} if marker == "o" else {}
-        axes.scatter(
-            points[mask, 0],
-            points[mask, 1],
-            s=11,
-            c=colour,
-            marker=marker,
-            alpha=0.55,
-            linewidths=0.8,
-            label=label,
-            **face,
-        )
+        x, y = points[mask].T
+        axes.scatter(x, y, s=11, c=colour, marker=marker, alpha=0.55, linewidths=0.8, label=label, **face)
     span = np.array([-20.0, 20.0])
     for normal, offset, weight in zip(arrays["normals"], arrays["offsets"], weights, strict=True):
         along = np.array([-normal[1], normal[0]])
         ends = -offset * normal + span[:, None] * along
-        used = weight > 1e-6
-        axes.plot(
-            *ends.T,
-            color="black" if used else "#888888",
-            alpha=float(0.35 + 0.65 * weight) if used else 0.45,
-            linewidth=1.2 + 3.0 * float(weight) if used else 0.8,
-            linestyle="-" if used else DASHES[2],
-        )
+        look: dict[str, Any] = {"color": "#888888", "alpha": 0.45, "linewidth": 0.8, "linestyle": DASHES[2]}
+        if (used := float(weight)) > 1e-6:
+            look = {"color": "black", "alpha": 0.35 + 0.65 * used, "linewidth": 1.2 + 3.0 * used}
+        axes.plot(*ends.T, **look)
     axes.set_xlim(extent[0], extent[1])
     axes.set_ylim(extent[2], extent[3])
     axes.grid(visible=False)

@@ -49,11 +49,6 @@ def solution_table(run: Run) -> Table:
     return table
 
 
-def _headline(run: Run) -> str:
-    ball = format_ball(run.norm, run.eps)
-    return f"{run.get('data', 'name')} · {ball} · optimal weights over {len(run.weights)} classifiers"
-
-
 def _caption(run: Run, fit: dict[str, Any]) -> str:
     return (
         f"Robust accuracy: pool, on the points that chose the weights ({fit.get('num_examples')} validation images, "
@@ -125,8 +120,9 @@ def draw_solution(run_dir: str | Path) -> Path:
 def solution_figure(run: Run) -> Figure:
     """The figure of `draw_solution`; its axes are labelled "rounds", "weights" and "accuracy"."""
     rows = run.get("solve", "rows")
-    figure = new_figure(max(6.0, 3.6 + 0.45 * len(rows)))
-    figure.suptitle(_headline(run), fontsize=16, y=0.98)
+    ball = format_ball(run.norm, run.eps)
+    title = f"{run.get('data', 'name')} · {ball} · optimal weights over {len(run.weights)} classifiers"
+    figure = new_figure(max(6.0, 3.6 + 0.45 * len(rows)), title)
     _draw_rounds(figure.add_axes((0.06, 0.31, 0.25, 0.57), label="rounds"), run)
     _draw_weights(figure.add_axes((0.37, 0.31, 0.17, 0.57), label="weights"), run)
     _draw_accuracies(figure.add_axes((0.68, 0.31, 0.30, 0.57), label="accuracy"), run)
@@ -171,16 +167,10 @@ def _draw_accuracies(axes: Axes, run: Run) -> None:
     for column, colour, marker, offset in styles:
         for index, row in enumerate(rows):
             value, (low, high) = row[column]["accuracy"], row[column]["ci95"]
-            axes.errorbar(
-                100 * value,
-                len(rows) - 1 - index + offset,
-                xerr=[[100 * max(0.0, value - low)], [100 * max(0.0, high - value)]],
-                color=colour,
-                marker=marker,
-                capsize=3,
-                linestyle="none",
-                label={"pool": "pool", "fresh": "fresh attacks", "test": "test set"}[column] if index == 0 else None,
-            )
+            error = [[100 * max(0.0, value - low)], [100 * max(0.0, high - value)]]
+            label = {"pool": "pool", "fresh": "fresh attacks", "test": "test set"}[column] if index == 0 else None
+            look: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 3, "linestyle": "none"}
+            axes.errorbar(100 * value, len(rows) - 1 - index + offset, xerr=error, label=label, **look)
     labels = [str(row["who"]) for row in rows]
     axes.set_yticks(range(len(rows)), [label if len(label) <= 24 else "…" + label[-23:] for label in reversed(labels)])
     axes.axhline(1.5, color="#BBBBBB", linewidth=1)
