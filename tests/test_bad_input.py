@@ -54,7 +54,7 @@ def idle(monkeypatch):
     def begun(*_, **__):
         raise AssertionError("long work has begun")
 
-    for owner, name in ((pl.Trainer, "fit"), (pl.Trainer, "test"), (PGD, "_attack")):
+    for owner, name in ((pl.Trainer, "fit"), (pl.Trainer, "test"), (PGD, "search")):
         monkeypatch.setattr(owner, name, begun)
 
 

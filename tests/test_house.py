@@ -41,6 +41,7 @@ ALLOWED = {
     "locks": set(),
     # The mathematics wing: tensors only.
     "simplex": set(),
+    "intervals": set(),
     "game": {"simplex"},
     "lambda_solvers": {"simplex", "game"},
     "games": {"simplex", "game", "lambda_solvers", "threat_model"},
@@ -54,7 +55,7 @@ ALLOWED = {
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "signals", "threat_model"}
-    | {"console"},
+    | {"console", "intervals"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         *("checkpoint_files", "data", "evaluation", "export", "ranks", "seeding", "signals"),
@@ -65,7 +66,7 @@ ALLOWED = {
     "loggers": {"redaction", "console"},
     "export": {"mixture", "models", "checkpoint_files", "instantiate"},
     "members": {"export", "mixture", "models", "checkpoint_files"},
-    "report": {"locks", "redaction", "setting_keys", "shipped"},
+    "report": {"intervals", "locks", "redaction", "setting_keys", "shipped"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},
     "composition": {"setting_keys", "shipped", "unknown_keys"},

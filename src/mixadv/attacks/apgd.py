@@ -62,14 +62,11 @@ class APGD(SearchAttack):
     `Mixture([mixture])`, whose only member is the averaged prediction: then its accuracy decides. An example whose
     expected accuracy has reached 0 cannot get worse, and is left alone from there on.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters, and left as found. Logits so large that a loss saturates in floating point are not rescaled: the
-    cross-entropy then has no gradient to climb, DLR has.
+    Logits so large that a loss saturates in floating point are not rescaled: the cross-entropy then has no gradient to
+    climb, DLR has. Warns where NaN gradients kept it from climbing.
 
-    Warns where NaN gradients kept it from climbing.
-
-    Raises ValueError for unknown names, numbers out of range, settings that others overrule; for x not float32 or
-    float64, labels that do not match, x outside the box; for an objective without a gradient.
+    Raises ValueError for unknown names, numbers out of range, settings that others overrule; for an objective without a
+    gradient.
     """
 
     transfers: ClassVar[bool] = True

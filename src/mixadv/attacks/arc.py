@@ -10,13 +10,12 @@ from torch import Tensor
 
 from mixadv.attacks.boundaries import (
     Boundary,
+    BoundarySearch,
     inner,
-    members_with_gradient,
     nearest_boundary,
     per_example,
 )
-from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.attacks.search import SearchAttack, warn_of_nan_gradients
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -60,12 +59,9 @@ class ARC(SearchAttack):
     A step as long as eps finds most on linear members; where members bend on the scale of eps short ones are needed
     too, so the steps shrink. Decreasing weights try one order only, and may find less than random orders.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters, and left as found. Members without gradient are not turned, but count. Warns where NaN gradients kept
-    it from moving.
+    Members without gradient are not turned, but count. Warns where NaN gradients kept it from moving.
 
-    Raises ValueError for unknown names, counts or sizes out of range; for x not float32 or float64, labels that do not
-    match, x outside the box; where no member has a gradient.
+    Raises ValueError for unknown names, counts or sizes out of range; where no member has a gradient.
     """
 
     num_steps: int = 20
@@ -92,38 +88,20 @@ class ARC(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        search = _Search(self, mixture, x, y, threat_model, generator)
+        search = _Search(mixture, x, y, threat_model, generator, self)
         for restart in range(self.restarts):
             search.run(from_x=restart == 0)
         warn_of_nan_gradients("ARC", search.blind, "move", stacklevel=3)
         return search.worst.x
 
 
-class _Search:
-    """One call of ARC: the batch, the worst points found so far, and the examples that met NaN gradients."""
-
-    def __init__(
-        self,
-        settings: ARC,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.settings, self.mixture, self.x, self.y = settings, mixture, x, y
-        self.threat_model, self.generator = threat_model, generator
-        self.blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.worst = WorstPoints(mixture, x, y)
-        self.at_x = self.measure(x, torch.arange(len(x), device=x.device))
-        self.turnable = members_with_gradient(mixture, x)
+@dataclass(eq=False)
+class _Search(BoundarySearch):
+    settings: ARC
 
     def measure(self, points: Tensor, rows: Tensor) -> Tensor:
         """The exact expected accuracy at one point of each example `rows`, [R]; the worst points see it too."""
-        logits = self.mixture.member_logits(points)
-        y = self.y[rows]
-        self.worst.offer(points, logits, ExpectedLoss("margin")(logits, y, self.mixture.weights), rows)
-        return self.mixture.expectation(logits.argmax(-1) == y)
+        return self.offer(points, self.mixture.member_logits(points), rows)
 
     def run(self, from_x: bool) -> None:
         """One start and K steps, for the examples that can still get worse."""

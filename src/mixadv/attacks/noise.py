@@ -21,11 +21,7 @@ class UniformNoise(SearchAttack):
     objective, see `mixadv.attacks.objectives`. An example whose expected accuracy has reached 0 is left alone from
     there on. In many dimensions random points find little; an attack that finds less than they do is broken.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. Members need not be differentiable; the mixture is
-    asked in eval mode and left as found.
-
-    Raises ValueError for num_samples below 1; for x not float32 or float64, labels that do not match, x outside the
-    box.
+    Members need not be differentiable. Raises ValueError for num_samples below 1.
     """
 
     num_samples: int = 100

@@ -32,11 +32,19 @@ class SearchAttack(ABC):
     """What our attacks have in common: the batch is checked once, and the members are as they were found afterwards.
 
     Calling one returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters. Members that are never drawn take no part.
+    parameters, and left as found; members that are never drawn take no part.
+
+    transfers: whether points against one member or the averaged twin are worth replaying on the mixture.
+    differentiates: whether the search itself runs with gradients switched on.
     """
 
     transfers: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
+
+    @property
+    def asks_for_box(self) -> bool:
+        """Whether it is checked that x lies in the box, which waits for the device."""
+        return True
 
     def __call__(
         self,
@@ -45,19 +53,23 @@ class SearchAttack(ABC):
         y: Tensor,
         threat_model: ThreatModel,
         generator: torch.Generator | None = None,
+        **more: Tensor | None,
     ) -> Tensor:
         """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member.
+
+        Args:
+            more: what `search` takes besides.
 
         Raises:
             ValueError: as `check_batch`, or the attack cannot work on this mixture.
         """
-        check_batch(x, y, threat_model)
+        check_batch(x, y, threat_model if self.asks_for_box else None)
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
         mixture = as_mixture(mixture).support()
         # Tensors made under inference_mode can neither be differentiated through nor written to; their clones can.
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiates), mixture.attack_mode():
-            return self.search(mixture, x.detach().clone(), y.clone(), threat_model, generator)
+            return self.search(mixture, x.detach().clone(), y.clone(), threat_model, generator, **more)
 
     @abstractmethod
     def search(

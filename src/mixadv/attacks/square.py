@@ -45,11 +45,8 @@ class Square(SearchAttack):
     intervals. In images that are not square, windows wider than the shorter side become rectangles. Each example has
     windows of its own; one whose expected accuracy has reached 0 is left alone from there on.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. Members need not be differentiable; the mixture is
-    asked in eval mode and left as found.
-
-    Raises ValueError for num_queries or restarts below 1, p_init outside (0, 1]; for x not float32 or float64 or of
-    another shape, labels that do not match, x outside the box.
+    Members need not be differentiable. Raises ValueError for num_queries or restarts below 1, p_init outside (0, 1], x
+    of another shape.
     """
 
     num_queries: int = 5000

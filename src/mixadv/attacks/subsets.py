@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary, per_example
-from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.attacks.boundaries import BoundarySearch, nearest_boundary, per_example
+from mixadv.attacks.search import SearchAttack, warn_of_nan_gradients
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -55,12 +54,9 @@ class SubsetAttack(SearchAttack):
     Per example, the worst of x and all points tried is returned: the lowest expected accuracy, and among equals the
     highest expected margin. An example whose expected accuracy has reached 0 is left alone from there on.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters, and left as found. Members without gradient do not pull, but count. Warns where NaN gradients kept
-    it from moving.
+    Members without gradient do not pull, but count. Warns where NaN gradients kept it from moving.
 
-    Raises ValueError for counts or sizes out of range; for x not float32 or float64, labels that do not match, x
-    outside the box; where no member has a gradient.
+    Raises ValueError for counts or sizes out of range; where no member has a gradient.
     """
 
     num_steps: int = 20
@@ -81,7 +77,7 @@ class SubsetAttack(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        search = _Search(self, mixture, x, y, threat_model, generator)
+        search = _Search(mixture, x, y, threat_model, generator, self)
         sets = subsets_by_weight(search.weights.tolist(), self.max_subsets, generator)
         for restart, members in itertools.product(range(self.restarts), sets):
             search.run(members, from_x=restart == 0)
@@ -89,30 +85,13 @@ class SubsetAttack(SearchAttack):
         return search.worst.x
 
 
-class _Search:
-    """One call of SubsetAttack: the batch, the worst points so far, and the examples that met NaN gradients."""
+@dataclass(eq=False)
+class _Search(BoundarySearch):
+    settings: SubsetAttack
 
-    def __init__(
-        self,
-        settings: SubsetAttack,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.settings, self.mixture, self.x, self.y = settings, mixture, x, y
-        self.threat_model, self.generator = threat_model, generator
-        self.weights = mixture.weights / mixture.weights.sum()
-        self.blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.worst = WorstPoints(mixture, x, y)
-        self.offer(x, mixture.member_logits(x), torch.arange(len(x), device=x.device))
-        self.turnable = members_with_gradient(mixture, x)
-
-    def offer(self, points: Tensor, logits: Tensor, rows: Tensor) -> None:
-        """Show one point of each example `rows`, with all members' logits there, to the worst points."""
-        objective = ExpectedLoss("margin")(logits, self.y[rows], self.mixture.weights)
-        self.worst.offer(points, logits, objective, rows)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weights = self.mixture.weights / self.mixture.weights.sum()
 
     def run(self, members: Sequence[int], from_x: bool) -> None:
         """One start for one set, for the examples that it can make worse."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import check_batch
 from mixadv.attacks.suite import TWIN, Pass, passes_of
-from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named, paired_interval
+from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named
 from mixadv.evaluation.record import ON, EvaluationRecord
+from mixadv.intervals import paired_interval
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 

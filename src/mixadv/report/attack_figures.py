@@ -6,17 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixadv.errors import UserError
 from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, WHOLE, Curve, attack_rows, classifiers, read_curve, wilson, worst_cases
 from mixadv.report.examples import MOST, examples_figure, read_examples, wrong_members
-from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, save, spaced
-from mixadv.report.files import Interval, Run, read_run
+from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, spaced
+from mixadv.report.files import Interval, Run
 from mixadv.report.names import format_eps, norm_symbol, number
 from mixadv.report.tables import headline_parts
 
@@ -32,21 +30,6 @@ _LOOKS: Any = {
 _MARKERS = "o^vPX*<>"  # of members: more of them than colours
 _LEGEND, _ABOVE, _BELOW = 2.35, 0.65, 1.15  # inches
 _TWIN_NOTE = "Averaged twin: argmax of the averaged probabilities, another classifier."
-
-
-def draw_evaluation(run_dir: str | Path) -> list[Path]:
-    """Draw attacks.png, eps.png, steps.png and examples.png of a run, those that its files have data for.
-
-    Raises:
-        UserError: a file or an entry is damaged (after everything else has been drawn), or the directory cannot
-            be written.
-    """
-    run = read_run(run_dir)
-    figures, damage = evaluation_figures(run)
-    written = [save(build, run.path / name) for name, build in figures.items()]
-    if damage:
-        raise UserError("; ".join(damage))
-    return written
 
 
 def evaluation_figures(run: Run) -> tuple[dict[str, Callable[[], Figure]], list[str]]:

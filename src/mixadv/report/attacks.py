@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from mixadv.intervals import confidence_interval
 from mixadv.redaction import printable
 from mixadv.report.cells import NONE, add_row, new_table, percent, percent_with, plain
-from mixadv.report.comparison import Z95
 from mixadv.report.files import Interval, Run, stored_interval
 from mixadv.report.names import group_name, number
 
@@ -46,15 +46,11 @@ def entries(run: Run) -> dict[str, dict[str, Any]]:
 def wilson(mean: float | None, count: int | None) -> Interval:
     """Wilson's 95 % score interval of the mean of `count` values in [0, 1], as the evaluation's own intervals are.
 
-    (m + z²/2n ± z sqrt(m(1-m)/n + z²/4n²)) / (1 + z²/n); without `count` there is no interval.
+    Without `count` there is no interval.
     """
     if mean is None or not count or not 0 <= mean <= 1:
         return Interval(mean)
-    z2 = Z95**2 / count
-    half = Z95 * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count))
-    low, high = ((mean + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    # The ends are exact at 0 and 1 in real numbers, not in floating point.
-    return Interval(mean, max(0.0, low) if mean > 0 else 0.0, min(1.0, high) if mean < 1 else 1.0)
+    return Interval(mean, *confidence_interval(mean, count))
 
 
 def classifiers(run: Run) -> list[str]:

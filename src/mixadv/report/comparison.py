@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixadv.intervals import paired_interval
 from mixadv.report.files import Run
 from mixadv.report.records import ALL, measured
-
-Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
 class Comparison(NamedTuple):
@@ -83,10 +82,9 @@ def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
 
 
 def paired(differences: np.ndarray) -> Comparison:
-    """mean(d) ± z s(d) / sqrt(N) of differences d [N], N >= 2, per example."""
-    mean = float(differences.mean())
-    half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return Comparison(mean, mean - half, mean + half, True, len(differences), "")
+    """The comparison of differences d [N] per example, see `paired_interval`."""
+    low, mean, high = paired_interval(differences)
+    return Comparison(mean, low, high, True, len(differences), "")
 
 
 def member_sentence(run: Run) -> str:

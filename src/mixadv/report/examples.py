@@ -156,7 +156,4 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 def _wrapped(text: str, width: int, most: int) -> str:
     """At most `most` lines of `width` characters; what is left out leaves an ellipsis."""
-    lines = textwrap.wrap(printable(text), width) or [""]
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]
-    return "\n".join(lines)
+    return textwrap.fill(printable(text), width, max_lines=most, placeholder="…")
