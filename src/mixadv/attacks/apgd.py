@@ -82,21 +82,15 @@ class APGD(SearchAttack):
     start: str = "uniform"
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}: it must be at least 0")
-        if self.restarts < 1:
-            raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
-        for name, value, known in (("loss", self.loss, LOSSES), ("start", self.start, STARTS)):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        self.require({"num_steps": 0, "restarts": 1}, {"loss": LOSSES, "start": STARTS})
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho is {self.rho}: it is a fraction of steps, from 0 to 1")
         if not (math.isfinite(self.momentum) and 0 < self.momentum <= 1):
             raise ValueError(f"momentum is {self.momentum}: the weight of the new step must be above 0, at most 1")
         if self.targets is not None and self.loss != "dlr-targeted":
             raise ValueError(f"targets is {self.targets}, but loss={self.loss} has none: use loss=dlr-targeted")
-        if self.targets is not None and self.targets < 1:
-            raise ValueError(f"targets is {self.targets}: it must be at least 1")
+        if self.targets is not None:
+            self.require({"targets": 1})
         if self.objective is not None and self.loss != "ce":
             raise ValueError("an objective takes the place of loss: give either of them")
 

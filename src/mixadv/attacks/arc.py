@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -73,17 +72,10 @@ class ARC(SearchAttack):
     variant: str = "exact"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_steps", 0), ("num_runner_ups", 1), ("restarts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size is {self.step_size}: it must be positive (in units of eps)")
+        least = {"num_steps": 0, "num_runner_ups": 1, "restarts": 1}
+        self.require(least, {"order": ORDERS, "variant": VARIANTS})
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is {self.decay}: it must be positive and at most 1 (a constant step)")
-        if self.order not in ORDERS:
-            raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
 
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None

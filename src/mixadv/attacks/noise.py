@@ -28,8 +28,7 @@ class UniformNoise(SearchAttack):
     objective: Objective = field(default_factory=ExpectedLoss)
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples is {self.num_samples}: it must be at least 1")
+        self.require({"num_samples": 1})
 
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None

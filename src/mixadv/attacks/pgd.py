@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -58,16 +57,7 @@ class PGD(SearchAttack):
     keep: str = "accuracy"
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}: it must be at least 0")
-        if self.restarts < 1:
-            raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size is {self.step_size}: it must be positive (in units of eps)")
-        if self.start not in STARTS:
-            raise ValueError(f"unknown start {self.start!r}: choose one of {', '.join(STARTS)}")
-        if self.keep not in KEEPS:
-            raise ValueError(f"unknown keep {self.keep!r}: choose one of {', '.join(KEEPS)}")
+        self.require({"num_steps": 0, "restarts": 1}, {"start": STARTS, "keep": KEEPS})
 
     @property
     def asks_for_box(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -40,6 +42,26 @@ class SearchAttack(ABC):
 
     transfers: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
+
+    def require(self, least: Mapping[str, int], one_of: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Check settings by name.
+
+        Args:
+            least: the least value of counts; a `step_size`, where there is one, must be positive.
+            one_of: what names may be.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {bound}")
+        size = getattr(self, "step_size", 1.0)
+        if not (math.isfinite(size) and size > 0):
+            raise ValueError(f"step_size is {size}: it must be positive (in units of eps)")
+        for name, known in (one_of or {}).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
 
     @property
     def asks_for_box(self) -> bool:

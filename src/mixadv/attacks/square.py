@@ -55,10 +55,7 @@ class Square(SearchAttack):
     objective: Objective = field(default_factory=lambda: ExpectedLoss("margin"))
 
     def __post_init__(self) -> None:
-        if self.num_queries < 1:
-            raise ValueError(f"num_queries is {self.num_queries}: it must be at least 1")
-        if self.restarts < 1:
-            raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
+        self.require({"num_queries": 1, "restarts": 1})
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init is {self.p_init}: it is a share of the pixels, above 0 and at most 1")
 

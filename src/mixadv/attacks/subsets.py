@@ -66,11 +66,7 @@ class SubsetAttack(SearchAttack):
     max_subsets: int = 15
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "restarts", "max_subsets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size is {self.step_size}: it must be positive (in units of eps)")
+        self.require({"num_steps": 1, "restarts": 1, "max_subsets": 1})
         if not (math.isfinite(self.kappa) and self.kappa >= 0):
             raise ValueError(f"kappa is {self.kappa}: it must be at least 0 (in units of eps)")
 

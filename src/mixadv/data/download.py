@@ -91,22 +91,16 @@ def _copy(url: str, file: IO[bytes], timeout: float) -> str | None:
             return str(error.reason)
         return str(error) or type(error).__name__
     expected = int(response.headers.get("Content-Length") or 0) or None
-    received = 0
     columns = ("downloading {task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with response, Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(url, total=expected)
-        while True:
-            try:
-                chunk = response.read(_CHUNK)
-            except (OSError, HTTPException) as error:
-                return f"broke off after {received:,} bytes ({error})"
-            if not chunk:
-                break
-            file.write(chunk)
-            received += len(chunk)
-            progress.update(task, completed=received)
-    if expected is not None and received != expected:
-        return f"broke off after {received:,} of {expected:,} bytes"
+        try:
+            while chunk := response.read(_CHUNK):
+                progress.advance(task, file.write(chunk))
+        except (OSError, HTTPException) as error:
+            return f"broke off after {file.tell():,} bytes ({error})"
+    if expected is not None and file.tell() != expected:
+        return f"broke off after {file.tell():,} of {expected:,} bytes"
     return None
 
 

@@ -55,16 +55,8 @@ def show_run(run: Run, console: Console) -> None:
         parts = [f"{name} {value:.0f} s" for name, v in seconds.items() if (value := number(v)) is not None]
         say("Time: " + ", ".join(parts))
     names = [
-        *(
-            "results.json",
-            "metrics.csv",
-            "records.npz",
-            "game.npz",
-            "report.html",
-            "curves.png",
-            "solve.png",
-            "game.png",
-        ),
+        *("results.json", "metrics.csv", "records.npz", "game.npz", "report.html"),
+        *("curves.png", "solve.png", "game.png"),
         *("attacks.png", "eps.png", "steps.png", "examples.png", "mixture", "checkpoints"),
     ]
     here = [name for name in names if (run.path / name).exists()]
