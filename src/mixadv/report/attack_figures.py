@@ -12,7 +12,7 @@ import numpy as np
 
 from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, WHOLE, Curve, attack_rows, classifiers, read_curve, wilson, worst_cases
-from mixadv.report.examples import MOST, examples_figure, read_examples, wrong_members
+from mixadv.report.examples import examples_figure, read_examples
 from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, spaced
 from mixadv.report.files import Interval, Run
 from mixadv.report.names import format_eps, norm_symbol, number
@@ -182,49 +182,3 @@ def _note(text: str, count: float | None, curve: Curve) -> str:
 def _shortened(name: str, most: int = 30) -> str:
     name = printable(name)
     return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
-
-
-# --- the same in words -------------------------------------------------------------------------------------
-
-
-def _words(value: float | None) -> str:
-    return "unknown" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _alt_attacks(run: Run) -> str:
-    each = ", ".join(f"{row.name} {_words(row.mixture.value)}" for row in attack_rows(run))
-    worst = _words(run.robust.value)
-    return f"Accuracy of the {classifiers(run)[0]} under each attack: {each}; worst case over all points {worst}."
-
-
-def _alt_curve(run: Run, name: str) -> str:
-    curve = read_curve(run, name)
-    if curve is None:
-        return ""
-    write: Callable[[float], str] = _words if name == "eps" else "{:.3f}".format
-    at: Callable[[float], str] = (lambda x: f"ε = {format_eps(x)}") if name == "eps" else (lambda x: f"{x:g} steps")
-    what = "Accuracy" if name == "eps" else "Loss"
-    first, last = at(float(curve.x[0])), at(float(curve.x[-1]))
-    ends = [
-        f"{who} from {write(float(v[0]))} at {first} to {write(float(v[-1]))} at {last}"
-        for who, v in curve.lines.items()
-    ]
-    return f"{what}: {'; '.join(ends)}."
-
-
-def _alt_examples(run: Run) -> str:
-    examples = read_examples(run)
-    if examples is None:
-        return ""
-    shown = range(min(len(examples.labels), MOST))
-    each = "; ".join(f"{examples.labels[i]}: {wrong_members(examples.correct[:, i])}" for i in shown)
-    return f"{len(shown)} images, each clean, attacked, and their amplified difference. {each}."
-
-
-# File name -> the figure in words, for those who cannot see it.
-ALTS: dict[str, Callable[[Run], str]] = {
-    "attacks.png": _alt_attacks,
-    "eps.png": partial(_alt_curve, name="eps"),
-    "steps.png": partial(_alt_curve, name="steps"),
-    "examples.png": _alt_examples,
-}

@@ -48,7 +48,7 @@ def wilson(mean: float | None, count: int | None) -> Interval:
 
     Without `count` there is no interval.
     """
-    if mean is None or not count or not 0 <= mean <= 1:
+    if mean is None or count is None or count < 1 or not 0 <= mean <= 1:
         return Interval(mean)
     return Interval(mean, *confidence_interval(mean, count))
 

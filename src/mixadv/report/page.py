@@ -11,6 +11,7 @@ import base64
 import json
 import struct
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mixadv.redaction import printable
-from mixadv.report.attack_figures import ALTS, evaluation_figures, noting
+from mixadv.report.attack_figures import evaluation_figures, noting
 from mixadv.report.attacks import (
     TWIN,
     WHOLE,
@@ -28,12 +29,14 @@ from mixadv.report.attacks import (
     everybody,
     flags_of,
     is_single,
+    read_curve,
 )
-from mixadv.report.citations import BIBTEX, OURS, papers_of
+from mixadv.report.citations import papers_of
 from mixadv.report.comparison import comparison_sentence, member_sentence
+from mixadv.report.examples import MOST, read_examples, wrong_members
 from mixadv.report.figures import save
 from mixadv.report.files import Run, read_arrays, read_run, replacing
-from mixadv.report.names import format_ball, number
+from mixadv.report.names import format_ball, format_eps, number
 
 CHECKS = {
     "zero-gradients": "gradients that vanish at the clean images",
@@ -47,13 +50,6 @@ CHECKS = {
     "ce-and-dlr-disagree": "two losses of the same attack that lead to very different accuracies",
     "robust-above-clean": "an accuracy under attack above the clean one",
     "survives-grey": "accuracy that is left where the ball holds a grey image",
-}
-_CAPTIONS = {
-    "attacks.png": "Accuracy per attack, and the worst case over all points found.",
-    "eps.png": "Accuracy against the radius of the ball.",
-    "steps.png": "Loss at the points found against the steps of the attack.",
-    "examples.png": "Test images, clean and attacked.",
-    "curves.png": "Training: accuracy, weights and losses over epochs.",
 }
 _HERE = Path(__file__).parent
 
@@ -98,11 +94,13 @@ def write_report(run_dir: str | Path) -> Path:
         whole=WHOLE,
         found=found,
         game=_game(run),
+        drawn=list(drawn),
         pictures=pictures,
-        missing=[name for name in ALTS if name not in drawn],
+        examples=_in_examples(run) if "examples.png" in drawn else [],
+        first=first,
+        radius=format_eps,
         config=json.dumps(run.config, indent=2, ensure_ascii=False, default=str),
-        papers=[OURS, *papers_of(entries(run))],
-        bibtex=BIBTEX,
+        papers=papers_of(entries(run)),
     )
     path = run.path / "report.html"
     with replacing(path) as temporary:
@@ -121,28 +119,16 @@ def _about(run: Run) -> dict[str, Any]:
     if run.num_examples is not None:
         of = f" of {whole:,.0f}" if whole and whole > run.num_examples else ""
         images = f"{run.num_examples:,}{of} test images"
-    protocol, versions, seconds = run.get("protocol"), run.get("versions"), run.get("seconds")
+    protocol, seconds = run.get("protocol"), run.get("seconds")
     times = seconds.items() if isinstance(seconds, dict) else ()
     count = len(run.members) or run.num_members
-    facts = {
-        "Task": run.get("task"),
-        "Mixture": run.config.get("mixture"),
-        "Data": " · ".join(part for part in (run.data, images) if part),
-        "Threat model": f"{ball} ({run.eps!r} in input units)" if ball else None,
-        "Protocol": protocol,
-        "Hardware": run.get("device"),
-        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
-        "Commit": run.get("git"),
-        "Seed": run.seed,
-        "Seconds": ", ".join(f"{k} {v:.1f}" for k, s in times if (v := number(s)) is not None),
-    }
     return {
         "what": "one classifier" if count == 1 else f"a mixture of {count} classifiers" if count else "a mixture",
         "about": [part for part in (run.data, ball, f"protocol {protocol}" if protocol else "", images) if part],
         "ball": ball,
         "images": images,
         "single": is_single(run),
-        "facts": facts,
+        "seconds": [f"{name} {known:.1f}" for name, value in times if (known := number(value)) is not None],
     }
 
 
@@ -199,16 +185,23 @@ def _game(run: Run) -> dict[str, Any]:
     return {**game, "needed": needed, "said": any(value is not None for value in game.values())}
 
 
-def _pictures(run: Run, drawn: dict[str, bytes], damage: list[str]) -> list[dict[str, Any]]:
-    shown = []
-    for name, caption in _CAPTIONS.items():
+def _pictures(run: Run, drawn: dict[str, bytes], damage: list[str]) -> dict[str, dict[str, Any]]:
+    """By the names of their files, the figures as the page holds them, each with what it shows."""
+    readers = {"eps.png": partial(read_curve, name="eps"), "steps.png": partial(read_curve, name="steps")}
+    shown = {}
+    for name, png in drawn.items():
         with noting(damage):
-            if (png := drawn.get(name)) is not None:
-                if png[:8] != b"\x89PNG\r\n\x1a\n" or png[12:16] != b"IHDR":
-                    raise ValueError(f"{name} is not a png")
-                # With its size, so that nothing moves while it is decoded.
-                width, height = struct.unpack(">II", png[16:24])
-                alt = ALTS[name](run) if name in ALTS else caption
-                data = base64.b64encode(png).decode("ascii")
-                shown.append({"caption": caption, "alt": alt, "width": width, "height": height, "data": data})
+            if png[:8] != b"\x89PNG\r\n\x1a\n" or png[12:16] != b"IHDR":
+                raise ValueError(f"{name} is not a png")
+            # With its size, so that nothing moves while it is decoded.
+            width, height = struct.unpack(">II", png[16:24])
+            data = {"data": base64.b64encode(png).decode("ascii"), "width": width, "height": height}
+            shown[name] = {**data, "curve": readers[name](run) if name in readers else None}
     return shown
+
+
+def _in_examples(run: Run) -> list[tuple[str, str]]:
+    """The label of each image of examples.png, and which members are wrong there."""
+    examples = read_examples(run)
+    assert examples is not None
+    return [(label, wrong_members(examples.correct[:, i])) for i, label in enumerate(examples.labels[:MOST])]
