@@ -97,8 +97,7 @@ def attacks_figure(run: Run) -> Figure:
     axes.grid(visible=False, axis="y")
     low, high = axes.get_xlim()
     spread = max(0.0, 0.1 - (high - low)) / 2
-    axes.set_xlim(max(low - spread, -0.01), min(high + spread, 1.01))
-    axes.set_xlabel("accuracy")
+    axes.set(xlim=(max(low - spread, -0.01), min(high + spread, 1.01)), xlabel="accuracy")
     _legend(figure, axes)
     notes = ["Every classifier is attacked itself; the last row is its worst case over all points found by anyone."]
     if name == "mixture":
@@ -149,8 +148,7 @@ def steps_figure(run: Run, curve: Curve) -> Figure:
         axes.set_xscale("symlog", linthresh=some[0], linscale=0.5)
         axes.set_xticks(steps, [f"{x:g}" for x in steps])
         axes.minorticks_off()
-    axes.set_xlabel("steps of the attack")
-    axes.set_ylabel("loss at the points found")
+    axes.set(xlabel="steps of the attack", ylabel="loss at the points found")
     _legend(figure, axes)
     count = number(run.get("curves", "num_examples"))
     footnote(figure, _note("A flat end says that further steps find nothing more.", count, curve))

@@ -190,9 +190,7 @@ def _draw_accuracy(axes: Axes, run: Run) -> None:
                 look: Any = {"color": colour, "linestyle": dash, "markerfacecolor": colour if dash == "-" else "white"}
                 marker = marker if len(x) <= 30 else ""
                 axes.plot(x, y, label=f"{name}, {measure}", marker=marker, markersize=5, **look)
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("accuracy")
-    axes.set_title("Validation")
+    axes.set(ylim=(0, 1), ylabel="accuracy", title="Validation")
 
 
 def _draw_test(axes: Axes, run: Run) -> None:
@@ -254,9 +252,7 @@ def _draw_weights(axes: Axes, run: Run) -> None:
             axes.plot(x, y, drawstyle="steps-post", label=f"member {k}", **member_style(k))
     if axes.lines:
         axes.axhline(1 / count, color="#555555", linestyle=":", linewidth=1.5, label=f"1/L = {1 / count:.3g}")
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("weight λ")
-    axes.set_title("Mixture weights")
+    axes.set(ylim=(-0.02, 1.02), ylabel="weight λ", title="Mixture weights")
 
 
 def _draw_loss(axes: Axes, run: Run) -> None:
@@ -274,8 +270,7 @@ def _draw_loss(axes: Axes, run: Run) -> None:
             axes.plot(x, y, color=look["color"], alpha=0.25, linewidth=1.0, label=f"_{name} raw")
             label += f" (mean of {window})"
         axes.plot(x, running_mean(y, window), label=label, marker=marker if len(y) <= 30 else "", **look)
-    axes.set_ylabel("loss (nats)")
-    axes.set_title("Losses")
+    axes.set(ylabel="loss (nats)", title="Losses")
     if axes.lines and min(float(np.min(line.get_ydata())) for line in axes.lines) >= 0:
         axes.set_ylim(bottom=0)
 

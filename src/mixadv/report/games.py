@@ -68,8 +68,7 @@ def _draw_line(axes: Axes, game: dict[str, Any], thresholds: np.ndarray) -> None
     eps = float(Fraction(game["eps"]))
     places = [float(Fraction(point["point"])) for point in game["attack"]]
     reach = max(map(abs, places)) + eps + 0.25
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-1.66, 1.42)
+    axes.set(xlim=(-reach, reach), ylim=(-1.66, 1.42))
     axes.axhline(0, color="black", linewidth=1.2, zorder=1)
     for k, (at, side) in enumerate(thresholds):
         y = -1.06 - 0.5 * k
@@ -141,8 +140,7 @@ def _draw_risk(axes: Axes, exact: dict[str, Any], curve: np.ndarray) -> None:
         float(Fraction(text)) for text in (exact["weights"][0], exact["value"], exact["dual"], exact["pure_attacker"])
     )
     top = float(curve[:, 1].max())
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.3 * top)
+    axes.set(xlim=(0, 1), ylim=(0, 1.3 * top))
 
     def say(text: str, x: float, y: float, offset: tuple[int, int], colour: str, ha: Any = "center") -> None:
         va: Any = "bottom" if offset[1] > 0 else "top"
@@ -164,9 +162,7 @@ def _draw_risk(axes: Axes, exact: dict[str, Any], curve: np.ndarray) -> None:
         say(f"D = {exact['dual']}, the attacker's guarantee", 0.5, dual, (0, -6), ATTACK)
         say(f"{exact['pure_attacker']}, its guarantee without randomness", 0.5, pure, (0, -6), GREY)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "1/4", "1/2", "3/4", "1"])
-    axes.set_xlabel("weight λ1 of f1 (f2 has 1 − λ1)")
-    axes.set_ylabel("adversarial risk R(λ)")
-    axes.set_title("Risk of their mixtures")
+    axes.set(xlabel="weight λ1 of f1 (f2 has 1 − λ1)", ylabel="adversarial risk R(λ)", title="Risk of their mixtures")
 
 
 def _text(value: Fraction) -> str:
@@ -220,8 +216,7 @@ def _draw_plane(figure: Figure, axes: Axes, game: dict[str, Any], arrays: dict[s
         if (used := float(weight)) > 1e-6:
             look = {"color": "black", "alpha": 0.35 + 0.65 * used, "linewidth": 1.2 + 3.0 * used}
         axes.plot(*ends.T, **look)
-    axes.set_xlim(extent[0], extent[1])
-    axes.set_ylim(extent[2], extent[3])
+    axes.set(xlim=(extent[0], extent[1]), ylim=(extent[2], extent[3]))
     axes.grid(visible=False)
     axes.set_xlabel("x1")
     axes.set_ylabel("x2", labelpad=-4)
@@ -256,13 +251,9 @@ def _draw_convergence(axes: Axes, game: dict[str, Any], arrays: dict[str, np.nda
         axes.plot(x, height * (x / start) ** power, color="#999999", linewidth=1.3, linestyle=DASHES[1], zorder=0)
         label = "$T^{-1/2}$" if power > -1 else "$T^{-2}$"
         axes.text(start * place, 1.25 * height * place**power, label, color=GREY, fontsize=13, ha="left", va="bottom")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(_FLOOR, 8 * top)
-    axes.set_xlim(1, end)
+    axes.set(xscale="log", yscale="log", ylim=(_FLOOR, 8 * top), xlim=(1, end))
     axes.set_xlabel("steps T", labelpad=1)
-    axes.set_ylabel("error")
-    axes.set_title(f"Convergence at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
+    axes.set(ylabel="error", title=f"Convergence at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
     axes.legend(ncols=-(-(1 + len(arrays["alphas"])) // 4), **_LEGEND)
 
 
@@ -286,6 +277,5 @@ def _draw_values(axes: Axes, game: dict[str, Any], arrays: dict[str, np.ndarray]
     margin = 0.03 * float(eps[-1] - eps[0]) or 0.5
     axes.set_xlim(float(eps[0]) - margin, float(eps[-1]) + margin)
     axes.set_xlabel("ε, radius of the ℓ2 ball", labelpad=1)
-    axes.set_ylabel("adversarial risk")
-    axes.set_title("Values of the game")
+    axes.set(ylabel="adversarial risk", title="Values of the game")
     axes.legend(**_LEGEND)

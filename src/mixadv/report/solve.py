@@ -139,8 +139,7 @@ def _draw_rounds(axes: Axes, run: Run) -> None:
     bounds = [100 * (1 - v) for v in map(number, history.get("lower_bound", [])) if v is not None]
     axes.plot(range(1, len(bounds) + 1), bounds, color=CLEAN, marker="v", label="limit (certain)")
     axes.plot(range(1, len(values) + 1), values, color=ROBUST, marker="o", label="reached (estimate)")
-    axes.set_xlabel("round")
-    axes.set_ylabel("robust accuracy, validation %")
+    axes.set(xlabel="round", ylabel="robust accuracy, validation %")
     _whole_rounds(axes, len(bounds))
 
 
@@ -155,9 +154,7 @@ def _draw_weights(axes: Axes, run: Run) -> None:
     for k in range(weights.shape[1] if weights.ndim == 2 else 0):
         label = names[k] if len(names[k]) <= 14 else f"{k}"
         axes.plot(range(1, len(weights) + 1), weights[:, k], marker=".", label=label, **member_style(k))
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("round")
-    axes.set_ylabel("λ")
+    axes.set(ylim=(-0.03, 1.03), xlabel="round", ylabel="λ")
     _whole_rounds(axes, len(weights))
 
 
@@ -174,5 +171,4 @@ def _draw_accuracies(axes: Axes, run: Run) -> None:
     labels = [str(row["who"]) for row in rows]
     axes.set_yticks(range(len(rows)), [label if len(label) <= 24 else "…" + label[-23:] for label in reversed(labels)])
     axes.axhline(1.5, color="#BBBBBB", linewidth=1)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("robust accuracy %")
+    axes.set(ylim=(-0.6, len(rows) - 0.4), xlabel="robust accuracy %")

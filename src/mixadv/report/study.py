@@ -195,8 +195,7 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Curve]]) -
                 axes.fill_between(x, np.nanmin(y, axis=0), np.nanmax(y, axis=0), alpha=0.13, linewidth=0, **look)
         axes.set_title(loss)
         axes.tick_params(axis="y", labelleft=i == 0)
-        axes.set_xlabel("epochs per model")
-        axes.set_xlim(left=0)
+        axes.set(xlabel="epochs per model", xlim=(0, None))
         handles, labels = axes.get_legend_handles_labels()
         box = axes.get_position()
         place = ((box.x0 + box.x1) / 2, 0.195)
@@ -245,8 +244,7 @@ def weights_figure(groups: Groups, learned: Groups) -> Figure:
                 colour = member_style(k)["color"]
                 axes.plot(*weight_of(run, k), drawstyle="steps-post", color=colour, linestyle=dash)
         axes.axhline(1 / setting.num_members, color="#555555", linestyle=":", linewidth=1.5)
-        axes.set_title(names[setting] or setting.loss)
-        axes.set_xlim(left=0)
+        axes.set(title=names[setting] or setting.loss, xlim=(0, None))
         axes.tick_params(axis="y", labelleft=i % columns == 0)
         if i % columns == 0:
             axes.set_ylabel("weight λ")
@@ -295,11 +293,12 @@ def cost_figure(groups: Groups, timed: Mapping[Setting, Sequence[tuple[float, Ru
     cost.set_yticks(range(len(timed)), [names[s] or s.loss for s in timed])
     cost.invert_yaxis()
     cost.grid(visible=False, axis="y")
-    cost.set_title("Training of one member")
-    cost.set_xlabel("seconds")
-    pays.set_title("Robust test accuracy (all points found)")
-    pays.set_xlabel("seconds of training, all members together")
-    pays.set_xlim(left=0)
+    cost.set(title="Training of one member", xlabel="seconds")
+    pays.set(
+        title="Robust test accuracy (all points found)",
+        xlabel="seconds of training, all members together",
+        xlim=(0, None),
+    )
     handles = [key(f"L = {n}", linestyle="", marker="o", color=SIZES[i % len(SIZES)]) for i, n in enumerate(sizes)]
     kinds = dict.fromkeys(map(_kind, timed))
     handles += [key(_KINDS[kind], linestyle="", marker=MARKERS[kind], color="#999999") for kind in kinds]

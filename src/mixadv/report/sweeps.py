@@ -103,9 +103,7 @@ def _line(axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: b
 
 def _finish(clean: Axes, robust: Axes, radii: set[float]) -> None:
     for axes, name in ((clean, "Clean test accuracy"), (robust, "Robust test accuracy")):
-        axes.set_title(name)
-        axes.set_xlabel("ε (radius of the ball, in input units)")
-        axes.set_ylabel("accuracy")
+        axes.set(title=name, xlabel="ε (radius of the ball, in input units)", ylabel="accuracy")
     clean.set_ylim(0, 1)
     margin = 0.05 * (max(radii) - min(radii)) or 0.5
     clean.set_xlim(min(radii) - margin, max(radii) + margin)
