@@ -172,10 +172,6 @@ class FiniteGame:
         """R(lam) = sum_i mass_i max_j sum_k lam_k A[i, j, k]."""
         return self.best_response(lam).value
 
-    def subgradient(self, lam: Tensor) -> Tensor:
-        """[L], the losses at a best response: R(mu) >= R(lam) + g·(mu - lam) for every mu (Danskin)."""
-        return self.best_response(lam).gradient
-
     def deterministic_values(self) -> Tensor:
         """[L], R of each member alone: sum_i mass_i max_j A[i, j, k]. The least of them is V_det >= V."""
         values = torch.zeros(self.num_members, dtype=torch.float64, device=self.losses.device)
@@ -199,12 +195,6 @@ class FiniteGame:
         for rows, losses, _ in self._chunks():
             values += attack[rows].to(torch.float64).reshape(-1) @ losses.reshape(-1, self.num_members)
         return values.min().item()
-
-    def duality_gap(self, lam: Tensor, attack: Tensor) -> float:
-        """R(lam) - response_value(Q): >= 0 (up to rounding) for lam on the simplex, 0 at a Nash equilibrium
-        (lam, Q).
-        """
-        return self.value(lam) - self.response_value(attack)
 
     def smoothed_value(self, lam: Tensor, alpha: float | Tensor) -> float:
         """F(lam) = sum_i mass_i alpha_i log( (1/m_i) sum_j exp( A[i, j, :]·lam / alpha_i ) ).

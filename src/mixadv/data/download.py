@@ -1,6 +1,5 @@
 """One file from the first of several addresses that delivers it with the right checksum."""
 
-import hashlib
 import os
 import tempfile
 import threading
@@ -10,6 +9,8 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError, URLError
+
+from torchvision.datasets.utils import calculate_md5
 
 CONNECTION_TIMEOUT = 15.0
 TOTAL_CONNECTION_TIME = 45.0
@@ -22,15 +23,6 @@ class DownloadFailed(Exception):
     def __init__(self, reasons: Sequence[str]) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = list(reasons)
-
-
-def md5_of(path: Path) -> str:
-    """MD5 of a file, in hexadecimal."""
-    md5 = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            md5.update(chunk)
-    return md5.hexdigest()
 
 
 def looks_like_html(path: Path) -> bool:
@@ -65,7 +57,7 @@ def fetch(urls: Sequence[str], target: Path, md5: str) -> None:
             with os.fdopen(handle, "wb") as file:
                 reason = _copy(url, file, timeout)
             if reason is None:
-                actual = md5_of(temporary)
+                actual = calculate_md5(temporary)
                 if actual == md5:
                     # mkstemp keeps the file private; a data set may be shared like any other new file.
                     temporary.chmod(0o644)

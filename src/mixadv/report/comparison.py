@@ -33,6 +33,11 @@ class Comparison(NamedTuple):
         """Difference and ends of the interval as signed percentage points."""
         return f"{100 * self.difference:+.1f}", f"{100 * self.low:+.1f}", f"{100 * self.high:+.1f}"
 
+    def in_words(self) -> str:
+        """Difference and interval as they stand in a sentence."""
+        points, low, high = self.in_points()
+        return f"{points} points, 95 % interval [{low}, {high}]"
+
     def verdict(self, higher: str, lower: str) -> str:
         """`higher` or `lower` where the whole interval is on that side of 0, else that no difference is shown."""
         if self.low > 0:
@@ -97,8 +102,7 @@ def member_sentence(run: Run) -> str:
         "the mixture is more robust than any of its members alone",
         "its best member alone is more robust than the mixture",
     )
-    points, low, high = result.in_points()
-    return f"Mixture minus its best member (member {best}): {points} points, 95 % interval [{low}, {high}]: {verdict}."
+    return f"Mixture minus its best member (member {best}): {result.in_words()}: {verdict}."
 
 
 def comparison_sentence(run: Run) -> str:

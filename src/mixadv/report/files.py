@@ -154,9 +154,22 @@ class Run:
     @property
     def training_seconds(self) -> float | None:
         """Wall seconds of the training, validation included, of all the processes that continued it together."""
-        seconds = self.history.get("seconds", np.array([]))
-        seconds = seconds[np.isfinite(seconds)]
-        return float(seconds[-1]) if len(seconds) else number(self.get("seconds", "train"))
+        return _first_number(self.last("seconds"), self.get("seconds", "train"))
+
+    def last(self, name: str) -> float | None:
+        """The last value of a column of the history, None where it has none."""
+        values = self.history.get(name, np.array([]))
+        values = values[np.isfinite(values)]
+        return float(values[-1]) if len(values) else None
+
+    @property
+    def images(self) -> str:
+        """On how many test images, and of how many, it was measured; "" where the files do not say."""
+        whole = number(self.get("data", "num_test"))
+        if self.num_examples is None:
+            return ""
+        of = f" of {whole:,.0f}" if whole is not None and whole > self.num_examples else ""
+        return f"{self.num_examples:,}{of} test images"
 
     @property
     def has_history(self) -> bool:

@@ -37,6 +37,7 @@ from mixadv.report.examples import MOST, read_examples, wrong_members
 from mixadv.report.figures import save
 from mixadv.report.files import Run, read_arrays, read_run, replacing
 from mixadv.report.names import format_ball, format_eps, number
+from mixadv.report.records import measured
 
 CHECKS = {
     "zero-gradients": "gradients that vanish at the clean images",
@@ -115,18 +116,13 @@ def _shown(value: Any) -> Any:
 def _about(run: Run) -> dict[str, Any]:
     """What was measured, and how."""
     ball = format_ball(run.norm, run.eps) if run.eps is not None else ""
-    whole, images = number(run.get("data", "num_test")), ""
-    if run.num_examples is not None:
-        of = f" of {whole:,.0f}" if whole and whole > run.num_examples else ""
-        images = f"{run.num_examples:,}{of} test images"
     protocol, seconds = run.get("protocol"), run.get("seconds")
     times = seconds.items() if isinstance(seconds, dict) else ()
     count = len(run.members) or run.num_members
     return {
         "what": "one classifier" if count == 1 else f"a mixture of {count} classifiers" if count else "a mixture",
-        "about": [part for part in (run.data, ball, f"protocol {protocol}" if protocol else "", images) if part],
+        "about": [part for part in (run.data, ball, f"protocol {protocol}" if protocol else "", run.images) if part],
         "ball": ball,
-        "images": images,
         "single": is_single(run),
         "seconds": [f"{name} {known:.1f}" for name, value in times if (known := number(value)) is not None],
     }
@@ -147,13 +143,11 @@ def _doubts(run: Run) -> dict[str, Any]:
 def _found(run: Run, damage: list[str]) -> dict[str, Any] | None:
     """How often each attack, by whom it was aimed at, was the first to find the worst case."""
     with noting(damage):
-        arrays = read_arrays(run.path / "records.npz") or {}
-        found, robust = arrays.get("found_by"), arrays.get("robust")
-        if found is None or robust is None:
+        found = (read_arrays(run.path / "records.npz") or {}).get("found_by")
+        if found is None:
             return None
-        stale = robust.dtype.kind != "f" or len(found) != len(robust) or run.robust.value is None
-        if stale or abs(float(robust.mean()) - (run.robust.value or 0.0)) > 1e-4:
-            raise ValueError(f"{run.path / 'records.npz'} does not belong to its results.json")
+        if found.shape != measured(run).labels.shape:
+            raise ValueError(f"{run.path / 'records.npz'} does not name an attack for each image")
         counts = Counter(_attack_and_target(str(name)) for name in found)
         stayed = counts.pop(("clean", ""), 0)
         targets = list(dict.fromkeys(["mixture", "members", TWIN, *(whom for _, whom in sorted(counts))]))

@@ -30,13 +30,12 @@ def solution_table(run: Run) -> Table:
     *pool*: over the points that chose the weights, on the validation images. *fresh attacks*: the same images, new
     attacks on everybody. *test*: the test images, attacked for the first time.
     """
-    fit = run.get("solve", "fit") or {}
     table = new_table(
         f"{run.get('data', 'name')}, {format_ball(run.norm, run.eps)}: {len(run.weights)} classifiers weighed",
         ["", "λ", *COLUMNS.values()],
         words=[""],
         folds={"": 1},
-        caption=_caption(run, fit),
+        caption=_caption(run),
     )
     rows = run.get("solve", "rows") or []
     for index, row in enumerate(rows):
@@ -49,7 +48,8 @@ def solution_table(run: Run) -> Table:
     return table
 
 
-def _caption(run: Run, fit: dict[str, Any]) -> str:
+def _caption(run: Run) -> str:
+    fit = run.get("solve", "fit") or {}
     return (
         f"Robust accuracy: pool, on the points that chose the weights ({fit.get('num_examples')} validation images, "
         f"{fit.get('num_attacks')} responses of the attacker, {fit.get('status')}); fresh, new attacks there; test, "
@@ -64,22 +64,20 @@ def solution_sentences(run: Run) -> list[str]:
     rows = run.get("solve", "rows") or []
     if not known or len(rows) < 3:
         return []
-    images = (run.get("solve", "fit") or {}).get("num_examples")
     # Rounded so that the sentences stay true: the limit up, what is reached down.
     limit = math.ceil(1e4 * (1 - known["value_lp"]) - 1e-6) / 100
     reached = math.floor(1e4 * (1 - known["value_at_weights"]) + 1e-6) / 100
     apart = 100 * max(0.0, known["value_at_weights"] - known["value_lp"])
     sentences = [
-        f"Certain: on these {images} validation images no weights over these members have a robust accuracy above "
-        f"{limit:.2f} %, because the points found are real.",
+        f"Certain: on these {run.get('solve', 'fit', 'num_examples')} validation images no weights over these members "
+        f"have a robust accuracy above {limit:.2f} %, because the points found are real.",
         f"Estimate: the chosen weights have {reached:.2f} % against every point found there ({apart:.2f} points from "
         "the limit); stronger attacks may lower it.",
     ]
     notes = [f"{m['name']}: {m['note']}" for m in run.get("solve", "members") or [] if m.get("note") != "as exported"]
     if notes:
         sentences.append(f"Inputs: {'; '.join(notes)}.")
-    fit = run.get("solve", "fit") or {}
-    if fit.get("status") == "stopped":
+    if run.get("solve", "fit", "status") == "stopped":
         sentences.append("The value was still moving when the rounds were over: raise lambda_solver.num_rounds.")
     try:
         found = measured(run)
@@ -96,10 +94,9 @@ def solution_sentences(run: Run) -> list[str]:
         rivals["uniform mixture"] = found.accuracies[EVEN]
     for name, other in rivals.items():
         result = paired(found.accuracies[ALL] - other)
-        points, low, high = result.in_points()
         verdict = result.verdict("the optimal mixture is more robust", "the optimal mixture is less robust")
         sentences.append(
-            f"Test set: optimal mixture minus {name}: {points} points, 95 % interval [{low}, {high}], paired over "
+            f"Test set: optimal mixture minus {name}: {result.in_words()}, paired over "
             f"{len(other):,} images: {verdict}."
         )
     return sentences
@@ -129,7 +126,7 @@ def solution_figure(run: Run) -> Figure:
     for axes in figure.axes:
         columns = 3 if axes.get_label() == "accuracy" else 2
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, columnspacing=1.0, fontsize=11)
-    footnote(figure, _caption(run, run.get("solve", "fit") or {}) + " Whiskers: Wilson's 95 % intervals.")
+    footnote(figure, _caption(run) + " Whiskers: Wilson's 95 % intervals.")
     return figure
 
 

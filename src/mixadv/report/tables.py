@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +13,7 @@ from rich.text import Text
 from mixadv.report.attacks import everybody, settings_text
 from mixadv.report.cells import NONE, add_row, new_table, percent, percent_with, plain, write_csv
 from mixadv.report.files import Run
-from mixadv.report.names import format_ball, format_eps, norm_symbol, number, short_names
+from mixadv.report.names import format_ball, format_eps, norm_symbol, short_names
 from mixadv.report.records import APGD, GAP, PGD, measured
 from mixadv.report.settings import setting_of
 
@@ -147,11 +146,7 @@ def _headline(run: Run) -> str:
 
 
 def _caption(run: Run) -> str:
-    lines = []
-    if run.num_examples is not None:
-        whole = number(run.get("data", "num_test"))
-        of = f" of {int(whole):,}" if whole is not None and whole > run.num_examples else ""
-        lines.append(f"{run.num_examples:,}{of} test images, {format_ball(run.norm, run.eps)}")
+    lines = [f"{run.images}, {format_ball(run.norm, run.eps)}"] if run.images else []
     if run.attacks:
         lines.append("robust: per image the worst case over " + "; ".join(map(_attack, run.attacks.items())))
     return "\n".join(lines)
@@ -184,11 +179,8 @@ def _sweep_caption(runs: Sequence[Run], common: bool) -> str:
 
 def progress(run: Run) -> str:
     """How far an unfinished run came, from its history."""
-    epochs = run.history.get("epoch", np.array([]))
-    epochs = epochs[np.isfinite(epochs)]
-    if not len(epochs):
+    epochs, robust = run.last("epoch"), run.last("val/robust_accuracy")
+    if epochs is None:
         return ""
-    robust = run.history.get("val/robust_accuracy", np.array([]))
-    robust = robust[np.isfinite(robust)]
-    last = f", validation robust accuracy {100 * robust[-1]:.1f} %" if len(robust) else ""
-    return f" after {epochs[-1]:.3g} epochs per model{last}"
+    accuracy = "" if robust is None else f", validation robust accuracy {100 * robust:.1f} %"
+    return f" after {epochs:.3g} epochs per model{accuracy}"
