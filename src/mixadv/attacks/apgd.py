@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective, TargetedLoss
-from mixadv.attacks.search import SearchAttack, WorstPoints, value_and_gradient, warn_of_nan_gradients
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -111,28 +111,31 @@ class APGD(SearchAttack):
         with torch.no_grad():
             clean = mixture.member_logits(x)
         objectives = self.objectives(clean.shape[-1])
-        worst = WorstPoints(mixture, x, y)
-        worst.offer(x, clean, objectives[0](clean, y, mixture.weights, clean))
-        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        climb, worst = Climb.begin(mixture, objectives[0], x, y, clean=clean)
         # Restarts outside, so that more of them repeat what fewer do, and then go on.
         for _ in range(1 if self.start == "none" else self.restarts):
             for objective in objectives:
-                self._climb(_Run(mixture, objective, x, y, clean, worst, blind), threat_model, generator)
-        warn_of_nan_gradients("APGD", blind, "climb", stacklevel=3)
+                self._climb(replace(climb, objective=objective), worst, threat_model, generator)
+        warn_of_nan_gradients("APGD", climb.blind, "climb", stacklevel=3)
         return worst.x
 
-    def _climb(self, run: _Run, threat_model: ThreatModel, generator: torch.Generator | None) -> None:
-        """One start, whose points go to `run.worst`."""
-        rows = run.worst.open()
+    def _climb(
+        self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, generator: torch.Generator | None
+    ) -> None:
+        """One start, whose points go to `worst`."""
+        rows = worst.open()
         if not len(rows):
             return
-        origin = run.x[rows]
+        origin = climb.x[rows]
         x = threat_model.sample(origin, generator) if self.start == "uniform" else origin
-        value, grad = run.measure(x, rows, self.num_steps > 0)
+        if not self.num_steps:
+            climb.look(x, rows)
+            return
+        value, grad = climb.up(x, rows)
         state = _State.begin(rows, origin, x, grad, value, 2 * threat_model.eps)
         reviews, reviewed = checkpoints(self.num_steps), 0
         for step in range(1, self.num_steps + 1):
-            open_ = run.worst.accuracy[state.rows] > 0
+            open_ = worst.accuracy[state.rows] > 0
             if not bool(open_.all()):
                 state.keep(open_)
                 if not len(state.rows):
@@ -142,42 +145,14 @@ class APGD(SearchAttack):
             if step > 1:
                 x = torch.lerp(state.x, x, self.momentum).add_(state.x - state.previous, alpha=1 - self.momentum)
                 x = threat_model.project(x, state.origin)
-            value, grad = run.measure(x, state.rows, step < self.num_steps)
-            if step < self.num_steps:
-                state.move(x, grad, value)
-                if step in reviews:
-                    state.review(self.rho * (step - reviewed))
-                    reviewed = step
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What does not change from step to step. worst, blind: see `APGD.search`; both are written to."""
-
-    mixture: Mixture
-    objective: Objective
-    x: Tensor
-    y: Tensor
-    clean: Tensor
-    worst: WorstPoints
-    blind: Tensor
-
-    def measure(self, points: Tensor, rows: Tensor, climbing: bool) -> tuple[Tensor, Tensor]:
-        """Offer one point of each example of `rows` [R]; its objective [R] (NaN counts as -inf) and gradient [R, ...].
-
-        Where climbing goes no further no gradient is computed; zeros take its place.
-        """
-        clean = self.clean[:, rows] if self.objective.needs_clean else None
-        if climbing:
-            logits, value, grad = value_and_gradient(self.mixture, self.objective, points, self.y[rows], clean)
-        else:
-            with torch.no_grad():
-                logits = self.mixture.member_logits(points)
-                value = self.objective(logits, self.y[rows], self.mixture.weights, clean)
-            grad = torch.zeros_like(points)
-        self.worst.offer(points, logits, value, rows)
-        self.blind[rows] |= grad.flatten(1).isnan().any(1)
-        return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
+            if step == self.num_steps:
+                climb.look(x, state.rows)
+                return
+            value, grad = climb.up(x, state.rows)
+            state.move(x, grad, value)
+            if step in reviews:
+                state.review(self.rho * (step - reviewed))
+                reviewed = step
 
 
 @dataclass

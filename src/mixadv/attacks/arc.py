@@ -9,12 +9,13 @@ from torch import Tensor
 
 from mixadv.attacks.boundaries import (
     Boundary,
-    BoundarySearch,
     inner,
+    members_with_gradient,
     nearest_boundary,
     per_example,
 )
-from mixadv.attacks.search import SearchAttack, warn_of_nan_gradients
+from mixadv.attacks.objectives import ExpectedLoss
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -80,29 +81,39 @@ class ARC(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        search = _Search(mixture, x, y, threat_model, generator, self)
+        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        turnable = members_with_gradient(mixture, x)
+        search = _Search(self, climb, worst, threat_model, generator, turnable)
         for restart in range(self.restarts):
             search.run(from_x=restart == 0)
-        warn_of_nan_gradients("ARC", search.blind, "move", stacklevel=3)
-        return search.worst.x
+        warn_of_nan_gradients("ARC", climb.blind, "move", stacklevel=3)
+        return worst.x
 
 
-@dataclass(eq=False)
-class _Search(BoundarySearch):
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """One call of ARC; turnable: the members that have a gradient."""
+
     settings: ARC
+    climb: Climb
+    worst: WorstPoints
+    threat_model: ThreatModel
+    generator: torch.Generator | None
+    turnable: list[int]
 
     def measure(self, points: Tensor, rows: Tensor) -> Tensor:
         """The exact expected accuracy at one point of each example `rows`, [R]; the worst points see it too."""
-        return self.offer(points, self.mixture.member_logits(points), rows)
+        logits, _ = self.climb.look(points, rows)
+        return self.climb.mixture.expectation(logits.argmax(-1) == self.climb.y[rows])
 
     def run(self, from_x: bool) -> None:
         """One start and K steps, for the examples that can still get worse."""
         rows = self.worst.open()
         if not len(rows):
             return
-        x = self.x[rows]
+        x = self.climb.x[rows]
         if from_x:
-            points, accuracy = x, self.at_x[rows]
+            points, accuracy = x, self.worst.accuracy[rows]
         else:
             points = self.threat_model.sample(x, self.generator)
             accuracy = self.measure(points, rows)
@@ -119,16 +130,16 @@ class _Search(BoundarySearch):
     def visit_members(self, points: Tensor, accuracy: Tensor, rows: Tensor, step: float) -> tuple[Tensor, Tensor]:
         """One of the K steps, local steps being `step` long: from x + delta [R, ...] and its accuracy [R] on."""
         published = self.settings.variant == "published"
-        x, y = self.x[rows], self.y[rows]
+        x, y = self.climb.x[rows], self.climb.y[rows]
         v = torch.zeros_like(points)
         # What v leads to is known when v is accepted, and as good as x + delta: folding it in needs no pass.
         folded, accuracy = points.clone(), accuracy.clone()
         for k in self.order():
             origin = points + v if published else points
             boundary = nearest_boundary(
-                self.mixture.members[k], origin, y, self.threat_model, self.settings.num_runner_ups, published
+                self.climb.mixture.members[k], origin, y, self.threat_model, self.settings.num_runner_ups, published
             )
-            self.blind[rows] |= boundary.blind
+            self.climb.blind[rows] |= boundary.blind
             if published:
                 beta = published_length(boundary, v, step, PUBLISHED_MARGIN * self.threat_model.eps)
             else:
@@ -149,10 +160,10 @@ class _Search(BoundarySearch):
     def order(self) -> list[int]:
         """The members in the order of one step's visits."""
         if self.settings.order == "weights":
-            order = self.mixture.weights.argsort(descending=True, stable=True).tolist()
+            order = self.climb.mixture.weights.argsort(descending=True, stable=True).tolist()
         else:
             device = "cpu" if self.generator is None else self.generator.device
-            order = torch.randperm(self.mixture.num_members, generator=self.generator, device=device).tolist()
+            order = torch.randperm(self.climb.mixture.num_members, generator=self.generator, device=device).tolist()
         return [k for k in order if k in self.turnable]
 
 

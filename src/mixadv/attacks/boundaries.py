@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import WorstPoints, gradient
+from mixadv.attacks.search import gradient
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -126,38 +125,3 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def per_example(values: Tensor, like: Tensor) -> Tensor:
     """[R] -> [R, 1, ...], to broadcast over the numbers of each example."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-@dataclass(eq=False)
-class BoundarySearch:
-    """One call of an attack that walks along boundaries.
-
-    Attributes:
-        mixture, x, y, threat_model, generator: what it was called with.
-        worst: the worst points so far, x itself among them.
-        blind: [B] bool, the examples that met NaN gradients.
-        turnable: the members that have a gradient.
-    """
-
-    mixture: Mixture
-    x: Tensor
-    y: Tensor
-    threat_model: ThreatModel
-    generator: torch.Generator | None
-
-    def __post_init__(self) -> None:
-        self.blind = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
-        self.worst = WorstPoints(self.mixture, self.x, self.y)
-        everybody = torch.arange(len(self.x), device=self.x.device)
-        self.at_x = self.offer(self.x, self.mixture.member_logits(self.x), everybody)
-        self.turnable = members_with_gradient(self.mixture, self.x)
-
-    def offer(self, points: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
-        """Show one point of each example `rows`, with all members' logits there, to the worst points.
-
-        Returns:
-            [R] float64, the exact expected accuracy at the points.
-        """
-        y = self.y[rows]
-        self.worst.offer(points, logits, ExpectedLoss("margin")(logits, y, self.mixture.weights), rows)
-        return self.mixture.expectation(logits.argmax(-1) == y)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import SearchAttack, worst_from_x
+from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -33,13 +33,10 @@ class UniformNoise(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
+        climb, worst = Climb.begin(mixture, self.objective, x, y)
         for _ in range(self.num_samples):
             rows = worst.open()
             if not len(rows):
                 break
-            points = threat_model.sample(x[rows], generator)
-            logits = mixture.member_logits(points)
-            reference = None if clean_logits is None else clean_logits[:, rows]
-            worst.offer(points, logits, self.objective(logits, y[rows], mixture.weights, reference), rows)
+            climb.look(threat_model.sample(x[rows], generator), rows)
         return worst.x

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import SearchAttack, WorstPoints, value_and_gradient, warn_of_nan_gradients
+from mixadv.attacks.search import Climb, SearchAttack, warn_of_nan_gradients
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -76,40 +75,23 @@ class PGD(SearchAttack):
             if start_at.shape != x.shape:
                 raise ValueError(f"start_at has shape {tuple(start_at.shape)}, x has {tuple(x.shape)}")
             start_at = start_at.detach().to(x.dtype, copy=True)
-        worst: WorstPoints | None = None
-        clean_logits: Tensor | None = None
-        if self.objective.needs_clean or self.keep != "last":
+        if self.keep == "last":
             with torch.no_grad():
-                clean = mixture.member_logits(x)
-                clean_logits = clean if self.objective.needs_clean else None
-                if self.keep != "last":
-                    worst = WorstPoints(mixture, x, y, self.keep == "accuracy")
-                    worst.offer(x, clean, self.objective(clean, y, mixture.weights, clean_logits))
-        run = partial(self._run, mixture, x, y, threat_model, clean_logits, generator, worst)
-        if worst is None:
-            return run(None, start_at)
-        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for number in range(1 if self.start == "none" else self.restarts):
-            run(blind, start_at if number == 0 else None)
-        warn_of_nan_gradients("PGD", blind, "climb", stacklevel=3)
+                clean = mixture.member_logits(x) if self.objective.needs_clean else None
+            blind = torch.zeros(0, dtype=torch.bool, device=x.device)
+            climb = Climb(mixture, self.objective, x, y, clean, None, blind)
+            return self._run(climb, threat_model, generator, start_at)
+        climb, worst = Climb.begin(mixture, self.objective, x, y, self.keep == "accuracy")
+        for run in range(1 if self.start == "none" else self.restarts):
+            self._run(climb, threat_model, generator, start_at if run == 0 else None)
+        warn_of_nan_gradients("PGD", climb.blind, "climb", stacklevel=3)
         return worst.x
 
     def _run(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        clean_logits: Tensor | None,
-        generator: torch.Generator | None,
-        worst: WorstPoints | None,
-        blind: Tensor | None,
-        first: Tensor | None,
+        self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None, first: Tensor | None
     ) -> Tensor:
-        """One start and where it ends, after nothing but the passes that this takes.
-
-        Its points go to `worst` where that is given; `blind` marks the examples that met NaN gradients.
-        """
+        """One start and where it ends, after nothing but the passes that this takes."""
+        x, worst = climb.x, climb.worst
         # All examples without a copy of them, or those that can still get worse.
         rows: Any = slice(None) if worst is None else torch.arange(len(x), device=x.device)
         x_adv: Tensor | None = None
@@ -123,19 +105,12 @@ class PGD(SearchAttack):
                     break
             if x_adv is None:
                 x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
-            clean = None if clean_logits is None else clean_logits[:, rows]
-            if step == self.num_steps:
-                if worst is not None:
-                    with torch.no_grad():
-                        logits = mixture.member_logits(x_adv)
-                        worst.offer(x_adv, logits, self.objective(logits, y[rows], mixture.weights, clean), rows)
-                break
-            logits, value, grad = value_and_gradient(mixture, self.objective, x_adv, y[rows], clean)
-            if worst is not None and blind is not None:
-                worst.offer(x_adv, logits, value, rows)
-                blind[rows] |= grad.flatten(1).isnan().any(1)
-            x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
-            x_adv = threat_model.project(x_adv, x[rows])
+            if step < self.num_steps:
+                grad = climb.up(x_adv, rows)[1]
+                x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
+                x_adv = threat_model.project(x_adv, x[rows])
+            elif worst is not None:
+                climb.look(x_adv, rows)
         return x if x_adv is None else x_adv
 
     def starting_points(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -153,15 +154,6 @@ class WorstPoints:
         return (self.accuracy > 0).nonzero().flatten()
 
 
-def worst_from_x(mixture: Mixture, x: Tensor, y: Tensor, objective: Objective) -> tuple[WorstPoints, Tensor | None]:
-    """The record of worst points with x itself offered, and the members' logits there if the objective needs them."""
-    clean = mixture.member_logits(x)
-    clean_logits = clean if objective.needs_clean else None
-    worst = WorstPoints(mixture, x, y)
-    worst.offer(x, clean, objective(clean, y, mixture.weights, clean_logits))
-    return worst, clean_logits
-
-
 def warn_of_nan_gradients(attack: str, blind: Tensor, verb: str, stacklevel: int) -> None:
     """Say how many of the examples, marked in `blind` [B], met NaN gradients; `stacklevel` as seen by the caller."""
     count = int(blind.sum())
@@ -219,6 +211,69 @@ def value_and_gradient(
         raise ValueError(NO_GRADIENT)
     every = mixture.stack_logits(logits[::-1])
     return every, objective(every, y, weights, clean_logits), total
+
+
+@dataclass(frozen=True)
+class Climb:
+    """An objective, what it is climbed on, and what has been found so far.
+
+    Attributes:
+        clean: [L, B, C], the members' logits at x; None where nobody asks for them.
+        worst: the worst points; None where only the last ones count.
+        blind: [B] bool, the examples that met NaN gradients.
+    """
+
+    mixture: Mixture
+    objective: Objective
+    x: Tensor
+    y: Tensor
+    clean: Tensor | None
+    worst: WorstPoints | None
+    blind: Tensor
+
+    @classmethod
+    def begin(
+        cls,
+        mixture: Mixture,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        by_accuracy: bool = True,
+        clean: Tensor | None = None,
+    ) -> tuple[Climb, WorstPoints]:
+        """With x itself among the worst points; clean: the members' logits at x, where they are known."""
+        if clean is None:
+            with torch.no_grad():
+                clean = mixture.member_logits(x)
+        worst = WorstPoints(mixture, x, y, by_accuracy)
+        worst.offer(x, clean, objective(clean, y, mixture.weights, clean))
+        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        return cls(mixture, objective, x, y, clean, worst, blind), worst
+
+    def look(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The members' logits [L, R, C] and the objective [R] at one point of each example of `rows` [R], offered."""
+        with torch.no_grad():
+            logits = self.mixture.member_logits(points)
+            return logits, self.offer(points, logits, rows)
+
+    def offer(self, points: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+        """Show points with known logits [L, R, C] to the worst ones; the objective [R] there."""
+        value = self.objective(logits, self.y[rows], self.mixture.weights, self._clean(rows))
+        if self.worst is not None:
+            self.worst.offer(points, logits, value, rows)
+        return value
+
+    def up(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `look`; the objective [R] there (NaN counts as -inf) and its gradient [R, ...]."""
+        clean = self._clean(rows)
+        logits, value, grad = value_and_gradient(self.mixture, self.objective, points, self.y[rows], clean)
+        if self.worst is not None:
+            self.worst.offer(points, logits, value, rows)
+            self.blind[rows] |= grad.flatten(1).isnan().any(1)
+        return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
+
+    def _clean(self, rows: Tensor) -> Tensor | None:
+        return self.clean[:, rows] if self.clean is not None and self.objective.needs_clean else None
 
 
 def check_points(name: str, x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import SearchAttack, WorstPoints, worst_from_x
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -64,27 +64,19 @@ class Square(SearchAttack):
     ) -> Tensor:
         if x.ndim > 4:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, H, W], [B, H, W] or [B, d]")
-        worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
+        climb, worst = Climb.begin(mixture, self.objective, x, y)
         dice = _Dice(generator, x.device)
         for _ in range(self.restarts):
-            self._search(mixture, x, y, threat_model, clean_logits, dice, worst)
+            self._walk(climb, worst, threat_model, dice)
         return worst.x
 
-    def _search(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        clean_logits: Tensor | None,
-        dice: _Dice,
-        worst: WorstPoints,
-    ) -> None:
+    def _walk(self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, dice: _Dice) -> None:
         """One restart, whose points go to `worst`."""
+        x = climb.x
         images = x.reshape(len(x), *[1] * (4 - x.ndim), *x.shape[1:])
         moves: _Linf | _L2 = (_Linf if threat_model.norm == "linf" else _L2)(threat_model, dice)
         # Climbing by accuracy first, it would never give up one fooled member for two others.
-        walk = WorstPoints(mixture, x, y, by_accuracy=False)
+        walk = WorstPoints(climb.mixture, x, climb.y, by_accuracy=False)
         for query in range(self.num_queries):
             rows = worst.open()
             if not len(rows):
@@ -95,11 +87,7 @@ class Square(SearchAttack):
                 height, width = _window(self._share(query), images.shape[-2:], moves.least)
                 points = moves.propose(walk.x[rows].reshape(images[rows].shape), images[rows], height, width)
             points = points.reshape(x[rows].shape)
-            logits = mixture.member_logits(points)
-            clean = None if clean_logits is None else clean_logits[:, rows]
-            objective = self.objective(logits, y[rows], mixture.weights, clean)
-            walk.offer(points, logits, objective, rows)
-            worst.offer(points, logits, objective, rows)
+            walk.offer(points, *climb.look(points, rows), rows)
 
     def _share(self, query: int) -> float:
         """p at the query of that number: halvings at the rescaled iterations."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixadv.attacks.boundaries import BoundarySearch, nearest_boundary, per_example
-from mixadv.attacks.search import SearchAttack, warn_of_nan_gradients
+from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary, per_example
+from mixadv.attacks.objectives import ExpectedLoss
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -73,21 +74,27 @@ class SubsetAttack(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        search = _Search(mixture, x, y, threat_model, generator, self)
-        sets = subsets_by_weight(search.weights.tolist(), self.max_subsets, generator)
+        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        weights, turnable = mixture.weights / mixture.weights.sum(), members_with_gradient(mixture, x)
+        search = _Search(self, climb, worst, threat_model, generator, weights, turnable)
+        sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
         for restart, members in itertools.product(range(self.restarts), sets):
             search.run(members, from_x=restart == 0)
-        warn_of_nan_gradients("SubsetAttack", search.blind, "move", stacklevel=3)
-        return search.worst.x
+        warn_of_nan_gradients("SubsetAttack", climb.blind, "move", stacklevel=3)
+        return worst.x
 
 
-@dataclass(eq=False)
-class _Search(BoundarySearch):
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """One call of SubsetAttack; turnable: the members that have a gradient."""
+
     settings: SubsetAttack
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.weights = self.mixture.weights / self.mixture.weights.sum()
+    climb: Climb
+    worst: WorstPoints
+    threat_model: ThreatModel
+    generator: torch.Generator | None
+    weights: Tensor
+    turnable: list[int]
 
     def run(self, members: Sequence[int], from_x: bool) -> None:
         """One start for one set, for the examples that it can make worse."""
@@ -96,32 +103,32 @@ class _Search(BoundarySearch):
         rows = (self.worst.accuracy > rest + TOLERANCE).nonzero().flatten()
         if not pulling or not len(rows):
             return
-        x = self.x[rows]
+        x = self.climb.x[rows]
         points = x if from_x else self.threat_model.sample(x, self.generator)
         for step in range(self.settings.num_steps):
             length = self.settings.step_size * self.threat_model.eps * LAST_STEP ** (step / self.settings.num_steps)
             logits, pull = self.pull(points, rows, pulling)
-            self.offer(points, logits, rows)
+            self.climb.offer(points, logits, rows)
             moved = self.threat_model.ascent_step(points, pull, length)
-            unfooled = (logits[list(members)].argmax(-1) == self.y[rows]).any(0)
+            unfooled = (logits[list(members)].argmax(-1) == self.climb.y[rows]).any(0)
             rows, points = rows[unfooled], moved[unfooled]
             if not len(rows):
                 return
-            points = self.threat_model.project(points, self.x[rows])
-        self.offer(points, self.mixture.member_logits(points), rows)
+            points = self.threat_model.project(points, self.climb.x[rows])
+        self.climb.look(points, rows)
 
     def pull(self, points: Tensor, rows: Tensor, pulling: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The logits of all members [L, R, C], and where the objective of the set `pulling` falls, [R, ...]."""
         kappa = self.settings.kappa * self.threat_model.eps
         total = torch.zeros_like(points)
         logits = []
-        for k, member in enumerate(self.mixture.members):
+        for k, member in enumerate(self.climb.mixture.members):
             if k not in pulling:
                 logits.append(member(points))
                 continue
-            boundary = nearest_boundary(member, points, self.y[rows], self.threat_model)
+            boundary = nearest_boundary(member, points, self.climb.y[rows], self.threat_model)
             logits.append(boundary.logits)
-            self.blind[rows] |= boundary.blind
+            self.climb.blind[rows] |= boundary.blind
             total += per_example((boundary.distance > -kappa).to(total), total) * boundary.normal
         return torch.stack([z.to(logits[0]) for z in logits]), total
 

@@ -1,6 +1,5 @@
 """One file from the first of several addresses that delivers it with the right checksum."""
 
-import os
 import tempfile
 import threading
 import urllib.request
@@ -51,22 +50,17 @@ def fetch(urls: Sequence[str], target: Path, md5: str) -> None:
     timeout = min(CONNECTION_TIMEOUT, TOTAL_CONNECTION_TIME / max(1, len(urls)))
     reasons = []
     for url in urls:
-        handle, temporary_name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        temporary = Path(temporary_name)
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            with open(temporary, "wb") as file:
                 reason = _copy(url, file, timeout)
             if reason is None:
                 actual = calculate_md5(temporary)
                 if actual == md5:
-                    # mkstemp keeps the file private; a data set may be shared like any other new file.
-                    temporary.chmod(0o644)
                     temporary.replace(target)
                     return
                 reason = describe_mismatch(temporary, md5, actual)
             reasons.append(f"{url}: {reason}")
-        finally:
-            temporary.unlink(missing_ok=True)
     raise DownloadFailed(reasons)
 
 
