@@ -15,7 +15,6 @@ from rich.console import Console
 
 from mixadv.errors import UserError
 from mixadv.report.cells import print_whole
-from mixadv.report.comparison import compare
 from mixadv.report.differences import compare_settings, differences_table, write_differences_csv
 from mixadv.report.figures import draw_curves
 from mixadv.report.files import Run, find_runs, read_run
@@ -26,10 +25,9 @@ from mixadv.report.show import show_run
 from mixadv.report.solve import draw_solution
 from mixadv.report.study import draw_study
 from mixadv.report.sweeps import draw_sweep
-from mixadv.report.tables import results_table, sweep_table, write_table_csv
+from mixadv.report.tables import sweep_table, write_table_csv
 
 __all__ = [
-    "compare",
     "compare_settings",
     "draw_curves",
     "draw_solution",
@@ -37,7 +35,6 @@ __all__ = [
     "find_runs",
     "read_run",
     "report",
-    "results_table",
     "show_run",
     "sweep_table",
     "write_report",

@@ -75,15 +75,9 @@ def _draw_line(axes: Axes, game: dict[str, Any], thresholds: np.ndarray) -> None
         for low, high, label, outer in ((-reach, at, -side, "left"), (at, reach, side, "right")):
             colour = POSITIVE if label > 0 else NEGATIVE
             axes.fill_between([low, high], y, y + 0.38, color=colour, alpha=0.22, linewidth=0)
-            axes.text(
-                low + 0.08 if outer == "left" else high - 0.08,
-                y + 0.18,
-                f"f{k + 1} says {'+1' if label > 0 else '−1'}",
-                ha=outer,
-                va="center",
-                color=colour,
-                fontweight="bold",
-            )
+            x = low + 0.08 if outer == "left" else high - 0.08
+            words = f"f{k + 1} says {'+1' if label > 0 else '−1'}"
+            axes.text(x, y + 0.18, words, ha=outer, va="center", color=colour, fontweight="bold")
         axes.plot([at, at], [y, 0.12], color=GREY, linestyle=DASHES[2], linewidth=1.3, zorder=0)
     for i, (point, x) in enumerate(zip(game["attack"], places, strict=True)):
         colour = POSITIVE if point["label"] > 0 else NEGATIVE
@@ -117,15 +111,8 @@ def _draw_moves(axes: Axes, point: dict[str, Any], x: float) -> None:
             axes.text(x, 0.24, text, ha="center", va="bottom", color=ATTACK, fontsize=12)
             continue
         sign = 1 if to > x else -1
-        look = {
-            "arrowstyle": "-|>",
-            "mutation_scale": 18,
-            "color": ATTACK,
-            "linewidth": 2,
-            "connectionstyle": f"arc3,rad={-0.55 * sign}",
-            "shrinkA": 0,
-            "shrinkB": 2,
-        }
+        look = {"arrowstyle": "-|>", "mutation_scale": 18, "color": ATTACK, "linewidth": 2, "shrinkA": 0, "shrinkB": 2}
+        look["connectionstyle"] = f"arc3,rad={-0.55 * sign}"
         axes.annotate("", xy=(to, 0.04), xytext=(x + 0.03 * sign, 0.2), arrowprops=look)
         text = f"to {_text(Fraction(move['to']))}" + ("" if chance == 1 else f"\nwith probability {chance}")
         # The words of two moves from one point stand on either side of it, those of a single one behind it.
