@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from mixadv import Mixture, ThreatModel
 from mixadv.attacks import APGD, PGD
-from mixadv.data import CIFAR10, Digits, ImageCorpus, ImageDataModule
+from mixadv.data.base import ImageCorpus, ImageDataModule
+from mixadv.data.cifar10 import CIFAR10
+from mixadv.data.digits import Digits
 from mixadv.errors import UserError
 from mixadv.models import build_member
 

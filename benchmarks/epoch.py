@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixadv.attacks.pgd import PGD
-from mixadv.data import ImageCorpus, ImageDataModule
+from mixadv.data.base import ImageCorpus, ImageDataModule
 from mixadv.instantiate import instantiate
 from mixadv.lambda_solvers import Uniform
 from mixadv.losses import AT

@@ -104,8 +104,7 @@ def draw(rows: list[dict[str, Any]], args: argparse.Namespace, machine: str) -> 
     """Six panels: the phases against L, B and K with the cost model, the solvers against N, m and L."""
     from matplotlib.ticker import LogFormatter
 
-    figure = new_figure(9.4)
-    figure.suptitle(f"Cost of a batch and of a game: {args.model}, 3x32x32", fontsize=16, y=0.985)
+    figure = new_figure(9.4, f"Cost of a batch and of a game: {args.model}, 3x32x32")
     shown = {
         "L": "members L",
         "B": "images in a batch B",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixadv.attacks import APGD, PGD, AveragedCE, AveragedLoss, ExpectedLoss, InnerLoss, TargetedLoss
+from mixadv.attacks import APGD, PGD, AveragedLoss, ExpectedLoss, InnerLoss, TargetedLoss
 from mixadv.attacks.apgd import checkpoints
 from mixadv.losses import TRADES, dlr_targeted, margin_targeted
 from mixadv.mixture import Mixture
@@ -18,9 +18,8 @@ from mixadv.threat_model import ThreatModel
 WEIGHTS = [0.5, 0.2, 0.3]
 LINF, L2 = ThreatModel("linf", 0.02), ThreatModel("l2", 0.2)
 EVERYTHING = [
-    APGD(loss=loss, on=on, num_steps=6)
-    for loss in ("ce", "margin", "dlr", "dlr-targeted")
-    for on in ("expected", "averaged")
+    *(APGD(loss=loss, num_steps=6) for loss in ("ce", "margin", "dlr", "dlr-targeted")),
+    *(APGD(objective=AveragedLoss(loss), num_steps=6) for loss in ("ce", "margin", "dlr")),
 ]
 
 
@@ -290,13 +289,11 @@ def test_objectives_by_hand():
     mean = np.einsum("k,kbc->bc", lam, clean.softmax(-1).numpy())
     order = np.array([[c for c in np.argsort(-mean[i]) if c != y[i]] for i in range(5)])
     for rank in (1, 2, 3):
-        for on, values in (("expected", z.numpy()), ("averaged", averaged)):
-            hand = dict(zip(("margin", "dlr"), by_hand(values, order[:, rank - 1]), strict=True))
-            for loss in ("margin", "dlr"):
-                objective = TargetedLoss(loss, rank, on)
-                assert objective.needs_clean
-                want = lam @ hand[loss] if on == "expected" else hand[loss]
-                np.testing.assert_allclose(objective(z, y, weights, clean), want, rtol=1e-6)
+        hand = dict(zip(("margin", "dlr"), by_hand(z.numpy(), order[:, rank - 1]), strict=True))
+        for loss in ("margin", "dlr"):
+            objective = TargetedLoss(loss, rank)
+            assert objective.needs_clean
+            np.testing.assert_allclose(objective(z, y, weights, clean), lam @ hand[loss], rtol=1e-6)
     assert (order[:, 0] != np.array([[c for c in np.argsort(-averaged[i]) if c != y[i]] for i in range(5)])[:, 0]).any()
 
     others = np.where(np.eye(4, dtype=bool)[y.numpy()], -np.inf, averaged).max(-1)
@@ -304,7 +301,7 @@ def test_objectives_by_hand():
     top = -np.sort(-averaged, axis=-1)
     np.testing.assert_allclose(AveragedLoss("margin")(z, y, weights), lead, rtol=1e-6)
     np.testing.assert_allclose(AveragedLoss("dlr")(z, y, weights), lead / (top[:, 0] - top[:, 2]), rtol=1e-6)
-    np.testing.assert_allclose(AveragedLoss("ce")(z, y, weights), AveragedCE()(z, y, weights), rtol=1e-6)
+    np.testing.assert_allclose(AveragedLoss("ce")(z, y, weights), -averaged[rows, y.numpy()], rtol=1e-6)
     assert not AveragedLoss().needs_clean
     assert AveragedLoss("dlr")(z.bfloat16(), y, weights).dtype == torch.float32
 
@@ -318,11 +315,6 @@ def test_the_averaged_loss_is_that_of_the_mixture_as_a_single_model():
         torch.testing.assert_close(
             AveragedLoss(loss)(inside, y, mixture.weights), ExpectedLoss(loss)(outside, y, twin.weights)
         )
-    for rank in (1, 3):
-        torch.testing.assert_close(
-            TargetedLoss("dlr", rank, "averaged")(inside, y, mixture.weights, inside),
-            TargetedLoss("dlr", rank)(outside, y, twin.weights, outside),
-        )
     # And the attack on the averaged prediction, kept by its accuracy, is the attack on that model.
     attack = APGD(10, loss="dlr")
     found = attack(twin, x, y, LINF, seeded())
@@ -334,7 +326,6 @@ def test_objectives_refuse():
     for make, message in [
         (lambda: AveragedLoss("nll"), "ce, margin, dlr"),
         (lambda: TargetedLoss("ce"), "margin, dlr"),
-        (lambda: TargetedLoss(on="both"), "expected, averaged"),
         (lambda: TargetedLoss(rank=0), "rank"),
         (lambda: TargetedLoss()(z, y, weights, None), "clean logits"),
         (lambda: TargetedLoss(rank=4)(z, y, weights, z), "no wrong class of rank 4"),
@@ -347,15 +338,13 @@ def test_objectives_refuse():
 
 def test_names_stand_for_objectives():
     assert APGD().objectives(10) == (ExpectedLoss("ce"),)
-    assert APGD(on="averaged").objectives(10) == (AveragedCE(),)
     assert APGD(loss="dlr").objectives(3) == (ExpectedLoss("dlr"),)
-    assert APGD(loss="dlr", on="averaged").objectives(3) == (AveragedLoss("dlr"),)
-    targeted = APGD(loss="dlr-targeted", on="averaged")
-    assert targeted.objectives(100) == tuple(TargetedLoss("dlr", rank, "averaged") for rank in range(1, 10))
-    assert replace(targeted, targets=12).objectives(100)[-1] == TargetedLoss("dlr", 12, "averaged")
-    assert targeted.objectives(4) == tuple(TargetedLoss("dlr", rank, "averaged") for rank in (1, 2, 3))
+    targeted = APGD(loss="dlr-targeted")
+    assert targeted.objectives(100) == tuple(TargetedLoss("dlr", rank) for rank in range(1, 10))
+    assert replace(targeted, targets=12).objectives(100)[-1] == TargetedLoss("dlr", 12)
+    assert targeted.objectives(4) == tuple(TargetedLoss("dlr", rank) for rank in (1, 2, 3))
     # With too few classes the margin.
-    assert targeted.objectives(3) == tuple(TargetedLoss("margin", rank, "averaged") for rank in (1, 2))
+    assert targeted.objectives(3) == tuple(TargetedLoss("margin", rank) for rank in (1, 2))
     assert APGD(loss="dlr").objectives(2) == (ExpectedLoss("margin"),)
     custom = InnerLoss(TRADES())
     assert APGD(objective=custom).objectives(10) == (custom,)
@@ -364,14 +353,14 @@ def test_names_stand_for_objectives():
 def test_settings_come_from_yaml():
     from hydra.utils import instantiate
 
-    attack = instantiate({"_target_": "mixadv.attacks.apgd.APGD", "loss": "dlr-targeted", "on": "averaged"})
-    assert attack == APGD(loss="dlr-targeted", on="averaged")
+    attack = instantiate({"_target_": "mixadv.attacks.apgd.APGD", "loss": "dlr-targeted", "targets": 3})
+    assert attack == APGD(loss="dlr-targeted", targets=3)
 
 
 # The whole attack on networks.
 
 
-@pytest.mark.parametrize("attack", EVERYTHING, ids=lambda attack: f"{attack.loss}-{attack.on}")
+@pytest.mark.parametrize("attack", EVERYTHING, ids=lambda attack: f"{attack.loss}-{attack.objective}")
 @pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)
 def test_results_are_feasible_and_never_worse_than_the_input(attack, threat_model):
     mixture, x, y = networks()
@@ -422,14 +411,13 @@ def test_more_restarts_never_help_the_defender(loss, num_steps, eps):
     assert accuracies[2].sum() < accuracies[0].sum()
 
 
-@pytest.mark.parametrize("on", ["expected", "averaged"])
 @pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
-def test_one_member_however_often_it_is_named(loss, on):
+def test_one_member_however_often_it_is_named(loss):
     mixture, x, y = networks()
     member = mixture.members[1].train()
     y = member.eval()(x).argmax(-1)
     member.train()
-    attack, threat_model = APGD(8, loss=loss, on=on), ThreatModel("linf", 0.01)
+    attack, threat_model = APGD(8, loss=loss), ThreatModel("linf", 0.01)
     plain = attack(member, x, y, threat_model, seeded())
     assert all(module.training for module in member.modules())
     assert torch.equal(plain, attack(Mixture([member]), x, y, threat_model, seeded()))
@@ -437,12 +425,13 @@ def test_one_member_however_often_it_is_named(loss, on):
     accuracies = [Mixture([member]).eval().expected_accuracy(found, y) for found in (plain, twice)]
     assert torch.equal(*accuracies)
     assert 0 < accuracies[0].sum() < 11
-    # With one member averaging changes nothing.
-    other = replace(attack, on="averaged" if on == "expected" else "expected")(member, x, y, threat_model, seeded())
-    assert torch.equal(member.eval()(other).argmax(-1) == y, accuracies[0] == 1)
+    if loss != "dlr-targeted":
+        # With one member averaging changes nothing.
+        other = APGD(8, objective=AveragedLoss(loss))(member, x, y, threat_model, seeded())
+        assert torch.equal(member.eval()(other).argmax(-1) == y, accuracies[0] == 1)
 
 
-@pytest.mark.parametrize("attack", EVERYTHING, ids=lambda attack: f"{attack.loss}-{attack.on}")
+@pytest.mark.parametrize("attack", EVERYTHING, ids=lambda attack: f"{attack.loss}-{attack.objective}")
 def test_a_member_without_weight_does_not_matter(attack):
     mixture, x, y = networks()
     mixture.set_weights([0.7, 0.0, 0.3])
@@ -518,16 +507,15 @@ def test_the_mixture_is_left_as_found(fails):
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
-@pytest.mark.parametrize("on", ["expected", "averaged"])
-def test_few_classes(num_classes, on):
+def test_few_classes(num_classes):
     mixture, x, y = networks(num_classes)
     before = mixture.expected_accuracy(x, y).sum()
     for loss in ("ce", "dlr", "dlr-targeted"):
-        found = APGD(10, loss=loss, on=on)(mixture, x, y, LINF, seeded())
+        found = APGD(10, loss=loss)(mixture, x, y, LINF, seeded())
         assert LINF.check(found, x).all()
         assert mixture.expected_accuracy(found, y).sum() < before - 1
     if num_classes == 2:
-        runs = [APGD(10, loss=loss, on=on)(mixture, x, y, LINF, seeded()) for loss in ("dlr", "margin", "dlr-targeted")]
+        runs = [APGD(10, loss=loss)(mixture, x, y, LINF, seeded()) for loss in ("dlr", "margin", "dlr-targeted")]
         assert torch.equal(runs[0], runs[1])
         torch.testing.assert_close(runs[0], runs[2])
 
@@ -566,7 +554,7 @@ def test_it_climbs_where_gradients_are_switched_off(mode):
     assert not torch.equal(inside, x)
 
 
-@pytest.mark.parametrize("attack", [APGD(4), APGD(4, loss="dlr-targeted", on="averaged")], ids=["ce", "targeted"])
+@pytest.mark.parametrize("attack", [APGD(4), APGD(4, loss="dlr-targeted")], ids=["ce", "targeted"])
 def test_it_works_under_autocast(attack):
     mixture, x, y = networks()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -629,7 +617,6 @@ def test_members_without_gradient_are_refused():
         ({"num_steps": -1}, "num_steps"),
         ({"restarts": 0}, "restarts"),
         ({"loss": "nll"}, "ce, margin, dlr, dlr-targeted"),
-        ({"on": "average"}, "expected, averaged"),
         ({"start": "gaussian"}, "uniform, none"),
         ({"rho": 1.5}, "rho"),
         ({"rho": float("nan")}, "rho"),
@@ -637,8 +624,7 @@ def test_members_without_gradient_are_refused():
         ({"momentum": float("nan")}, "momentum"),
         ({"targets": 3}, "use loss=dlr-targeted"),
         ({"targets": 0, "loss": "dlr-targeted"}, "targets"),
-        ({"objective": AveragedCE(), "loss": "dlr"}, "give either"),
-        ({"objective": AveragedCE(), "on": "averaged"}, "give either"),
+        ({"objective": AveragedLoss(), "loss": "dlr"}, "give either"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

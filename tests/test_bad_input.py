@@ -54,7 +54,7 @@ def idle(monkeypatch):
     def begun(*_, **__):
         raise AssertionError("long work has begun")
 
-    for owner, name in ((pl.Trainer, "fit"), (pl.Trainer, "test"), (PGD, "_attack")):
+    for owner, name in ((pl.Trainer, "fit"), (pl.Trainer, "test"), (PGD, "search")):
         monkeypatch.setattr(owner, name, begun)
 
 
@@ -227,7 +227,7 @@ SETTINGS = [
     ("attack._target_=mixadv.losses.AT", "attack._target_=mixadv.losses.AT is no Attack", "called with (mixture, x, y"),
     # An objective is called as well, but with other arguments.
     (
-        "attack._target_=mixadv.attacks.objectives.AveragedCE",
+        "attack._target_=mixadv.attacks.objectives.AveragedLoss",
         "attack._target_=mixadv.attacks.objectives",
         "called with (mixture",
     ),

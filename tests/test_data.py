@@ -670,17 +670,7 @@ def test_the_data_folder_comes_from_the_environment(monkeypatch, tmp_path):
 def test_the_stream_alone_does_not_import_lightning():
     code = (
         "import sys, mixadv.data, mixadv.data.stream; "
-        "print([m for m in ('pytorch_lightning', 'torchvision', 'sklearn', 'PIL') if m in sys.modules]); "
-        "assert mixadv.data.BatchStream is mixadv.data.stream.BatchStream"
+        "print([m for m in ('pytorch_lightning', 'torchvision', 'sklearn', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_the_package_names_what_it_exports():
-    import mixadv.data
-
-    for name in mixadv.data.__all__:
-        assert getattr(mixadv.data, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        mixadv.data.nothing  # noqa: B018

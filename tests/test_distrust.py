@@ -30,7 +30,7 @@ from mixadv.threat_model import ThreatModel
 NAMES = [
     *("zero-gradients", "probabilities", "random-outputs", "batch-dependent", "black-box-beats-white-box"),
     *("noise-beats-pgd", "more-steps-do-not-hurt", "larger-eps-does-not-hurt", "ce-and-dlr-disagree"),
-    *("robust-above-clean", "survives-grey", "left-the-ball"),
+    *("robust-above-clean", "survives-grey"),
 ]
 
 # What each must raise at least; what else it raises is true of it as well.
@@ -300,12 +300,6 @@ def test_accuracy_that_an_attack_raises(wrong, flagged):
     assert set(raised) == ({"robust-above-clean"} if flagged else set())
     if flagged:
         assert raised["robust-above-clean"] == "clean accuracy is 80.0%, under attack it is 100.0% (pgd)."
-
-
-def test_points_outside_the_ball_are_passed_on():
-    assert flags(Linear(), points(12), left_the_ball={"pgd": 0}) == {}
-    found = flags(Linear(), points(12), left_the_ball={"pgd": 0, "arc": 7})
-    assert found == {"left-the-ball": "points outside ball or box: arc 7."}
 
 
 # --- manners ---------------------------------------------------------------------------------------------------

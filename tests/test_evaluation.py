@@ -9,7 +9,8 @@ from torch import nn
 from mixadv.attacks import PGD
 from mixadv.attacks.suite import TWIN
 from mixadv.errors import UserError
-from mixadv.evaluation import EvaluationRecord, EvaluationState, confidence_interval, evaluate, fingerprint
+from mixadv.evaluation import EvaluationRecord, EvaluationState, evaluate, fingerprint
+from mixadv.intervals import confidence_interval
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 

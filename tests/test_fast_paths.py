@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from conftest import QUIET
-from mixadv.attacks import APGD, ARC, PGD, AttackSuite, AveragedCE, ExpectedLoss, Square, SubsetAttack
+from mixadv.attacks import APGD, ARC, PGD, AttackSuite, AveragedLoss, ExpectedLoss, Square, SubsetAttack
 from mixadv.attacks.objectives import InnerLoss, TargetedLoss
 from mixadv.attacks.search import value_and_gradient
 from mixadv.data.stream import BatchStream
@@ -54,7 +54,7 @@ def joint(mixture, objective, x, y, clean):
 
 @pytest.mark.parametrize(
     "objective",
-    [ExpectedLoss(), ExpectedLoss("dlr"), InnerLoss(TRADES(2.0)), AveragedCE(), TargetedLoss(rank=2)],
+    [ExpectedLoss(), ExpectedLoss("dlr"), InnerLoss(TRADES(2.0)), AveragedLoss(), TargetedLoss(rank=2)],
     ids=["ce", "dlr", "trades", "averaged", "targeted"],
 )
 def test_the_gradient_member_by_member_is_that_of_one_graph(objective):
@@ -84,7 +84,7 @@ class Noting(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize(("objective", "most"), [(ExpectedLoss(), 1), (AveragedCE(), 3)])
+@pytest.mark.parametrize(("objective", "most"), [(ExpectedLoss(), 1), (AveragedLoss(), 3)])
 @pytest.mark.parametrize("attack", [PGD, APGD])
 def test_an_expectation_holds_the_graph_of_one_member(attack, objective, most):
     mixture, (x, y) = networks(), batch(6)
@@ -168,7 +168,15 @@ def test_batches_of_many_sizes_take_few_graphs():
 
 @pytest.mark.parametrize(
     "attack",
-    [PGD(2), APGD(2), APGD(2, loss="dlr-targeted"), APGD(2, on="averaged"), ARC(2), SubsetAttack(2), Square(4)],
+    [
+        PGD(2),
+        APGD(2),
+        APGD(2, loss="dlr-targeted"),
+        APGD(2, objective=AveragedLoss("dlr")),
+        ARC(2),
+        SubsetAttack(2),
+        Square(4),
+    ],
     ids=["pgd", "apgd", "apgd-t", "apgd-averaged", "arc", "subsets", "square"],
 )
 def test_every_attack_runs_on_compiled_members(attack):

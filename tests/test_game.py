@@ -45,7 +45,7 @@ def test_value_and_best_response_agree_with_loops(dtype, masked):
     weights = MASSES if masked else torch.full((5,), 0.2, dtype=torch.float64)
     picked = sum(weights[i] * losses[i, response.choice[i]].double() for i in range(5))
     torch.testing.assert_close(response.gradient, picked, rtol=0, atol=1e-15)
-    torch.testing.assert_close(game.subgradient(LAM), picked, rtol=0, atol=1e-15)
+    torch.testing.assert_close(game.best_response(LAM).gradient, picked, rtol=0, atol=1e-15)
     assert not masked or MASK[torch.arange(5), response.choice].all()
     alone = [best_value(losses, unit, masses, mask) for unit in torch.eye(3)]
     np.testing.assert_allclose(game.deterministic_values().numpy(), alone, atol=1e-15)
@@ -84,7 +84,7 @@ def test_motivating_example_in_fractions():
     assert game.value(half) == 0.5
     mixed = torch.tensor([[0.0, 0.25, 0.25], [0.25, 0.0, 0.0], [0.25, 0.0, 0.0]])
     assert game.response_value(mixed) == 0.5
-    assert game.duality_gap(half, mixed) == 0.0
+    assert game.value(half) - game.response_value(mixed) == 0.0
     # The best pure attacker reaches only 1/4: the attacker must randomise too.
     pure = [[0.5 * (torch.arange(3) == j), *mixed[1:]] for j in range(3)]
     assert max(game.response_value(torch.stack(attack)) for attack in pure) == 0.25
@@ -95,7 +95,7 @@ def test_response_value_and_gap_by_hand():
     attack = torch.tensor([[0.5, 0.5]])
     assert game.response_value(attack) == 0.0
     assert game.value(torch.tensor([1.0, 0.0])) == 3.0
-    assert game.duality_gap(torch.tensor([1.0, 0.0]), attack) == 3.0
+    assert game.value(torch.tensor([1.0, 0.0])) - game.response_value(attack) == 3.0
 
 
 @pytest.mark.usefixtures("chunk_entries")
@@ -120,7 +120,7 @@ def test_subgradient_inequality():
     generator = torch.Generator().manual_seed(2)
     for _ in range(50):
         lam, mu = torch.rand(2, 3, generator=generator, dtype=torch.float64)
-        assert game.value(mu) >= game.value(lam) + (game.subgradient(lam) @ (mu - lam)).item() - 1e-14
+        assert game.value(mu) >= game.value(lam) + (game.best_response(lam).gradient @ (mu - lam)).item() - 1e-14
 
 
 @pytest.mark.usefixtures("chunk_entries")

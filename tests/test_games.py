@@ -181,7 +181,7 @@ def test_a_solution_that_contradicts_the_theory_is_an_error(monkeypatch, wrong):
 
     class Careless:
         def solve(self, game):
-            return Equilibrium(lam, 0.0, 0.0, attack, "optimal", {}, 1, None, 0.0, "best")
+            return Equilibrium(lam, 0.0, 0.0, attack, "optimal", {}, 1, None, 0.0)
 
     monkeypatch.setattr(values, "LinearProgram", Careless)
     with pytest.raises(RuntimeError, match=r"contradict D = V_rand|no strategy of the attacker"):

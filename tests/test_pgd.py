@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixadv.attacks import PGD, AveragedCE, ExpectedLoss, InnerLoss
+from mixadv.attacks import PGD, AveragedLoss, ExpectedLoss, InnerLoss
 from mixadv.losses import AT, TRADES
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
@@ -126,10 +126,10 @@ def test_objectives_by_hand():
     ce = -np.log(right)
     np.testing.assert_allclose(ExpectedLoss()(z, y, weights), lam @ ce, rtol=1e-6)
     np.testing.assert_allclose(InnerLoss(AT())(z, y, weights, None), lam @ ce, rtol=1e-6)
-    np.testing.assert_allclose(AveragedCE()(z, y, weights), -np.log(lam @ right), rtol=1e-6)
+    np.testing.assert_allclose(AveragedLoss()(z, y, weights), -np.log(lam @ right), rtol=1e-6)
     divergence = (q * np.log(q / p)).sum(-1)
     np.testing.assert_allclose(InnerLoss(TRADES())(z, y, weights, clean), lam @ divergence, rtol=1e-6)
-    assert [o.needs_clean for o in (ExpectedLoss(), AveragedCE(), InnerLoss(AT()), InnerLoss(TRADES()))] == [
+    assert [o.needs_clean for o in (ExpectedLoss(), AveragedLoss(), InnerLoss(AT()), InnerLoss(TRADES()))] == [
         False,
         False,
         False,
@@ -145,7 +145,7 @@ OBJECTIVES = [
     ExpectedLoss("ce"),
     ExpectedLoss("margin"),
     ExpectedLoss("dlr"),
-    AveragedCE(),
+    AveragedLoss(),
     InnerLoss(TRADES()),
 ]
 
@@ -375,7 +375,7 @@ def test_a_member_without_weight_does_not_matter():
     mixture, x, y = networks()
     mixture.set_weights([0.7, 0.3, 0.0])
     pair = Mixture(list(mixture.members)[:2], [0.7, 0.3]).eval()
-    for objective in (ExpectedLoss(), AveragedCE()):
+    for objective in (ExpectedLoss(), AveragedLoss()):
         attack = PGD(3, objective=objective)
         both = [attack(m, x, y, L2, torch.Generator().manual_seed(0)) for m in (mixture, pair)]
         torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-5)

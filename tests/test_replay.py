@@ -12,7 +12,7 @@ from torch import nn
 
 from attack_problems import Failing
 from mixadv import load_mixture
-from mixadv.attacks import ARC, PGD, AttackSuite, ExpectedLoss, Square, SubsetAttack, Transfer
+from mixadv.attacks import ARC, PGD, AttackSuite, ExpectedLoss, Square, SubsetAttack
 from mixadv.data.digits import Digits
 from mixadv.evaluation import evaluate
 from mixadv.instantiate import instantiate
@@ -412,7 +412,7 @@ def short(attack):
 
 STRICT = {name: short(attack) for name, attack in AttackSuite.from_protocol("strict").attacks.items()}
 SUITE = AttackSuite({name: STRICT[name] for name in ("noise", "pgd-50", "arc")})
-WHOLE = {**STRICT, "transfer": Transfer(STRICT["pgd-50"]), "a suite": SUITE}
+WHOLE = {**STRICT, "a suite": SUITE}
 
 
 class Watched(nn.Module):

@@ -18,22 +18,21 @@ from scipy import stats
 
 from mixadv.errors import UserError
 from mixadv.report import (
-    compare,
     draw_curves,
     draw_sweep,
     find_runs,
     read_run,
     report,
-    results_table,
     show_run,
     sweep_table,
     write_table_csv,
 )
-from mixadv.report.comparison import compare_with_best_member, member_sentence
+from mixadv.report.cells import print_whole
+from mixadv.report.comparison import compare, compare_with_best_member, member_sentence
 from mixadv.report.figures import curves_figure, member_style, running_mean
 from mixadv.report.names import format_eps, group_name, number
 from mixadv.report.sweeps import sweep_figure
-from mixadv.report.tables import print_whole
+from mixadv.report.tables import results_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WEIGHTS = [0.5, 0.2, 0.3]

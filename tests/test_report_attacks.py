@@ -16,9 +16,9 @@ from scipy import stats
 
 from evaluated_run import ATTACKS, MIXTURE_ONLY, write_evaluation
 from mixadv.errors import UserError
-from mixadv.report import attack_figures
-from mixadv.report.attack_figures import attacks_figure, draw_evaluation, eps_figure, evaluation_figures, steps_figure
+from mixadv.report.attack_figures import attacks_figure, eps_figure, evaluation_figures, steps_figure
 from mixadv.report.attacks import (
+    attack_rows,
     attacks_table,
     classifiers,
     flags_of,
@@ -27,6 +27,7 @@ from mixadv.report.attacks import (
     total_seconds,
     wilson,
 )
+from mixadv.report.cells import print_whole
 from mixadv.report.examples import (
     Examples,
     amplification,
@@ -35,9 +36,8 @@ from mixadv.report.examples import (
     read_examples,
     wrong_members,
 )
-from mixadv.report.figures import STYLE
+from mixadv.report.figures import STYLE, save
 from mixadv.report.files import Run, read_run
-from mixadv.report.tables import print_whole
 
 EIGHT = (0.1, 0.2, 0.05, 0.15, 0.1, 0.1, 0.1, 0.2)
 TWIN = "averaged twin"
@@ -136,9 +136,9 @@ def test_flags_and_settings_in_words(evaluated: tuple[Run, dict[str, Any]]) -> N
     assert settings_text(ATTACKS["apgd-ce"]) == "APGD(objective=CrossEntropy)"
     assert settings_text({"queries": 5}) == "queries=5"
     assert settings_text(None) == ""
-    assert total_seconds({"seconds": 3, "seconds_on_parts": 4.5}) == 7.5
-    assert total_seconds({"seconds": 3}) == 3
-    assert total_seconds({}) is None
+    times = [{"seconds": 3, "seconds_on_parts": 4.5}, {"seconds": 3}, {}]
+    run = edit(run, attacks={str(i): entry for i, entry in enumerate(times)})
+    assert [total_seconds(row) for row in attack_rows(run)] == [7.5, 3, None]
 
 
 # The table --------------------------------------------------------------------------------------------------
@@ -385,14 +385,20 @@ def test_text_that_cannot_be_shown_becomes_spaces() -> None:
 # Files ------------------------------------------------------------------------------------------------------
 
 
-def test_draw_evaluation_writes_what_the_files_hold(tmp_path: Path) -> None:
+def draw(path: Path) -> tuple[list[str], list[str]]:
+    """Every figure that the run has, written beside its files; their names, and what is damaged."""
+    figures, damage = evaluation_figures(read_run(path))
+    return [save(build, path / name).name for name, build in figures.items()], damage
+
+
+def test_figures_show_what_the_files_hold(tmp_path: Path) -> None:
     from PIL import Image
 
     write_evaluation(tmp_path / "run", weights=(1.0,), pictures=2)
     names = ["attacks.png", "eps.png", "steps.png", "examples.png"]
     # Neither mathematics nor missing characters stop a drawing.
     run = edit(read_run(tmp_path / "run"), data={"name": "$\\frac{\x00 _$"}, threat_model={"norm": "$x$", "eps": 0.25})
-    assert draw_evaluation(run.path) == [run.path / name for name in names]
+    assert draw(run.path) == (names, [])
     for name in names:
         with Image.open(run.path / name) as image:
             image.load()
@@ -400,31 +406,27 @@ def test_draw_evaluation_writes_what_the_files_hold(tmp_path: Path) -> None:
     assert not list(run.path.glob(".*"))
 
 
-def test_what_is_missing_is_not_drawn_and_damage_is_told_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_is_not_drawn_and_damage_is_told(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "run", pictures=0)
     run = read_run(tmp_path / "run")
-    drawn: list[str] = []
-    monkeypatch.setattr(attack_figures, "save", lambda build, path: drawn.append(path.name) or path)
     edit(run, curves=None)
-    assert draw_evaluation(run.path) == [run.path / "attacks.png"]
+    assert draw(run.path) == (["attacks.png"], [])
     edit(run, attacks={})
-    assert draw_evaluation(run.path) == []
-    drawn.clear()
+    assert draw(run.path) == ([], [])
     (run.path / "examples.npz").write_bytes(b"PK no archive")
     edit(
         run,
         curves={"eps": 3, "steps": {"steps": [0, 5], "mixture": [0.5, 0.7]}},
         attacks={"pgd-3": {"expected_accuracy": 0.5}},
     )
-    with pytest.raises(UserError, match=r"curves\.eps is not an object; .*examples\.npz cannot be read"):
-        draw_evaluation(run.path)
+    drawn, (curves, examples) = draw(run.path)
+    assert "curves.eps is not an object" in curves
+    assert "examples.npz cannot be read" in examples
     assert drawn == ["attacks.png", "steps.png"]
 
 
 def test_a_run_without_results_has_nothing_to_draw(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert draw_evaluation(tmp_path / "run") == []
+    assert draw(tmp_path / "run") == ([], [])
     with pytest.raises(UserError, match="not a directory"):
-        draw_evaluation(tmp_path / "absent")
+        draw(tmp_path / "absent")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mixadv.simplex import entropy, is_distribution, project_simplex, uniform
+from mixadv.simplex import is_distribution, project_simplex, uniform
 from oracles_game import project_by_supports
 
 ROWS = st.integers(1, 6).flatmap(
@@ -113,12 +113,6 @@ def test_uniform():
     assert uniform(2, dtype=torch.float32, device="cpu").dtype == torch.float32
     with pytest.raises(ValueError, match="at least one member, got 0"):
         uniform(0)
-
-
-def test_entropy():
-    lam = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]], dtype=torch.float64)
-    np.testing.assert_allclose(entropy(lam).numpy(), [1.5 * math.log(2), 0.0], atol=1e-15)
-    assert entropy(uniform(7)).item() == pytest.approx(math.log(7), abs=1e-15)
 
 
 @pytest.mark.parametrize(

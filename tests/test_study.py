@@ -18,35 +18,32 @@ from scipy import stats
 from mixadv.report import compare_settings, find_runs, report, sweep_table, write_table_csv
 from mixadv.report.comparison import paired
 from mixadv.report.differences import (
-    ALL,
-    APGD,
     BEST_MEMBER,
-    CLEAN,
     EQUAL_COMPUTING,
     EQUAL_EPOCHS,
-    GAP,
     LEARNED,
     MEASURED,
     MEASURED_SINGLE,
-    MEMBERS,
-    PGD,
     SCHEDULES,
     Difference,
     differences_table,
-    measured,
     write_differences_csv,
 )
 from mixadv.report.files import read_run
 from mixadv.report.names import number
+from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
 from mixadv.report.settings import grouped, headline, names_of, setting_of
-from mixadv.report.study_figures import (
+from mixadv.report.study import (
+    accuracies_on_test,
+    accuracy_figure,
+    cost_figure,
     learned_weights,
     study_figures,
+    timed_runs,
     training_figure,
     validation_curves,
     weights_figure,
 )
-from mixadv.report.study_results import accuracies_on_test, accuracy_figure, cost_figure, timed_runs
 
 COUNT = 60
 PASSES = ("pgd-20", "apgd-ce", "apgd-dlr", "arc", "apgd-ce on member 0")
@@ -319,7 +316,7 @@ def test_runs_on_other_images_are_not_compared(study: Path) -> None:
         (lambda a: {**a, "clean": a["clean"][:, None]}, "one finite number"),
         (lambda a: {key: value[..., :1] for key, value in a.items()}, "fewer than two images"),
         (lambda a: {key: value[..., :0] for key, value in a.items()}, "fewer than two images"),
-        (lambda a: {"labels": a["labels"]}, "is missing, or has no"),
+        (lambda a: {"labels": a["labels"]}, "has no 'robust'"),
         (lambda a: {**a, "members_robust": a["members_robust"][:0]}, ""),
     ],
 )

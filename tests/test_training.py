@@ -395,7 +395,7 @@ class Scripted(LambdaSolver):
     def solve(self, game, lam0=None, generator=None):
         weights = torch.tensor(self.answers[len(self.calls)], dtype=torch.float64)
         self.calls.append((game, lam0, generator))
-        return Equilibrium(weights, 0.25, None, None, "completed", {}, 1, None, None, "best")
+        return Equilibrium(weights, 0.25, None, None, "completed", {}, 1, None, None)
 
 
 def test_a_weights_phase_starts_from_the_current_weights_on_its_own_batch(digits):

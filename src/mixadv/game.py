@@ -11,14 +11,13 @@ the expectation over members, because the attacker does not see which member is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
-
-from mixadv.game_checks import checked_attack, checked_losses, checked_mask, checked_masses, largest_loss
 
 # Losses that are float64 at one time: 2 MiB stay in a CPU's cache, an accelerator wants long kernels.
 _CHUNK_ENTRIES_CPU = 1 << 18
@@ -50,7 +49,7 @@ class Equilibrium:
     """What a solver found.
 
     Attributes:
-        weights: [L] float64 on the CPU, the mixture's strategy lam.
+        weights: [L] float64 on the CPU, the mixture's strategy lam: of several iterates the best one.
         value: the un-regularised value of `weights` on the game, or on the pool drawn from it.
         gap: value - lower_bound >= 0, which bounds value - V; None where the game's responses are not exact.
         attack: [N, m], the attacker's strategy Q with sum_j Q[i, j] = mass_i; None where there is no fixed
@@ -61,7 +60,6 @@ class Equilibrium:
         num_attacks: best responses, and those that a game made for its pool.
         average_weights: [L], the mean of the iterates, where the method has a guarantee for it.
         lower_bound: the least expected loss of a member against one fixed mix of perturbations, so <= V.
-        selected: which iterate `weights` is: "best", "last" or "fixed".
     """
 
     weights: Tensor
@@ -73,7 +71,6 @@ class Equilibrium:
     num_attacks: int
     average_weights: Tensor | None
     lower_bound: float | None
-    selected: str
 
 
 @runtime_checkable
@@ -125,13 +122,13 @@ class FiniteGame:
     """
 
     def __init__(self, losses: Tensor, mask: Tensor | None = None, masses: Tensor | None = None) -> None:
-        self.losses = checked_losses(torch.as_tensor(losses).detach())
+        self.losses = _checked_losses(torch.as_tensor(losses).detach())
         self.num_examples, self.num_perturbations, self._num_members = self.losses.shape
-        self.mask = None if mask is None else checked_mask(torch.as_tensor(mask), self.losses)
-        self.masses = checked_masses(None if masses is None else torch.as_tensor(masses), self.losses)
+        self.mask = None if mask is None else _checked_mask(torch.as_tensor(mask), self.losses)
+        self.masses = _checked_masses(None if masses is None else torch.as_tensor(masses), self.losses)
         self.max_loss = 0.0
         for rows, chunk, _ in self._chunks():
-            self.max_loss = max(self.max_loss, largest_loss(chunk, rows.start))
+            self.max_loss = max(self.max_loss, _largest_loss(chunk, rows.start))
 
     @property
     def num_members(self) -> int:
@@ -175,10 +172,6 @@ class FiniteGame:
         """R(lam) = sum_i mass_i max_j sum_k lam_k A[i, j, k]."""
         return self.best_response(lam).value
 
-    def subgradient(self, lam: Tensor) -> Tensor:
-        """[L], the losses at a best response: R(mu) >= R(lam) + g·(mu - lam) for every mu (Danskin)."""
-        return self.best_response(lam).gradient
-
     def deterministic_values(self) -> Tensor:
         """[L], R of each member alone: sum_i mass_i max_j A[i, j, k]. The least of them is V_det >= V."""
         values = torch.zeros(self.num_members, dtype=torch.float64, device=self.losses.device)
@@ -197,17 +190,11 @@ class FiniteGame:
         Raises:
             ValueError: Q is not such a strategy; the message names the example.
         """
-        attack = checked_attack(torch.as_tensor(attack), self.masses, self.mask, self.losses)
+        attack = _checked_attack(torch.as_tensor(attack), self.masses, self.mask, self.losses)
         values = torch.zeros(self.num_members, dtype=torch.float64, device=self.losses.device)
         for rows, losses, _ in self._chunks():
             values += attack[rows].to(torch.float64).reshape(-1) @ losses.reshape(-1, self.num_members)
         return values.min().item()
-
-    def duality_gap(self, lam: Tensor, attack: Tensor) -> float:
-        """R(lam) - response_value(Q): >= 0 (up to rounding) for lam on the simplex, 0 at a Nash equilibrium
-        (lam, Q).
-        """
-        return self.value(lam) - self.response_value(attack)
 
     def smoothed_value(self, lam: Tensor, alpha: float | Tensor) -> float:
         """F(lam) = sum_i mass_i alpha_i log( (1/m_i) sum_j exp( A[i, j, :]·lam / alpha_i ) ).
@@ -337,3 +324,80 @@ class FiniteGame:
 
 def _forbid(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+# What a finite game demands of its tensors; each message names the first offending index and the remedy.
+
+
+def _checked_losses(losses: Tensor) -> Tensor:
+    """Losses [N, m, L], real, without an empty dimension."""
+    shape = list(losses.shape)
+    if losses.ndim != 3:
+        raise ValueError(f"losses must be [examples, perturbations, members], got shape {shape}")
+    for size, what in zip(shape, ("examples", "perturbations", "members"), strict=True):
+        if size == 0:
+            raise ValueError(f"losses of shape {shape} hold no {what}: each dimension needs one or more")
+    if losses.is_complex():
+        raise ValueError(f"losses must be real, got dtype {losses.dtype}")
+    return losses
+
+
+def _checked_mask(mask: Tensor, losses: Tensor) -> Tensor:
+    """A bool mask [N, m] beside the losses, with something allowed for every example."""
+    shape = losses.shape[:2]
+    if mask.shape != shape or mask.dtype != torch.bool:
+        got = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"mask must be torch.bool {list(shape)}, True where allowed, got {got}")
+    mask = mask.to(losses.device)
+    if empty := _first(~mask.any(1)):
+        raise ValueError(f"example {empty[0]} is fully masked: allow a perturbation, such as none at all")
+    return mask
+
+
+def _checked_masses(masses: Tensor | None, losses: Tensor) -> Tensor:
+    """Probabilities [N] in float64 beside the losses, 1/N by default, their rounding error divided away."""
+    n, device = len(losses), losses.device
+    if masses is None:
+        return torch.full((n,), 1.0 / n, dtype=torch.float64, device=device)
+    if masses.shape != (n,):
+        raise ValueError(f"masses must be [{n}], one per example, got shape {list(masses.shape)}")
+    masses = masses.detach().to(device, torch.float64)
+    if bad := _first(~(torch.isfinite(masses) & (masses >= 0))):
+        raise ValueError(f"masses must be finite and >= 0, but masses{bad} is {masses[bad[0]].item()}")
+    total = masses.sum()
+    if abs(total.item() - 1.0) > 1e-6:
+        raise ValueError(f"masses must sum to 1, got {total.item()}: divide them by their sum")
+    return masses / total
+
+
+def _largest_loss(losses: Tensor, first_example: int) -> float:
+    """max |l| of a chunk [n, m, L], which begins at `first_example` and is zero where masked."""
+    # NaN and infinity survive the maximum, so one number vouches for the whole chunk.
+    largest = losses.abs().amax().item()
+    if not math.isfinite(largest):
+        i, j, k = _first(~torch.isfinite(losses))
+        name = f"losses[{first_example + i}, {j}, {k}]"
+        raise ValueError(f"{name} is {losses[i, j, k].item()}: losses must be finite, or masked")
+    return largest
+
+
+def _checked_attack(attack: Tensor, masses: Tensor, mask: Tensor | None, losses: Tensor) -> Tensor:
+    """An attacker's strategy [N, m] >= 0 whose rows sum to the masses, zero on masked perturbations."""
+    shape = losses.shape[:2]
+    if attack.shape != shape:
+        raise ValueError(f"attack must be {list(shape)}, got shape {list(attack.shape)}")
+    attack = attack.detach().to(losses.device)
+    if bad := _first(~(torch.isfinite(attack) & (attack >= 0))):
+        raise ValueError(f"attack must be finite and >= 0, but attack{bad} is {attack[tuple(bad)].item()}")
+    if mask is not None and (bad := _first(~mask & (attack > 0))):
+        raise ValueError(f"attack{bad} is {attack[tuple(bad)].item()}, but that perturbation is masked")
+    sums = attack.sum(1, dtype=torch.float64)
+    if bad := _first((sums - masses).abs() > 1e-5 * masses + 1e-12):
+        total, mass = sums[bad[0]].item(), masses[bad[0]].item()
+        raise ValueError(f"attack{bad} sums to {total}, but the example has mass {mass}: scale the rows to it")
+    return attack
+
+
+def _first(wrong: Tensor) -> list[int]:
+    """The index of the first True, or an empty list."""
+    return wrong.nonzero()[0].tolist() if bool(wrong.any()) else []

@@ -57,15 +57,6 @@ def uniform(num_members: int, dtype: torch.dtype = torch.float64, device: torch.
     return torch.full((num_members,), 1.0 / num_members, dtype=dtype, device=device)
 
 
-def entropy(lam: Tensor) -> Tensor:
-    """Shannon entropy -sum_k lam_k log lam_k in nats, with 0 log 0 = 0: [..., L] -> [...], between 0 and log
-    L.
-
-    A row with a negative entry has entropy -inf.
-    """
-    return torch.special.entr(lam).sum(-1)
-
-
 def is_distribution(lam: Tensor, atol: float = 1e-6) -> bool:
     """Whether every row of lam [..., L] is on the simplex: lam_k >= -atol and |sum_k lam_k - 1| <= atol.
 

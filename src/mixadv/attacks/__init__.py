@@ -5,13 +5,12 @@ generator)`.
 from mixadv.attacks.apgd import APGD
 from mixadv.attacks.arc import ARC
 from mixadv.attacks.noise import UniformNoise
-from mixadv.attacks.objectives import AveragedCE, AveragedLoss, ExpectedLoss, InnerLoss, Objective, TargetedLoss
+from mixadv.attacks.objectives import AveragedLoss, ExpectedLoss, InnerLoss, Objective, TargetedLoss
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import Attack
 from mixadv.attacks.square import Square
 from mixadv.attacks.subsets import SubsetAttack
 from mixadv.attacks.suite import AttackSuite, SuiteRecord
-from mixadv.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
@@ -19,7 +18,6 @@ __all__ = [
     "PGD",
     "Attack",
     "AttackSuite",
-    "AveragedCE",
     "AveragedLoss",
     "ExpectedLoss",
     "InnerLoss",
@@ -28,6 +26,5 @@ __all__ = [
     "SubsetAttack",
     "SuiteRecord",
     "TargetedLoss",
-    "Transfer",
     "UniformNoise",
 ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mixadv.attacks.objectives import ON, AveragedCE, AveragedLoss, ExpectedLoss, Objective, TargetedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, value_and_gradient, warn_of_nan_gradients
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.objectives import ExpectedLoss, Objective, TargetedLoss
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 LOSSES = ("ce", "margin", "dlr", "dlr-targeted")
@@ -34,7 +35,7 @@ def checkpoints(num_steps: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class APGD:
+class APGD(SearchAttack):
     """Auto-PGD (Croce & Hein, ICML 2020, Algorithm 1) on an objective of the whole mixture, differentiated exactly.
 
     With eta_0 = 2 eps, z = P(x_k + eta * direction of the gradient) and P the projection, a step is
@@ -45,12 +46,11 @@ class APGD:
 
     num_steps: gradient steps N of each run: N + 1 forward and N backward passes per member.
     restarts: independent starts, for each target. With start="none" they would coincide: one is run.
-    loss: what is climbed: "ce", "margin", "dlr", or "dlr-targeted" (one run per target class).
-    on: "expected": sum_k lambda_k loss(f_k(x')). "averaged": the loss of the averaged prediction
-        log sum_k lambda_k softmax(f_k(x')).
+    loss: what is climbed in expectation, sum_k lambda_k loss(f_k(x')): "ce", "margin", "dlr", or "dlr-targeted" (one
+        run per target class).
     targets: the number T of targets of "dlr-targeted": the T most probable wrong classes of the averaged prediction
         at x, or all of them where there are fewer; None means 9, as in AutoAttack.
-    objective: any other objective of `mixadv.attacks.objectives`, in place of `loss` and `on`.
+    objective: any other objective of `mixadv.attacks.objectives`, in place of `loss`.
     rho, momentum: see above; momentum=1 is none.
     start: "uniform" in the ball, "none" (x).
 
@@ -58,24 +58,23 @@ class APGD:
     has the same sign, but is not invariant to the scale of the logits.
 
     What is returned, per example: over x itself, all starts and all iterates, the point of lowest exact expected
-    accuracy sum_k lambda_k 1[f_k(x') = y], and among equals of highest objective; whatever `on` says. To measure the
-    ensemble, attack `Mixture([mixture])`, whose only member is the averaged prediction: then its accuracy decides.
-    An example whose expected accuracy has reached 0 cannot get worse, and is left alone from there on.
+    accuracy sum_k lambda_k 1[f_k(x') = y], and among equals of highest objective. To measure the ensemble, attack
+    `Mixture([mixture])`, whose only member is the averaged prediction: then its accuracy decides. An example whose
+    expected accuracy has reached 0 cannot get worse, and is left alone from there on.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters, and left as found. Logits so large that a loss saturates in floating point are not rescaled: the
-    cross-entropy then has no gradient to climb, DLR has.
+    Logits so large that a loss saturates in floating point are not rescaled: the cross-entropy then has no gradient to
+    climb, DLR has. Warns where NaN gradients kept it from climbing.
 
-    Warns where NaN gradients kept it from climbing.
-
-    Raises ValueError for unknown names, numbers out of range, settings that others overrule; for x not float32 or
-    float64, labels that do not match, x outside the box; for an objective without a gradient.
+    Raises ValueError for unknown names, numbers out of range, settings that others overrule; for an objective without a
+    gradient.
     """
+
+    transfers: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
 
     num_steps: int = 100
     restarts: int = 1
     loss: str = "ce"
-    on: str = "expected"
     targets: int | None = None
     objective: Objective | None = None
     rho: float = 0.75
@@ -83,40 +82,17 @@ class APGD:
     start: str = "uniform"
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}: it must be at least 0")
-        if self.restarts < 1:
-            raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
-        for name, value, known in (("loss", self.loss, LOSSES), ("on", self.on, ON), ("start", self.start, STARTS)):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        self.require({"num_steps": 0, "restarts": 1}, {"loss": LOSSES, "start": STARTS})
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho is {self.rho}: it is a fraction of steps, from 0 to 1")
         if not (math.isfinite(self.momentum) and 0 < self.momentum <= 1):
             raise ValueError(f"momentum is {self.momentum}: the weight of the new step must be above 0, at most 1")
         if self.targets is not None and self.loss != "dlr-targeted":
             raise ValueError(f"targets is {self.targets}, but loss={self.loss} has none: use loss=dlr-targeted")
-        if self.targets is not None and self.targets < 1:
-            raise ValueError(f"targets is {self.targets}: it must be at least 1")
-        if self.objective is not None and (self.loss, self.on) != ("ce", "expected"):
-            raise ValueError("an objective takes the place of loss and on: give either it or them")
-
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
-        if threat_model.eps == 0 or len(x) == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
-        with torch.inference_mode(False), torch.enable_grad(), mixture.attack_mode():
-            return self._attack(mixture, x.detach().clone(), y.clone(), threat_model, generator)
+        if self.targets is not None:
+            self.require({"targets": 1})
+        if self.objective is not None and self.loss != "ce":
+            raise ValueError("an objective takes the place of loss: give either of them")
 
     def objectives(self, num_classes: int) -> tuple[Objective, ...]:
         """What is climbed on C classes, one objective per run (times restarts)."""
@@ -126,45 +102,40 @@ class APGD:
             loss = "dlr" if num_classes >= 4 else "margin"
             targets = min(DEFAULT_TARGETS if self.targets is None else self.targets, num_classes - 1)
             # With a single class the first rank is refused by name.
-            return tuple(TargetedLoss(loss, rank, self.on) for rank in range(1, max(targets, 1) + 1))
-        loss = "margin" if self.loss == "dlr" and num_classes < 3 else self.loss
-        if self.on == "expected":
-            return (ExpectedLoss(loss),)
-        return (AveragedCE() if loss == "ce" else AveragedLoss(loss),)
+            return tuple(TargetedLoss(loss, rank) for rank in range(1, max(targets, 1) + 1))
+        return (ExpectedLoss("margin" if self.loss == "dlr" and num_classes < 3 else self.loss),)
 
-    def _attack(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
         with torch.no_grad():
             clean = mixture.member_logits(x)
         objectives = self.objectives(clean.shape[-1])
-        worst = WorstPoints(mixture, x, y)
-        worst.offer(x, clean, objectives[0](clean, y, mixture.weights, clean))
-        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        climb, worst = Climb.begin(mixture, objectives[0], x, y, clean=clean)
         # Restarts outside, so that more of them repeat what fewer do, and then go on.
         for _ in range(1 if self.start == "none" else self.restarts):
             for objective in objectives:
-                self._climb(_Run(mixture, objective, x, y, clean, worst, blind), threat_model, generator)
-        warn_of_nan_gradients("APGD", blind, "climb", stacklevel=3)
+                self._climb(replace(climb, objective=objective), worst, threat_model, generator)
+        warn_of_nan_gradients("APGD", climb.blind, "climb", stacklevel=3)
         return worst.x
 
-    def _climb(self, run: _Run, threat_model: ThreatModel, generator: torch.Generator | None) -> None:
-        """One start, whose points go to `run.worst`."""
-        rows = run.worst.open()
+    def _climb(
+        self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, generator: torch.Generator | None
+    ) -> None:
+        """One start, whose points go to `worst`."""
+        rows = worst.open()
         if not len(rows):
             return
-        origin = run.x[rows]
+        origin = climb.x[rows]
         x = threat_model.sample(origin, generator) if self.start == "uniform" else origin
-        value, grad = run.measure(x, rows, self.num_steps > 0)
+        if not self.num_steps:
+            climb.look(x, rows)
+            return
+        value, grad = climb.up(x, rows)
         state = _State.begin(rows, origin, x, grad, value, 2 * threat_model.eps)
         reviews, reviewed = checkpoints(self.num_steps), 0
         for step in range(1, self.num_steps + 1):
-            open_ = run.worst.accuracy[state.rows] > 0
+            open_ = worst.accuracy[state.rows] > 0
             if not bool(open_.all()):
                 state.keep(open_)
                 if not len(state.rows):
@@ -174,42 +145,14 @@ class APGD:
             if step > 1:
                 x = torch.lerp(state.x, x, self.momentum).add_(state.x - state.previous, alpha=1 - self.momentum)
                 x = threat_model.project(x, state.origin)
-            value, grad = run.measure(x, state.rows, step < self.num_steps)
-            if step < self.num_steps:
-                state.move(x, grad, value)
-                if step in reviews:
-                    state.review(self.rho * (step - reviewed))
-                    reviewed = step
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What does not change from step to step. worst, blind: see `APGD._attack`; both are written to."""
-
-    mixture: Mixture
-    objective: Objective
-    x: Tensor
-    y: Tensor
-    clean: Tensor
-    worst: WorstPoints
-    blind: Tensor
-
-    def measure(self, points: Tensor, rows: Tensor, climbing: bool) -> tuple[Tensor, Tensor]:
-        """Offer one point of each example of `rows` [R]; its objective [R] (NaN counts as -inf) and gradient [R, ...].
-
-        Where climbing goes no further no gradient is computed; zeros take its place.
-        """
-        clean = self.clean[:, rows] if self.objective.needs_clean else None
-        if climbing:
-            logits, value, grad = value_and_gradient(self.mixture, self.objective, points, self.y[rows], clean)
-        else:
-            with torch.no_grad():
-                logits = self.mixture.member_logits(points)
-                value = self.objective(logits, self.y[rows], self.mixture.weights, clean)
-            grad = torch.zeros_like(points)
-        self.worst.offer(points, logits, value, rows)
-        self.blind[rows] |= grad.flatten(1).isnan().any(1)
-        return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
+            if step == self.num_steps:
+                climb.look(x, state.rows)
+                return
+            value, grad = climb.up(x, state.rows)
+            state.move(x, grad, value)
+            if step in reviews:
+                state.review(self.rho * (step - reviewed))
+                reviewed = step
 
 
 @dataclass

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.boundaries import (
     Boundary,
@@ -17,8 +15,8 @@ from mixadv.attacks.boundaries import (
     per_example,
 )
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, warn_of_nan_gradients
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 ORDERS = ("random", "weights")
@@ -30,7 +28,7 @@ PUBLISHED_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
-class ARC:
+class ARC(SearchAttack):
     """Attacking randomized ensembles (Dbouk & Shanbhag, Adversarial Vulnerability of Randomized Ensembles, ICML 2022).
 
     A perturbation delta is kept for each example. K times, a local step v starts at 0 and the members of positive
@@ -61,15 +59,10 @@ class ARC:
     A step as long as eps finds most on linear members; where members bend on the scale of eps short ones are needed
     too, so the steps shrink. Decreasing weights try one order only, and may find less than random orders.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters, and left as found. Members without gradient are not turned, but count. Warns where NaN gradients kept
-    it from moving.
+    Members without gradient are not turned, but count. Warns where NaN gradients kept it from moving.
 
-    Raises ValueError for unknown names, counts or sizes out of range; for x not float32 or float64, labels that do not
-    match, x outside the box; where no member has a gradient.
+    Raises ValueError for unknown names, counts or sizes out of range; where no member has a gradient.
     """
-
-    transfers: ClassVar[bool] = False
 
     num_steps: int = 20
     step_size: float = 1.0
@@ -80,74 +73,47 @@ class ARC:
     variant: str = "exact"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_steps", 0), ("num_runner_ups", 1), ("restarts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size is {self.step_size}: it must be positive (in units of eps)")
+        least = {"num_steps": 0, "num_runner_ups": 1, "restarts": 1}
+        self.require(least, {"order": ORDERS, "variant": VARIANTS})
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is {self.decay}: it must be positive and at most 1 (a constant step)")
-        if self.order not in ORDERS:
-            raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
-        if threat_model.eps == 0 or x.numel() == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
-        with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            search = _Search(self, mixture, x.detach().clone(), y.clone(), threat_model, generator)
-            for restart in range(self.restarts):
-                search.run(from_x=restart == 0)
-        warn_of_nan_gradients("ARC", search.blind, "move", stacklevel=2)
-        return search.worst.x
+        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        turnable = members_with_gradient(mixture, x)
+        search = _Search(self, climb, worst, threat_model, generator, turnable)
+        for restart in range(self.restarts):
+            search.run(from_x=restart == 0)
+        warn_of_nan_gradients("ARC", climb.blind, "move", stacklevel=3)
+        return worst.x
 
 
+@dataclass(frozen=True, eq=False)
 class _Search:
-    """One call of ARC: the batch, the worst points found so far, and the examples that met NaN gradients."""
+    """One call of ARC; turnable: the members that have a gradient."""
 
-    def __init__(
-        self,
-        settings: ARC,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.settings, self.mixture, self.x, self.y = settings, mixture, x, y
-        self.threat_model, self.generator = threat_model, generator
-        self.blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.worst = WorstPoints(mixture, x, y)
-        self.at_x = self.measure(x, torch.arange(len(x), device=x.device))
-        self.turnable = members_with_gradient(mixture, x)
+    settings: ARC
+    climb: Climb
+    worst: WorstPoints
+    threat_model: ThreatModel
+    generator: torch.Generator | None
+    turnable: list[int]
 
     def measure(self, points: Tensor, rows: Tensor) -> Tensor:
         """The exact expected accuracy at one point of each example `rows`, [R]; the worst points see it too."""
-        logits = self.mixture.member_logits(points)
-        y = self.y[rows]
-        self.worst.offer(points, logits, ExpectedLoss("margin")(logits, y, self.mixture.weights), rows)
-        return self.mixture.expectation(logits.argmax(-1) == y)
+        logits, _ = self.climb.look(points, rows)
+        return self.climb.mixture.expectation(logits.argmax(-1) == self.climb.y[rows])
 
     def run(self, from_x: bool) -> None:
         """One start and K steps, for the examples that can still get worse."""
         rows = self.worst.open()
         if not len(rows):
             return
-        x = self.x[rows]
+        x = self.climb.x[rows]
         if from_x:
-            points, accuracy = x, self.at_x[rows]
+            points, accuracy = x, self.worst.accuracy[rows]
         else:
             points = self.threat_model.sample(x, self.generator)
             accuracy = self.measure(points, rows)
@@ -164,16 +130,16 @@ class _Search:
     def visit_members(self, points: Tensor, accuracy: Tensor, rows: Tensor, step: float) -> tuple[Tensor, Tensor]:
         """One of the K steps, local steps being `step` long: from x + delta [R, ...] and its accuracy [R] on."""
         published = self.settings.variant == "published"
-        x, y = self.x[rows], self.y[rows]
+        x, y = self.climb.x[rows], self.climb.y[rows]
         v = torch.zeros_like(points)
         # What v leads to is known when v is accepted, and as good as x + delta: folding it in needs no pass.
         folded, accuracy = points.clone(), accuracy.clone()
         for k in self.order():
             origin = points + v if published else points
             boundary = nearest_boundary(
-                self.mixture.members[k], origin, y, self.threat_model, self.settings.num_runner_ups, published
+                self.climb.mixture.members[k], origin, y, self.threat_model, self.settings.num_runner_ups, published
             )
-            self.blind[rows] |= boundary.blind
+            self.climb.blind[rows] |= boundary.blind
             if published:
                 beta = published_length(boundary, v, step, PUBLISHED_MARGIN * self.threat_model.eps)
             else:
@@ -194,10 +160,10 @@ class _Search:
     def order(self) -> list[int]:
         """The members in the order of one step's visits."""
         if self.settings.order == "weights":
-            order = self.mixture.weights.argsort(descending=True, stable=True).tolist()
+            order = self.climb.mixture.weights.argsort(descending=True, stable=True).tolist()
         else:
             device = "cpu" if self.generator is None else self.generator.device
-            order = torch.randperm(self.mixture.num_members, generator=self.generator, device=device).tolist()
+            order = torch.randperm(self.climb.mixture.num_members, generator=self.generator, device=device).tolist()
         return [k for k in order if k in self.turnable]
 
 

@@ -3,64 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import check_batch, worst_from_x
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import Climb, SearchAttack
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 
 @dataclass(frozen=True)
-class UniformNoise:
+class UniformNoise(SearchAttack):
     """The worst of `num_samples` random points of S_eps(x), see `ThreatModel.sample`, and of x itself.
 
     Per example: the lowest exact expected accuracy sum_k lambda_k 1[f_k(x') = y], and among equals the highest
     objective, see `mixadv.attacks.objectives`. An example whose expected accuracy has reached 0 is left alone from
     there on. In many dimensions random points find little; an attack that finds less than they do is broken.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. Members need not be differentiable; the mixture is
-    asked in eval mode and left as found.
-
-    Raises ValueError for num_samples below 1; for x not float32 or float64, labels that do not match, x outside the
-    box.
+    Members need not be differentiable. Raises ValueError for num_samples below 1.
     """
-
-    transfers: ClassVar[bool] = False
 
     num_samples: int = 100
     objective: Objective = field(default_factory=ExpectedLoss)
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples is {self.num_samples}: it must be at least 1")
+        self.require({"num_samples": 1})
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
-        if threat_model.eps == 0 or x.numel() == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be written to outside it; their clones can.
-        with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            x, y = x.detach().clone(), y.clone()
-            worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
-            for _ in range(self.num_samples):
-                rows = worst.open()
-                if not len(rows):
-                    break
-                points = threat_model.sample(x[rows], generator)
-                logits = mixture.member_logits(points)
-                reference = None if clean_logits is None else clean_logits[:, rows]
-                worst.offer(points, logits, self.objective(logits, y[rows], mixture.weights, reference), rows)
-            return worst.x
+        climb, worst = Climb.begin(mixture, self.objective, x, y)
+        for _ in range(self.num_samples):
+            rows = worst.open()
+            if not len(rows):
+                break
+            climb.look(threat_model.sample(x[rows], generator), rows)
+        return worst.x

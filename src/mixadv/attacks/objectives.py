@@ -10,13 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from mixadv.losses import ATTACK_LOSSES, TARGETED_LOSSES, RobustLoss, cross_entropy
+from mixadv.losses import ATTACK_LOSSES, TARGETED_LOSSES, RobustLoss
 from mixadv.mixture import log_average
-
-ON = ("expected", "averaged")
 
 
 class Objective(Protocol):
@@ -66,27 +63,12 @@ class ExpectedLoss:
 
 
 @dataclass(frozen=True)
-class AveragedCE:
-    """-log sum_k lambda_k softmax(f_k(x'))_y: the cross-entropy of the averaged prediction.
-
-    At most the expected cross-entropy (Jensen). It measures the ensemble, not the randomized classifier.
-    """
-
-    @property
-    def needs_clean(self) -> bool:
-        return False
-
-    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
-        losses = cross_entropy(logits, y)
-        return -torch.logsumexp(weights.to(losses).log()[:, None] - losses, dim=0)
-
-
-@dataclass(frozen=True)
 class AveragedLoss:
     """loss(log sum_k lambda_k softmax(f_k(x')), y), loss one of "ce", "margin", "dlr"; ValueError for another name.
 
     The log-probabilities of the averaged prediction take the place of the logits; with one member "margin" and "dlr"
-    are those of its logits, which a softmax only shifts. It measures the ensemble, not the randomized classifier.
+    are those of its logits, which a softmax only shifts. "ce" is at most the expected cross-entropy (Jensen). It
+    measures the ensemble, not the randomized classifier.
     """
 
     loss: str = "ce"
@@ -105,25 +87,21 @@ class AveragedLoss:
 
 @dataclass(frozen=True)
 class TargetedLoss:
-    """A targeted loss that pulls all members towards one wrong class t(x), the same from start to end.
+    """sum_k lambda_k loss_t(f_k(x')): pulls all members towards one wrong class t(x), the same from start to end.
 
     t(x) is the `rank`-th most probable wrong class (from 1) of the averaged prediction at the clean input.
 
     loss: "dlr" (needs 4 classes) or "margin".
-    on: "expected", sum_k lambda_k loss_t(f_k(x')); "averaged", loss_t(log sum_k lambda_k softmax(f_k(x'))).
 
     Raises ValueError for unknown names, a rank below 1 or beyond the wrong classes, missing clean logits.
     """
 
     loss: str = "dlr"
     rank: int = 1
-    on: str = "expected"
 
     def __post_init__(self) -> None:
         if self.loss not in TARGETED_LOSSES:
             raise ValueError(f"unknown targeted loss {self.loss!r}: choose one of {', '.join(TARGETED_LOSSES)}")
-        if self.on not in ON:
-            raise ValueError(f"unknown on={self.on!r}: choose one of {', '.join(ON)}")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}: 1 is the most probable wrong class")
 
@@ -142,8 +120,6 @@ class TargetedLoss:
         if clean_logits is None:
             raise ValueError("targets are chosen at the clean input: pass the clean logits")
         target = self.target(clean_logits, y, weights)
-        if self.on == "averaged":
-            return TARGETED_LOSSES[self.loss](log_average(logits, weights), y, target)
         return _expectation(TARGETED_LOSSES[self.loss](logits, y, target), weights)
 
 

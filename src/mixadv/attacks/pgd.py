@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import WorstPoints, check_batch, value_and_gradient, warn_of_nan_gradients
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import Climb, SearchAttack, warn_of_nan_gradients
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 STARTS = ("uniform", "gaussian", "none")
@@ -18,7 +18,7 @@ KEEPS = ("accuracy", "objective", "last")
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(SearchAttack):
     """Projected gradient ascent (Madry et al., ICLR 2018) on sum_k lambda_k loss_k, differentiated exactly.
 
     num_steps: gradient steps K of each restart.
@@ -35,15 +35,18 @@ class PGD:
             and among equals the highest objective. An example whose expected accuracy has reached 0 cannot get
             worse, and is left alone from there on.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with
-    frozen parameters, and left as found. Under autocast the iterates stay in the dtype of x.
+    It may be called with start_at=..., points of the ball, of the shape of x, that take the place of the first start;
+    further restarts begin as `start` says. A run of K steps continued from its last iterate is a run of more steps, bit
+    for bit. Under autocast the iterates stay in the dtype of x.
 
     Warns where NaN gradients kept it from climbing (not for keep="last": asking would stall the accelerator).
 
-    Raises ValueError for unknown names, step counts or sizes out of range; for x not float32 or float64 (half
-    precision cannot hold a point of the ball), labels that do not match, x outside the box (not looked at for
-    keep="last", for the same reason); for an objective without a gradient.
+    Raises ValueError for unknown names, step counts or sizes out of range; for an objective without a gradient. With
+    keep="last" it is not looked whether x lies in the box, for the same reason.
     """
+
+    transfers: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
 
     num_steps: int = 20
     step_size: float = 0.25
@@ -53,125 +56,62 @@ class PGD:
     keep: str = "accuracy"
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}: it must be at least 0")
-        if self.restarts < 1:
-            raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size is {self.step_size}: it must be positive (in units of eps)")
-        if self.start not in STARTS:
-            raise ValueError(f"unknown start {self.start!r}: choose one of {', '.join(STARTS)}")
-        if self.keep not in KEEPS:
-            raise ValueError(f"unknown keep {self.keep!r}: choose one of {', '.join(KEEPS)}")
+        self.require({"num_steps": 0, "restarts": 1}, {"start": STARTS, "keep": KEEPS})
 
-    def __call__(
+    @property
+    def asks_for_box(self) -> bool:
+        return self.keep != "last"
+
+    def search(
         self,
-        mixture: Mixture | nn.Module,
+        mixture: Mixture,
         x: Tensor,
         y: Tensor,
         threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None,
         start_at: Tensor | None = None,
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member.
-
-        start_at: points of the ball, of the shape of x, that take the place of the first start; further restarts
-            begin as `start` says. A run of K steps continued from its last iterate is a run of more steps, bit for bit.
-        """
-        check_batch(x, y, None if self.keep == "last" else threat_model)
-        if start_at is not None and start_at.shape != x.shape:
-            raise ValueError(f"start_at has shape {tuple(start_at.shape)}, x has {tuple(x.shape)}")
-        if threat_model.eps == 0 or len(x) == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
-        with torch.inference_mode(False), torch.enable_grad(), mixture.attack_mode():
-            first = None if start_at is None else start_at.detach().to(x.dtype, copy=True)
-            return self._attack(mixture, x.detach().clone(), y.clone(), threat_model, generator, first)
-
-    def _attack(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
-        first: Tensor | None,
-    ) -> Tensor:
-        weights = mixture.weights
-        worst: WorstPoints | None = None
-        clean_logits: Tensor | None = None
-        if self.objective.needs_clean or self.keep != "last":
+        if start_at is not None:
+            if start_at.shape != x.shape:
+                raise ValueError(f"start_at has shape {tuple(start_at.shape)}, x has {tuple(x.shape)}")
+            start_at = start_at.detach().to(x.dtype, copy=True)
+        if self.keep == "last":
             with torch.no_grad():
-                clean = mixture.member_logits(x)
-                clean_logits = clean if self.objective.needs_clean else None
-                if self.keep != "last":
-                    worst = WorstPoints(mixture, x, y, self.keep == "accuracy")
-                    worst.offer(x, clean, self.objective(clean, y, weights, clean_logits))
-        if worst is None:
-            return self._climb(mixture, x, y, threat_model, clean_logits, generator, first)
-
-        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+                clean = mixture.member_logits(x) if self.objective.needs_clean else None
+            blind = torch.zeros(0, dtype=torch.bool, device=x.device)
+            climb = Climb(mixture, self.objective, x, y, clean, None, blind)
+            return self._run(climb, threat_model, generator, start_at)
+        climb, worst = Climb.begin(mixture, self.objective, x, y, self.keep == "accuracy")
         for run in range(1 if self.start == "none" else self.restarts):
-            start = first if run == 0 else None
-            self._search(mixture, x, y, threat_model, clean_logits, generator, worst, blind, start)
-        warn_of_nan_gradients("PGD", blind, "climb", stacklevel=3)
+            self._run(climb, threat_model, generator, start_at if run == 0 else None)
+        warn_of_nan_gradients("PGD", climb.blind, "climb", stacklevel=3)
         return worst.x
 
-    def _climb(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        clean_logits: Tensor | None,
-        generator: torch.Generator | None,
-        first: Tensor | None,
+    def _run(
+        self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None, first: Tensor | None
     ) -> Tensor:
-        """The last iterate, and nothing but the passes that it takes."""
-        x_adv = self.starting_points(x, threat_model, generator) if first is None else first
-        for _ in range(self.num_steps):
-            grad = value_and_gradient(mixture, self.objective, x_adv, y, clean_logits)[2]
-            x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
-            x_adv = threat_model.project(x_adv, x)
-        return x_adv
-
-    def _search(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        clean_logits: Tensor | None,
-        generator: torch.Generator | None,
-        worst: WorstPoints,
-        blind: Tensor,
-        first: Tensor | None,
-    ) -> None:
-        """One start, whose points go to `worst`; `blind` marks the examples that met NaN gradients."""
-        rows = torch.arange(len(x), device=x.device)
+        """One start and where it ends, after nothing but the passes that this takes."""
+        x, worst = climb.x, climb.worst
+        # All examples without a copy of them, or those that can still get worse.
+        rows: Any = slice(None) if worst is None else torch.arange(len(x), device=x.device)
         x_adv: Tensor | None = None
         for step in range(self.num_steps + 1):
-            if self.keep == "accuracy":
+            if worst is not None and self.keep == "accuracy":
                 open_ = worst.accuracy[rows] > 0
                 if not bool(open_.all()):
                     rows = rows[open_]
                     x_adv = None if x_adv is None else x_adv[open_]
-            if not len(rows):
-                return
+                if not len(rows):
+                    break
             if x_adv is None:
                 x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
-            clean = None if clean_logits is None else clean_logits[:, rows]
-            if step == self.num_steps:
-                with torch.no_grad():
-                    logits = mixture.member_logits(x_adv)
-                    worst.offer(x_adv, logits, self.objective(logits, y[rows], mixture.weights, clean), rows)
-                return
-            logits, value, grad = value_and_gradient(mixture, self.objective, x_adv, y[rows], clean)
-            worst.offer(x_adv, logits, value, rows)
-            blind[rows] |= grad.flatten(1).isnan().any(1)
-            x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
-            x_adv = threat_model.project(x_adv, x[rows])
+            if step < self.num_steps:
+                grad = climb.up(x_adv, rows)[1]
+                x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
+                x_adv = threat_model.project(x_adv, x[rows])
+            elif worst is not None:
+                climb.look(x_adv, rows)
+        return x if x_adv is None else x_adv
 
     def starting_points(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
         """Points of the ball where a run begins, drawn as `start` says: [B, ...]."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedObjective, Objective
-from mixadv.mixture import Mixture
+from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
 NO_GRADIENT = (
@@ -25,6 +29,76 @@ class Attack(Protocol):
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
         """Perturbed images of the shape of x [B, ...], for labels y [B]."""
+
+
+class SearchAttack(ABC):
+    """What our attacks have in common: the batch is checked once, and the members are as they were found afterwards.
+
+    Calling one returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
+    parameters, and left as found; members that are never drawn take no part.
+
+    transfers: whether points against one member or the averaged twin are worth replaying on the mixture.
+    differentiates: whether the search itself runs with gradients switched on.
+    """
+
+    transfers: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
+
+    def require(self, least: Mapping[str, int], one_of: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Check settings by name.
+
+        Args:
+            least: the least value of counts; a `step_size`, where there is one, must be positive.
+            one_of: what names may be.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {bound}")
+        size = getattr(self, "step_size", 1.0)
+        if not (math.isfinite(size) and size > 0):
+            raise ValueError(f"step_size is {size}: it must be positive (in units of eps)")
+        for name, known in (one_of or {}).items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+
+    @property
+    def asks_for_box(self) -> bool:
+        """Whether it is checked that x lies in the box, which waits for the device."""
+        return True
+
+    def __call__(
+        self,
+        mixture: Mixture | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None = None,
+        **more: Tensor | None,
+    ) -> Tensor:
+        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member.
+
+        Args:
+            more: what `search` takes besides.
+
+        Raises:
+            ValueError: as `check_batch`, or the attack cannot work on this mixture.
+        """
+        check_batch(x, y, threat_model if self.asks_for_box else None)
+        if threat_model.eps == 0 or x.numel() == 0:
+            return x.detach().clone()
+        mixture = as_mixture(mixture).support()
+        # Tensors made under inference_mode can neither be differentiated through nor written to; their clones can.
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiates), mixture.attack_mode():
+            return self.search(mixture, x.detach().clone(), y.clone(), threat_model, generator, **more)
+
+    @abstractmethod
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+    ) -> Tensor:
+        """The perturbed images, for a batch and a mixture that have been looked at."""
 
 
 class WorstPoints:
@@ -78,15 +152,6 @@ class WorstPoints:
     def open(self) -> Tensor:
         """[R] long, the examples that can still get worse: some member that may be drawn is right."""
         return (self.accuracy > 0).nonzero().flatten()
-
-
-def worst_from_x(mixture: Mixture, x: Tensor, y: Tensor, objective: Objective) -> tuple[WorstPoints, Tensor | None]:
-    """The record of worst points with x itself offered, and the members' logits there if the objective needs them."""
-    clean = mixture.member_logits(x)
-    clean_logits = clean if objective.needs_clean else None
-    worst = WorstPoints(mixture, x, y)
-    worst.offer(x, clean, objective(clean, y, mixture.weights, clean_logits))
-    return worst, clean_logits
 
 
 def warn_of_nan_gradients(attack: str, blind: Tensor, verb: str, stacklevel: int) -> None:
@@ -146,6 +211,69 @@ def value_and_gradient(
         raise ValueError(NO_GRADIENT)
     every = mixture.stack_logits(logits[::-1])
     return every, objective(every, y, weights, clean_logits), total
+
+
+@dataclass(frozen=True)
+class Climb:
+    """An objective, what it is climbed on, and what has been found so far.
+
+    Attributes:
+        clean: [L, B, C], the members' logits at x; None where nobody asks for them.
+        worst: the worst points; None where only the last ones count.
+        blind: [B] bool, the examples that met NaN gradients.
+    """
+
+    mixture: Mixture
+    objective: Objective
+    x: Tensor
+    y: Tensor
+    clean: Tensor | None
+    worst: WorstPoints | None
+    blind: Tensor
+
+    @classmethod
+    def begin(
+        cls,
+        mixture: Mixture,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        by_accuracy: bool = True,
+        clean: Tensor | None = None,
+    ) -> tuple[Climb, WorstPoints]:
+        """With x itself among the worst points; clean: the members' logits at x, where they are known."""
+        if clean is None:
+            with torch.no_grad():
+                clean = mixture.member_logits(x)
+        worst = WorstPoints(mixture, x, y, by_accuracy)
+        worst.offer(x, clean, objective(clean, y, mixture.weights, clean))
+        blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        return cls(mixture, objective, x, y, clean, worst, blind), worst
+
+    def look(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The members' logits [L, R, C] and the objective [R] at one point of each example of `rows` [R], offered."""
+        with torch.no_grad():
+            logits = self.mixture.member_logits(points)
+            return logits, self.offer(points, logits, rows)
+
+    def offer(self, points: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+        """Show points with known logits [L, R, C] to the worst ones; the objective [R] there."""
+        value = self.objective(logits, self.y[rows], self.mixture.weights, self._clean(rows))
+        if self.worst is not None:
+            self.worst.offer(points, logits, value, rows)
+        return value
+
+    def up(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `look`; the objective [R] there (NaN counts as -inf) and its gradient [R, ...]."""
+        clean = self._clean(rows)
+        logits, value, grad = value_and_gradient(self.mixture, self.objective, points, self.y[rows], clean)
+        if self.worst is not None:
+            self.worst.offer(points, logits, value, rows)
+            self.blind[rows] |= grad.flatten(1).isnan().any(1)
+        return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
+
+    def _clean(self, rows: Tensor) -> Tensor | None:
+        return self.clean[:, rows] if self.clean is not None and self.objective.needs_clean else None
 
 
 def check_points(name: str, x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import WorstPoints, check_batch, worst_from_x
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 # Of 10,000 queries, those after which the windows' area is halved (section 4.1 of the paper).
@@ -20,7 +19,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(SearchAttack):
     """Square Attack (Andriushchenko, Croce, Flammarion & Hein, ECCV 2020) on a mixture, without gradients.
 
     Random search that climbs an objective, by default the exact expected margin
@@ -46,14 +45,9 @@ class Square:
     intervals. In images that are not square, windows wider than the shorter side become rectangles. Each example has
     windows of its own; one whose expected accuracy has reached 0 is left alone from there on.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. Members need not be differentiable; the mixture is
-    asked in eval mode and left as found.
-
-    Raises ValueError for num_queries or restarts below 1, p_init outside (0, 1]; for x not float32 or float64 or of
-    another shape, labels that do not match, x outside the box.
+    Members need not be differentiable. Raises ValueError for num_queries or restarts below 1, p_init outside (0, 1], x
+    of another shape.
     """
-
-    transfers: ClassVar[bool] = False
 
     num_queries: int = 5000
     p_init: float = 0.8
@@ -61,52 +55,28 @@ class Square:
     objective: Objective = field(default_factory=lambda: ExpectedLoss("margin"))
 
     def __post_init__(self) -> None:
-        if self.num_queries < 1:
-            raise ValueError(f"num_queries is {self.num_queries}: it must be at least 1")
-        if self.restarts < 1:
-            raise ValueError(f"restarts is {self.restarts}: it must be at least 1")
+        self.require({"num_queries": 1, "restarts": 1})
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init is {self.p_init}: it is a share of the pixels, above 0 and at most 1")
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
         if x.ndim > 4:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, H, W], [B, H, W] or [B, d]")
-        if threat_model.eps == 0 or x.numel() == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be written to outside it; their clones can.
-        with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            x, y = x.detach().clone(), y.clone()
-            worst, clean_logits = worst_from_x(mixture, x, y, self.objective)
-            dice = _Dice(generator, x.device)
-            for _ in range(self.restarts):
-                self._search(mixture, x, y, threat_model, clean_logits, dice, worst)
-            return worst.x
+        climb, worst = Climb.begin(mixture, self.objective, x, y)
+        dice = _Dice(generator, x.device)
+        for _ in range(self.restarts):
+            self._walk(climb, worst, threat_model, dice)
+        return worst.x
 
-    def _search(
-        self,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        clean_logits: Tensor | None,
-        dice: _Dice,
-        worst: WorstPoints,
-    ) -> None:
+    def _walk(self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, dice: _Dice) -> None:
         """One restart, whose points go to `worst`."""
+        x = climb.x
         images = x.reshape(len(x), *[1] * (4 - x.ndim), *x.shape[1:])
         moves: _Linf | _L2 = (_Linf if threat_model.norm == "linf" else _L2)(threat_model, dice)
         # Climbing by accuracy first, it would never give up one fooled member for two others.
-        walk = WorstPoints(mixture, x, y, by_accuracy=False)
+        walk = WorstPoints(climb.mixture, x, climb.y, by_accuracy=False)
         for query in range(self.num_queries):
             rows = worst.open()
             if not len(rows):
@@ -117,11 +87,7 @@ class Square:
                 height, width = _window(self._share(query), images.shape[-2:], moves.least)
                 points = moves.propose(walk.x[rows].reshape(images[rows].shape), images[rows], height, width)
             points = points.reshape(x[rows].shape)
-            logits = mixture.member_logits(points)
-            clean = None if clean_logits is None else clean_logits[:, rows]
-            objective = self.objective(logits, y[rows], mixture.weights, clean)
-            walk.offer(points, logits, objective, rows)
-            worst.offer(points, logits, objective, rows)
+            walk.offer(points, *climb.look(points, rows), rows)
 
     def _share(self, query: int) -> float:
         """p at the query of that number: halvings at the rescaled iterations."""

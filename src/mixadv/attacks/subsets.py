@@ -7,15 +7,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary, per_example
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import WorstPoints, check_batch, warn_of_nan_gradients
-from mixadv.mixture import Mixture, as_mixture
+from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 # The last step relative to the first; between them the steps fall geometrically.
@@ -25,7 +24,7 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class SubsetAttack:
+class SubsetAttack(SearchAttack):
     """For each of many sets S of members, a search for a point that fools all of S.
 
     The exact expected accuracy sum_k lambda_k 1[f_k(x') = y] takes at most 2^L values, one for each set of fooled
@@ -56,15 +55,10 @@ class SubsetAttack:
     Per example, the worst of x and all points tried is returned: the lowest expected accuracy, and among equals the
     highest expected margin. An example whose expected accuracy has reached 0 is left alone from there on.
 
-    Calling it returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters, and left as found. Members without gradient do not pull, but count. Warns where NaN gradients kept
-    it from moving.
+    Members without gradient do not pull, but count. Warns where NaN gradients kept it from moving.
 
-    Raises ValueError for counts or sizes out of range; for x not float32 or float64, labels that do not match, x
-    outside the box; where no member has a gradient.
+    Raises ValueError for counts or sizes out of range; where no member has a gradient.
     """
-
-    transfers: ClassVar[bool] = False
 
     num_steps: int = 20
     step_size: float = 1.0
@@ -73,61 +67,34 @@ class SubsetAttack:
     max_subsets: int = 15
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "restarts", "max_subsets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ValueError(f"step_size is {self.step_size}: it must be positive (in units of eps)")
+        self.require({"num_steps": 1, "restarts": 1, "max_subsets": 1})
         if not (math.isfinite(self.kappa) and self.kappa >= 0):
             raise ValueError(f"kappa is {self.kappa}: it must be at least 0 (in units of eps)")
 
-    def __call__(
-        self,
-        mixture: Mixture | nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None = None,
+    def search(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member."""
-        check_batch(x, y, threat_model)
-        if threat_model.eps == 0 or x.numel() == 0:
-            return x.detach().clone()
-        mixture = as_mixture(mixture).support()
-        # Tensors made under inference_mode cannot be differentiated through; their clones outside it can.
-        with torch.inference_mode(False), torch.no_grad(), mixture.attack_mode():
-            search = _Search(self, mixture, x.detach().clone(), y.clone(), threat_model, generator)
-            sets = subsets_by_weight(search.weights.tolist(), self.max_subsets, generator)
-            for restart, members in itertools.product(range(self.restarts), sets):
-                search.run(members, from_x=restart == 0)
-        warn_of_nan_gradients("SubsetAttack", search.blind, "move", stacklevel=2)
-        return search.worst.x
+        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        weights, turnable = mixture.weights / mixture.weights.sum(), members_with_gradient(mixture, x)
+        search = _Search(self, climb, worst, threat_model, generator, weights, turnable)
+        sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
+        for restart, members in itertools.product(range(self.restarts), sets):
+            search.run(members, from_x=restart == 0)
+        warn_of_nan_gradients("SubsetAttack", climb.blind, "move", stacklevel=3)
+        return worst.x
 
 
+@dataclass(frozen=True, eq=False)
 class _Search:
-    """One call of SubsetAttack: the batch, the worst points so far, and the examples that met NaN gradients."""
+    """One call of SubsetAttack; turnable: the members that have a gradient."""
 
-    def __init__(
-        self,
-        settings: SubsetAttack,
-        mixture: Mixture,
-        x: Tensor,
-        y: Tensor,
-        threat_model: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.settings, self.mixture, self.x, self.y = settings, mixture, x, y
-        self.threat_model, self.generator = threat_model, generator
-        self.weights = mixture.weights / mixture.weights.sum()
-        self.blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.worst = WorstPoints(mixture, x, y)
-        self.offer(x, mixture.member_logits(x), torch.arange(len(x), device=x.device))
-        self.turnable = members_with_gradient(mixture, x)
-
-    def offer(self, points: Tensor, logits: Tensor, rows: Tensor) -> None:
-        """Show one point of each example `rows`, with all members' logits there, to the worst points."""
-        objective = ExpectedLoss("margin")(logits, self.y[rows], self.mixture.weights)
-        self.worst.offer(points, logits, objective, rows)
+    settings: SubsetAttack
+    climb: Climb
+    worst: WorstPoints
+    threat_model: ThreatModel
+    generator: torch.Generator | None
+    weights: Tensor
+    turnable: list[int]
 
     def run(self, members: Sequence[int], from_x: bool) -> None:
         """One start for one set, for the examples that it can make worse."""
@@ -136,32 +103,32 @@ class _Search:
         rows = (self.worst.accuracy > rest + TOLERANCE).nonzero().flatten()
         if not pulling or not len(rows):
             return
-        x = self.x[rows]
+        x = self.climb.x[rows]
         points = x if from_x else self.threat_model.sample(x, self.generator)
         for step in range(self.settings.num_steps):
             length = self.settings.step_size * self.threat_model.eps * LAST_STEP ** (step / self.settings.num_steps)
             logits, pull = self.pull(points, rows, pulling)
-            self.offer(points, logits, rows)
+            self.climb.offer(points, logits, rows)
             moved = self.threat_model.ascent_step(points, pull, length)
-            unfooled = (logits[list(members)].argmax(-1) == self.y[rows]).any(0)
+            unfooled = (logits[list(members)].argmax(-1) == self.climb.y[rows]).any(0)
             rows, points = rows[unfooled], moved[unfooled]
             if not len(rows):
                 return
-            points = self.threat_model.project(points, self.x[rows])
-        self.offer(points, self.mixture.member_logits(points), rows)
+            points = self.threat_model.project(points, self.climb.x[rows])
+        self.climb.look(points, rows)
 
     def pull(self, points: Tensor, rows: Tensor, pulling: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The logits of all members [L, R, C], and where the objective of the set `pulling` falls, [R, ...]."""
         kappa = self.settings.kappa * self.threat_model.eps
         total = torch.zeros_like(points)
         logits = []
-        for k, member in enumerate(self.mixture.members):
+        for k, member in enumerate(self.climb.mixture.members):
             if k not in pulling:
                 logits.append(member(points))
                 continue
-            boundary = nearest_boundary(member, points, self.y[rows], self.threat_model)
+            boundary = nearest_boundary(member, points, self.climb.y[rows], self.threat_model)
             logits.append(boundary.logits)
-            self.blind[rows] |= boundary.blind
+            self.climb.blind[rows] |= boundary.blind
             total += per_example((boundary.distance > -kappa).to(total), total) * boundary.normal
         return torch.stack([z.to(logits[0]) for z in logits]), total
 

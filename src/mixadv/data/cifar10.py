@@ -4,18 +4,17 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torchvision.datasets import CIFAR10 as Reader
+from torchvision.datasets.utils import calculate_md5
 
 from mixadv.data.base import ImageCorpus, ImageDataModule, user_cache
-from mixadv.data.download import DownloadFailed, describe_mismatch, fetch, md5_of
+from mixadv.data.download import DownloadFailed, describe_mismatch, fetch
 from mixadv.errors import UserError
-
-if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR10 as Reader
 
 _READ_ERRORS = (OSError, tarfile.TarError, EOFError)
 
@@ -61,10 +60,8 @@ class CIFAR10(ImageDataModule):
         self._verified = False
 
     @classmethod
-    def reader(cls) -> "type[Reader]":
+    def reader(cls) -> type[Reader]:
         """torchvision's reader: the names, addresses and md5 sums of the archive and of every file in it."""
-        from torchvision.datasets import CIFAR10 as Reader
-
         return Reader
 
     def prepare_data(self) -> None:
@@ -124,7 +121,7 @@ class CIFAR10(ImageDataModule):
 
     def _verify(self, folder: Path) -> None:
         for name, expected in self._sums().items():
-            actual = md5_of(folder / name)
+            actual = calculate_md5(folder / name)
             if actual != expected:
                 raise UserError(
                     f"CIFAR-10: {folder / name} {describe_mismatch(folder / name, expected, actual)}. "
@@ -143,7 +140,7 @@ class CIFAR10(ImageDataModule):
             archive.stat()
         except FileNotFoundError:
             return None
-        actual = md5_of(archive)
+        actual = calculate_md5(archive)
         if actual != reader.tgz_md5:
             raise UserError(
                 f"CIFAR-10: {archive} {describe_mismatch(archive, reader.tgz_md5, actual)}. "

@@ -1,7 +1,5 @@
 """One file from the first of several addresses that delivers it with the right checksum."""
 
-import hashlib
-import os
 import tempfile
 import threading
 import urllib.request
@@ -10,6 +8,8 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError, URLError
+
+from torchvision.datasets.utils import calculate_md5
 
 CONNECTION_TIMEOUT = 15.0
 TOTAL_CONNECTION_TIME = 45.0
@@ -22,15 +22,6 @@ class DownloadFailed(Exception):
     def __init__(self, reasons: Sequence[str]) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = list(reasons)
-
-
-def md5_of(path: Path) -> str:
-    """MD5 of a file, in hexadecimal."""
-    md5 = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            md5.update(chunk)
-    return md5.hexdigest()
 
 
 def looks_like_html(path: Path) -> bool:
@@ -59,22 +50,17 @@ def fetch(urls: Sequence[str], target: Path, md5: str) -> None:
     timeout = min(CONNECTION_TIMEOUT, TOTAL_CONNECTION_TIME / max(1, len(urls)))
     reasons = []
     for url in urls:
-        handle, temporary_name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        temporary = Path(temporary_name)
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            with open(temporary, "wb") as file:
                 reason = _copy(url, file, timeout)
             if reason is None:
-                actual = md5_of(temporary)
+                actual = calculate_md5(temporary)
                 if actual == md5:
-                    # mkstemp keeps the file private; a data set may be shared like any other new file.
-                    temporary.chmod(0o644)
                     temporary.replace(target)
                     return
                 reason = describe_mismatch(temporary, md5, actual)
             reasons.append(f"{url}: {reason}")
-        finally:
-            temporary.unlink(missing_ok=True)
     raise DownloadFailed(reasons)
 
 
@@ -91,22 +77,16 @@ def _copy(url: str, file: IO[bytes], timeout: float) -> str | None:
             return str(error.reason)
         return str(error) or type(error).__name__
     expected = int(response.headers.get("Content-Length") or 0) or None
-    received = 0
     columns = ("downloading {task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with response, Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(url, total=expected)
-        while True:
-            try:
-                chunk = response.read(_CHUNK)
-            except (OSError, HTTPException) as error:
-                return f"broke off after {received:,} bytes ({error})"
-            if not chunk:
-                break
-            file.write(chunk)
-            received += len(chunk)
-            progress.update(task, completed=received)
-    if expected is not None and received != expected:
-        return f"broke off after {received:,} of {expected:,} bytes"
+        try:
+            while chunk := response.read(_CHUNK):
+                progress.advance(task, file.write(chunk))
+        except (OSError, HTTPException) as error:
+            return f"broke off after {file.tell():,} bytes ({error})"
+    if expected is not None and file.tell() != expected:
+        return f"broke off after {file.tell():,} of {expected:,} bytes"
     return None
 
 

@@ -263,21 +263,13 @@ def _save_cache(candidates: Sequence[Path], arrays: dict[str, NDArray[Any]], fin
     """Write to the first place that takes it, by a temporary file and a rename."""
     failure: OSError | None = None
     for path in candidates:
-        temporary: Path | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            temporary = Path(name)
-            with os.fdopen(handle, "wb") as file:
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
                 contents: dict[str, Any] = {"fingerprint": np.array(fingerprint), **arrays}
-                np.savez(file, **contents)
-            # mkstemp keeps the file private; the cache belongs to whoever may read the images.
-            temporary.chmod(0o644)
-            temporary.replace(path)
+                np.savez(Path(folder) / path.name, **contents)
+                (Path(folder) / path.name).replace(path)
             return
-        except OSError as error:
+        except OSError as error:  # noqa: PERF203
             failure = error
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
     log.warning("The decoded images could not be cached (%s): they will be decoded in every run.", failure)

@@ -3,7 +3,7 @@
 from mixadv.evaluation.curves import curves
 from mixadv.evaluation.distrust import FLAGS, Flag, distrust
 from mixadv.evaluation.pool import equilibrium_of, pool_of
-from mixadv.evaluation.record import EvaluationRecord, confidence_interval
+from mixadv.evaluation.record import EvaluationRecord
 from mixadv.evaluation.run import evaluate
 from mixadv.evaluation.state import EvaluationState, fingerprint
 
@@ -12,7 +12,6 @@ __all__ = [
     "EvaluationRecord",
     "EvaluationState",
     "Flag",
-    "confidence_interval",
     "curves",
     "distrust",
     "equilibrium_of",

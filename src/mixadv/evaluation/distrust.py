@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import check_batch
 from mixadv.attacks.suite import TWIN, Pass, passes_of
-from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named, paired_interval
+from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named
 from mixadv.evaluation.record import ON, EvaluationRecord
+from mixadv.intervals import paired_interval
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -67,7 +67,6 @@ FLAGS: dict[str, str] = {
     "eval mode.",
     "survives-grey": "Look for what the model knows besides the image, such as the test set or the label, and for what "
     "hides its gradient.",
-    "left-the-ball": "Repair the attack, and discard what it found.",
 }
 
 
@@ -79,7 +78,6 @@ def distrust(
     record: EvaluationRecord | None = None,
     *,
     seed: int = 0,
-    left_the_ball: Mapping[str, int] = MappingProxyType({}),
     batch_size: int = 128,
 ) -> list[Flag]:
     """What speaks against the measured robustness of a mixture, in the order of `FLAGS`; nothing, if all goes well.
@@ -92,7 +90,6 @@ def distrust(
     Args:
         mixture: on the device of x; attacked in eval mode and left as found.
         record: what the evaluation found, on these or more images; its attacks are judged by their names.
-        left_the_ball: attack -> number of points outside ball or box.
         batch_size: of everything but the comparison of batches.
 
     Raises:
@@ -116,9 +113,6 @@ def distrust(
                     found[name] = f"{found[name]}; {sentence}" if name in found else sentence
     if record is not None:
         found |= _record(record)
-    outside = {name: count for name, count in left_the_ball.items() if count}
-    if outside:
-        found["left-the-ball"] = "points outside ball or box: " + ", ".join(f"{k} {n}" for k, n in outside.items())
     return [Flag(name, f"{found[name]}.", remedy) for name, remedy in FLAGS.items() if name in found]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod, sqrt
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import gradient
 from mixadv.attacks.suite import Pass
-from mixadv.evaluation.record import NORMAL_QUANTILE_975, confidence_interval
+from mixadv.intervals import confidence_interval, paired_interval
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -206,10 +205,3 @@ def _indices(mask: Tensor) -> list[int]:
 def named(members: list[int]) -> str:
     """Members in words."""
     return f"member{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}"
-
-
-def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean of paired differences between the ends of its 95 % interval."""
-    mean = float(differences.mean())
-    half = NORMAL_QUANTILE_975 * float(differences.std()) / sqrt(len(differences))
-    return mean - half, mean, mean + half

@@ -2,31 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
-NORMAL_QUANTILE_975 = 1.959963984540054
+from mixadv.intervals import confidence_interval
+
 ON = " on "
-
-
-def confidence_interval(mean: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval for the mean of `count` values in [0, 1].
-
-    Exact binomial variance is the largest that values in [0, 1] with this mean can have, so for the fractional
-    accuracies of a mixture the interval is conservative; unlike the normal one it does not collapse at 0 and 1.
-    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927).
-    """
-    if count < 1:
-        raise ValueError("an interval needs at least one example")
-    z2 = NORMAL_QUANTILE_975**2
-    centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
-    half = NORMAL_QUANTILE_975 * sqrt(mean * (1 - mean) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    # At 0 and 1 the two terms cancel exactly in real numbers, not in floating point.
-    low = 0.0 if mean == 0 else max(0.0, centre - half)
-    high = 1.0 if mean == 1 else min(1.0, centre + half)
-    return low, high
 
 
 @dataclass
@@ -110,39 +92,21 @@ class EvaluationRecord:
     def summary(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The measured part of results.json; `settings` maps attack names to what they were called with."""
         clean, robust = self.expected(self.clean), self.worst_case()
-        count = len(self.labels)
-        alone = self.members_worst_case()
-        twin = float(self.averaged_twin_worst_case().mean())
+        alone, twin = self.members_worst_case(), self.averaged_twin_worst_case()
         first = self.found_by()
         return {
             "L": len(self.weights),
             "weights": self.weights.tolist(),
-            "num_examples": count,
-            "clean": {
-                "expected_accuracy": float(clean.mean()),
-                "ensemble_accuracy": float(self.ensemble_clean.mean()),
-                "ci95": confidence_interval(float(clean.mean()), count),
-            },
+            "num_examples": len(self.labels),
+            "clean": _mean("expected_accuracy", clean) | {"ensemble_accuracy": float(self.ensemble_clean.mean())},
             "attacks": {
                 name: self._attack_summary(name, first) | {"settings": settings[name]} for name in self.attacks
             },
-            "robust": {
-                "expected_accuracy": float(robust.mean()),
-                "ci95": confidence_interval(float(robust.mean()), count),
-            },
-            "averaged_twin": {
-                "clean": float(self.ensemble_clean.mean()),
-                "robust": twin,
-                "ci95": confidence_interval(twin, count),
-            },
+            "robust": _mean("expected_accuracy", robust),
+            "averaged_twin": {"clean": float(self.ensemble_clean.mean()), **_mean("robust", twin)},
             "members": [
-                {
-                    "clean": float(self.clean[k].mean()),
-                    "robust": float(alone[k].mean()),
-                    "ci95": confidence_interval(float(alone[k].mean()), count),
-                    "weight": float(self.weights[k]),
-                }
-                for k in range(len(self.weights))
+                {"clean": float(clean.mean()), **_mean("robust", survives), "weight": float(weight)}
+                for clean, survives, weight in zip(self.clean, alone, self.weights, strict=True)
             ],
         }
 
@@ -166,3 +130,9 @@ class EvaluationRecord:
             "seconds": round(self.seconds[name], 3),
             "seconds_on_parts": round(sum(self.seconds[key] for key in passes[1:]), 3),
         }
+
+
+def _mean(name: str, values: np.ndarray) -> dict[str, Any]:
+    """The mean over examples under its name, and its interval."""
+    mean = float(values.mean())
+    return {name: mean, "ci95": confidence_interval(mean, len(values))}

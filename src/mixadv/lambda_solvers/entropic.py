@@ -106,7 +106,6 @@ class AcceleratedEntropic(LambdaSolver):
             num_attacks=game.num_members + 1 if self.include_attack_points and pool is not game else 0,
             average_weights=None,
             lower_bound=lower_bound,
-            selected="best",
         )
 
     def _iterates(self, pool: FiniteGame, lam: Tensor) -> Iterator[Iterate]:

@@ -129,7 +129,6 @@ class LinearProgram(LambdaSolver):
             num_attacks=trace.num_steps,
             average_weights=None,
             lower_bound=lower_bound,
-            selected="best",
         )
 
     def _iterates(
@@ -178,7 +177,6 @@ class LinearProgram(LambdaSolver):
             num_attacks=game.num_members + 1 + trace.num_steps,
             average_weights=None,
             lower_bound=min(max(last.lower_bound, trace.history["lower_bound"][-1]), values[best]),
-            selected="best",
         )
 
     def _rounds(self, game: Game, lam: Tensor, deadline: float) -> Iterator[Iterate]:

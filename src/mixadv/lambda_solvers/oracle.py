@@ -81,7 +81,6 @@ class OracleSubgradient(LambdaSolver):
             num_attacks=trace.num_steps,
             average_weights=trace.average_weights,
             lower_bound=lower_bound,
-            selected="best",
         )
 
     def _iterates(self, game: Game, lam: Tensor, counts: Tensor | None) -> Iterator[Iterate]:

@@ -46,5 +46,4 @@ class Uniform(LambdaSolver):
             num_attacks=1,
             average_weights=lam,
             lower_bound=lower_bound,
-            selected="fixed",
         )

@@ -14,37 +14,27 @@ from pathlib import Path
 from rich.console import Console
 
 from mixadv.errors import UserError
-from mixadv.report.attack_figures import draw_evaluation
-from mixadv.report.attacks import attacks_table
-from mixadv.report.comparison import Comparison, compare
+from mixadv.report.cells import print_whole
 from mixadv.report.differences import compare_settings, differences_table, write_differences_csv
 from mixadv.report.figures import draw_curves
-from mixadv.report.files import Interval, Run, find_runs, read_run
+from mixadv.report.files import Run, find_runs, read_run
 from mixadv.report.game_tables import games_table, is_game
 from mixadv.report.games import draw_game
-from mixadv.report.html import write_report
+from mixadv.report.page import write_report
 from mixadv.report.show import show_run
 from mixadv.report.solve import draw_solution
-from mixadv.report.study_figures import draw_study
+from mixadv.report.study import draw_study
 from mixadv.report.sweeps import draw_sweep
-from mixadv.report.tables import print_whole, results_table, sweep_table, write_table_csv
+from mixadv.report.tables import sweep_table, write_table_csv
 
 __all__ = [
-    "Comparison",
-    "Interval",
-    "Run",
-    "attacks_table",
-    "compare",
     "compare_settings",
     "draw_curves",
-    "draw_evaluation",
     "draw_solution",
-    "draw_study",
     "draw_sweep",
     "find_runs",
     "read_run",
     "report",
-    "results_table",
     "show_run",
     "sweep_table",
     "write_report",

@@ -6,17 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixadv.errors import UserError
 from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, WHOLE, Curve, attack_rows, classifiers, read_curve, wilson, worst_cases
-from mixadv.report.examples import MOST, examples_figure, read_examples, wrong_members
-from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, save
-from mixadv.report.files import Interval, Run, read_run
+from mixadv.report.examples import examples_figure, read_examples
+from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, spaced
+from mixadv.report.files import Interval, Run
 from mixadv.report.names import format_eps, norm_symbol, number
 from mixadv.report.tables import headline_parts
 
@@ -34,26 +32,11 @@ _LEGEND, _ABOVE, _BELOW = 2.35, 0.65, 1.15  # inches
 _TWIN_NOTE = "Averaged twin: argmax of the averaged probabilities, another classifier."
 
 
-def draw_evaluation(run_dir: str | Path) -> list[Path]:
-    """Draw attacks.png, eps.png, steps.png and examples.png of a run, those that its files have data for.
-
-    Raises:
-        UserError: a file or an entry is damaged (after everything else has been drawn), or the directory cannot
-            be written.
-    """
-    run = read_run(run_dir)
-    figures, damage = evaluation_figures(run)
-    written = [save(build, run.path / name) for name, build in figures.items()]
-    if damage:
-        raise UserError("; ".join(damage))
-    return written
-
-
 def evaluation_figures(run: Run) -> tuple[dict[str, Callable[[], Figure]], list[str]]:
     """File name -> what builds its figure, for those that have data; and a line on each thing that is damaged."""
     figures: dict[str, Callable[[], Figure]] = {}
     damage: list[str] = []
-    if any(value is not None for _, values in attack_rows(run) for value in values.values()):
+    if any(value is not None for row in attack_rows(run) for value in row.values.values()):
         figures["attacks.png"] = partial(attacks_figure, run)
     readers: dict[str, Callable[[], Callable[[], Figure] | None]] = {
         "eps.png": lambda: _of(eps_figure, run, read_curve(run, "eps")),
@@ -94,16 +77,14 @@ def attacks_figure(run: Run) -> Figure:
     The last row, a line and a band are the worst case over all points found, with its 95 % interval.
     """
     rows, worst, everybody = attack_rows(run), worst_cases(run), classifiers(run)
-    names = [*(_shortened(name) for name, _ in rows), ALL]
+    names = [*(_shortened(row.name) for row in rows), ALL]
     tall = max(0.5, 0.11 * len(everybody) + 0.1)
     height = _ABOVE + _BELOW + max(tall * len(names), 0.29 * len(everybody) + 0.8)
-    figure = new_figure(height)
-    axes = _panel(figure, run, "attacks", 0.35 + 0.105 * max(map(len, names)), height)
+    figure, axes = _panel(run, "attacks", 0.35 + 0.105 * max(map(len, names)), height)
     offsets = np.linspace(-0.32, 0.32, len(everybody)) if len(everybody) > 1 else [0.0]
     for who, offset in zip(everybody, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
-        whole = who in WHOLE
-        spans = [wilson(values[who], run.num_examples if whole else None) for _, values in rows]
+        spans = [row.mixture if who in WHOLE else Interval(row.values[who]) for row in rows]
         _draw_intervals(axes, [*spans, worst[who]], float(offset), who, style)
     name, final = everybody[0], worst[everybody[0]]
     if final.value is not None:
@@ -116,8 +97,7 @@ def attacks_figure(run: Run) -> Figure:
     axes.grid(visible=False, axis="y")
     low, high = axes.get_xlim()
     spread = max(0.0, 0.1 - (high - low)) / 2
-    axes.set_xlim(max(low - spread, -0.01), min(high + spread, 1.01))
-    axes.set_xlabel("accuracy")
+    axes.set(xlim=(max(low - spread, -0.01), min(high + spread, 1.01)), xlabel="accuracy")
     _legend(figure, axes)
     notes = ["Every classifier is attacked itself; the last row is its worst case over all points found by anyone."]
     if name == "mixture":
@@ -137,8 +117,7 @@ def _draw_intervals(axes: Axes, at: list[Interval], offset: float, who: str, sty
 
 def eps_figure(run: Run, curve: Curve) -> Figure:
     """Accuracy against eps, with a band for the mixture's 95 % interval; its axes: "eps"."""
-    figure = new_figure(5.6)
-    axes = _panel(figure, run, "eps", 0.85, 5.6)
+    figure, axes = _panel(run, "eps")
     count = number(run.get("curves", "num_examples"))
     _draw_lines(axes, curve)
     first = next(iter(curve.lines))
@@ -149,11 +128,7 @@ def eps_figure(run: Run, curve: Curve) -> Figure:
         axes.fill_between(curve.x, low, high, color=ROBUST, alpha=0.12, linewidth=0, label=f"{first}, 95 %")
     if run.eps is not None:
         axes.axvline(run.eps, color="#555555", linestyle=":", linewidth=1.5, label=f"ε = {format_eps(run.eps)}")
-    kept: list[float] = []
-    for x in sorted(set(curve.x)):
-        # Two labels closer than this would run into each other.
-        if not kept or x - kept[-1] >= 0.055 * float(np.ptp(curve.x)):
-            kept.append(float(x))
+    kept = spaced(curve.x, 0.055)
     axes.set_xticks(kept, [format_eps(x) for x in kept])
     axes.set_ylim(0, 1)
     axes.set_xlabel(printable(f"ε (radius of the {norm_symbol(run.norm)} ball, in input units)"), parse_math=False)
@@ -165,8 +140,7 @@ def eps_figure(run: Run, curve: Curve) -> Figure:
 
 def steps_figure(run: Run, curve: Curve) -> Figure:
     """Loss that the attack reached against its number of steps; its axes: "steps"."""
-    figure = new_figure(5.6)
-    axes = _panel(figure, run, "steps", 0.85, 5.6)
+    figure, axes = _panel(run, "steps")
     _draw_lines(axes, curve)
     steps = sorted({float(x) for x in curve.x})
     some = [x for x in steps if x > 0]
@@ -174,19 +148,17 @@ def steps_figure(run: Run, curve: Curve) -> Figure:
         axes.set_xscale("symlog", linthresh=some[0], linscale=0.5)
         axes.set_xticks(steps, [f"{x:g}" for x in steps])
         axes.minorticks_off()
-    axes.set_xlabel("steps of the attack")
-    axes.set_ylabel("loss at the points found")
+    axes.set(xlabel="steps of the attack", ylabel="loss at the points found")
     _legend(figure, axes)
     count = number(run.get("curves", "num_examples"))
     footnote(figure, _note("A flat end says that further steps find nothing more.", count, curve))
     return figure
 
 
-def _panel(figure: Figure, run: Run, name: str, left: float, height: float) -> Axes:
-    title = " · ".join(headline_parts(run)) or run.path.name
-    figure.suptitle(printable(title), fontsize=16, y=1 - 0.12 / height, parse_math=False)
+def _panel(run: Run, name: str, left: float = 0.85, height: float = 5.6) -> tuple[Figure, Axes]:
+    figure = new_figure(height, " · ".join(headline_parts(run)) or run.path.name)
     box = (left / 14, _BELOW / height, (14 - left - _LEGEND) / 14, (height - _ABOVE - _BELOW) / height)
-    return figure.add_axes(box, label=name)
+    return figure, figure.add_axes(box, label=name)
 
 
 def _draw_lines(axes: Axes, curve: Curve) -> None:
@@ -208,49 +180,3 @@ def _note(text: str, count: float | None, curve: Curve) -> str:
 def _shortened(name: str, most: int = 30) -> str:
     name = printable(name)
     return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
-
-
-# --- the same in words -------------------------------------------------------------------------------------
-
-
-def _words(value: float | None) -> str:
-    return "unknown" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _alt_attacks(run: Run) -> str:
-    who = classifiers(run)[0]
-    each = ", ".join(f"{name} {_words(values[who])}" for name, values in attack_rows(run))
-    return f"Accuracy of the {who} under each attack: {each}; worst case over all points {_words(run.robust.value)}."
-
-
-def _alt_curve(run: Run, name: str) -> str:
-    curve = read_curve(run, name)
-    if curve is None:
-        return ""
-    write: Callable[[float], str] = _words if name == "eps" else "{:.3f}".format
-    at: Callable[[float], str] = (lambda x: f"ε = {format_eps(x)}") if name == "eps" else (lambda x: f"{x:g} steps")
-    what = "Accuracy" if name == "eps" else "Loss"
-    first, last = at(float(curve.x[0])), at(float(curve.x[-1]))
-    ends = [
-        f"{who} from {write(float(v[0]))} at {first} to {write(float(v[-1]))} at {last}"
-        for who, v in curve.lines.items()
-    ]
-    return f"{what}: {'; '.join(ends)}."
-
-
-def _alt_examples(run: Run) -> str:
-    examples = read_examples(run)
-    if examples is None:
-        return ""
-    shown = range(min(len(examples.labels), MOST))
-    each = "; ".join(f"{examples.labels[i]}: {wrong_members(examples.correct[:, i])}" for i in shown)
-    return f"{len(shown)} images, each clean, attacked, and their amplified difference. {each}."
-
-
-# File name -> the figure in words, for those who cannot see it.
-ALTS: dict[str, Callable[[Run], str]] = {
-    "attacks.png": _alt_attacks,
-    "eps.png": partial(_alt_curve, name="eps"),
-    "steps.png": partial(_alt_curve, name="steps"),
-    "examples.png": _alt_examples,
-}

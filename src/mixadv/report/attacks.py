@@ -8,18 +8,16 @@ averaged probabilities: a deterministic classifier, never called the mixture.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
+from mixadv.intervals import confidence_interval
 from mixadv.redaction import printable
-from mixadv.report.comparison import Z95
-from mixadv.report.files import Interval, Run
+from mixadv.report.cells import NONE, add_row, new_table, percent, percent_with, plain
+from mixadv.report.files import Interval, Run, stored_interval
 from mixadv.report.names import group_name, number
-from mixadv.report.tables import NONE
 
 TWIN = "averaged twin"
 WHOLE = ("mixture", "model")  # the latter where there is one member
@@ -45,27 +43,14 @@ def entries(run: Run) -> dict[str, dict[str, Any]]:
     return {str(name): entry for name, entry in run.attacks.items() if isinstance(entry, dict)}
 
 
-def stored_interval(entry: Any, key: str) -> Interval:
-    """`entry[key]` and `entry["ci95"]`, as far as they are there and numbers."""
-    if not isinstance(entry, Mapping):
-        return Interval(None)
-    ends = entry.get("ci95")
-    low, high = map(number, ends) if isinstance(ends, (list, tuple)) and len(ends) == 2 else (None, None)
-    return Interval(number(entry.get(key)), low, high)
-
-
 def wilson(mean: float | None, count: int | None) -> Interval:
     """Wilson's 95 % score interval of the mean of `count` values in [0, 1], as the evaluation's own intervals are.
 
-    (m + z²/2n ± z sqrt(m(1-m)/n + z²/4n²)) / (1 + z²/n); without `count` there is no interval.
+    Without `count` there is no interval.
     """
-    if mean is None or not count or not 0 <= mean <= 1:
+    if mean is None or count is None or count < 1 or not 0 <= mean <= 1:
         return Interval(mean)
-    z2 = Z95**2 / count
-    half = Z95 * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count))
-    low, high = ((mean + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    # The ends are exact at 0 and 1 in real numbers, not in floating point.
-    return Interval(mean, max(0.0, low) if mean > 0 else 0.0, min(1.0, high) if mean < 1 else 1.0)
+    return Interval(mean, *confidence_interval(mean, count))
 
 
 def classifiers(run: Run) -> list[str]:
@@ -79,36 +64,93 @@ def is_single(run: Run) -> bool:
     return classifiers(run)[0] == "model"
 
 
-def attack_rows(run: Run) -> list[tuple[str, dict[str, float | None]]]:
-    """(attack, accuracy of every classifier when it is attacked itself), in the order of the protocol."""
-    rows = []
-    for name, entry in entries(run).items():
-        alone = entry.get("members")
-        values: dict[str, float | None] = {}
-        for who in classifiers(run):
-            if who == TWIN:
-                values[who] = number(entry.get("averaged_twin"))
-            elif who in WHOLE:
-                values[who] = number(entry.get("expected_accuracy"))
-            else:
-                k = int(who.removeprefix("member "))
-                values[who] = number(alone[k]) if isinstance(alone, list) and k < len(alone) else None
-        rows.append((name, values))
-    return rows
+class Classifier(NamedTuple):
+    """A line of the tables of classifiers.
+
+    label: what a table calls it. clean, robust: accuracies with their intervals, where they are known. weight: of a
+    member.
+    """
+
+    label: str
+    clean: Interval
+    robust: Interval = Interval(None)
+    weight: float | None = None
+
+
+def everybody(run: Run) -> dict[str, Classifier]:
+    """All that were measured: "member 0", ..., "mixture", "ensemble", "averaged twin" and, if there is one, "baseline".
+
+    Robust is the accuracy on the worst of all points found by anyone. The ensemble is the averaged twin as a training's
+    evaluation has it, on clean images only.
+    """
+    found = {}
+    for k, member in enumerate(run.members):
+        label = ": ".join(str(part) for part in (f"member {k}", member.get("name")) if part)
+        robust = stored_interval(member, "robust")
+        found[f"member {k}"] = Classifier(
+            label, Interval(number(member.get("clean"))), robust, number(member.get("weight"))
+        )
+    found["mixture"] = Classifier(classifiers(run)[0], run.clean, run.robust)
+    found["ensemble"] = Classifier("ensemble accuracy", Interval(number(run.get("clean", "ensemble_accuracy"))))
+    twin = run.get("averaged_twin")
+    found[TWIN] = Classifier(TWIN, Interval(number(run.get("averaged_twin", "clean"))), stored_interval(twin, "robust"))
+    if (base := run.baseline) is not None:
+        label = f"baseline ({'one model' if base.state == 'done' else base.state})"
+        found["baseline"] = Classifier(label, base.clean, base.robust)
+    return found
 
 
 def worst_cases(run: Run) -> dict[str, Interval]:
     """Per classifier the accuracy on the worst of all points found by anyone, with its interval."""
-    found = {}
-    for who in classifiers(run):
-        if who == TWIN:
-            found[who] = stored_interval(run.get("averaged_twin"), "robust")
-        elif who in WHOLE:
-            found[who] = stored_interval(run.get("robust"), "expected_accuracy")
-        else:
-            k = int(who.removeprefix("member "))
-            found[who] = stored_interval(run.members[k] if k < len(run.members) else None, "robust")
-    return found
+    found = everybody(run)
+    nobody = Classifier("", Interval(None))
+    return {who: found.get("mixture" if who in WHOLE else who, nobody).robust for who in classifiers(run)}
+
+
+class AttackRow(NamedTuple):
+    """What an evaluation says of one attack.
+
+    values: accuracy of every classifier when it is attacked itself, by name, the mixture first. mixture: the first of
+    them with its interval. parts: the others. from_parts: the mixture's accuracy at the points found against its parts.
+    worst_found: images whose worst point it was the first to find. seconds: wall time; seconds_on_parts: of the passes
+    against members and twin. settings: how it was called.
+    """
+
+    name: str
+    values: dict[str, float | None]
+    mixture: Interval
+    parts: list[float | None]
+    from_parts: float | None
+    worst_found: float | None
+    seconds: float | None
+    seconds_on_parts: float | None
+    settings: str
+
+
+def attack_rows(run: Run) -> list[AttackRow]:
+    """One row for each attack, in the order of the protocol."""
+    rows = []
+    for name, entry in entries(run).items():
+        alone = entry.get("members")
+        parts = [number(value) for value in alone] if isinstance(alone, list) else []
+        known = {f"member {k}": value for k, value in enumerate(parts)} | {TWIN: number(entry.get("averaged_twin"))}
+        known |= dict.fromkeys(WHOLE, number(entry.get("expected_accuracy")))
+        values = {who: known.get(who) for who in classifiers(run)}
+        first, *others = values.values()
+        rows.append(
+            AttackRow(
+                name,
+                values,
+                wilson(first, run.num_examples),
+                others,
+                number(entry.get("replayed_from_parts")),
+                number(entry.get("worst_found")),
+                number(entry.get("seconds")),
+                number(entry.get("seconds_on_parts")),
+                settings_text(entry.get("settings")),
+            )
+        )
+    return rows
 
 
 def read_curve(run: Run, name: str) -> Curve | None:
@@ -159,8 +201,8 @@ def flags_of(run: Run) -> list[Flag]:
     return found
 
 
-def settings_text(settings: Any) -> str:
-    """How an attack was called, "PGD(num_steps=20, restarts=5)"; "" where the files do not say."""
+def settings_text(settings: Any, with_class: bool = True) -> str:
+    """How an attack was called, "PGD(num_steps=20, restarts=5)", or its arguments alone; "" where files do not say."""
     if not isinstance(settings, dict):
         return ""
     rest = ", ".join(
@@ -168,7 +210,7 @@ def settings_text(settings: Any) -> str:
         for key, value in settings.items()
         if key != "_target_"
     )
-    built = str(settings.get("_target_") or "").rpartition(".")[2]
+    built = str(settings.get("_target_") or "").rpartition(".")[2] if with_class else ""
     return f"{built}({rest})" if built else rest
 
 
@@ -181,51 +223,34 @@ def attacks_table(run: Run) -> Table:
     "from parts" is the mixture's expected accuracy at the points that the attack found against its parts;
     "seconds" counts those passes as well.
     """
-    caption = (
-        "Each classifier is attacked itself. From parts: the mixture at the points found against its parts. "
-        "Worst found: images whose worst point this attack, on whomever, was the first to find."
-    )
-    table = Table(title="Accuracy per attack", title_justify="left", caption=caption, caption_justify="left")
     single = is_single(run)
-    table.add_column("attack", overflow="fold")
-    table.add_column("model %" if single else "mixture % [95 %]", justify="right", no_wrap=True)
-    if not single:
-        table.add_column("from parts %", justify="right")
-        table.add_column("members %", justify="right", overflow="fold")
-        table.add_column(f"{TWIN} %", justify="right")
-    table.add_column("worst found", justify="right")
-    table.add_column("seconds", justify="right")
-    for name, values in attack_rows(run):
-        entry = entries(run)[name]
-        mean, *parts = values.values()
-        cells: list[str | Text] = [Text(printable(name)), _percent_with(wilson(mean, run.num_examples))]
+    parts = [] if single else ["from parts %", "members %", f"{TWIN} %"]
+    folds = {"attack": 1, "from parts %": 7, "members %": 7, f"{TWIN} %": 8, "worst found": 5}
+    table = new_table(
+        "Accuracy per attack",
+        ["attack", "model %" if single else "mixture % [95 %]", *parts, "worst found", "seconds"],
+        words=["attack"],
+        folds=folds,
+        caption="Each classifier is attacked itself. From parts: the mixture at the points found against its parts. "
+        "Worst found: images whose worst point this attack, on whomever, was the first to find.",
+    )
+    for row in attack_rows(run):
+        cells = [printable(row.name), percent_with(row.mixture)]
         if not single:
-            *members, twin = parts
-            alone = " ".join(map(_percent, members)) if any(v is not None for v in members) else NONE
-            cells += [_percent(number(entry.get("replayed_from_parts"))), alone]
-            cells.append(_percent(twin))
-        found, seconds = number(entry.get("worst_found")), total_seconds(entry)
-        cells += [NONE if found is None else f"{found:.0f}", NONE if seconds is None else f"{seconds:.1f}"]
-        table.add_row(*cells)
+            *members, twin = row.parts
+            alone = " ".join(map(percent, members)) if any(v is not None for v in members) else NONE
+            cells += [percent(row.from_parts), alone, percent(twin)]
+        add_row(table, [*cells, plain(row.worst_found, ".0f"), plain(total_seconds(row), ".1f")])
     table.add_section()
     worst, *others = worst_cases(run).values()
-    cells = ["all points found", _percent_with(worst)]
+    cells = ["all points found", percent_with(worst)]
     if not single:
-        cells += ["", " ".join(_percent(m.value) for m in others[:-1]), _percent(others[-1].value)]
-    table.add_row(*cells, "", "", style="bold")
+        cells += ["", " ".join(percent(m.value) for m in others[:-1]), percent(others[-1].value)]
+    add_row(table, [*cells, "", ""], style="bold")
     return table
 
 
-def total_seconds(entry: Mapping[str, Any]) -> float | None:
+def total_seconds(row: AttackRow) -> float | None:
     """Wall seconds of an attack on the mixture and on its parts."""
-    known = [s for key in ("seconds", "seconds_on_parts") if (s := number(entry.get(key))) is not None]
+    known = [seconds for seconds in (row.seconds, row.seconds_on_parts) if seconds is not None]
     return sum(known) if known else None
-
-
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f}"
-
-
-def _percent_with(at: Interval) -> str:
-    ends = "" if at.low is None or at.high is None else f" [{_percent(at.low)}, {_percent(at.high)}]"
-    return _percent(at.value) + ends

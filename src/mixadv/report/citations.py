@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# (who, what and where; number at arXiv)
-OURS = (
-    "L. Meunier, M. Scetbon, R. Pinot, J. Atif, Y. Chevaleyre. Mixed Nash Equilibria in the Adversarial Examples "
-    "Game. ICML 2021,",
-    "2102.06905",
-)
-BIBTEX = """@inproceedings{meunier2021mixed,
-  title     = {Mixed {N}ash Equilibria in the Adversarial Examples Game},
-  author    = {Meunier, Laurent and Scetbon, Meyer and Pinot, Rafael and Atif, Jamal and Chevaleyre, Yann},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2021}
-}"""
-# By the algorithm with which the name of an attack begins.
+# (who, what and where; number at arXiv), by the algorithm with which the name of an attack begins.
 _PAPERS = {
     "apgd": (
         "APGD: F. Croce, M. Hein. Reliable evaluation of adversarial robustness with an ensemble of diverse "

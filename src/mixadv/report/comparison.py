@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixadv.report.files import Run, read_records
-
-Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+from mixadv.intervals import paired_interval
+from mixadv.report.files import Run
+from mixadv.report.records import ALL, measured
 
 
 class Comparison(NamedTuple):
@@ -33,6 +33,11 @@ class Comparison(NamedTuple):
         """Difference and ends of the interval as signed percentage points."""
         return f"{100 * self.difference:+.1f}", f"{100 * self.low:+.1f}", f"{100 * self.high:+.1f}"
 
+    def in_words(self) -> str:
+        """Difference and interval as they stand in a sentence."""
+        points, low, high = self.in_points()
+        return f"{points} points, 95 % interval [{low}, {high}]"
+
     def verdict(self, higher: str, lower: str) -> str:
         """`higher` or `lower` where the whole interval is on that side of 0, else that no difference is shown."""
         if self.low > 0:
@@ -53,64 +58,38 @@ def compare(run: Run) -> Comparison | None:
     if other is None or run.robust.value is None or other.robust.value is None:
         return None
     try:
-        differences = _paired_differences(run, other)
+        mine, theirs = measured(run), measured(other)
+        if not np.array_equal(mine.labels, theirs.labels):
+            raise ValueError("the two were evaluated on different test images")
+        return paired(mine.accuracies[ALL] - theirs.accuracies[ALL])
     except ValueError as error:
         note = str(error)
-    else:
-        return paired(differences)
     difference = run.robust.value - other.robust.value
     half_widths = [(r.high - r.low) / 2 for r in (run.robust, other.robust) if r.low is not None and r.high is not None]
     half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
     return Comparison(difference, difference - half, difference + half, False, run.num_examples, note)
 
 
-def _paired_differences(run: Run, other: Run) -> np.ndarray:
-    """d [N] float64; ValueError says why the two cannot be paired."""
-    arrays = []
-    for which in (run, other):
-        records = read_records(which)
-        for name in ("labels", "robust"):
-            if name not in records:
-                raise ValueError(f"{which.path / 'records.npz'} has no {name!r}")
-        robust = records["robust"].astype(np.float64)
-        if robust.shape != records["labels"].shape or robust.ndim != 1 or not np.isfinite(robust).all():
-            raise ValueError(f"{which.path / 'records.npz'} is not one finite number per example")
-        if len(robust) < 2:
-            raise ValueError("fewer than two test images")
-        # Stale records beside newer results would give an interval about other numbers than the table's.
-        if abs(robust.mean() - (which.robust.value or 0.0)) > 1e-4:
-            raise ValueError(f"{which.path / 'records.npz'} does not belong to its results.json")
-        arrays.append((robust, records["labels"]))
-    (a, labels_a), (b, labels_b) = arrays
-    if not np.array_equal(labels_a, labels_b):
-        raise ValueError("the two were evaluated on different test images")
-    return a - b
-
-
 def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
     """The mixture against its member with the highest robust accuracy on these images, paired; None if L < 2.
 
     Choosing the member on the same images favours it a little. None also where the records do not hold
-    `members_robust` [L, N] for the images of the results.
+    every member's accuracies for the images of the results.
     """
-    if len(run.members) < 2 or run.robust.value is None:
-        return None
     try:
-        records = read_records(run)
+        found = measured(run)
     except ValueError:
         return None
-    robust, members = records.get("robust"), records.get("members_robust")
-    if robust is None or members is None or members.shape != (len(run.members), *robust.shape) or robust.shape < (2,):
+    if found.members is None or len(found.members) < 2:
         return None
-    best = int(members.mean(axis=1).argmax())
-    return best, paired(robust.astype(np.float64) - members[best].astype(np.float64))
+    best = int(found.members.mean(axis=1).argmax())
+    return best, paired(found.accuracies[ALL] - found.members[best])
 
 
 def paired(differences: np.ndarray) -> Comparison:
-    """mean(d) ± z s(d) / sqrt(N) of differences d [N], N >= 2, per example."""
-    mean = float(differences.mean())
-    half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return Comparison(mean, mean - half, mean + half, True, len(differences), "")
+    """The comparison of differences d [N] per example, see `paired_interval`."""
+    low, mean, high = paired_interval(differences)
+    return Comparison(mean, low, high, True, len(differences), "")
 
 
 def member_sentence(run: Run) -> str:
@@ -123,8 +102,7 @@ def member_sentence(run: Run) -> str:
         "the mixture is more robust than any of its members alone",
         "its best member alone is more robust than the mixture",
     )
-    points, low, high = result.in_points()
-    return f"Mixture minus its best member (member {best}): {points} points, 95 % interval [{low}, {high}]: {verdict}."
+    return f"Mixture minus its best member (member {best}): {result.in_words()}: {verdict}."
 
 
 def comparison_sentence(run: Run) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
+from mixadv.report.cells import NONE, add_row, new_table, write_csv
 from mixadv.report.comparison import Comparison, compare_with_best_member, paired
-from mixadv.report.files import Run, cell, read_arrays, replacing
+from mixadv.report.files import Run
+from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, Measured, measured
 from mixadv.report.settings import SAMPLED, SHARED, UNIFORM, Setting, grouped, names_of
 
-CLEAN, PGD, APGD, ALL = "clean", "pgd-20", "apgd", "all points"
-MEMBERS, GAP = "mean of the members", "matching-penny gap"
 EQUAL_EPOCHS = "mixture or one model, equal epochs per model"
 EQUAL_COMPUTING = "mixture or one model of L times the epochs"
 LEARNED = "learned or equal weights"
@@ -29,21 +26,9 @@ MEASURED_SINGLE = "only measured, or one model"
 BEST_MEMBER = "mixture or its best member"
 QUESTIONS = (EQUAL_EPOCHS, EQUAL_COMPUTING, LEARNED, SCHEDULES, MEASURED, MEASURED_SINGLE, BEST_MEMBER)
 CSV_HEADER = (
-    "question",
-    "first",
-    "second",
-    "seeds",
-    "measure",
-    "difference",
-    "low",
-    "high",
-    "num_examples",
-    "verdict",
+    *("question", "first", "second", "seeds", "measure"),
+    *("difference", "low", "high", "num_examples", "verdict"),
 )
-
-
-_PGD, _APGD = f"attack/{PGD}", "attack/apgd-"
-_READ = ("clean", "robust", "members_robust", _PGD)
 
 
 class Difference(NamedTuple):
@@ -54,10 +39,8 @@ class Difference(NamedTuple):
         first, second: names of the two settings.
         seeds: of the trainings compared; of several the per-image differences are averaged before the interval is
             made, which therefore covers the draw of test images, not that of seeds.
-        measure: "clean"; "pgd-20", "apgd" (the lower of all APGD attacks on the mixture) or "all points" (found by
-            anyone), robust accuracy under these; of a mixture against one model also the two parts of the last one,
-            "mean of the members" (sum_k lambda_k of the members' robust accuracies, minus the one model's) and
-            "matching-penny gap" (what the mixture has above this mean).
+        measure: see `Measured`; of a mixture against one model also the two parts of the difference at all points, the
+            "mean of the members" (minus the one model's) and the "matching-penny gap".
         comparison: the difference with its 95 % interval.
     """
 
@@ -74,61 +57,6 @@ class Difference(NamedTuple):
         if self.measure in (MEMBERS, GAP):
             return ""
         return "first" if self.comparison.low > 0 else "second" if self.comparison.high < 0 else "unresolved"
-
-
-class Measured(NamedTuple):
-    """What one run's records say.
-
-    Attributes:
-        accuracies: measure -> expected accuracy per test image [N] float64, as far as the records have it.
-        labels: of the images [N].
-        how: data, norm, eps and attacks: numbers that differ in it are not compared.
-    """
-
-    accuracies: dict[str, np.ndarray]
-    labels: np.ndarray
-    how: str
-
-    def comparable(self, other: Measured) -> bool:
-        """Whether both were measured in the same way on the same images."""
-        return self.how == other.how and np.array_equal(self.labels, other.labels)
-
-
-def measured(run: Run) -> Measured:
-    """The run's records, checked against its results.
-
-    Raises:
-        ValueError: there are no records, or they are damaged or not those of the results.
-    """
-    path = run.path / "records.npz"
-    arrays = read_arrays(path)
-    if arrays is None or not {"labels", "clean", "robust"} <= set(arrays):
-        raise ValueError(f"{path} is missing, or has no labels, clean or robust")
-    labels = arrays["labels"]
-    kept = {name: array for name, array in arrays.items() if name in _READ or name.startswith(_APGD)}
-    try:
-        numbers = {name: array.astype(np.float64) for name, array in kept.items()}
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} holds something that is not numbers") from None
-    members = numbers.pop("members_robust", None)
-    if not all(a.shape == labels.shape and a.ndim == 1 and np.isfinite(a).all() for a in numbers.values()):
-        raise ValueError(f"{path} is not one finite number per image")
-    if len(labels) < 2:
-        raise ValueError(f"{path} has fewer than two images")
-    found = {CLEAN: numbers["clean"], ALL: numbers["robust"]}
-    # Stale records beside newer results would give an interval about other numbers than the table's.
-    if run.robust.value is None or not abs(found[ALL].mean() - run.robust.value) <= 1e-4:
-        raise ValueError(f"{path} does not belong to its results.json")
-    for measure, attacks in ((PGD, [_PGD]), (APGD, [name for name in numbers if name.startswith(_APGD)])):
-        if attacks and attacks[0] in numbers:
-            # An attacker may leave an image as it is.
-            found[measure] = np.min([found[CLEAN], *(numbers[name] for name in attacks)], axis=0)
-    if members is not None and run.weights and members.shape == (len(run.weights), len(labels)):
-        found[MEMBERS] = np.asarray(run.weights) @ members
-        found[GAP] = found[ALL] - found[MEMBERS]
-    settings = {name: entry.get("settings") for name, entry in run.attacks.items() if isinstance(entry, dict)}
-    how = json.dumps([run.data, run.norm, run.eps, settings], sort_keys=True, default=str)
-    return Measured(found, labels, how)
 
 
 def compare_settings(runs: Sequence[Run]) -> tuple[list[Difference], list[str]]:
@@ -222,17 +150,15 @@ def _answer(
 
 def differences_table(answers: Sequence[Difference]) -> Table:
     """One row for each question and pair of settings, of several seeds their mean; points of accuracy."""
-    table = Table(title="Differences in robust accuracy, points [95 % interval]", title_justify="left")
-    table.caption_justify = "left"
-    table.caption = (
-        "Paired by test image. Intervals cover the draw of test images, not that of training seeds.\n"
-        "All points = members + gap: the members' weighted mean against the one model, and the matching-penny gap."
+    headings = ("question", "first minus second", "seeds", "PGD-20", "all points", "members + gap", "ahead")
+    table = new_table(
+        "Differences in robust accuracy, points [95 % interval]",
+        headings,
+        words=headings,
+        folds={"question": 14, "first minus second": 18, "seeds": 5},
+        caption="Paired by test image. Intervals cover the draw of test images, not that of training seeds.\n"
+        "All points = members + gap: the members' weighted mean against the one model, and the matching-penny gap.",
     )
-    # Narrower than this, words would break in the middle.
-    for heading, narrowest in (("question", 14), ("first minus second", 18), ("seeds", 5)):
-        table.add_column(heading, overflow="fold", min_width=narrowest)
-    for heading in ("PGD-20", "all points", "members + gap", "ahead"):
-        table.add_column(heading, no_wrap=True)
     rows: dict[tuple[str, str, str], dict[tuple[int, ...], dict[str, Difference]]] = defaultdict(dict)
     for answer in answers:
         rows[answer.question, answer.first, answer.second].setdefault(answer.seeds, {})[answer.measure] = answer
@@ -241,24 +167,18 @@ def differences_table(answers: Sequence[Difference]) -> Table:
         shown = by_seeds.values() if question == BEST_MEMBER else [by_seeds[max(by_seeds, key=len)]]
         for found in shown:
             parts = [found[measure].comparison.in_points()[0] for measure in (MEMBERS, GAP) if measure in found]
-            table.add_row(
-                Text(question if question != last else ""),
-                Text(f"{first} – {second}"),
-                ", ".join(map(str, found[ALL].seeds)),
-                _points(found.get(PGD)),
-                _points(found[ALL]),
-                " ".join(parts),
-                found[ALL].verdict,
-            )
+            asked, pair = question if question != last else "", f"{first} – {second}"
+            points = [_points(found.get(PGD)), _points(found[ALL]), " ".join(parts)]
+            add_row(table, [asked, pair, ", ".join(map(str, found[ALL].seeds)), *points, found[ALL].verdict])
             last = question
     return table
 
 
-def _points(answer: Difference | None) -> Text:
+def _points(answer: Difference | None) -> str:
     if answer is None:
-        return Text("–")
+        return NONE
     points, low, high = answer.comparison.in_points()
-    return Text(f"{points} [{low}, {high}]")
+    return f"{points} [{low}, {high}]"
 
 
 def write_differences_csv(answers: Sequence[Difference], path: str | Path) -> Path:
@@ -267,13 +187,13 @@ def write_differences_csv(answers: Sequence[Difference], path: str | Path) -> Pa
     Raises:
         UserError: `path` cannot be written.
     """
-    path = Path(path)
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(CSV_HEADER)
-        for answer in answers:
-            c = answer.comparison
-            seeds = " ".join(map(str, answer.seeds))
-            row = [answer.question, answer.first, answer.second, seeds, answer.measure, c.difference, c.low, c.high]
-            writer.writerow([cell(value) for value in (*row, c.num_examples, answer.verdict)])
-    return path
+    rows = [
+        {
+            **answer._asdict(),
+            **answer.comparison._asdict(),
+            "seeds": " ".join(map(str, answer.seeds)),
+            "verdict": answer.verdict,
+        }
+        for answer in answers
+    ]
+    return write_csv(path, CSV_HEADER, [{key: row[key] for key in CSV_HEADER} for row in rows])

@@ -91,9 +91,7 @@ def examples_figure(run: Run, examples: Examples) -> Figure:
     cell = (13.85 - _LEFT) / COLUMNS
     band = 3 * cell + _HEADING + _BELOW
     height = 0.55 + bands * band + 0.65
-    figure = new_figure(height)
-    title = " · ".join([*headline_parts(run), "worst cases found"])
-    figure.suptitle(printable(title), fontsize=16, y=1 - 0.12 / height, parse_math=False)
+    figure = new_figure(height, " · ".join([*headline_parts(run), "worst cases found"]))
     difference = examples.x_adv - examples.x
     factor = amplification(difference[:count])
     rows = {"clean": examples.x, "attacked": examples.x_adv, "difference": 0.5 + factor * difference}
@@ -158,7 +156,4 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 def _wrapped(text: str, width: int, most: int) -> str:
     """At most `most` lines of `width` characters; what is left out leaves an ellipsis."""
-    lines = textwrap.wrap(printable(text), width) or [""]
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]
-    return "\n".join(lines)
+    return textwrap.fill(printable(text), width, max_lines=most, placeholder="…")

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mixadv.errors import UserError
+from mixadv.redaction import printable
 from mixadv.report.files import Interval, Run, read_run, replacing
 from mixadv.report.names import number
 from mixadv.report.tables import headline_parts
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -87,14 +89,32 @@ def save(build: Callable[[], Figure], path: Path) -> Path:
     return path
 
 
-def new_figure(height: float = 6.0) -> Figure:
-    """An empty figure as wide as a README, `height` in inches of 100 pixels."""
+def new_figure(height: float, title: str) -> Figure:
+    """An empty figure as wide as a README, `height` in inches of 100 pixels; nothing in its title is a formula."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14.0, height))
     FigureCanvasAgg(figure)
+    figure.suptitle(printable(title), fontsize=16, y=1 - 0.12 / height, parse_math=False)
     return figure
+
+
+def key(label: str, **look: Any) -> Artist:
+    """An entry of a legend that stands for nothing drawn."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **look)
+
+
+def spaced(ticks: Iterable[float], share: float) -> list[float]:
+    """The ticks, less those whose labels would run into another's: closer than `share` of the whole axis."""
+    at = sorted(set(ticks))
+    kept: list[float] = []
+    for x in at:
+        if not kept or x - kept[-1] >= share * (at[-1] - at[0]):
+            kept.append(float(x))
+    return kept
 
 
 def footnote(figure: Figure, text: str) -> None:
@@ -105,13 +125,10 @@ def footnote(figure: Figure, text: str) -> None:
 
 def curves_figure(run: Run) -> Figure:
     """The figure of `draw_curves`; its axes are labelled "accuracy", "test", "lambda" and "loss"."""
-    figure = new_figure()
-    figure.suptitle(" · ".join(headline_parts(run)) or run.path.name, fontsize=16, y=0.98)
+    figure = new_figure(6.0, " · ".join(headline_parts(run)) or run.path.name)
     panels: dict[str, Axes] = {}
     for name, (left, width) in _PANELS.items():
-        share: dict[str, Any] = {"sharey": panels["accuracy"]} if name == "test" else {}
-        if name in ("lambda", "loss"):
-            share = {"sharex": panels["accuracy"]}
+        share: dict[str, Any] = {"sharey" if name == "test" else "sharex": panels.get("accuracy")}
         panels[name] = figure.add_axes((left, _BOTTOM, width, _HEIGHT), label=name, **share)
     _draw_accuracy(panels["accuracy"], run)
     _draw_test(panels["test"], run)
@@ -170,20 +187,10 @@ def _draw_accuracy(axes: Axes, run: Run) -> None:
         for measure, colour, marker in (("clean", CLEAN, "o"), ("robust", ROBUST, "s")):
             x, y = column(which, f"val/{measure}_accuracy") if which is not None else ((), ())
             if len(x):
-                face = colour if dash == "-" else "white"
-                axes.plot(
-                    x,
-                    y,
-                    color=colour,
-                    linestyle=dash,
-                    label=f"{name}, {measure}",
-                    marker=marker if len(x) <= 30 else "",
-                    markersize=5,
-                    markerfacecolor=face,
-                )
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("accuracy")
-    axes.set_title("Validation")
+                look: Any = {"color": colour, "linestyle": dash, "markerfacecolor": colour if dash == "-" else "white"}
+                marker = marker if len(x) <= 30 else ""
+                axes.plot(x, y, label=f"{name}, {measure}", marker=marker, markersize=5, **look)
+    axes.set(ylim=(0, 1), ylabel="accuracy", title="Validation")
 
 
 def _draw_test(axes: Axes, run: Run) -> None:
@@ -194,8 +201,8 @@ def _draw_test(axes: Axes, run: Run) -> None:
             continue
         ticks[at] = name
         for measure, colour, marker in (("clean", CLEAN, "o"), ("robust", ROBUST, "s")):
-            face = colour if which is run else "white"
-            _whisker(axes, at, which.interval(measure), colour, marker, face, f"{name} {measure}")
+            look = {"color": colour, "marker": marker, "markerfacecolor": colour if which is run else "white"}
+            whisker(axes, at, which.interval(measure), capsize=5, markersize=7, label=f"{name} {measure}", **look)
         at += 1.0
         if which is run and len(run.members) > 1:
             places = at - 0.2 + 0.4 * np.arange(len(run.members))
@@ -218,65 +225,52 @@ def _draw_test(axes: Axes, run: Run) -> None:
         _nothing(axes, "not\nevaluated\nyet")
 
 
-def _whisker(axes: Axes, x: float, at: Interval, colour: str, marker: str, face: str, label: str) -> None:
+def whisker(axes: Axes, x: float, at: Interval, **look: Any) -> None:
+    """A marker at a value, if it is known, and a bar over its interval."""
     if at.value is None:
         return
     error = None
     if at.low is not None and at.high is not None:
         error = [[max(at.value - at.low, 0.0)], [max(at.high - at.value, 0.0)]]
-    axes.errorbar(
-        [x],
-        [at.value],
-        yerr=error,
-        color=colour,
-        marker=marker,
-        markersize=7,
-        markerfacecolor=face,
-        capsize=5,
-        linestyle="",
-        label=label,
-    )
+    axes.errorbar([x], [at.value], yerr=error, linestyle="", **look)
+
+
+def weight_of(run: Run, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and lambda_k during training; weights keep their value from one weights phase to the next."""
+    x, y = column(run, f"lambda/{k}")
+    if not len(x):
+        return x, y
+    end = float(np.nanmax(run.history["epoch"], initial=0.0))
+    return np.append(x, max(end, x[-1])), np.append(y, y[-1])
 
 
 def _draw_weights(axes: Axes, run: Run) -> None:
     count = run.num_members or sum(name.startswith("lambda/") for name in run.history)
-    end = float(np.nanmax(run.history.get("epoch", np.array([np.nan])), initial=0.0))
     for k in range(count):
-        x, y = column(run, f"lambda/{k}")
+        x, y = weight_of(run, k)
         if len(x):
-            # Weights keep their value from one weights phase to the next.
-            x, y = np.append(x, max(end, x[-1])), np.append(y, y[-1])
             axes.plot(x, y, drawstyle="steps-post", label=f"member {k}", **member_style(k))
     if axes.lines:
         axes.axhline(1 / count, color="#555555", linestyle=":", linewidth=1.5, label=f"1/L = {1 / count:.3g}")
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("weight λ")
-    axes.set_title("Mixture weights")
+    axes.set(ylim=(-0.02, 1.02), ylabel="weight λ", title="Mixture weights")
 
 
 def _draw_loss(axes: Axes, run: Run) -> None:
-    for name, label, colour in (
-        ("train/loss", "training loss", LOSS),
-        ("weights/value", "game value", VALUE),
-    ):
+    lines: Any = (
+        ("train/loss", "training loss", "o", {"color": LOSS, "markersize": 4}),
+        ("weights/value", "game value", "D", {"color": VALUE, "markersize": 4}),
+        ("weights/lower_bound", "its lower bound", "_", {"color": VALUE, "linestyle": ":", "linewidth": 1.5}),
+    )
+    for name, label, marker, look in lines:
         x, y = column(run, name)
-        window = _window(y)
         if not len(y):
             continue
-        if window > 1:
-            axes.plot(x, y, color=colour, alpha=0.25, linewidth=1.0, label=f"_{name} raw")
-            label += f" (mean of {window})"
-        few = len(y) <= 30
-        marker = "" if not few else "D" if name == "weights/value" else "o"
-        axes.plot(x, running_mean(y, window), color=colour, label=label, marker=marker, markersize=4)
-    x, y = column(run, "weights/lower_bound")
-    if len(y):
         window = _window(y)
-        look: dict[str, Any] = {"color": VALUE, "linestyle": ":", "linewidth": 1.5}
-        marker = "_" if len(y) <= 30 else ""
-        axes.plot(x, running_mean(y, window), marker=marker, label="its lower bound", **look)
-    axes.set_ylabel("loss (nats)")
-    axes.set_title("Losses")
+        if window > 1 and "linestyle" not in look:
+            axes.plot(x, y, color=look["color"], alpha=0.25, linewidth=1.0, label=f"_{name} raw")
+            label += f" (mean of {window})"
+        axes.plot(x, running_mean(y, window), label=label, marker=marker if len(y) <= 30 else "", **look)
+    axes.set(ylabel="loss (nats)", title="Losses")
     if axes.lines and min(float(np.min(line.get_ydata())) for line in axes.lines) >= 0:
         axes.set_ylim(bottom=0)
 

@@ -26,7 +26,6 @@ from mixadv.report.names import all_printable, group_name, natural_key, number
 from mixadv.shipped import refuse_aliases
 
 BASELINE = "baseline"
-RECORDS = ("labels", "clean", "robust", "members_robust", "robust uniform")
 _MARKERS = ("results.json", "metrics.csv", "DONE", "FAILED", LOCK)
 
 
@@ -36,6 +35,15 @@ class Interval(NamedTuple):
     value: float | None
     low: float | None = None
     high: float | None = None
+
+
+def stored_interval(entry: Any, key: str) -> Interval:
+    """`entry[key]` and `entry["ci95"]` of the results, as far as they are there and numbers."""
+    if not isinstance(entry, dict):
+        return Interval(None)
+    ends = entry.get("ci95")
+    low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    return Interval(number(entry.get(key)), number(low), number(high))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +79,7 @@ class Run:
 
     def interval(self, measure: str) -> Interval:
         """The expected accuracy and 95 % interval of `measure`, "clean" or "robust"."""
-        ends = self.get(measure, "ci95")
-        low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
-        return Interval(number(self.get(measure, "expected_accuracy")), number(low), number(high))
+        return stored_interval(self.get(measure), "expected_accuracy")
 
     @property
     def clean(self) -> Interval:
@@ -103,21 +109,16 @@ class Run:
 
     @property
     def num_members(self) -> int | None:
-        value = number(self.get("L"))
-        value = number(self.config.get("L")) if value is None else value
-        return None if value is None else int(value)
+        return _whole(self.get("L"), self.config.get("L"))
 
     @property
     def num_examples(self) -> int | None:
-        value = number(self.get("num_examples"))
-        value = number(self.get("data", "num_test")) if value is None else value
-        return None if value is None else int(value)
+        return _whole(self.get("num_examples"), self.get("data", "num_test"))
 
     @property
     def eps(self) -> float | None:
         """Radius of the ball, in units of the input."""
-        value = number(self.get("threat_model", "eps"))
-        return number(self.config.get("eps")) if value is None else value
+        return _first_number(self.get("threat_model", "eps"), self.config.get("eps"))
 
     @property
     def norm(self) -> str:
@@ -129,9 +130,7 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        value = number(self.get("seed"))
-        value = number(self.config.get("seed")) if value is None else value
-        return None if value is None else int(value)
+        return _whole(self.get("seed"), self.config.get("seed"))
 
     @property
     def was_only_measured(self) -> bool:
@@ -155,13 +154,36 @@ class Run:
     @property
     def training_seconds(self) -> float | None:
         """Wall seconds of the training, validation included, of all the processes that continued it together."""
-        seconds = self.history.get("seconds", np.array([]))
-        seconds = seconds[np.isfinite(seconds)]
-        return float(seconds[-1]) if len(seconds) else number(self.get("seconds", "train"))
+        return _first_number(self.last("seconds"), self.get("seconds", "train"))
+
+    def last(self, name: str) -> float | None:
+        """The last value of a column of the history, None where it has none."""
+        values = self.history.get(name, np.array([]))
+        values = values[np.isfinite(values)]
+        return float(values[-1]) if len(values) else None
+
+    @property
+    def images(self) -> str:
+        """On how many test images, and of how many, it was measured; "" where the files do not say."""
+        whole = number(self.get("data", "num_test"))
+        if self.num_examples is None:
+            return ""
+        of = f" of {whole:,.0f}" if whole is not None and whole > self.num_examples else ""
+        return f"{self.num_examples:,}{of} test images"
 
     @property
     def has_history(self) -> bool:
         return any(len(column) for column in self.history.values())
+
+
+def _first_number(*values: Any) -> float | None:
+    """The first of the values that is a number."""
+    return next((known for value in values if (known := number(value)) is not None), None)
+
+
+def _whole(*values: Any) -> int | None:
+    value = _first_number(*values)
+    return None if value is None else int(value)
 
 
 def read_history(path: Path) -> dict[str, np.ndarray]:
@@ -252,19 +274,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_records(run: Run) -> dict[str, np.ndarray]:
-    """The per-example arrays of `records.npz` that are compared, those it has: `labels`, `clean`, `robust`,
-    `robust uniform` [N] (of weights 1/L, from task=solve) and `members_robust` [L, N].
-
-    Raises:
-        ValueError: the file is missing or cannot be read.
-    """
-    arrays = read_arrays(run.path / "records.npz")
-    if arrays is None:
-        raise ValueError(f"{run.path / 'records.npz'} is missing")
-    return {name: arrays[name] for name in RECORDS if name in arrays}
-
-
 def is_run(path: Path) -> bool:
     """Whether `path` is a run directory; a folder of Hydra's own configuration is not one."""
     if any((path / name).is_file() for name in _MARKERS):
@@ -293,13 +302,6 @@ def find_runs(root: str | Path) -> list[Run]:
             below.clear()
         below[:] = [name for name in below if not name.startswith(".")]
     return [read_run(path) for path in sorted(found, key=natural_key)]
-
-
-def cell(value: Any) -> Any:
-    """A cell of a csv file; text that a spreadsheet would take for a formula begins with an apostrophe."""
-    if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")):
-        return f"'{value}"
-    return "" if value is None else value
 
 
 @contextmanager

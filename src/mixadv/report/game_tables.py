@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mixadv.errors import UserError
+from mixadv.report.cells import NONE, add_row, new_table, plain, print_whole
 from mixadv.report.files import Run
 from mixadv.report.names import short_names
-from mixadv.report.tables import NONE, print_whole
 
 ANEW = "run the game again with resume=never"
 # What comes of results that are not what task=game writes.
@@ -63,18 +63,22 @@ def print_game(run: Run, console: Console) -> None:
 
 def games_table(runs: Sequence[Run]) -> Table:
     """One row per run of ``task=game``, in the order given: its state and its values at the largest radius."""
-    table = Table(title=f"{len(runs)} games", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("run", "state", "game"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("ε", "D", "V_rand", "V_det"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    words = ("run", "state", "game")
+    table = new_table(
+        f"{len(runs)} games",
+        [*words, "ε", "D", "V_rand", "V_det"],
+        words=words,
+        folds=dict.fromkeys(words, 1),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name, run in zip(short_names([run.path for run in runs]), runs, strict=True):
         kind = run.config.get("game")
         try:
             cells = [NONE] * 4 if _results(run) is None else list(map(str, _at_largest_radius(read_game(run))))
         except DAMAGED:
             cells = ["damaged", NONE, NONE, NONE]
-        table.add_row(Text(name), run.state, str(kind.get("name") if isinstance(kind, dict) else NONE), *cells)
+        add_row(table, [name, run.state, str(kind.get("name") if isinstance(kind, dict) else NONE), *cells])
     return table
 
 
@@ -89,19 +93,17 @@ def _at_largest_radius(game: dict[str, Any]) -> list[str]:
 
 def _motivating(game: dict[str, Any]) -> list[Table | str]:
     exact, solvers = game["exact"], game["solvers"]
-    table = Table(title=f"Two classifiers on the line, ε = {game['eps']}", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for heading in ("exact", *(f"{solver['solver']}\n{solver['detail']}" for solver in solvers)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ["", "exact", *(f"{solver['solver']}\n{solver['detail']}" for solver in solvers)]
+    table = new_table(f"Two classifiers on the line, ε = {game['eps']}", headings, words=[""])
     for k in (0, 1):
-        alone = [_decimal(solver["deterministic_risks"][k]) for solver in solvers]
+        alone = [plain(solver["deterministic_risks"][k], ".4f") for solver in solvers]
         table.add_row(f"risk of f{k + 1} alone", exact["deterministic_risks"][k], *alone)
     for k in (0, 1):
-        weights = [_decimal(solver["weights"][k]) for solver in solvers]
+        weights = [plain(solver["weights"][k], ".4f") for solver in solvers]
         table.add_row(f"best mixture, weight of f{k + 1}", exact["weights"][k], *weights)
     table.add_section()
-    table.add_row("its risk, V_rand", exact["value"], *(_decimal(s["value"]) for s in solvers), style="bold")
-    table.add_row("attacker's guarantee, D", exact["dual"], *(_decimal(s["dual"]) for s in solvers), style="bold")
+    table.add_row("its risk, V_rand", exact["value"], *(plain(s["value"], ".4f") for s in solvers), style="bold")
+    table.add_row("attacker's guarantee, D", exact["dual"], *(plain(s["dual"], ".4f") for s in solvers), style="bold")
     table.add_row("gap V_rand − D", exact["gap"], *(_tiny(s["gap"]) for s in solvers))
     table.add_row("D without randomness", exact["pure_attacker"], *[NONE] * len(solvers))
     lines = ["The attacker's optimal strategy:"]
@@ -119,17 +121,12 @@ def _motivating(game: dict[str, Any]) -> list[Table | str]:
 def _gaussians(game: dict[str, Any]) -> list[Table | str]:
     seeds = game["seeds"]
     which = f"seeds {seeds[0]} to {seeds[-1]}, mean [min, max]" if len(seeds) > 1 else f"seed {seeds[0]}"
-    table = Table(
-        title=Text(f"{game['num_classifiers']} linear classifiers on three Gaussians, {which}"),
-        title_justify="left",
-        caption=Text(
-            f"{game['num_points']:,} points, {game['candidates_per_point']:,} perturbations each:\n"
-            "lower estimates of the values on whole balls"
-        ),
-        caption_justify="left",
+    table = new_table(
+        f"{game['num_classifiers']} linear classifiers on three Gaussians, {which}",
+        ["ε", "D", "V_rand", "V_det", "V_det − V_rand", "largest gap"],
+        caption=f"{game['num_points']:,} points, {game['candidates_per_point']:,} perturbations each:\n"
+        "lower estimates of the values on whole balls",
     )
-    for heading in ("ε", "D", "V_rand", "V_det", "V_det − V_rand", "largest gap"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for eps in game["eps"]:
         runs = [run for run in game["runs"] if run["eps"] == eps]
         gains = [run["v_det"] - run["v_rand"] for run in runs]
@@ -158,10 +155,6 @@ _PARTS = {"motivating": _motivating, "gaussians": _gaussians}
 
 def _solver(entry: dict[str, Any]) -> str:
     return entry["solver"] + ("" if entry["alpha"] is None else f", α = {entry['alpha']:g}")
-
-
-def _decimal(value: Any) -> str:
-    return NONE if value is None else f"{value:.4f}"
 
 
 def _tiny(value: float | None) -> str:

@@ -51,9 +51,8 @@ def motivating_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fi
 
     Its axes are labelled "line" and "risk".
     """
-    figure = new_figure(5.6)
+    figure = new_figure(5.6, f"Two classifiers on the line, ε = {game['eps']}")
     exact = game["exact"]
-    figure.suptitle(f"Two classifiers on the line, ε = {game['eps']}", fontsize=16, y=0.975)
     _draw_line(figure.add_axes((0.02, 0.185, 0.555, 0.655), label="line"), game, arrays["thresholds"])
     _draw_risk(figure.add_axes((0.645, 0.245, 0.325, 0.595), label="risk"), exact, arrays["curve"])
     footnote(
@@ -69,23 +68,16 @@ def _draw_line(axes: Axes, game: dict[str, Any], thresholds: np.ndarray) -> None
     eps = float(Fraction(game["eps"]))
     places = [float(Fraction(point["point"])) for point in game["attack"]]
     reach = max(map(abs, places)) + eps + 0.25
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-1.66, 1.42)
+    axes.set(xlim=(-reach, reach), ylim=(-1.66, 1.42))
     axes.axhline(0, color="black", linewidth=1.2, zorder=1)
     for k, (at, side) in enumerate(thresholds):
         y = -1.06 - 0.5 * k
         for low, high, label, outer in ((-reach, at, -side, "left"), (at, reach, side, "right")):
             colour = POSITIVE if label > 0 else NEGATIVE
             axes.fill_between([low, high], y, y + 0.38, color=colour, alpha=0.22, linewidth=0)
-            axes.text(
-                low + 0.08 if outer == "left" else high - 0.08,
-                y + 0.18,
-                f"f{k + 1} says {'+1' if label > 0 else '−1'}",
-                ha=outer,
-                va="center",
-                color=colour,
-                fontweight="bold",
-            )
+            x = low + 0.08 if outer == "left" else high - 0.08
+            words = f"f{k + 1} says {'+1' if label > 0 else '−1'}"
+            axes.text(x, y + 0.18, words, ha=outer, va="center", color=colour, fontweight="bold")
         axes.plot([at, at], [y, 0.12], color=GREY, linestyle=DASHES[2], linewidth=1.3, zorder=0)
     for i, (point, x) in enumerate(zip(game["attack"], places, strict=True)):
         colour = POSITIVE if point["label"] > 0 else NEGATIVE
@@ -119,15 +111,8 @@ def _draw_moves(axes: Axes, point: dict[str, Any], x: float) -> None:
             axes.text(x, 0.24, text, ha="center", va="bottom", color=ATTACK, fontsize=12)
             continue
         sign = 1 if to > x else -1
-        look = {
-            "arrowstyle": "-|>",
-            "mutation_scale": 18,
-            "color": ATTACK,
-            "linewidth": 2,
-            "connectionstyle": f"arc3,rad={-0.55 * sign}",
-            "shrinkA": 0,
-            "shrinkB": 2,
-        }
+        look = {"arrowstyle": "-|>", "mutation_scale": 18, "color": ATTACK, "linewidth": 2, "shrinkA": 0, "shrinkB": 2}
+        look["connectionstyle"] = f"arc3,rad={-0.55 * sign}"
         axes.annotate("", xy=(to, 0.04), xytext=(x + 0.03 * sign, 0.2), arrowprops=look)
         text = f"to {_text(Fraction(move['to']))}" + ("" if chance == 1 else f"\nwith probability {chance}")
         # The words of two moves from one point stand on either side of it, those of a single one behind it.
@@ -142,8 +127,7 @@ def _draw_risk(axes: Axes, exact: dict[str, Any], curve: np.ndarray) -> None:
         float(Fraction(text)) for text in (exact["weights"][0], exact["value"], exact["dual"], exact["pure_attacker"])
     )
     top = float(curve[:, 1].max())
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.3 * top)
+    axes.set(xlim=(0, 1), ylim=(0, 1.3 * top))
 
     def say(text: str, x: float, y: float, offset: tuple[int, int], colour: str, ha: Any = "center") -> None:
         va: Any = "bottom" if offset[1] > 0 else "top"
@@ -165,9 +149,7 @@ def _draw_risk(axes: Axes, exact: dict[str, Any], curve: np.ndarray) -> None:
         say(f"D = {exact['dual']}, the attacker's guarantee", 0.5, dual, (0, -6), ATTACK)
         say(f"{exact['pure_attacker']}, its guarantee without randomness", 0.5, pure, (0, -6), GREY)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "1/4", "1/2", "3/4", "1"])
-    axes.set_xlabel("weight λ1 of f1 (f2 has 1 − λ1)")
-    axes.set_ylabel("adversarial risk R(λ)")
-    axes.set_title("Risk of their mixtures")
+    axes.set(xlabel="weight λ1 of f1 (f2 has 1 − λ1)", ylabel="adversarial risk R(λ)", title="Risk of their mixtures")
 
 
 def _text(value: Fraction) -> str:
@@ -182,21 +164,11 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
 
     Its axes are labelled "plane", "convergence" and "values".
     """
-    figure = new_figure(6.6)
+    figure = new_figure(6.6, f"{game['num_classifiers']} random linear classifiers on three Gaussians")
     count = len(game["seeds"])
-    figure.suptitle(f"{game['num_classifiers']} random linear classifiers on three Gaussians", fontsize=16, y=0.975)
-    box = {"bottom": 0.335, "height": 0.535}
-    panels = {
-        name: figure.add_axes((left, box["bottom"], width, box["height"]), label=name)
-        for name, left, width in (
-            ("plane", 0.035, 0.3),
-            ("convergence", 0.405, 0.255),
-            ("values", 0.725, 0.258),
-        )
-    }
-    _draw_plane(figure, panels["plane"], game, arrays)
-    _draw_convergence(panels["convergence"], game, arrays)
-    _draw_values(panels["values"], game, arrays)
+    _draw_plane(figure, figure.add_axes((0.035, 0.335, 0.3, 0.535), label="plane"), game, arrays)
+    _draw_convergence(figure.add_axes((0.405, 0.335, 0.255, 0.535), label="convergence"), game, arrays)
+    _draw_values(figure.add_axes((0.725, 0.335, 0.258, 0.535), label="values"), game, arrays)
     found = game["convergence"]
     footnote(
         figure,
@@ -221,31 +193,17 @@ def _draw_plane(figure: Figure, axes: Axes, game: dict[str, Any], arrays: dict[s
     image = axes.imshow(said, extent=extent, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto", zorder=0)
     for mask, colour, marker, label in ((positive, POSITIVE, "o", "Y = +1"), (~positive, NEGATIVE, "x", "Y = −1")):
         face: dict[str, Any] = {"edgecolors": "none"} if marker == "o" else {}
-        axes.scatter(
-            points[mask, 0],
-            points[mask, 1],
-            s=11,
-            c=colour,
-            marker=marker,
-            alpha=0.55,
-            linewidths=0.8,
-            label=label,
-            **face,
-        )
+        x, y = points[mask].T
+        axes.scatter(x, y, s=11, c=colour, marker=marker, alpha=0.55, linewidths=0.8, label=label, **face)
     span = np.array([-20.0, 20.0])
     for normal, offset, weight in zip(arrays["normals"], arrays["offsets"], weights, strict=True):
         along = np.array([-normal[1], normal[0]])
         ends = -offset * normal + span[:, None] * along
-        used = weight > 1e-6
-        axes.plot(
-            *ends.T,
-            color="black" if used else "#888888",
-            alpha=float(0.35 + 0.65 * weight) if used else 0.45,
-            linewidth=1.2 + 3.0 * float(weight) if used else 0.8,
-            linestyle="-" if used else DASHES[2],
-        )
-    axes.set_xlim(extent[0], extent[1])
-    axes.set_ylim(extent[2], extent[3])
+        look: dict[str, Any] = {"color": "#888888", "alpha": 0.45, "linewidth": 0.8, "linestyle": DASHES[2]}
+        if (used := float(weight)) > 1e-6:
+            look = {"color": "black", "alpha": 0.35 + 0.65 * used, "linewidth": 1.2 + 3.0 * used}
+        axes.plot(*ends.T, **look)
+    axes.set(xlim=(extent[0], extent[1]), ylim=(extent[2], extent[3]))
     axes.grid(visible=False)
     axes.set_xlabel("x1")
     axes.set_ylabel("x2", labelpad=-4)
@@ -280,13 +238,9 @@ def _draw_convergence(axes: Axes, game: dict[str, Any], arrays: dict[str, np.nda
         axes.plot(x, height * (x / start) ** power, color="#999999", linewidth=1.3, linestyle=DASHES[1], zorder=0)
         label = "$T^{-1/2}$" if power > -1 else "$T^{-2}$"
         axes.text(start * place, 1.25 * height * place**power, label, color=GREY, fontsize=13, ha="left", va="bottom")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(_FLOOR, 8 * top)
-    axes.set_xlim(1, end)
+    axes.set(xscale="log", yscale="log", ylim=(_FLOOR, 8 * top), xlim=(1, end))
     axes.set_xlabel("steps T", labelpad=1)
-    axes.set_ylabel("error")
-    axes.set_title(f"Convergence at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
+    axes.set(ylabel="error", title=f"Convergence at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
     axes.legend(ncols=-(-(1 + len(arrays["alphas"])) // 4), **_LEGEND)
 
 
@@ -310,6 +264,5 @@ def _draw_values(axes: Axes, game: dict[str, Any], arrays: dict[str, np.ndarray]
     margin = 0.03 * float(eps[-1] - eps[0]) or 0.5
     axes.set_xlim(float(eps[0]) - margin, float(eps[-1]) + margin)
     axes.set_xlabel("ε, radius of the ℓ2 ball", labelpad=1)
-    axes.set_ylabel("adversarial risk")
-    axes.set_title("Values of the game")
+    axes.set(ylabel="adversarial risk", title="Values of the game")
     axes.legend(**_LEGEND)

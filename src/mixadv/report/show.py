@@ -7,12 +7,13 @@ from rich.text import Text
 
 from mixadv.redaction import printable
 from mixadv.report.attacks import attacks_table, flags_of
+from mixadv.report.cells import print_whole
 from mixadv.report.comparison import comparison_sentence, member_sentence
 from mixadv.report.files import Run
 from mixadv.report.game_tables import print_game
 from mixadv.report.names import number
 from mixadv.report.solve import solution_sentences, solution_table
-from mixadv.report.tables import print_whole, progress, results_table
+from mixadv.report.tables import progress, results_table
 
 
 def show_run(run: Run, console: Console) -> None:
@@ -54,16 +55,8 @@ def show_run(run: Run, console: Console) -> None:
         parts = [f"{name} {value:.0f} s" for name, v in seconds.items() if (value := number(v)) is not None]
         say("Time: " + ", ".join(parts))
     names = [
-        *(
-            "results.json",
-            "metrics.csv",
-            "records.npz",
-            "game.npz",
-            "report.html",
-            "curves.png",
-            "solve.png",
-            "game.png",
-        ),
+        *("results.json", "metrics.csv", "records.npz", "game.npz", "report.html"),
+        *("curves.png", "solve.png", "game.png"),
         *("attacks.png", "eps.png", "steps.png", "examples.png", "mixture", "checkpoints"),
     ]
     here = [name for name in names if (run.path / name).exists()]

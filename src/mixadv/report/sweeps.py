@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mixadv.errors import UserError
-from mixadv.report.figures import CLEAN, DASHES, MARKERS, MEMBERS, ROBUST, footnote, new_figure, save
+from mixadv.report.figures import CLEAN, DASHES, MARKERS, MEMBERS, ROBUST, footnote, new_figure, save, spaced
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
 from mixadv.report.settings import described
@@ -19,21 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = (CLEAN, ROBUST, *MEMBERS)
-
-
-class _Setting(NamedTuple):
-    """What the seeds of one line have in common; `extra` is what L, loss and solver leave open."""
-
-    num_members: int
-    loss: str
-    solver: str
-    extra: tuple[str, ...]
-
-    def label(self, counts: Sequence[int]) -> str:
-        parts = [f"L = {self.num_members}", self.loss, self.solver, *self.extra]
-        low, high = min(counts), max(counts)
-        seeds = f" ({low if low == high else f'{low}–{high}'} seeds)" if high > 1 else ""
-        return ", ".join(part for part in parts if part) + seeds
 
 
 def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
@@ -54,58 +39,40 @@ def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
 def sweep_figure(runs: Sequence[Run]) -> Figure:
     """The figure of `draw_sweep`; its axes are labelled "clean" and "robust"."""
     shown = [run for run in runs if _plottable(run)]
-    lines: dict[_Setting, list[Run]] = defaultdict(list)
+    lines: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run, extra in zip(shown, _extras(shown), strict=True):
-        lines[_Setting(run.num_members or 0, run.loss, run.solver, extra)].append(run)
+        setting = (run.num_members or 0, run.loss, run.solver, *extra)
+        lines[setting].append(run)
 
-    labels = {
-        setting: setting.label([len(same) for same in _by_eps(group).values()])
-        for setting, group in sorted(lines.items())
-    }
+    labels = {setting: _label(setting, group) for setting, group in sorted(lines.items())}
     columns = _legend_columns(list(labels.values()))
     below = 1.4 + 0.27 * math.ceil(len(labels) / columns)
     height = below + 4.6
-    figure = new_figure(height)
-    box = {"left": 0.055, "right": 0.985, "bottom": below / height, "top": 1 - 0.75 / height, "wspace": 0.12}
-    figure.subplots_adjust(**box)
+    data, norms = ({getattr(run, name) for run in shown} - {""} for name in ("data", "norm"))
+    title = [", ".join(sorted(data)), ", ".join(map(norm_symbol, sorted(norms)))]
+    figure = new_figure(height, " · ".join(part for part in title if part))
+    figure.subplots_adjust(left=0.055, right=0.985, bottom=below / height, top=1 - 0.75 / height, wspace=0.12)
     clean = figure.add_subplot(1, 2, 1, label="clean")
     robust = figure.add_subplot(1, 2, 2, label="robust", sharex=clean, sharey=clean)
-    ticks: dict[float, str] = {}
     notes: dict[str, None] = {}
     for i, (setting, group) in enumerate(sorted(lines.items())):
-        look: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 6,
-        }
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6}
         by_x = _by_eps(group)
-        for x, same in by_x.items():
-            ticks[x] = format_eps(same[0].eps)
         bases = {x: [r.baseline for r in same if r.baseline is not None] for x, same in by_x.items()}
         for axes, measure in ((clean, "clean"), (robust, "robust")):
             dash = DASHES[i // len(COLOURS) % len(DASHES)]
             if _line(axes, by_x, measure, label=labels[setting], linestyle=dash, **look):
                 notes["lines: mean over seeds, bands: minimum to maximum"] = None
-            if (
-                _line(
-                    axes,
-                    bases,
-                    measure,
-                    band=False,
-                    label=f"_baseline {i}",
-                    linestyle="--",
-                    markerfacecolor="white",
-                    **look,
-                )
-                is not None
-            ):
+            of_base = {**look, "label": f"_baseline {i}", "linestyle": "--", "markerfacecolor": "white"}
+            if _line(axes, bases, measure, band=False, **of_base) is not None:
                 notes["dashed, open markers: single-model baselines"] = None
     attacks = sorted({", ".join(run.attacks) for run in shown if run.attacks})
     if attacks:
         notes["robust: worst case per image over " + " | ".join(attacks)] = None
     if len(shown) < len(runs):
         notes[f"{len(runs) - len(shown)} of {len(runs)} runs have no results and are not shown"] = None
-    _finish(figure, clean, robust, shown, ticks)
+    _finish(clean, robust, {float(run.eps or 0) for run in shown})
     handles, names = clean.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, (below - 0.62) / height), ncols=columns)
     footnote(figure, "; ".join(notes))
@@ -134,30 +101,21 @@ def _line(axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: b
     return True
 
 
-def _finish(
-    figure: Figure,
-    clean: Axes,
-    robust: Axes,
-    shown: Sequence[Run],
-    ticks: dict[float, str],
-) -> None:
-    norms = sorted({run.norm for run in shown if run.norm})
-    title = [", ".join(sorted({run.data for run in shown if run.data})), ", ".join(map(norm_symbol, norms))]
-    figure.suptitle(" · ".join(part for part in title if part), fontsize=16, y=1 - 0.12 / figure.get_figheight())
-    at = sorted(ticks)
-    margin = 0.05 * (at[-1] - at[0]) or 0.5
+def _finish(clean: Axes, robust: Axes, radii: set[float]) -> None:
     for axes, name in ((clean, "Clean test accuracy"), (robust, "Robust test accuracy")):
-        axes.set_title(name)
-        axes.set_xlabel("ε (radius of the ball, in input units)")
-        axes.set_ylabel("accuracy")
+        axes.set(title=name, xlabel="ε (radius of the ball, in input units)", ylabel="accuracy")
     clean.set_ylim(0, 1)
-    clean.set_xlim(at[0] - margin, at[-1] + margin)
-    kept: list[float] = []
-    for x in at:
-        # Two labels closer than this would run into each other.
-        if not kept or x - kept[-1] >= 0.08 * (at[-1] - at[0]):
-            kept.append(x)
-    clean.set_xticks(kept, [ticks[x] for x in kept])
+    margin = 0.05 * (max(radii) - min(radii)) or 0.5
+    clean.set_xlim(min(radii) - margin, max(radii) + margin)
+    kept = spaced(radii, 0.08)
+    clean.set_xticks(kept, [format_eps(x) for x in kept])
+
+
+def _label(setting: tuple[Any, ...], group: Sequence[Run]) -> str:
+    counts = [len(same) for same in _by_eps(group).values()]
+    low, high = min(counts), max(counts)
+    seeds = f" ({low if low == high else f'{low}–{high}'} seeds)" if high > 1 else ""
+    return ", ".join(part for part in (f"L = {setting[0]}", *setting[1:]) if part) + seeds
 
 
 def _by_eps(group: Sequence[Run]) -> dict[float, list[Run]]:

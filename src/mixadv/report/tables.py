@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixadv.report.differences import APGD, GAP, PGD, measured
-from mixadv.report.files import Interval, Run, cell, replacing
-from mixadv.report.names import format_ball, format_eps, group_name, norm_symbol, number, short_names
+from mixadv.report.attacks import everybody, settings_text
+from mixadv.report.cells import NONE, add_row, new_table, percent, percent_with, plain, write_csv
+from mixadv.report.files import Run
+from mixadv.report.names import format_ball, format_eps, norm_symbol, short_names
+from mixadv.report.records import APGD, GAP, PGD, measured
 from mixadv.report.settings import setting_of
 
-NONE = "–"
 _STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinished": "yellow"}
 CSV_HEADER = [
-    "run",
-    "state",
-    "reason",
-    "data",
-    "norm",
-    "eps",
-    "L",
-    "loss",
-    "solver",
-    "schedule",
-    "epochs",
-    "seed",
-    "train_seconds",
-    "num_examples",
-    "who",
-    "weight",
-    "clean",
-    "clean_low",
-    "clean_high",
-    "robust",
-    "robust_low",
-    "robust_high",
-    "pgd_20",
-    "apgd",
-    "matching_penny_gap",
+    *("run", "state", "reason", "data", "norm", "eps", "L", "loss", "solver", "schedule", "epochs", "seed"),
+    *("train_seconds", "num_examples", "who", "weight", "clean", "clean_low", "clean_high"),
+    *("robust", "robust_low", "robust_high", "pgd_20", "apgd", "matching_penny_gap"),
 ]
 
 
@@ -56,26 +32,19 @@ def results_table(run: Run) -> Table:
     "ensemble accuracy" is argmax of the averaged probabilities, a different and deterministic classifier,
     given on clean images only. All intervals are those that the evaluation stored.
     """
-    table = Table(title=Text(_headline(run)), caption=Text(_caption(run)), title_justify="left", caption_justify="left")
-    table.add_column("")
-    table.add_column("clean %", justify="right", no_wrap=True)
-    table.add_column("robust % [95 % interval]", justify="right", no_wrap=True)
-    table.add_column("λ", justify="right", no_wrap=True)
-    for k, member in enumerate(run.members):
-        weight = number(member.get("weight"))
-        table.add_row(
-            Text(": ".join(str(part) for part in (f"member {k}", member.get("name")) if part)),
-            _percent(number(member.get("clean"))),
-            _with_interval(_member_interval(member)),
-            NONE if weight is None else f"{weight:.3f}",
-        )
+    headings = ("", "clean %", "robust % [95 % interval]", "λ")
+    table = new_table(_headline(run), headings, words=[""], folds={"": 1}, caption=_caption(run))
+    found = everybody(run)
+    for k in range(len(run.members)):
+        member = found[f"member {k}"]
+        cells = [member.label, percent(member.clean.value), percent_with(member.robust), plain(member.weight, ".3f")]
+        add_row(table, cells)
     table.add_section()
-    table.add_row("mixture", _percent(run.clean.value), _with_interval(run.robust), "", style="bold")
-    table.add_row("ensemble accuracy", _percent(number(run.get("clean", "ensemble_accuracy"))), NONE, "")
-    if run.baseline is not None:
-        base = run.baseline
-        label = "baseline (one model)" if base.state == "done" else f"baseline ({base.state})"
-        table.add_row(label, _percent(base.clean.value), _with_interval(base.robust), "")
+    for who in ("mixture", "ensemble", "baseline"):
+        if who in found:
+            label = who if who == "mixture" else found[who].label
+            cells = [label, percent(found[who].clean.value), percent_with(found[who].robust), ""]
+            add_row(table, cells, style="bold" if who == "mixture" else "")
     return table
 
 
@@ -83,48 +52,32 @@ def sweep_table(runs: Sequence[Run]) -> Table:
     """One row per run, in the order given; loss and solver move to the caption where all runs share them."""
     common = len(runs) > 1 and len({(run.loss, run.solver) for run in runs}) == 1
     shared = {"loss", "solver"} if common else set()
-    table = Table(
-        title=f"{len(runs)} runs",
-        title_justify="left",
-        caption=Text(_sweep_caption(runs, common)),
-        caption_justify="left",
+    columns: dict[str, list[str | Text]] = {
+        "run": [*short_names([run.path for run in runs])],
+        "state": [_state(run) for run in runs],
+        "ε": [format_eps(run.eps) for run in runs],
+        "L": [plain(run.num_members) for run in runs],
+        "loss": [run.loss or NONE for run in runs],
+        "solver": [run.solver or NONE for run in runs],
+        "seed": [plain(run.seed) for run in runs],
+        "clean %": [percent(run.clean.value) for run in runs],
+        "robust % [95 %]": [percent_with(run.robust) for run in runs],
+        "baseline robust %": [percent(run.baseline.robust.value if run.baseline else None) for run in runs],
+        "λ": [" ".join(f"{w:.2f}" for w in run.weights) or NONE for run in runs],
+    }
+    columns = {heading: cells for heading, cells in columns.items() if heading not in shared}
+    table = new_table(
+        f"{len(runs)} runs",
+        [*columns],
+        words=("run", "state", "loss", "solver"),
+        folds={"run": 12, "state": 10, "baseline robust %": 8, "λ": 9},
+        caption=_sweep_caption(runs, common),
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    columns: list[tuple[str, list[str | Text]]] = [
-        ("run", [Text(name) for name in short_names([run.path for run in runs])]),
-        ("state", [_state(run) for run in runs]),
-        ("ε", [format_eps(run.eps) for run in runs]),
-        ("L", [_text(run.num_members) for run in runs]),
-        ("loss", [Text(run.loss or NONE) for run in runs]),
-        ("solver", [Text(run.solver or NONE) for run in runs]),
-        ("seed", [_text(run.seed) for run in runs]),
-        ("clean %", [_percent(run.clean.value) for run in runs]),
-        ("robust % [95 %]", [_with_interval(run.robust) for run in runs]),
-        ("baseline robust %", [_percent(r.baseline.robust.value if r.baseline else None) for r in runs]),
-        ("λ", [" ".join(f"{w:.2f}" for w in run.weights) or NONE for run in runs]),
-    ]
-    # Narrower than this, words and numbers would break in the middle.
-    narrowest = {"run": 12, "state": 10, "baseline robust %": 8, "λ": 9}
-    for heading, _ in (columns := [column for column in columns if column[0] not in shared]):
-        table.add_column(
-            heading,
-            justify="left" if heading in ("run", "state", "loss", "solver") else "right",
-            overflow="fold",
-            no_wrap=heading not in narrowest,
-            min_width=narrowest.get(heading),
-        )
-    for cells in zip(*(column for _, column in columns), strict=True):
-        table.add_row(*cells)
+    for cells in zip(*columns.values(), strict=True):
+        add_row(table, cells)
     return table
-
-
-def print_whole(table: Table, console: Console) -> None:
-    """Print a table; on a console that is too narrow for it, too wide rather than with columns lost."""
-    needed = console.measure(table, options=console.options.update(width=10_000)).minimum
-    if needed > console.width:
-        table.width = needed
-    console.print(table, crop=False)
 
 
 def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
@@ -138,51 +91,36 @@ def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
     Raises:
         UserError: `path` cannot be written.
     """
-    path = Path(path)
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_HEADER, restval="", lineterminator="\n")
-        writer.writeheader()
-        for name, run in zip(short_names([run.path for run in runs]), runs, strict=True):
-            setting = setting_of(run)
-            about = {
-                "run": name,
-                "state": run.state,
-                "reason": run.reason,
-                "data": run.data,
-                "norm": run.norm,
-                "eps": run.eps,
-                "L": run.num_members,
-                "loss": run.loss,
-                "solver": run.solver,
-                "schedule": setting.schedule if setting else "",
-                "epochs": setting.epochs if setting else None,
-                "seed": run.seed,
-                "train_seconds": run.training_seconds,
-                "num_examples": run.num_examples,
-            }
-            for row in _csv_rows(run):
-                writer.writerow({key: cell(value) for key, value in {**about, **row}.items()})
-    return path
+    rows = []
+    for name, run in zip(short_names([run.path for run in runs]), runs, strict=True):
+        setting = setting_of(run)
+        about = {
+            "run": name,
+            **{key: getattr(run, key) for key in ("state", "reason", "data", "norm", "eps", "loss", "solver", "seed")},
+            "L": run.num_members,
+            "schedule": setting.schedule if setting else "",
+            "epochs": setting.epochs if setting else None,
+            "train_seconds": run.training_seconds,
+            "num_examples": run.num_examples,
+        }
+        rows += [about | row for row in _csv_rows(run)]
+    return write_csv(path, CSV_HEADER, rows)
 
 
 def _csv_rows(run: Run) -> list[dict[str, Any]]:
-    def cells(measure: str, interval: Interval) -> dict[str, Any]:
-        return dict(zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True))
-
-    rows = [{"who": "mixture", **cells("clean", run.clean), **cells("robust", run.robust)} | _under_attack(run)]
-    if (ensemble := number(run.get("clean", "ensemble_accuracy"))) is not None:
-        rows.append({"who": "ensemble", "clean": ensemble})
-    for k, member in enumerate(run.members):
-        rows.append(
-            {
-                "who": f"member {k}",
-                "weight": number(member.get("weight")),
-                "clean": number(member.get("clean")),
-                "robust": number(member.get("robust")),
-            }
-        )
-    if (base := run.baseline) is not None and base.results is not None:
-        rows.append({"who": "baseline", **cells("clean", base.clean), **cells("robust", base.robust)})
+    rows = []
+    found = everybody(run)
+    for who in ("mixture", "ensemble", *(f"member {k}" for k in range(len(run.members))), "baseline"):
+        if who not in found or (who == "ensemble" and found[who].clean.value is None):
+            continue
+        if who == "baseline" and (run.baseline is None or run.baseline.results is None):
+            continue
+        row = {"who": who, "weight": found[who].weight}
+        for measure, at in (("clean", found[who].clean), ("robust", found[who].robust)):
+            row[measure] = at.value
+            if not who.startswith("member "):
+                row |= {f"{measure}_low": at.low, f"{measure}_high": at.high}
+        rows.append(row | (_under_attack(run) if who == "mixture" else {}))
     return rows
 
 
@@ -193,12 +131,6 @@ def _under_attack(run: Run) -> dict[str, Any]:
     except ValueError:
         return {}
     return {"pgd_20": means.get(PGD), "apgd": means.get(APGD), "matching_penny_gap": means.get(GAP)}
-
-
-def _member_interval(member: dict[str, Any]) -> Interval:
-    """The interval that the evaluation stored; none is made up where it stored none."""
-    low, high = (number(end) for end in (member.get("ci95") or (None, None)))
-    return Interval(number(member.get("robust")), low, high)
 
 
 def headline_parts(run: Run) -> list[str]:
@@ -214,11 +146,7 @@ def _headline(run: Run) -> str:
 
 
 def _caption(run: Run) -> str:
-    lines = []
-    if run.num_examples is not None:
-        whole = number(run.get("data", "num_test"))
-        of = f" of {int(whole):,}" if whole is not None and whole > run.num_examples else ""
-        lines.append(f"{run.num_examples:,}{of} test images, {format_ball(run.norm, run.eps)}")
+    lines = [f"{run.images}, {format_ball(run.norm, run.eps)}"] if run.images else []
     if run.attacks:
         lines.append("robust: per image the worst case over " + "; ".join(map(_attack, run.attacks.items())))
     return "\n".join(lines)
@@ -226,13 +154,8 @@ def _caption(run: Run) -> str:
 
 def _attack(item: tuple[str, Any]) -> str:
     name, entry = item
-    settings = entry.get("settings") if isinstance(entry, dict) else None
-    if not isinstance(settings, dict) or not settings:
-        return name
-    shown = ", ".join(
-        f"{k}={group_name(v) if isinstance(v, dict) else v}" for k, v in settings.items() if k != "_target_"
-    )
-    return f"{name} ({shown})"
+    said = settings_text(entry.get("settings"), with_class=False) if isinstance(entry, dict) else ""
+    return f"{name} ({said})" if said else name
 
 
 def _state(run: Run) -> Text:
@@ -256,26 +179,8 @@ def _sweep_caption(runs: Sequence[Run], common: bool) -> str:
 
 def progress(run: Run) -> str:
     """How far an unfinished run came, from its history."""
-    epochs = run.history.get("epoch", np.array([]))
-    epochs = epochs[np.isfinite(epochs)]
-    if not len(epochs):
+    epochs, robust = run.last("epoch"), run.last("val/robust_accuracy")
+    if epochs is None:
         return ""
-    robust = run.history.get("val/robust_accuracy", np.array([]))
-    robust = robust[np.isfinite(robust)]
-    last = f", validation robust accuracy {100 * robust[-1]:.1f} %" if len(robust) else ""
-    return f" after {epochs[-1]:.3g} epochs per model{last}"
-
-
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f}"
-
-
-def _with_interval(interval: Interval) -> Text:
-    text = _percent(interval.value)
-    if interval.low is not None and interval.high is not None:
-        text += f" [{_percent(interval.low)}, {_percent(interval.high)}]"
-    return Text(text)
-
-
-def _text(value: Any) -> str:
-    return NONE if value is None else str(value)
+    accuracy = "" if robust is None else f", validation robust accuracy {100 * robust:.1f} %"
+    return f" after {epochs:.3g} epochs per model{accuracy}"

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def play_game(cfg: DictConfig, run_dir: Path, state: State) -> None:
 
 
 def _play_motivating(settings: MotivatingSettings) -> Played:
-    line = LineGame(settings.radius())
+    line = LineGame(settings.eps)
     exact = line.solve()
     game = line.finite_game()
     values = solve_values(game)
@@ -122,19 +123,13 @@ def _play_motivating(settings: MotivatingSettings) -> Played:
 
 
 def _in_fractions(exact: ExactSolution) -> dict[str, Any]:
-    return {
-        "deterministic_risks": [str(risk) for risk in exact.deterministic_risks],
-        "weights": [str(weight) for weight in exact.weights],
-        "value": str(exact.value),
-        "dual": str(exact.dual),
-        "gap": str(exact.gap),
-        "pure_attacker": str(exact.pure_attacker),
-    }
+    pairs = {"deterministic_risks": exact.deterministic_risks, "weights": exact.weights}
+    numbers = {name: str(getattr(exact, name)) for name in ("value", "dual", "gap", "pure_attacker")}
+    return {name: [str(part) for part in pair] for name, pair in pairs.items()} | numbers
 
 
 def _play_gaussians(settings: GaussianSettings, seed: int, first: GaussianProblem, console: Console) -> Played:
-    radii = settings.radii()
-    show_eps = settings.show_radius()
+    radii, show_eps = settings.eps, settings.show_eps
     seeds = list(range(seed, seed + settings.seeds))
     runs: list[dict[str, Any]] = []
     show_weights = np.zeros(0)
@@ -148,19 +143,7 @@ def _play_gaussians(settings: GaussianSettings, seed: int, first: GaussianProble
             if number == seed and eps == show_eps:
                 show_weights = values.weights.numpy()
             if eps in radii:
-                runs.append(
-                    {
-                        "seed": number,
-                        "eps": eps,
-                        "v_rand": values.v_rand,
-                        "v_det": values.v_det,
-                        "dual": values.dual,
-                        "gap": values.gap,
-                        "violation": values.violation,
-                        "status": values.status,
-                        "weights": values.weights.tolist(),
-                    }
-                )
+                runs.append({"seed": number, "eps": eps, **vars(values), "weights": values.weights.tolist()})
         took = time.perf_counter() - began
         console.print(f"seed {number}: {len(radii)} radii solved in {took:.1f} s", highlight=False)
     convergence, arrays = _converge(settings, first, show_eps, console)
@@ -191,23 +174,15 @@ def _play_gaussians(settings: GaussianSettings, seed: int, first: GaussianProble
 
 def _converge(settings: GaussianSettings, problem: GaussianProblem, eps: float, console: Console) -> Played:
     """Algorithm 1 and the entropic solver against the linear program, on the first perturbations of each ball."""
-    few = GaussianProblem(
-        problem.x,
-        problem.y,
-        problem.normals,
-        problem.offsets,
-        problem.steps[:, : 1 + settings.convergence_samples],
-    )
-    game = few.game(eps)
+    game = replace(problem, steps=problem.steps[:, : 1 + settings.convergence_samples]).game(eps)
     value = solve_values(game).v_rand
     steps = np.unique(np.geomspace(1, settings.num_steps, 13).round().astype(int))
     began = time.perf_counter()
     errors = oracle_errors(game, value, steps.tolist())
     console.print(f"Algorithm 1 up to {steps[-1]:,} steps in {time.perf_counter() - began:.1f} s", highlight=False)
     solvers = [{"solver": "Algorithm 1", "alpha": None, "steps": int(steps[-1]), "error": errors[-1]}]
-    alphas = settings.temperatures()
     traces = []
-    for alpha in alphas:
+    for alpha in settings.alphas:
         began = time.perf_counter()
         trace = entropic_trace(game, value, alpha, settings.num_steps)
         took = time.perf_counter() - began
@@ -220,7 +195,7 @@ def _converge(settings: GaussianSettings, problem: GaussianProblem, eps: float, 
     return summary, {
         "oracle_steps": steps,
         "oracle_errors": np.array(errors),
-        "alphas": np.array(alphas),
+        "alphas": np.array(settings.alphas),
         "value_errors": np.array([trace.value_errors for trace in traces]),
         "smoothed_errors": np.array([trace.smoothed_errors for trace in traces]),
         "certificates": np.array([trace.certificate for trace in traces]),
@@ -229,12 +204,7 @@ def _converge(settings: GaussianSettings, problem: GaussianProblem, eps: float, 
 
 def _draw(settings: GaussianSettings, seed: int) -> GaussianProblem:
     try:
-        return draw_problem(
-            torch.Generator().manual_seed(seed),
-            settings.num_points,
-            settings.num_samples,
-            settings.num_classifiers,
-            settings.max_risk,
-        )
+        sizes = (settings.num_points, settings.num_samples, settings.num_classifiers)
+        return draw_problem(torch.Generator().manual_seed(seed), *sizes, settings.max_risk)
     except ValueError as error:
         raise UserError(f"seed {seed}: game.{error}") from error

@@ -1,8 +1,10 @@
 """The settings of the built-in games, checked before anything is computed."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,70 +15,36 @@ from mixadv.errors import UserError
 
 @dataclass(frozen=True)
 class MotivatingSettings:
-    """``game=motivating``."""
+    """``game=motivating``; eps is exactly what was written."""
 
     name: str
-    eps: Any
+    eps: Fraction
     alpha: float
     num_steps: int
-
-    def __post_init__(self) -> None:
-        _count("num_steps", self.num_steps, 1)
-        _temperature("alpha", self.alpha)
-        self.radius()
-
-    def radius(self) -> Fraction:
-        """eps as it was written, exactly."""
-        return exact_radius("game.eps", self.eps)
 
 
 @dataclass(frozen=True)
 class GaussianSettings:
-    """``game=gaussians``."""
+    """``game=gaussians``; eps has its radii in increasing order, each once, show_eps that of the first two panels."""
 
     name: str
-    eps: Any
-    show_eps: Any
+    eps: list[float]
+    show_eps: float
     seeds: int
     num_points: int
     num_samples: int
     num_classifiers: int
     max_risk: float
-    alphas: Any
+    alphas: list[float]
     num_steps: int
     convergence_samples: int
 
     def __post_init__(self) -> None:
-        for key in ("seeds", "num_points", "num_classifiers", "num_steps"):
-            _count(key, getattr(self, key), 1)
-        for key in ("num_samples", "convergence_samples"):
-            _count(key, getattr(self, key), 0)
         if self.convergence_samples > self.num_samples:
             raise UserError(
                 f"game.convergence_samples={self.convergence_samples} exceeds "
                 f"game.num_samples={self.num_samples}, of which they are the first: lower it"
             )
-        if not _is_number(self.max_risk) or not 0 < self.max_risk <= 1:
-            raise UserError(f"game.max_risk={self.max_risk} must be a risk in (0, 1], as game.max_risk=0.4")
-        self.radii()
-        self.show_radius()
-        self.temperatures()
-
-    def radii(self) -> list[float]:
-        """The list eps in increasing order, each radius once."""
-        wanted = _list("eps", self.eps, "[0,1,2]")
-        return sorted({float(exact_radius("game.eps", value)) for value in wanted})
-
-    def show_radius(self) -> float:
-        """The radius of the first two panels."""
-        return float(exact_radius("game.show_eps", self.show_eps))
-
-    def temperatures(self) -> list[float]:
-        """The list alphas."""
-        wanted = _list("alphas", self.alphas, "[0.1,0.01]")
-        for alpha in wanted:
-            _temperature("alphas", alpha)
-        return [float(alpha) for alpha in wanted]
 
 
 def game_settings(cfg: DictConfig) -> MotivatingSettings | GaussianSettings:
@@ -99,7 +67,9 @@ def game_settings(cfg: DictConfig) -> MotivatingSettings | GaussianSettings:
         raise UserError(f"game.{unknown[0]}: game={node['name']} has no such key; it has {', '.join(sorted(known))}")
     if missing := sorted(known - set(node)):
         raise UserError(f"game.{missing[0]} has no value: add game.{missing[0]}=... to the command")
-    return kind(**node)
+    several = kind is GaussianSettings
+    readers = {**_READERS, "eps": _radii if several else exact_radius}
+    return kind(**{key: readers[key](f"game.{key}", value) if key in readers else value for key, value in node.items()})
 
 
 def exact_radius(key: str, value: Any) -> Fraction:
@@ -126,18 +96,40 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _count(key: str, value: Any, least: int) -> None:
+def _count(least: int, key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"game.{key}={value} must be a whole number of at least {least}")
+        raise UserError(f"{key}={value} must be a whole number of at least {least}")
+    return value
 
 
-def _temperature(key: str, value: Any) -> None:
+def _risk(key: str, value: Any) -> float:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise UserError(f"{key}={value} must be a risk in (0, 1], as {key}=0.4")
+    return float(value)
+
+
+def _temperature(key: str, value: Any) -> float:
     if not _is_number(value) or value <= 0:
-        raise UserError(f"game.{key}={value} must be positive and finite: a temperature in units of the 0/1 loss")
+        raise UserError(f"{key}={value} must be positive and finite: a temperature in units of the 0/1 loss")
+    return float(value)
 
 
-def _list(key: str, value: Any, example: str) -> list[Any]:
+def _several(key: str, value: Any, example: str) -> list[Any]:
     values = value if isinstance(value, list) else [value]
     if not values:
-        raise UserError(f"game.{key}={value} is empty: give at least one number, as game.{key}={example}")
+        raise UserError(f"{key}={value} is empty: give at least one number, as {key}={example}")
     return values
+
+
+def _radii(key: str, value: Any) -> list[float]:
+    return sorted({float(exact_radius(key, one)) for one in _several(key, value, "[0,1,2]")})
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "show_eps": lambda key, value: float(exact_radius(key, value)),
+    "alpha": _temperature,
+    "alphas": lambda key, value: [_temperature(key, one) for one in _several(key, value, "[0.1,0.01]")],
+    "max_risk": _risk,
+    **dict.fromkeys(("seeds", "num_points", "num_classifiers", "num_steps"), partial(_count, 1)),
+    **dict.fromkeys(("num_samples", "convergence_samples"), partial(_count, 0)),
+}

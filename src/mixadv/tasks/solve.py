@@ -17,9 +17,10 @@ from mixadv.config import parse_eps
 from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.evaluation import EvaluationRecord, confidence_interval, equilibrium_of, evaluate, pool_of
+from mixadv.evaluation import EvaluationRecord, equilibrium_of, evaluate, pool_of
 from mixadv.export import save_mixture
 from mixadv.game import Equilibrium, FiniteGame
+from mixadv.intervals import confidence_interval
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import ZeroOne
 from mixadv.members import LoadedMember
