@@ -162,19 +162,22 @@ class MixtureTraining(pl.LightningModule):
         # Known once a trainer says how long the training is, see `setup`.
         self.batches_per_epoch = self.total_batches = self.updates_per_member = 0
         self.check_every = 1
-        self.t = 0
-        self.member_updates = [0] * mixture.num_members
-        self.member_generator = torch.Generator().manual_seed(seed)
-        self.attack_generator: torch.Generator | None = None
-        self._attack_state: Tensor | None = None
+        self._begin()
         self.ranks = Ranks()
-        self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
-        self._bad_step: Tensor | None = None
-        # The trainer's own, where the epoch that a resumed training goes on with has another.
-        self._val_check_interval: int | float | None = None
+        # The trainer's own settings, which change while it trains, by name.
+        self._of_trainer: dict[str, Any] = {}
         # Generators as they were before the batch under way, until that batch has changed something.
         self._before_batch: dict[str, Any] | None = None
         self.accuracies = torch.nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust", "ensemble")})
+
+    def _begin(self, device: torch.device | str = "cpu") -> None:
+        """Nothing is done yet; members and weights are what they are."""
+        self.t = 0
+        self.member_updates = [0] * self.mixture.num_members
+        self.member_generator = torch.Generator().manual_seed(self.seed)
+        self.attack_generator = torch.Generator(device).manual_seed(self.seed + 1)
+        self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
+        self._bad_step: Tensor | None = None
 
     def _try_optimizer(self) -> None:
         """Refuse settings of optimizer and scheduler now, not when the training has begun."""
@@ -217,10 +220,19 @@ class MixtureTraining(pl.LightningModule):
         self._set_lengths()
         # Every check waits for the device, which costs nothing on the CPU.
         self.check_every = 1 if device.type == "cpu" else 50
-        self.attack_generator = torch.Generator(device).manual_seed(self.seed + 1)
-        if self._attack_state is not None:
-            self.attack_generator.set_state(self._attack_state)
-            self._attack_state = None
+        # A second fit begins anew from the members as they are; one that goes on takes up its state after this.
+        self._begin(device)
+
+    def teardown(self, stage: str) -> None:
+        """Give the trainer its own settings back."""
+        for name, value in self._of_trainer.items():
+            setattr(self.trainer, name, value)
+        self._of_trainer.clear()
+
+    def _set_for_now(self, name: str, value: Any) -> None:
+        """Set an attribute of the trainer until the fit is over."""
+        self._of_trainer.setdefault(name, getattr(self.trainer, name))
+        setattr(self.trainer, name, value)
 
     def _set_lengths(self) -> None:
         trainer: Any = self.trainer
@@ -243,7 +255,7 @@ class MixtureTraining(pl.LightningModule):
         if length < 1:
             raise UserError("limit_train_batches=0 trains nothing: leave it out, or give 1 batch or more")
         # Said in batches from here on: Lightning would take a share of the shortened epoch once more.
-        trainer.limit_train_batches = length
+        self._set_for_now("limit_train_batches", length)
         data.batches_per_epoch = self.batches_per_epoch = length
         data.overfit_batches = length if trainer.overfit_batches else None
         self.total_batches = trainer.max_epochs * length
@@ -268,13 +280,13 @@ class MixtureTraining(pl.LightningModule):
                 logger.log_metrics(self.progress(), 0)
         if self._data().train_dataloader().batches_left < self.batches_per_epoch:
             # The first epoch is what is left of one; Lightning has to ask again for the length of the next.
-            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self._set_for_now("reload_dataloaders_every_n_epochs", 1)
 
     def on_train_epoch_end(self) -> None:
         """The next epoch begins."""
         self._data().train_dataloader().close_epoch()
-        if self._val_check_interval is not None:
-            self.trainer.val_check_interval = self._val_check_interval
+        if "val_check_interval" in self._of_trainer:
+            self.trainer.val_check_interval = self._of_trainer.pop("val_check_interval")
         # Lightning has counted a batch without examples as well.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.t
 
@@ -413,15 +425,9 @@ class MixtureTraining(pl.LightningModule):
         return True
 
     def _generators(self) -> dict[str, Any]:
-        attack_generator = self.attack_generator
-        if attack_generator is None:
-            # Before the first fit, or loaded from a file.
-            attack_generator = torch.Generator(self.device).manual_seed(self.seed + 1)
-            if self._attack_state is not None:
-                attack_generator.set_state(self._attack_state)
         return {
             "member_generator": self.member_generator.get_state(),
-            "attack_generator": attack_generator.get_state(),
+            "attack_generator": self.attack_generator.get_state(),
             # Members may draw too (dropout).
             **generators.state(),
         }
@@ -429,10 +435,7 @@ class MixtureTraining(pl.LightningModule):
     def _set_generators(self, state: dict[str, Any]) -> None:
         self.member_generator.set_state(state["member_generator"])
         generators.restore(state)
-        self._attack_state = state["attack_generator"]
-        if self.attack_generator is not None:
-            self.attack_generator.set_state(self._attack_state)
-            self._attack_state = None
+        self.attack_generator.set_state(state["attack_generator"])
 
     def _rate(self) -> str:
         made = self._as_list(self.optimizers())
@@ -591,11 +594,10 @@ class MixtureTraining(pl.LightningModule):
         loop: Any = self.trainer.fit_loop
         loop.epoch_progress.current.processed = checkpoint["epoch"]
         # Lightning refuses to validate every so many batches of an epoch that has fewer left.
-        trainer: Any = self.trainer
-        self._val_check_interval = trainer.val_check_interval
-        if isinstance(trainer.val_check_interval, int):
-            left = (checkpoint["epoch"] + 1) * self.batches_per_epoch - self.t
-            trainer.val_check_interval = min(trainer.val_check_interval, max(1, left))
+        interval = self.trainer.val_check_interval
+        left = (checkpoint["epoch"] + 1) * self.batches_per_epoch - self.t
+        if isinstance(interval, int) and interval > left:
+            self._set_for_now("val_check_interval", max(1, left))
         # Callbacks such as weight averaging count by trainer.global_step, which is that of the optimizers.
         steps = loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = checkpoint["global_step"]
