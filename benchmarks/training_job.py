@@ -18,7 +18,7 @@ from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixadv.attacks.pgd import PGD
-from mixadv.data import ImageCorpus, ImageDataModule
+from mixadv.data.base import ImageCorpus, ImageDataModule
 from mixadv.data.stream import BatchStream
 from mixadv.lambda_solvers import Uniform
 from mixadv.losses import AT

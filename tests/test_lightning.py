@@ -12,8 +12,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
 )
@@ -426,14 +428,13 @@ def test_parts_are_recorded_and_built_again():
         "threat_model": ThreatModel("l2", 0.5),
         "protocol": PROTOCOL,
         "seed": 4,
-        "none": None,
+        "micro_batch_size": None,
     }
-    again = rebuilt(json.loads(json.dumps(recorded(parts))), "settings")
-    assert again.keys() == parts.keys()
+    again = {key: rebuilt(record, key) for key, record in json.loads(json.dumps(recorded(parts))).items()}
     for key in ("optimizer", "scheduler"):
         assert again[key].func is parts[key].func
         assert list(again[key].keywords) == list(parts[key].keywords)
-    for key in ("solver", "attack", "threat_model", "protocol", "seed", "none"):
+    for key in ("solver", "attack", "threat_model", "protocol", "seed", "micro_batch_size"):
         assert again[key] == parts[key]
     assert rebuilt(recorded(piecewise), "scheduler").func is piecewise
 
@@ -792,3 +793,132 @@ def test_a_checkpoint_can_be_written_without_a_fit(tmp_path):
     again = training()
     stock().fit(again, datamodule=digits(), ckpt_path=path)
     assert_same_training(again, fitted())
+
+
+# --- in any order, and with what a Trainer may have ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["validate", "test", "predict", "fit"])
+def test_a_fit_after_anything_else_is_the_same_fit(first):
+    """Before it, only another fit changes the members: then it begins anew from these."""
+    module, trainer = training(), stock()
+    getattr(trainer, first)(module, datamodule=digits())
+    start = training(Mixture(copy.deepcopy(list(module.mixture.members)), module.mixture.weights.clone()))
+    stock().fit(module, datamodule=digits())
+    assert_same_training(module, fitted(start))
+    # And the other way round.
+    stock().validate(module, datamodule=digits(), verbose=False)
+    stock().fit(module, datamodule=digits())
+
+
+def test_a_trainer_has_its_own_settings_back_after_a_fit():
+    trainer = stock(limit_train_batches=0.5)
+    trainer.fit(training(), datamodule=digits())
+    assert (trainer.limit_train_batches, trainer.reload_dataloaders_every_n_epochs) == (0.5, 0)
+    trainer.fit_loop.epoch_progress.reset()
+    module = training()
+    trainer.fit(module, datamodule=digits(num_train=96))
+    alone = fitted(training(), data=digits(num_train=96), limit_train_batches=0.5)
+    assert module.t == alone.t > 0
+
+
+@pytest.mark.parametrize("finder", [BatchSizeFinder, LearningRateFinder])
+def test_callbacks_that_try_batches_are_refused(finder):
+    with pytest.raises(UserError, match="give numbers"):
+        fitted(callbacks=[finder()])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precisions_in_which_no_attack_works_are_refused(precision):
+    module, trainer = training(), stock()
+    trainer.strategy.precision_plugin.precision = precision
+    with pytest.raises(UserError, match="use bf16-mixed"):
+        trainer.fit(module, datamodule=digits())
+
+
+def test_a_data_module_with_loaders_of_its_own_is_refused():
+    class Own(Digits):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.rand(4, 1, 8, 8), torch.arange(4)))
+
+    with pytest.raises(UserError, match="not a DataLoader"):
+        fitted(data=Own(batch_size=16, num_train=48))
+
+
+def test_members_that_cannot_be_trained_are_refused():
+    member = members(1)[0]
+    with pytest.raises(ValueError, match="members 0 and 2 are the same module"):
+        training(Mixture([member, *members(1), member]))
+    frozen = members(1)[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="member 1 has no parameter"):
+        training(Mixture([*members(1), frozen]))
+
+
+def test_the_loss_can_be_monitored_after_every_step():
+    """With Lightning's own log_every_n_steps=50 no row of this training has one."""
+    stopper = EarlyStopping("train/loss", patience=0, mode="max", min_delta=1e9)
+    module = fitted(epochs=4, callbacks=[stopper])
+    assert module.trainer.current_epoch < 4
+
+
+def test_loggers_of_a_stock_trainer_get_the_settings(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    fitted(logger=logger, log_every_n_steps=1)
+    text = (tmp_path / "hparams.yaml").read_text()
+    assert "T_theta: 2" in text
+    assert "mixadv.threat_model.ThreatModel" in text
+
+
+def test_a_trainer_does_not_go_on_with_other_settings(tmp_path):
+    trainer = stock()
+    trainer.fit(training(), datamodule=digits())
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    for settings, name in (({"loss": TRADES()}, "loss"), ({"optimizer": partial(SGD, lr=0.3)}, "optimizer")):
+        with pytest.raises(UserError, match=f"was trained with {name}="):
+            stock(4).fit(training(**settings), datamodule=digits(), ckpt_path=path)
+    # What changes no number may differ.
+    stock(4).fit(training(micro_batch_size=8), datamodule=digits(), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": "at"},
+        {"loss": None},
+        {"loss": {"_target_": "torch.optim.SGD", "_partial_": True}},
+        {"optimizer": {"_target_": "mixadv.attacks.pgd.PGD"}},
+        {"solver": {"_target_": "mixadv.attacks.suite.AttackSuite"}},
+        {"threat_model": "x"},
+        {"seed": "a"},
+        {"protocol": [1, 2]},
+        {"kind": 3},
+    ],
+    ids=str,
+)
+def test_settings_of_a_file_that_are_of_another_kind_are_refused(tmp_path, change):
+    trainer = stock()
+    trainer.fit(training(), datamodule=digits())
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"] |= change
+    torch.save(content, path)
+    with pytest.raises(UserError) as caught:
+        MixtureTraining.load_from_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"t": None}, {"recent": [1]}, {"member_updates": 5}, "x"], ids=str)
+def test_a_state_of_a_file_that_is_none_is_refused(tmp_path, change):
+    trainer = stock()
+    trainer.fit(training(), datamodule=digits())
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    content["mixadv"] = change if isinstance(change, str) else {**content["mixadv"], **change}
+    if change == {"t": None}:
+        del content["mixadv"]["t"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match="does not hold a training"):
+        MixtureTraining.load_from_checkpoint(path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixadv import config
-from mixadv.attacks import pgd
+from mixadv.attacks import search
 from mixadv.callbacks import Checkpoints
 from mixadv.checkpoint_files import digest_of, newest, read_checkpoint
 from mixadv.errors import UserError
@@ -323,7 +323,7 @@ def test_a_run_stopped_inside_its_epochs(train, whole, tmp_path, monkeypatch, se
 )
 def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_path, monkeypatch, setting, nth):
     """A gradient of an attack is being computed, for members, for weights or in validation, when the signal comes."""
-    gradient, calls = pgd.value_and_gradient, []
+    gradient, calls = search.value_and_gradient, []
 
     def and_a_signal(*arguments):
         calls.append(None)
@@ -331,7 +331,7 @@ def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
         return gradient(*arguments)
 
-    monkeypatch.setattr(pgd, "value_and_gradient", and_a_signal)
+    monkeypatch.setattr(search, "value_and_gradient", and_a_signal)
     # Its trial step attacks too, before there is anything to keep.
     monkeypatch.setattr(task, "_announce", lambda *_: None)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]

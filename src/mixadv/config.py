@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixadv.errors import UserError
 from mixadv.setting_keys import flat_settings
-from mixadv.unknown_keys import unknown_key
+from mixadv.unknown_keys import RENAMED_VALUES, unknown_key
 
 TASKS = ("train", "evaluate", "solve", "game", "report")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "16", "64")
 RESUME = ("auto", "never")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 MAX_NAME = 120
@@ -269,6 +270,11 @@ def _check_trainer(cfg: DictConfig) -> None:
     """Ranges that Lightning checks late or not at all."""
     trainer = cfg.trainer
     _one_of("trainer.accelerator", trainer.accelerator, ACCELERATORS)
+    precision = str(trainer.precision)
+    if precision in RENAMED_VALUES["trainer.precision"]:
+        new = RENAMED_VALUES["trainer.precision"][precision]
+        raise UserError(f"trainer.precision={precision} is called {new} now: write trainer.precision={new}")
+    _one_of("trainer.precision", precision, PRECISIONS)
     devices = trainer.devices
     number = isinstance(devices, int) and not isinstance(devices, bool) and (devices == -1 or devices >= 1)
     listed = isinstance(devices, ListConfig) and len(devices) > 0 and all(type(d) is int and d >= 0 for d in devices)

@@ -71,6 +71,11 @@ def unknown_key(key: str, known: Collection[str], value: str | None = None) -> s
         return f"{key} is called {new} now: write {new}={value}"
     if key in REFUSED:
         return f"{key}: {REFUSED[key]}"
+    group, _, rest = key.partition(".")
+    if group in ("callbacks", "logger") and "." in rest:
+        first = "default" if group == "callbacks" else "csv"
+        name = rest.partition(".")[0]
+        return f"{key}: {group}.{name} is not chosen; choose it first, as {group}=[{first},{name}]"
     likely = _likely(key, known)
     question = f", did you mean {' or '.join(likely)}?" if likely else ";"
     return f"{key}: there is no such key{question} `--cfg job` shows all of them, --help the groups"

@@ -59,6 +59,9 @@ class CSVLogger(pl_loggers.CSVLogger):
             # Of a callback, at the batch without examples that brings about the validation.
             return
         self._awaits_validation = False
+        if "member_updates" not in metrics:
+            # Lightning adds its own count of epochs to what callbacks log; ours counts epochs per model.
+            metrics = {name: value for name, value in metrics.items() if name != "epoch"}
         if self._before is None:
             self._before = _seconds(self.file.rows())
         row = {

@@ -91,8 +91,8 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     console = Console(quiet=not first)
     device = build.resolve_device(cfg, processes.place(cfg))
     # Everything that can be refused is built before data are loaded, the directory is written and loggers begin.
-    parts, loggers = _parts(cfg), build_loggers(cfg, run_dir, sweep)
-    build.build_callbacks(cfg, run_dir)
+    parts, callbacks = _parts(cfg), build.build_callbacks(cfg, run_dir)
+    loggers = with_history(build_loggers(cfg, run_dir, sweep), run_dir)
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     choices = Choices(run_dir, processes.rank(cfg))
@@ -102,10 +102,10 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     _check_division(cfg, data)
     with _memory_errors(cfg):
         module = _module(session)
-        _trainer(session, run_dir, [])
+        trainer = _trainer(session, run_dir, loggers, callbacks)
     if cfg.trainer.fast_dev_run:
         with _memory_errors(cfg):
-            _try_out(session, module, run_dir)
+            _try_out(session, module, trainer)
         return
     compiled = speed.settle_compilation(
         cfg, lambda: speed.operations_of_training(cfg, module, parts["protocol"], data), device, choices
@@ -118,9 +118,8 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         write_config(run_dir, cfg)
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
-    loggers = with_history(loggers, run_dir)
     with Signals(), logging_to(loggers, cfg), _memory_errors(cfg):
-        _train_and_measure(session, module, run_dir, loggers)
+        _train_and_measure(session, module, trainer, run_dir)
         if cfg.baseline:
             _train_baseline(session, run_dir / "baseline", loggers)
     if first:
@@ -152,9 +151,8 @@ def _memory_errors(cfg: DictConfig) -> Iterator[None]:
         ) from error
 
 
-def _try_out(session: Session, module: MixtureTraining, run_dir: Path) -> None:
+def _try_out(session: Session, module: MixtureTraining, trainer: pl.Trainer) -> None:
     """A few batches of training, validation and test, as ``trainer.fast_dev_run`` asks for; nothing is written."""
-    trainer = _trainer(session, run_dir, [])
     with _lightning():
         trainer.fit(module, datamodule=session.data)
         trainer.test(module, datamodule=session.data, verbose=False)
@@ -171,15 +169,16 @@ def _train_baseline(session: Session, run_dir: Path, loggers: Sequence[Logger]) 
         write_config(run_dir, cfg)
     single = replace(session, cfg=cfg, parts=session.parts | {"solver": Uniform()})
     own = of_baseline(loggers, cfg, run_dir)
-    _train_and_measure(single, _module(single), run_dir, own)
+    trainer = _trainer(single, run_dir, own, build.build_callbacks(cfg, run_dir))
+    _train_and_measure(single, _module(single), trainer, run_dir)
     if first:
         draw_curves(run_dir)
         mark_done(run_dir)
 
 
-def _train_and_measure(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequence[Logger]) -> None:
+def _train_and_measure(session: Session, module: MixtureTraining, trainer: pl.Trainer, run_dir: Path) -> None:
     """Train the module's members, evaluate the best epoch on the test set once, write everything but DONE."""
-    cfg, data, device = session.cfg, session.data, session.device
+    cfg, data, device, loggers = session.cfg, session.data, session.device, trainer.loggers
     measured_before = read_results(run_dir)
     if measured_before is not None:
         log_accuracies(loggers, measured_before, module.t)
@@ -187,7 +186,7 @@ def _train_and_measure(session: Session, module: MixtureTraining, run_dir: Path,
         log_examples(loggers, cfg, mixture, data, session.threat_model, device)
         return
     started = time.perf_counter()
-    best = _fit(session, module, run_dir, loggers)
+    best = _fit(session, module, trainer, run_dir)
     mixture = module.mixture.to(device)
     training_seconds = time.perf_counter() - started
 
@@ -254,7 +253,7 @@ def _module(session: Session) -> MixtureTraining:
     }
     mixture = build.build_members(session.recipe, cfg.L, cfg.seed, session.device)
     try:
-        return MixtureTraining(
+        module = MixtureTraining(
             mixture,
             session.threat_model,
             **session.parts,
@@ -268,9 +267,14 @@ def _module(session: Session) -> MixtureTraining:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    # The loggers have the whole configuration already.
+    module.save_hyperparameters(dict(module.hparams), logger=False)
+    return module
 
 
-def _trainer(session: Session, run_dir: Path, loggers: Sequence[Logger]) -> pl.Trainer:
+def _trainer(
+    session: Session, run_dir: Path, loggers: Sequence[Logger], callbacks: Sequence[pl.Callback]
+) -> pl.Trainer:
     """Lightning's Trainer with everything that ``trainer`` says.
 
     Raises:
@@ -287,8 +291,8 @@ def _trainer(session: Session, run_dir: Path, loggers: Sequence[Logger]) -> pl.T
     settings |= processes.trainer_settings(cfg, session.device)
     settings |= {
         "precision": session.precision,
-        "logger": list(loggers) or False,
-        "callbacks": build.build_callbacks(cfg, run_dir),
+        "logger": list(loggers),
+        "callbacks": list(callbacks),
         "default_root_dir": run_dir,
         "use_distributed_sampler": False,
         "plugins": [WholeFiles(), *plugins],
@@ -312,7 +316,7 @@ def _lightning() -> Iterator[None]:
             raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
-def _fit(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequence[Logger]) -> dict[str, Any]:
+def _fit(session: Session, module: MixtureTraining, trainer: pl.Trainer, run_dir: Path) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; afterwards `module.mixture` is the best epoch's.
 
     Returns:
@@ -326,7 +330,6 @@ def _fit(session: Session, module: MixtureTraining, run_dir: Path, loggers: Sequ
     if session.compiled:
         _compile(session, module)
     pl.seed_everything(cfg.seed, verbose=False)
-    trainer = _trainer(session, run_dir, loggers)
     signals = Signals.active
     assert signals is not None
     try:

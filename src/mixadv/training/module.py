@@ -12,7 +12,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torchmetrics import MeanMetric
@@ -157,7 +159,7 @@ class MixtureTraining(pl.LightningModule):
         self._try_optimizer()
         settings = {name: getattr(self, name) for name in RECORDED if name not in ("attack", "kind", "T_theta")}
         settings |= {"attack": attack, "kind": kind, "T_theta": T_theta}
-        self.save_hyperparameters(recorded(settings), logger=False)
+        self.save_hyperparameters(recorded(settings))
 
         # Known once a trainer says how long the training is, see `setup`.
         self.batches_per_epoch = self.total_batches = self.updates_per_member = 0
@@ -185,6 +187,12 @@ class MixtureTraining(pl.LightningModule):
             optimizer = self.optimizer(self.mixture.members[0].parameters())
         except (TypeError, ValueError) as error:
             raise ValueError(f"optimizer: {error}") from error
+        known: dict[int, int] = {}
+        for k, member in enumerate(self.mixture.members):
+            if known.setdefault(id(member), k) != k:
+                raise ValueError(f"members {known[id(member)]} and {k} are the same module: build one for each")
+            if not any(p.requires_grad for p in member.parameters()):
+                raise ValueError(f"member {k} has no parameter that can be trained")
         for group in optimizer.param_groups:
             rates = {name: value for name, value in group.items() if isinstance(value, float)}
             for name, value in rates.items():
@@ -215,6 +223,10 @@ class MixtureTraining(pl.LightningModule):
         """
         self.ranks = Ranks.here()
         device = self.trainer.strategy.root_device
+        metrics: Any = self.accuracies.values()
+        for metric in metrics:
+            # A test or validation of its own leaves tensors that a fit cannot change.
+            metric.reset()
         if stage != "fit":
             return
         self._set_lengths()
@@ -244,6 +256,13 @@ class MixtureTraining(pl.LightningModule):
                 f"{wrong} cannot train a mixture, whose members are updated one at a time: use one device, or "
                 "several with strategy=mixadv.training.Replicas()"
             )
+        if str(trainer.precision) in ("16-true", "bf16-true"):
+            raise UserError(f"precision={trainer.precision}: attacks need images in float32; use bf16-mixed")
+        if any(isinstance(callback, (BatchSizeFinder, LearningRateFinder)) for callback in trainer.callbacks):
+            raise UserError(
+                "BatchSizeFinder and LearningRateFinder try batches that the training then leaves out: give numbers; "
+                "micro_batch_size serves a batch that memory does not hold in parts"
+            )
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise UserError("the learning rate follows the share of the training that is done: set max_epochs")
         length = self.schedule.batches_in_epoch(data.batches_per_pass)
@@ -266,10 +285,12 @@ class MixtureTraining(pl.LightningModule):
 
     def _data(self) -> ImageDataModule:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, ImageDataModule):
+        own = isinstance(data, ImageDataModule) and is_overridden("train_dataloader", data, ImageDataModule)
+        if not isinstance(data, ImageDataModule) or own:
             raise UserError(
                 "MixtureTraining has epochs per model, longer than one pass over the images, and continues inside "
-                "them: give trainer.fit(module, datamodule=...) an ImageDataModule of mixadv.data, not a DataLoader"
+                "them: give trainer.fit(module, datamodule=...) an ImageDataModule of mixadv.data with its own "
+                "train_dataloader, not a DataLoader"
             )
         return data
 
@@ -301,6 +322,9 @@ class MixtureTraining(pl.LightningModule):
             self._record(self._weights_phase(x, y))
             return
         found = self._members_phase(x, y)
+        # For callbacks and progress bars, after every step.
+        for name, value in found.items():
+            self.log(name, value, logger=False, batch_size=1, prog_bar=name == "train/loss")
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.t % every == 0:
             self._record(found)
@@ -312,7 +336,8 @@ class MixtureTraining(pl.LightningModule):
         """
         numbers = {name: float(value) for name, value in {**values, **self.progress()}.items()}
         for name, number in numbers.items():
-            self.log(name, number, logger=False, batch_size=1, prog_bar=name == "train/loss")
+            if not name.startswith("train/"):
+                self.log(name, number, logger=False, batch_size=1)
         for logger in self.loggers:
             logger.log_metrics(numbers, self.t)
 
@@ -590,6 +615,13 @@ class MixtureTraining(pl.LightningModule):
         self._recent.extend(AttackedBatch(*batch) for batch in state["recent"])
         if self._trainer is None or not self.trainer.training:
             return
+        before, now = checkpoint.get("hyper_parameters", {}), self.hparams
+        for name in RECORDED:
+            if name not in ("micro_batch_size", "protocol") and before.get(name) != now.get(name):
+                raise UserError(
+                    f"the checkpoint was trained with {name}={before.get(name)}, this training has {now.get(name)}: "
+                    "go on with the same settings, or begin anew without a checkpoint"
+                )
         self._set_generators(state)
         loop: Any = self.trainer.fit_loop
         loop.epoch_progress.current.processed = checkpoint["epoch"]
@@ -638,12 +670,14 @@ class MixtureTraining(pl.LightningModule):
             mixture = mixture_of_checkpoint(path, checkpoint)[0].train()
         parts = {key: rebuilt(settings[key], key) for key in RECORDED if key in settings and key not in given}
         parts["recipe"] = checkpoint.get("mixture_config")
+        # What a file holds may be of any kind.
         try:
             module = cls(mixture, **{**parts, **given})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path} has settings that this version does not take: {error}") from error
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} does not hold a training of this version ({reason}): train it again") from error
         return module if map_location is None else module.to(map_location)
 
 

@@ -20,8 +20,26 @@ from mixadv.errors import UserError
 from mixadv.training import learning_rate
 
 PLAIN = (str, int, float, bool, type(None))
-# Where the classes are that a training is made of: plain settings, which do nothing when they are built.
-HOMES = ("mixadv.attacks", "mixadv.lambda_solvers", "mixadv.losses", "mixadv.threat_model")
+# Where the classes are that an argument of a training is made of: plain settings, which do nothing when they are built.
+HOMES = {
+    "loss": ("mixadv.losses",),
+    "threat_model": ("mixadv.threat_model",),
+    "attack": ("mixadv.attacks", "mixadv.losses"),
+    "validation_attack": ("mixadv.attacks", "mixadv.losses"),
+    "protocol": ("mixadv.attacks", "mixadv.losses"),
+    "solver": ("mixadv.lambda_solvers",),
+    "optimizer": ("torch.optim",),
+    "scheduler": ("torch.optim.lr_scheduler", learning_rate.__name__),
+}
+# What the others are.
+NUMBERS = {
+    "kind": (str,),
+    "T_theta": (int,),
+    "seed": (int,),
+    "gradient_clip_val": (int, float, type(None)),
+    "gradient_clip_algorithm": (str, type(None)),
+    "micro_batch_size": (int, type(None)),
+}
 SCHEDULES = ("constant", "piecewise", "cosine", "one_cycle")
 
 
@@ -58,14 +76,26 @@ def rebuilt(record: Any, key: str) -> Any:
         key: name of the argument, for messages.
 
     Raises:
-        UserError: it names other code, or arguments that do not fit.
+        UserError: it names other code, is of another kind than the argument, or has arguments that do not fit.
     """
+    needs_class = key in HOMES and key != "protocol"
+    fits = isinstance(record, Mapping) and "_target_" in record if needs_class else isinstance(record, _kinds(key))
+    if not fits:
+        raise UserError(f"the checkpoint has {key}={record!r}, which is none: it was changed; give {key} yourself")
+    return _built(record, key)
+
+
+def _kinds(key: str) -> tuple[type, ...]:
+    return NUMBERS.get(key, (Mapping, type(None)))
+
+
+def _built(record: Any, key: str) -> Any:
     if isinstance(record, Mapping):
-        settings = {str(name): rebuilt(value, key) for name, value in record.items() if name != "_target_"}
+        settings = {str(name): _built(value, key) for name, value in record.items() if name != "_target_"}
         if "_target_" not in record:
             return settings
         target = str(record["_target_"])
-        found = _shipped(target)
+        found = _shipped(target, key)
         if found is None:
             raise UserError(
                 f"the checkpoint was trained with {key}={target}, which is no part of mixadv: give it yourself, "
@@ -76,7 +106,7 @@ def rebuilt(record: Any, key: str) -> Any:
         except (TypeError, ValueError) as error:
             raise UserError(f"the checkpoint has settings of {key} that this version does not take: {error}") from error
     if isinstance(record, (list, tuple)):
-        return [rebuilt(value, key) for value in record]
+        return [_built(value, key) for value in record]
     return record
 
 
@@ -84,9 +114,12 @@ def _name(part: Any) -> str:
     return f"{part.__module__}.{part.__qualname__}"
 
 
-def _shipped(target: str) -> Any:
-    """The class or function at `target` if it is one that a file may name, else None."""
+def _shipped(target: str, key: str) -> Any:
+    """The class or function at `target` if it is one that a file may name for the argument `key`, else None."""
     module, _, name = target.rpartition(".")
+    homes = HOMES.get(key, ())
+    if not any(module == home or module.startswith(f"{home}.") for home in homes):
+        return None
     if module == learning_rate.__name__:
         return getattr(learning_rate, name) if name in SCHEDULES else None
     # torch.optim's classes are defined one module deeper than they are offered.
@@ -94,8 +127,6 @@ def _shipped(target: str) -> Any:
         home, kind = (lr_scheduler, LRScheduler) if "lr_scheduler" in module else (optim, optim.Optimizer)
         found = getattr(home, name, None)
         return found if isinstance(found, type) and issubclass(found, kind) else None
-    if not any(module == home or module.startswith(f"{home}.") for home in HOMES):
-        return None
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError:
