@@ -9,18 +9,11 @@ import torch
 from rich.console import Console
 
 from conftest import TINY
-from mixadv.attacks import APGD, ARC, PGD, Square
-from mixadv.data.digits import Digits
 from mixadv.errors import UserError
-from mixadv.lambda_solvers import Uniform
-from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.tasks import speed
-from mixadv.tasks.build import build_protocol
 from mixadv.tasks.choices import Choices
-from mixadv.threat_model import ThreatModel
-from mixadv.training import MixtureTraining
 
 CPU = torch.device("cpu")
 
@@ -58,81 +51,15 @@ def test_precision_on_a_gpu_follows_its_tensor_cores(cfg, tmp_path, monkeypatch,
 # --- whether to compile ------------------------------------------------------------------------------------------
 
 
-def not_asked():
-    raise AssertionError("the choice is not automatic")
-
-
-def test_long_runs_are_compiled_and_short_ones_are_not(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    enough = 3 * speed.ENOUGH["cpu"]
-    assert speed.settle_compilation(cfg(), lambda: 1.01 * enough, CPU, Choices(tmp_path))
-    assert not speed.settle_compilation(cfg(), lambda: 0.99 * enough, CPU, Choices(tmp_path))
-    assert speed.settle_compilation(cfg("compile=true"), not_asked, CPU, Choices(tmp_path))
-    assert not speed.settle_compilation(cfg("compile=false"), not_asked, CPU, Choices(tmp_path))
-    gpu = torch.device("cuda", 0)
-    assert speed.settle_compilation(cfg(), lambda: 1.01 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
-    assert not speed.settle_compilation(cfg(), lambda: 0.99 * speed.ENOUGH["cuda"], gpu, Choices(tmp_path))
-    # Nothing is known of others.
-    assert not speed.settle_compilation(cfg(), lambda: 1e30, torch.device("mps"), Choices(tmp_path))
-
-
-def test_operations_are_those_of_the_layers():
-    # 3x3 convolutions without a border left out: 8x8 places of 1 and 4 channels, then of what the network says.
-    net = network(width=4)
-    state = torch.get_rng_state()
-    counted = 0
-
-    def count(layer, inputs, output):
-        nonlocal counted
-        weight = layer.weight
-        counted += 2 * weight.numel() * (output.shape[-1] * output.shape[-2] if weight.ndim == 4 else 1)
-
-    twin = copy.deepcopy(net)
-    for layer in twin.modules():
-        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-            layer.register_forward_hook(count)
-    twin(torch.zeros(1, 1, 8, 8))
-    net.train()
-    net[0].eval()
-    assert speed.operations_of(Mixture([net, net]), (1, 8, 8)) == 2 * counted
-    assert counted > 10_000
-    assert net.training
-    assert not net[0].training
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_passes_of_a_protocol_bound_those_taken():
-    torch.manual_seed(0)
-    attacks = {"pgd": PGD(5, restarts=2), "apgd-t": APGD(4, loss="dlr-targeted"), "square": Square(30), "arc": ARC(3)}
-    mixture = Mixture([network(width=4)])
-    passes = 0
-
-    def count(member, inputs, logits):
-        nonlocal passes
-        passes += len(logits)
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: count(member, inputs, gradient))
-
-    mixture.members[0].register_forward_hook(count)
-    x, y = torch.rand(6, 1, 8, 8), torch.zeros(6, dtype=torch.long)
-    for name, attack in attacks.items():
-        passes = 0
-        # A ball in which nothing can be fooled: every step is taken.
-        attack(mixture, x, mixture.member_logits(x)[0].argmax(-1), ThreatModel("linf", 1e-6), torch.Generator())
-        said = speed.passes_of_protocol({name: attack}, mixture, 10)
-        assert said / 2 <= passes / len(y) <= 2 * said, name
-    assert speed.passes_of_protocol(attacks, mixture, 10) == sum(
-        speed.passes_of_protocol({name: attack}, mixture, 10) for name, attack in attacks.items()
-    )
-    # Of two members, each alone and the averaged twin are attacked as well: three times the passes of each.
-    pair = Mixture([mixture.members[0], network(width=4)])
-    assert speed.passes_of_protocol({"pgd": PGD(5)}, pair, 10) == 3 * 10
-
-
-def test_only_images_that_are_attacked_count():
-    data = Digits(num_train=300, num_val=100, num_test=90, batch_size=20, eval_batch_size=40)
-    data.setup()
-    assert [speed.attacked_images(limit, 90, data) for limit in (None, 1, 2, 3, 9, 0.34)] == [90, 40, 80, 90, 90, 40]
+def test_long_trainings_on_gpus_are_compiled(cfg, tmp_path):
+    gpu, enough = torch.device("cuda", 0), speed.ENOUGH_BATCHES
+    asked = [("auto", gpu, enough), ("auto", gpu, enough - 1), ("auto", gpu, 0), ("auto", CPU, 10**9)]
+    asked += [("true", CPU, 0), ("false", gpu, 10**9), ("auto", torch.device("mps"), 10**9)]
+    found = [
+        speed.settle_compilation(cfg(f"compile={said}"), batches, device, Choices(tmp_path))
+        for said, device, batches in asked
+    ]
+    assert found == [True, False, False, False, True, False, False]
 
 
 # --- compilation -------------------------------------------------------------------------------------------------
@@ -178,28 +105,6 @@ def test_graphs_are_made_before_the_run_needs_them(trained, count):
         if trained:
             mixture.members[1].train().requires_grad_(True)(x.detach())
     assert counters["stats"]["unique_graphs"] == count
-
-
-def test_operations_of_a_training_are_those_of_its_passes(cfg):
-    """By hand: 2 epochs of 10 batches of 20 with 3 + 1 passes forward and backward, 2 validations, one measurement
-    by pgd-20."""
-    config = cfg("L=2", "schedule=shared", "attack.num_steps=3", "~protocol.attacks.arc", "~protocol.attacks.subsets")
-    data = Digits(num_train=200, num_val=40, num_test=50, batch_size=20, eval_batch_size=20)
-    data.setup()
-    mixture = Mixture([build_member("linear", num_classes=10, image_shape=(1, 8, 8)) for _ in range(2)])
-    module = MixtureTraining(
-        mixture,
-        loss=AT(),
-        threat_model=ThreatModel("linf", 0.1),
-        attack=PGD(3),
-        validation_attack=PGD(4),
-        solver=Uniform(),
-        kind="shared",
-    )
-    one_image = 2 * 2 * 640
-    training, validation, measurement = 2 * 10 * 20 * 2 * 4, 2 * 40 * 2 * 4, 50 * 3 * 2 * 20
-    wanted = one_image * (training + validation + measurement)
-    assert speed.operations_of_training(config, module, build_protocol(config), data) == wanted
 
 
 @pytest.fixture

@@ -86,14 +86,13 @@ def _evaluate(
     device = build.resolve_device(cfg, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     # Refused here, it leaves no directory behind that the mended command could not use.
-    protocol, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
+    build.build_protocol(cfg)
+    loggers = build_loggers(cfg, run_dir, sweep)
     if processes.rank(cfg) == 0:
         write_config(run_dir, cfg)
     mixture.to(device)
     choices, console = Choices(run_dir, processes.rank(cfg)), Console(quiet=processes.rank(cfg) > 0)
-    tested = speed.attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
-    passes = tested * speed.passes_of_protocol(protocol, mixture, data.num_classes)
-    speed.settle_evaluation(cfg, data, mixture, passes, device, choices, console)
+    speed.settle_evaluation(cfg, data, mixture, device, choices, console)
     started = time.perf_counter()
     loader = data.test_dataloader()
     limit = build.limited(cfg.trainer.limit_test_batches, len(loader))

@@ -39,8 +39,6 @@ from mixadv.threat_model import ThreatModel
 
 # Attacks that judge the weights start elsewhere than those that found them.
 FRESH = 100_003
-# Times that the validation images are attacked, about: some rounds of the solver, and the judgement.
-ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     setting = Setting(cfg, mixture, threat_model, attacks, device, console)
     write_config(run_dir, cfg)
     choices = Choices(run_dir)
-    images = ROUNDS * len(y) + speed.attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
-    passes = images * speed.passes_of_protocol(attacks, mixture, data.num_classes)
-    speed.settle_evaluation(cfg, data, mixture, passes, device, choices, console)
+    speed.settle_evaluation(cfg, data, mixture, device, choices, console)
 
     solution, game, seconds = _play(setting, solver, x, y, data.eval_batch_size)
     mixture.set_weights(solution.weights)

@@ -1,16 +1,14 @@
 """``auto`` in precision and compile: what pays on the device, and in a run of this length."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from mixadv.attacks.apgd import APGD
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import Attack, value_and_gradient
-from mixadv.attacks.suite import MIXTURE, TWIN, passes_of
+from mixadv.attacks.search import value_and_gradient
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.losses import cross_entropy
@@ -20,10 +18,9 @@ from mixadv.tasks.choices import AUTO, Choices
 from mixadv.training import MixtureTraining
 from mixadv.training.generators import same_draws
 
-# Compiling takes one to three minutes, for graphs of the attack, the update and other sizes of batch; on two CPU cores
-# it then saves about a quarter (docs/performance.md). A run has to be long enough for that: in floating-point
-# operations, for each thread of a CPU about 20 minutes, for a GPU some minutes.
-ENOUGH = {"cpu": 5e13, "cuda": 1e16}
+# Compiling takes one to three minutes, for graphs of the attack, the update and other sizes of batch; a GPU's training
+# of so many batches repays it. On two CPU cores it saves about a quarter (docs/performance.md).
+ENOUGH_BATCHES = 2000
 
 
 def settle_precision(cfg: DictConfig, device: torch.device, choices: Choices) -> str:
@@ -38,77 +35,21 @@ def settle_precision(cfg: DictConfig, device: torch.device, choices: Choices) ->
     return str(choices.settle("trainer.precision", lambda: "bf16-mixed" if cores else "32-true"))
 
 
-def settle_compilation(
-    cfg: DictConfig, operations: Callable[[], float], device: torch.device, choices: Choices
-) -> bool:
-    """Whether members are compiled; ``auto`` asks whether a run of so many floating-point operations repays it.
+def settle_compilation(cfg: DictConfig, batches: int, device: torch.device, choices: Choices) -> bool:
+    """Whether members are compiled; auto: on a GPU, in a training of at least `ENOUGH_BATCHES` batches.
 
-    It counts and does not time, so that the same command decides the same.
+    Args:
+        batches: of the training; 0 for one that only measures.
     """
     if cfg.compile != AUTO:
         return _wanted(cfg)
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    enough = ENOUGH.get(device.type, float("inf")) * threads
-    return bool(choices.settle("compile", lambda: operations() > enough))
-
-
-def operations_of(mixture: Mixture, image_shape: Sequence[int]) -> float:
-    """Floating-point operations of one image's forward pass through all the members, by torch's own counter.
-
-    Two for each multiply-add of convolutions and matrix products; other layers count nothing.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    place = mixture.weights.device
-    counter = FlopCounterMode(display=False)
-    with mixture.attack_mode(), torch.no_grad(), same_draws(place), counter:
-        # Two, for members that take no image alone.
-        mixture.member_logits(torch.full((2, *image_shape), 0.5, device=place))
-    return counter.get_total_flops() / 2
-
-
-def passes_of_protocol(attacks: Mapping[str, Attack], mixture: Mixture, num_classes: int) -> float:
-    """Forward and backward passes of one image through each member that a measurement may take at most, about.
-
-    Attacks on one member alone count with their share. Restarts and steps multiply; an attack that says neither counts
-    as one of 100 queries.
-    """
-    total = 0.0
-    for one in passes_of(attacks, mixture):
-        attack = one.attack
-        alone = one.against not in (MIXTURE, TWIN)
-        objectives = len(attack.objectives(num_classes)) if isinstance(attack, APGD) else 1
-        steps = getattr(attack, "num_steps", None)
-        # A backward pass for each class that ARC tries.
-        backward = getattr(attack, "num_runner_ups", 1)
-        passes = getattr(attack, "num_queries", 100) if steps is None else (1 + backward) * steps
-        total += passes * getattr(attack, "restarts", 1) * objectives / (mixture.num_members if alone else 1)
-    return total
-
-
-def operations_of_training(
-    cfg: DictConfig, module: MixtureTraining, protocol: Mapping[str, Attack], data: ImageDataModule
-) -> float:
-    """Floating-point operations of ``task=train``, about: training, validation and the final measurement."""
-    training = 2 * (module.training_attack.num_steps + 1) * batches_of_training(cfg, module, data) * data.batch_size
-    validations = cfg.trainer.max_epochs / (cfg.trainer.check_val_every_n_epoch or 1)
-    seen = attacked_images(cfg.trainer.limit_val_batches, data.num_val, data)
-    validation = 2 * module.validation_attack.num_steps * seen * validations
-    tested = attacked_images(cfg.trainer.limit_test_batches, data.num_test, data)
-    measurement = passes_of_protocol(protocol, module.mixture, data.num_classes) * tested
-    return (training + validation + measurement) * operations_of(module.mixture, data.image_shape)
+    return bool(choices.settle("compile", lambda: device.type == "cuda" and batches >= ENOUGH_BATCHES))
 
 
 def batches_of_training(cfg: DictConfig, module: MixtureTraining, data: ImageDataModule) -> int:
     """How many batches t a training of ``trainer.max_epochs`` has."""
     length = module.schedule.batches_in_epoch(data.batches_per_pass)
     return cfg.trainer.max_epochs * build.limited(cfg.trainer.limit_train_batches, length)
-
-
-def attacked_images(limit: float | None, count: int, data: ImageDataModule) -> int:
-    """How many of `count` images there are in as many batches as a limit leaves."""
-    batches = build.limited(limit, -(-count // data.eval_batch_size))
-    return min(count, batches * data.eval_batch_size)
 
 
 @dataclass(frozen=True)
@@ -170,16 +111,10 @@ def compile_members(cfg: DictConfig, mixture: Mixture, graphs: Graphs, console: 
 
 
 def settle_evaluation(
-    cfg: DictConfig,
-    data: ImageDataModule,
-    mixture: Mixture,
-    passes: float,
-    device: torch.device,
-    choices: Choices,
-    console: Console,
+    cfg: DictConfig, data: ImageDataModule, mixture: Mixture, device: torch.device, choices: Choices, console: Console
 ) -> None:
-    """Compile the members where attacks of so many `passes` of single images through each member repay it."""
-    if settle_compilation(cfg, lambda: passes * operations_of(mixture, data.image_shape), device, choices):
+    """Compile the members of an evaluation where ``compile=true`` asks for it."""
+    if settle_compilation(cfg, 0, device, choices):
         graphs = Graphs(min(data.eval_batch_size, data.num_test), data.image_shape, device)
         compile_members(cfg, mixture, graphs, console)
 

@@ -107,9 +107,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         with _memory_errors(cfg):
             _try_out(session, module, trainer)
         return
-    compiled = speed.settle_compilation(
-        cfg, lambda: speed.operations_of_training(cfg, module, parts["protocol"], data), device, choices
-    )
+    compiled = speed.settle_compilation(cfg, speed.batches_of_training(cfg, module, data), device, choices)
     session = replace(session, compiled=compiled)
 
     if first:
