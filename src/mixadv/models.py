@@ -124,6 +124,8 @@ class _PreActBlock(nn.Module):
     changes.
     """
 
+    SHORTCUT = "shortcut"
+
     def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
@@ -131,11 +133,12 @@ class _PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         same = stride == 1 and inputs == planes
-        self.shortcut = None if same else nn.Conv2d(inputs, planes, 1, stride=stride, bias=False)
+        setattr(self, self.SHORTCUT, None if same else nn.Conv2d(inputs, planes, 1, stride=stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(x).relu()
-        x = x if self.shortcut is None else self.shortcut(out)
+        shortcut = getattr(self, self.SHORTCUT)
+        x = x if shortcut is None else shortcut(out)
         return self.conv2(self.bn2(self.conv1(out)).relu()) + x
 
 
@@ -162,37 +165,16 @@ class _PreActResNet(nn.Module):
         return self.fc(x.mean((-2, -1)))
 
 
-class _WideBlock(nn.Module):
-    """conv(relu(bn(conv(relu(bn(x)))))) plus x; where the number of channels changes, the sum is with a 1x1
-    convolution of relu(bn(x)), as in the authors' code.
-    """
+class _WideBlock(_PreActBlock):
+    """A pre-activation block whose shortcut has the name under which published checkpoints keep it."""
 
-    def __init__(self, inputs: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        same = stride == 1 and inputs == planes
-        # The name under which published checkpoints keep it.
-        self.convShortcut = None if same else nn.Conv2d(inputs, planes, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(x).relu()
-        x = x if self.convShortcut is None else self.convShortcut(out)
-        return self.conv2(self.bn2(self.conv1(out)).relu()) + x
+    SHORTCUT = "convShortcut"
 
 
-class _WideGroup(nn.Module):
+def _wide_group(inputs: int, planes: int, blocks: int, stride: int) -> nn.Module:
     """Blocks of one number of channels, the first with the stride; published checkpoints call them `layer`."""
-
-    def __init__(self, inputs: int, planes: int, blocks: int, stride: int) -> None:
-        super().__init__()
-        rest = [_WideBlock(planes, planes, 1) for _ in range(blocks - 1)]
-        self.layer = nn.Sequential(_WideBlock(inputs, planes, stride), *rest)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    rest = [_WideBlock(planes, planes, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(_WideBlock(inputs, planes, stride), *rest)))
 
 
 class _WideResNet(nn.Module):
@@ -201,9 +183,9 @@ class _WideResNet(nn.Module):
     def __init__(self, channels: int, num_classes: int, blocks: int, factor: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.block1 = _WideGroup(16, 16 * factor, blocks, 1)
-        self.block2 = _WideGroup(16 * factor, 32 * factor, blocks, 2)
-        self.block3 = _WideGroup(32 * factor, 64 * factor, blocks, 2)
+        self.block1 = _wide_group(16, 16 * factor, blocks, 1)
+        self.block2 = _wide_group(16 * factor, 32 * factor, blocks, 2)
+        self.block3 = _wide_group(32 * factor, 64 * factor, blocks, 2)
         self.bn1 = nn.BatchNorm2d(64 * factor)
         self.fc = nn.Linear(64 * factor, num_classes)
         _initialise(self)
