@@ -4,7 +4,6 @@ import netrc
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,6 @@ SUPERSEDED = "superseded"
 # The shell's codes of programs that a signal has ended lie above.
 SIGNALLED = 128
 SENT_SETTINGS = (Path("wandb/settings"), Path(".wandb/settings"))
-LAUNCH = "wandb.sdk.launch.inputs.internal"
 
 
 class Link:
@@ -110,15 +108,7 @@ class Link:
         # Offline files continue nothing.
         but = {"resume"} if mode == "offline" else set()
         given = {name: value for name, value in arguments.items() if value is not None and name not in but}
-        # What wandb looks through for inputs of W&B Launch takes half as long to import as the rest; it goes on
-        # without. None is what Python takes for a module that cannot be imported.
-        modules: dict[str, Any] = sys.modules
-        blocked = modules.setdefault(LAUNCH, None) is None
-        try:
-            return wandb.init(mode=mode, settings=wandb.Settings(**{**ours, **settings}), **given)
-        finally:
-            if blocked:
-                del modules[LAUNCH]
+        return wandb.init(mode=mode, settings=wandb.Settings(**{**ours, **settings}), **given)
 
     def attempt(self, action: Callable[[], object], *, but: str | None = None) -> None:
         """Do it, unless something vital has failed before; vital is what has no name `but` is missing alone."""
