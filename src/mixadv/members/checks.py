@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import UserError
-from mixadv.members.loaded import LoadedMember
+from mixadv.members.source import LoadedMember
 
 _CHOOSE = "choose the data=... it takes, or wrap it in a factory"
 
@@ -22,7 +22,7 @@ def check_members(members: Sequence[LoadedMember], x: Tensor) -> int:
     respect to x, finite, and not zero throughout where the logits depend on x.
 
     Args:
-        members: what `load_members` returned.
+        members: what a `Source` gave.
         x: images in [0, 1], B >= 2; moved to each member's device.
 
     Raises:
