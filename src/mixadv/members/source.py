@@ -17,7 +17,6 @@ from mixadv.export import (
     FACTORY,
     WEIGHTS_FILE,
     build_factory,
-    config_of_checkpoint,
     member_recipes,
     mixture_of_checkpoint,
     read_config,
@@ -73,7 +72,7 @@ class Source:
             return
         self._content = read_file(self._path)
         if "mixture_config" in self._content:
-            self.record = config_of_checkpoint(self._path, self._content)
+            self.record = read_config(self._path, self._content)
 
     def members(
         self,

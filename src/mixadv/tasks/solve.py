@@ -59,7 +59,7 @@ class Setting:
 def solve_weights(
     cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, sources: Sequence[Source]
 ) -> None:
-    """Weigh the members of `sources` on validation images and measure the result on the test set, in a claimed directory.
+    """Weigh the members of `sources` on validation images and measure the result on the test set, in a claimed folder.
 
     The weights are those of the game whose payoff is the 0/1 loss and whose best response is every attack of the
     protocol; `cfg.lambda_solver` plays it. The test set is used once, for the table.
