@@ -6,6 +6,7 @@ import pickle
 import sys
 from argparse import Namespace
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from torch import nn
 
 from mixadv import Mixture, models
 from mixadv.errors import UserError
+from mixadv.evaluation import distrust
 from mixadv.export import build_mixture, save_mixture
 from mixadv.members import LoadedMember, Source, check_members, with_unique_names
 from mixadv.models import build_member
+from mixadv.threat_model import ThreatModel
 
 # The settings of model=small_cnn that `plain_net` is by hand.
 RECIPE = {"name": "small_cnn", "num_classes": 4, "image_shape": [2, 8, 8], "width": 2, "hidden": 5}
@@ -722,6 +725,19 @@ def test_probabilities_are_told_from_logits_by_their_sum():
     assert checked(Net(lambda z, x: z.softmax(-1) + torch.tensor([-2.0, 2.0, 0, 0]))) == 4
     with pytest.raises(UserError, match="probabilities"):
         checked(Net(lambda z, x: z.softmax(-1) * 0.99995))
+
+
+@pytest.mark.parametrize(("noise", "refused"), [(0.003, False), (0.05, True)])
+def test_what_is_refused_of_a_member_is_what_an_evaluation_flags(noise, refused):
+    def moved(z, x):
+        spread = (z.amax(1) - z.amin(1))[:, None]
+        return z + noise * spread * torch.randn(len(z), 1).clamp(-1, 1) * torch.eye(4)[0]
+
+    x, net = images(2, 8, 8, n=8), Net(moved)
+    flags = distrust(Mixture([net]), x, torch.arange(8) % 4, ThreatModel("linf", 0.1))
+    assert ("random-outputs" in {flag.name for flag in flags}) is refused
+    with pytest.raises(UserError, match="differently each time") if refused else nullcontext():
+        check_members([member(net, "m")], x)
 
 
 def test_misuse_is_a_value_error():

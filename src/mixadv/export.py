@@ -330,7 +330,7 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
         recipes = member_recipes(config)
         _check_factories(path, recipes, factories)
         _check_size(recipes, state)
-        mixture = build_mixture(config, factories)
+        mixture = Mixture([build_recipe(recipe) for recipe in recipes])
         mixture.load_state_dict(state)
         # The file's lambda has to be one: set_weights refuses anything else.
         mixture.set_weights(mixture.weights.clone())

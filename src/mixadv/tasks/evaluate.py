@@ -22,7 +22,7 @@ from mixadv.tasks import build, processes, speed
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.members import as_recorded_by_members, described, named_members, of_another_split
+from mixadv.tasks.members import as_recorded_by_members, described, flags_of_other_splits, named_members
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 
 # Images on which members are tried out before the attacks.
@@ -61,7 +61,13 @@ def evaluate_members(
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
         line = f"member {k}: {member.name}, weight {weight:.4f} (from {member.source}, {member.note})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _evaluate(cfg, run_dir, sweep, mixture, data, described(members), _trained_otherwise(cfg, sources))
+    # Test images are those of the data set in every split.
+    evidence = (
+        ": it did not learn from the training images that this run's settings describe. It knows no test images from "
+        "that, but members that learned from different images are not compared on equal terms."
+    )
+    flags = flags_of_other_splits(cfg, sources, "another-split", evidence, ", or train the members on one split")
+    _evaluate(cfg, run_dir, sweep, mixture, data, described(members), flags)
 
 
 def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
@@ -118,21 +124,6 @@ def _evaluate(
         mark_done(run_dir)
         write_report(run_dir)
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
-
-
-def _trained_otherwise(cfg: DictConfig, sources: Sequence[Source]) -> list[dict[str, str]]:
-    """A flag for members that record another split. Test images are those of the data set in every split."""
-    return [
-        {
-            "name": "another-split",
-            "evidence": f"{source} was trained with another split ({said}): it did not learn from the training images "
-            "that this run's settings describe. It knows no test images from that, but members that learned from "
-            "different images are not compared on equal terms.",
-            "remedy": "Leave the keys of the split out, so that they are the members' own, or train the members on one "
-            "split.",
-        }
-        for source, said in of_another_split(cfg, sources)
-    ]
 
 
 def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) -> DictConfig:

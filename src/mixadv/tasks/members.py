@@ -72,17 +72,27 @@ def described(members: list[LoadedMember]) -> list[dict[str, str]]:
     return [{"name": member.name, "source": member.source, "note": member.note} for member in members]
 
 
-def of_another_split(cfg: DictConfig, sources: Sequence[Source]) -> list[tuple[str, str]]:
-    """The sources that record another split of the same data than `cfg` has, each with what differs."""
-    found = []
+def flags_of_other_splits(
+    cfg: DictConfig, sources: Sequence[Source], name: str, evidence: str, remedy: str
+) -> list[dict[str, str]]:
+    """A flag of this name for every source that records another split of the same data than `cfg` has.
+
+    Args:
+        evidence: what follows from it. remedy: what to do besides leaving the keys of the split out.
+    """
+    flags = []
     for source in sources:
         if source.record is None or "data" not in source.record:
             continue
         own = OmegaConf.create({"data": source.record["data"]})
-        different = [key for key in SPLITS if OmegaConf.select(own, key) != OmegaConf.select(cfg, key)]
-        if different and OmegaConf.select(own, "data._target_") == OmegaConf.select(cfg, "data._target_"):
-            said = ", ".join(
-                f"{key}={OmegaConf.select(own, key)} there, {OmegaConf.select(cfg, key)} here" for key in different
+        there, here = ({key: OmegaConf.select(node, key) for key in SPLITS} for node in (own, cfg))
+        said = ", ".join(f"{key}={there[key]} there, {here[key]} here" for key in SPLITS if there[key] != here[key])
+        if said and there["data._target_"] == here["data._target_"]:
+            flags.append(
+                {
+                    "name": name,
+                    "evidence": f"{source.name} was trained with another split ({said}){evidence}",
+                    "remedy": f"Leave the keys of the split out, so that they are the members' own{remedy}.",
+                }
             )
-            found.append((source.name, said))
-    return found
+    return flags

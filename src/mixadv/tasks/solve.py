@@ -34,7 +34,7 @@ from mixadv.tasks.card import solved_card
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import header, settings_of
-from mixadv.tasks.members import described, named_members, of_another_split
+from mixadv.tasks.members import described, flags_of_other_splits, named_members
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 from mixadv.threat_model import ThreatModel
 
@@ -120,7 +120,9 @@ def solve_weights(
         **header(cfg, threat_model, device),
         **test.summary(settings_of(cfg)),
         "game": equilibrium_of(pool_of(test), solution.weights),
-        "flags": _seen_in_training(cfg, sources),
+        "flags": flags_of_other_splits(
+            cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
+        ),
         "solve": record,
         "data": {"name": data.name, "num_val": data.num_val, "num_test": data.num_test},
         "seconds": {"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
@@ -133,18 +135,6 @@ def solve_weights(
     with logging_to(loggers, cfg):
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
     mark_done(run_dir)
-
-
-def _seen_in_training(cfg: DictConfig, sources: Sequence[Source]) -> list[dict[str, str]]:
-    """A flag for members that record another split of the same data: some validation images may have trained them."""
-    return [
-        {
-            "name": "fitted-on-training-images",
-            "evidence": f"{source} was trained with another split ({said}); it may know validation images.",
-            "remedy": "Leave the keys of the split out, so that they are the members' own.",
-        }
-        for source, said in of_another_split(cfg, sources)
-    ]
 
 
 def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -218,11 +208,9 @@ def _rows(
 
 
 def _mixture_config(cfg: DictConfig, data: ImageDataModule, members: list[LoadedMember]) -> dict[str, Any]:
-    recipes = [member.recipe for member in members]
-    same = all(recipe == recipes[0] for recipe in recipes)
     return {
         "L": len(members),
-        **({"model": recipes[0]} if same else {"models": recipes}),
+        "models": [member.recipe for member in members],
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
