@@ -31,7 +31,7 @@ def check_members(members: Sequence[LoadedMember], x: Tensor) -> int:
 
     Args:
         members: what a `Source` gave.
-        x: images in [0, 1], B >= 2; moved to each member's device.
+        x: images in [0, 1], B >= 2; moved to each member's device. Smaller batches begin at B = 3.
 
     Raises:
         ValueError: fewer than two images, or no members.
