@@ -102,6 +102,8 @@ class AttackSuite:
         if not self.attacks:
             raise ValueError("a suite needs at least one attack")
         for name, attack in self.attacks.items():
+            if name == CLEAN:
+                raise ValueError(f"an attack is called {CLEAN}, as the images themselves are: give it another name")
             if not callable(attack):
                 raise ValueError(f"attack {name} is {attack!r}: give an attack, for example PGD()")
 
@@ -157,7 +159,13 @@ class AttackSuite:
 
 def unattacked(mixture: Mixture) -> Pass:
     """The pass that leaves the images as they are."""
-    return Pass(CLEAN, lambda mixture, x, *_: x, MIXTURE, mixture)
+    return Pass(CLEAN, _stay, MIXTURE, mixture)
+
+
+def _stay(
+    mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+) -> Tensor:
+    return x
 
 
 def passes_of(
