@@ -33,7 +33,7 @@ from mixadv.attacks.pgd import PGD
 from mixadv.checkpoint_files import digest_of, newest
 from mixadv.data.base import ImageCorpus
 from mixadv.errors import UserError
-from mixadv.members import load_members
+from mixadv.members import Source
 from mixadv.models import build_member
 from mixadv.tasks import run_task
 from test_data_cifar10 import BASE, synthetic
@@ -797,7 +797,7 @@ def test_a_normalisation_that_is_none_is_refused(place, settings, said):
     torch.save(build_member("linear", num_classes=10, image_shape=(1, 8, 8)).net.state_dict(), "good.pt")
     recipe = {"name": "linear", "num_classes": 10, "image_shape": [1, 8, 8], **settings}
     with pytest.raises(UserError) as error:
-        load_members("good.pt", default_recipe=recipe)
+        Source("good.pt").members(recipe)
     assert said in str(error.value)
     assert str(error.value).startswith("model=linear: ")
 

@@ -56,7 +56,7 @@ ALLOWED = {
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "signals", "threat_model"}
-    | {"console", "intervals"},
+    | {"checkpoint_files", "console", "intervals"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         *("checkpoint_files", "data", "evaluation", "export", "models", "ranks", "seeding", "signals"),
@@ -66,7 +66,7 @@ ALLOWED = {
     "callbacks": {"training", "checkpoint_files", "signals"},
     "loggers": {"redaction", "console"},
     "export": {"mixture", "models", "checkpoint_files", "instantiate"},
-    "members": {"export", "mixture", "models", "checkpoint_files"},
+    "members": {"evaluation", "export", "mixture", "models", "checkpoint_files"},
     "report": {"intervals", "locks", "redaction", "setting_keys", "shipped", "unknown_keys"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},

@@ -6,6 +6,7 @@ import pickle
 import sys
 from argparse import Namespace
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from torch import nn
 
 from mixadv import Mixture, models
 from mixadv.errors import UserError
+from mixadv.evaluation import distrust
 from mixadv.export import build_mixture, save_mixture
-from mixadv.members import LoadedMember, check_members, load_members, recorded_config, with_unique_names
+from mixadv.members import LoadedMember, Source, check_members, with_unique_names
 from mixadv.models import build_member
+from mixadv.threat_model import ThreatModel
 
 # The settings of model=small_cnn that `plain_net` is by hand.
 RECIPE = {"name": "small_cnn", "num_classes": 4, "image_shape": [2, 8, 8], "width": 2, "hidden": 5}
@@ -65,7 +68,7 @@ def here(tmp_path, monkeypatch):
 
 
 def one(source, recipe=RECIPE, **kwargs):
-    (member,) = load_members(str(source), default_recipe=recipe, **kwargs)
+    (member,) = Source(str(source)).members(recipe, **kwargs)
     assert isinstance(member, LoadedMember)
     assert member.source == str(source)
     assert not any(module.training for module in member.module.modules())
@@ -75,7 +78,7 @@ def one(source, recipe=RECIPE, **kwargs):
 
 def refused(source, recipe=RECIPE, **kwargs):
     with pytest.raises(UserError) as error:
-        load_members(str(source), default_recipe=recipe, **kwargs)
+        Source(str(source)).members(recipe, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -494,11 +497,11 @@ def test_all_members_of_a_mixture_come_back(tmp_path, mixture, form):
         source.parent.mkdir(exist_ok=True)
         state = {f"mixture.{key}": value for key, value in mixture.state_dict().items()}
         torch.save({"mixture_config": {"L": 3, "models": MODELS}, "state_dict": state, "epoch": 2}, source)
-    members = load_members(str(source), default_recipe=None)
+    members = Source(str(source)).members(None)
     assert [member.name for member in members] == [f"{name}#0", f"{name}#1", f"{name}#2"]
     assert [member.recipe for member in members] == MODELS
     assert {(member.source, member.note) for member in members} == {(str(source), "as exported")}
-    assert recorded_config(str(source))["models"] == MODELS
+    assert Source(str(source)).record["models"] == MODELS
     x = images(2, 8, 8)
     assert torch.equal(Mixture([member.module for member in members]).member_logits(x), mixture.member_logits(x))
 
@@ -519,21 +522,21 @@ def test_a_mixture_with_code_is_loaded_only_where_the_code_is_named(here):
     assert message == (
         "saved: member 0 is built by my_nets:wide (code that is not in this file): name it, members=[my_nets:wide]"
     )
-    assert recorded_config("saved")["model"] == {"factory": "my_nets:wide"}
-    assert recorded_config("my_nets:wide") is None
+    assert Source("saved").record["model"] == {"factory": "my_nets:wide"}
+    assert Source("my_nets:wide").record is None
     assert "my_nets" not in sys.modules
-    members = load_members("saved", default_recipe=None, factories=["my_nets:wide"])
+    members = Source("saved").members(None, factories=["my_nets:wide"])
     assert [member.recipe for member in members] == [{"factory": "my_nets:wide"}] * 2
 
 
 def test_only_mixtures_record_something(here, net):
     torch.save(net.state_dict(), "mine.pt")
-    assert recorded_config("mine.pt") is None
-    assert recorded_config("my_nets:wide") is None
+    assert Source("mine.pt").record is None
+    assert Source("my_nets:wide").record is None
     torch.save({"mixture_config": {"L": 1, "model": {**MODELS[1], "mean": "${oc.env:HOME}"}}}, "evil.pt")
     for source, said in (("nowhere", "nothing at"), (".", "no mixture at"), ("evil.pt", "interpolation")):
         with pytest.raises(UserError, match=said):
-            recorded_config(source)
+            Source(source)
 
 
 # --- factories ---------------------------------------------------------------------------------------------
@@ -724,6 +727,19 @@ def test_probabilities_are_told_from_logits_by_their_sum():
         checked(Net(lambda z, x: z.softmax(-1) * 0.99995))
 
 
+@pytest.mark.parametrize(("noise", "refused"), [(0.003, False), (0.05, True)])
+def test_what_is_refused_of_a_member_is_what_an_evaluation_flags(noise, refused):
+    def moved(z, x):
+        spread = (z.amax(1) - z.amin(1))[:, None]
+        return z + noise * spread * torch.randn(len(z), 1).clamp(-1, 1) * torch.eye(4)[0]
+
+    x, net = images(2, 8, 8, n=8), Net(moved)
+    flags = distrust(Mixture([net]), x, torch.arange(8) % 4, ThreatModel("linf", 0.1))
+    assert ("random-outputs" in {flag.name for flag in flags}) is refused
+    with pytest.raises(UserError, match="differently each time") if refused else nullcontext():
+        check_members([member(net, "m")], x)
+
+
 def test_misuse_is_a_value_error():
     with pytest.raises(ValueError, match="two images"):
         check_members([member(Net(), "m")], images(2, 8, 8, n=1))
@@ -734,3 +750,35 @@ def test_misuse_is_a_value_error():
 def test_loaded_members_pass(tmp_path, net):
     torch.save(net.state_dict(), tmp_path / "mine.pt")
     assert check_members([one(tmp_path / "mine.pt")], images(2, 8, 8)) == 4
+
+
+# --- checkpoints of ours as members ------------------------------------------------------------------------
+
+LEAST = (
+    *("data.num_test=20", "data.num_val=10", "protocol.diagnosed=0", "protocol.attacks.pgd-20.num_steps=2"),
+    *("~protocol.attacks.arc", "~protocol.attacks.subsets", "trainer.accelerator=cpu", "name=x"),
+)
+
+
+@pytest.mark.parametrize("argv", ["task=evaluate mixture=", "task=evaluate members=", "task=solve members="])
+def test_a_checkpoint_that_was_changed_is_refused_by_every_reader(command, trained, tmp_path, argv):
+    content = torch.load(trained.path / "checkpoints" / "best.ckpt", weights_only=True)
+    name = next(name for name in content["state_dict"] if name.endswith("weight"))
+    content["state_dict"][name].view(-1)[0] += 1
+    torch.save(content, tmp_path / "flipped.ckpt")
+    task, key = argv.split()
+    refusal = command(task, f"{key}[flipped.ckpt]" if "members" in key else f"{key}flipped.ckpt", *LEAST).refusal()
+    assert refusal.startswith("flipped.ckpt has changed since it was written (its digest does not fit)")
+    assert not list(tmp_path.glob("outputs/**/results.json"))
+
+
+@pytest.mark.parametrize("task", ["evaluate", "solve"])
+def test_every_checkpoint_is_loaded_once(command, trained, tmp_path, monkeypatch, task):
+    names = [f"{k}.ckpt" for k in range(3)]
+    for name in names:
+        (tmp_path / name).write_bytes((trained.path / "checkpoints" / "best.ckpt").read_bytes())
+    loaded, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **kwargs: loaded.append(Path(path).name) or load(path, **kwargs))
+    finished = command(f"task={task}", f"members=[{','.join(names)}]", *LEAST)
+    assert finished.rc == 0, finished.err
+    assert sorted(loaded) == names

@@ -295,6 +295,7 @@ REFUSED = {
     "model._target_=mine.ConvNet +model._partial_=true": ("model._partial_=True", "plain values"),
     "model._target_=mine.ConvNet +model.num_classes=7": ("model: mine:ConvNet tells 7 classes apart", "has 10"),
     "model._target_=parts.two_answers": ("member parts:two_answers returns a tuple", ""),
+    "model._target_=parts.centred": ("member parts:centred answers an image differently in another batch", ""),
     "model._target_=os.system": ("model._target_='os.system' is refused", ""),
 }
 PARTS = """
@@ -332,6 +333,14 @@ class Two(nn.Linear):
 
 def two_answers(num_classes, image_shape):
     return Two(64, num_classes)
+
+class Centred(nn.Linear):
+    def forward(self, x):
+        z = super().forward(x.flatten(1))
+        return z - z.mean(0)
+
+def centred(num_classes, image_shape):
+    return Centred(64, num_classes)
 """
 
 

@@ -34,7 +34,7 @@ from mixadv.export import load_mixture
 from mixadv.instantiate import held_to_mixadv, instantiate
 from mixadv.loggers import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE
-from mixadv.members.load import load_members
+from mixadv.members import Source
 from mixadv.report.files import read_arrays
 from mixadv.tasks import build
 from wandb_service import Service
@@ -331,7 +331,7 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch):
     assert not (tmp_path / "started").exists()
 
 
-@pytest.mark.parametrize("reader", [read_checkpoint, load_mixture, lambda p: load_members(str(p), default_recipe=None)])
+@pytest.mark.parametrize("reader", [read_checkpoint, load_mixture, lambda p: Source(str(p)).members(None)])
 def test_no_variable_opens_the_readers_of_parameters(tmp_path, marker, monkeypatch, reader):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"state_dict": {"x": Bomb(marker)}}, tmp_path / "sent.ckpt")

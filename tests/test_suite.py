@@ -116,6 +116,8 @@ def test_what_is_no_suite_is_refused(problem):
         AttackSuite({})
     with pytest.raises(ValueError, match="attack pgd is 3"):
         AttackSuite({"pgd": 3})
+    with pytest.raises(ValueError, match="another name"):
+        AttackSuite({"clean": PGD(5)})
     mixture, x, y = problem
 
     def cheat(mixture, x, y, threat_model, generator):

@@ -62,8 +62,28 @@ def digest_of(content: Any) -> str:
     return digest.hexdigest()
 
 
+def load_tensors(path: Path) -> Any:
+    """What torch.save wrote, as tensors on the CPU and plain containers; nothing in it can run code.
+
+    Raises:
+        UserError: it is a checkpoint that has changed since it was written.
+        Exception: whatever torch.load raises at other content.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    ours = isinstance(content, Mapping) and DIGEST in content and "state_dict" in content
+    if ours and content[DIGEST] != digest_of(content):
+        raise _changed(path)
+    return content
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(
+        f"{path} has changed since it was written (its digest does not fit): remove it, or start anew with resume=never"
+    )
+
+
 def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
-    """Load a checkpoint as tensors and plain containers; nothing in it can run code.
+    """Load a training checkpoint; see `load_tensors`.
 
     Args:
         path: the file.
@@ -73,7 +93,9 @@ def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
         UserError: the file is missing, torn, changed since it was written, or holds other kinds of objects.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(path)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: put it back, or start anew with resume=never") from None
     except Exception as error:
@@ -83,11 +105,8 @@ def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} holds no state_dict: it is not a training checkpoint")
-    if (with_digest or DIGEST in checkpoint) and checkpoint.get(DIGEST) != digest_of(checkpoint):
-        raise UserError(
-            f"{path} has changed since it was written (its digest does not fit): remove it, or start anew with "
-            "resume=never"
-        )
+    if with_digest and DIGEST not in checkpoint:
+        raise _changed(path)
     return checkpoint
 
 

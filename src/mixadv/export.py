@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,13 @@ def save_mixture(mixture: Mixture, directory: Path, config: Mapping[str, Any], c
     record = {"schema": EXPORT_SCHEMAS[form], "L": len(recipes), **own, **rest, "weights": mixture.weights.tolist()}
     text = json.dumps(record, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f"{WEIGHTS_FILE}.tmp"
-    _save_tensors(mixture.state_dict(), temporary)
-    os.replace(temporary, directory / WEIGHTS_FILE)
-    for name, content in ((CONFIG_FILE, text), ("README.md", card)):
+    for name, write in (
+        (WEIGHTS_FILE, partial(_save_tensors, mixture.state_dict())),
+        (CONFIG_FILE, lambda path: path.write_text(text)),
+        ("README.md", lambda path: path.write_text(card)),
+    ):
         temporary = directory / f"{name}.tmp"
-        temporary.write_text(content)
+        write(temporary)
         os.replace(temporary, directory / name)
 
 
@@ -196,14 +198,23 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
     return _assemble(folder, config, state, factories), config
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The recipe alone of the mixture at `path`, checked but not built: no parameters, no code.
+
+    Args:
+        path: see `read_mixture`.
+        checkpoint: what was loaded of it, where it is a training checkpoint and read already.
 
     Raises:
         UserError: as for `read_mixture`, as far as the recipe tells.
     """
     path = Path(path)
-    return config_of_checkpoint(path, read_checkpoint(path)) if path.suffix == ".ckpt" else _folder(path)[1]
+    if checkpoint is None and path.suffix != ".ckpt":
+        return _folder(path)[1]
+    config = (checkpoint or read_checkpoint(path)).get("mixture_config")
+    if config is None:
+        raise UserError(f"{path} does not say how to build its mixture: it was not written by mixadv")
+    return _checked(path, config)
 
 
 def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -215,28 +226,15 @@ def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"the mixture in {folder} cannot be read ({error}): export it again") from error
-    found = config.get("schema") if isinstance(config, dict) else None
-    wanted = EXPORT_SCHEMAS["models" if isinstance(config, dict) and "models" in config else "model"]
+    found, wanted = None, 1
+    if isinstance(config, dict):
+        found, wanted = config.get("schema"), EXPORT_SCHEMAS["models" if "models" in config else "model"]
     if found != wanted:
         raise UserError(
             f"{folder / CONFIG_FILE} has schema {found}; this version reads schema 1 (all members of one model) and "
             "schema 2 (models): export it again, or update mixadv"
         )
-    _check_recipe(folder, config)
-    return folder, config
-
-
-def config_of_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe in a loaded training checkpoint, checked but not built; `path` is for messages.
-
-    Raises:
-        UserError: the checkpoint is not ours, or its recipe is not one.
-    """
-    config = checkpoint.get("mixture_config")
-    if config is None:
-        raise UserError(f"{path} does not say how to build its mixture: it was not written by mixadv")
-    _check_recipe(path, config)
-    return config
+    return folder, _checked(folder, config)
 
 
 def mixture_of_checkpoint(
@@ -247,7 +245,7 @@ def mixture_of_checkpoint(
     Raises:
         UserError: the checkpoint is not ours, or as for `read_mixture`.
     """
-    config = config_of_checkpoint(path, checkpoint)
+    config = read_config(path, checkpoint)
     stored = checkpoint.get("state_dict")
     if not isinstance(stored, Mapping):
         raise UserError(f"{path} holds no state_dict: it is not a training checkpoint")
@@ -277,7 +275,7 @@ def are_plain(arguments: Any) -> bool:
     return named and '"_target_"' not in text and "${" not in text
 
 
-def _check_recipe(path: Path, config: Any) -> None:
+def _checked(path: Path, config: Any) -> dict[str, Any]:
     """A recipe may come from anywhere: only plain settings of the right kinds, and nothing that gets resolved."""
     try:
         text = json.dumps(config)
@@ -286,7 +284,7 @@ def _check_recipe(path: Path, config: Any) -> None:
     if not isinstance(config, dict):
         raise UserError(f"the recipe in {path} is a {type(config).__name__}, not a mapping: export it again")
     for key in ("model", "threat_model", "data"):
-        if key in config and not isinstance(config[key], dict):
+        if not isinstance(config.get(key, {}), dict):
             raise UserError(f"the recipe in {path} has {key}={config[key]!r}, which is not a mapping")
     recipes = config.get("models", [config.get("model", {})])
     if not isinstance(recipes, list) or not all(isinstance(recipe, dict) for recipe in recipes):
@@ -306,6 +304,7 @@ def _check_recipe(path: Path, config: Any) -> None:
             raise UserError(f"the recipe in {path} wants the model {name!r}: known are {', '.join(MODELS)}")
     if "${" in text:
         raise UserError(f"the recipe in {path} holds an interpolation ${{...}}: those are not resolved for a mixture")
+    return config
 
 
 def _check_factories(where: object, recipes: Sequence[dict[str, Any]], factories: Sequence[str]) -> None:
@@ -331,7 +330,7 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
         recipes = member_recipes(config)
         _check_factories(path, recipes, factories)
         _check_size(recipes, state)
-        mixture = build_mixture(config, factories)
+        mixture = Mixture([build_recipe(recipe) for recipe in recipes])
         mixture.load_state_dict(state)
         # The file's lambda has to be one: set_weights refuses anything else.
         mixture.set_weights(mixture.weights.clone())

@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 
 from mixadv.errors import UserError
 
@@ -47,14 +46,14 @@ class DirectoryLock:
     def __enter__(self) -> DirectoryLock:
         return self.acquired()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def acquired(self) -> DirectoryLock:
         """This lock, taken; raises as the class says."""
         path = self.folder / LOCK
         deadline = time.monotonic() + PATIENCE
-        while True:
+        while self._descriptor is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -63,14 +62,14 @@ class DirectoryLock:
                 continue
             try:
                 _flock(descriptor, exclusive=True)
+                # Else its last holder has removed the file: another one may lie there by now.
+                if _is_same_file(descriptor, path):
+                    self._descriptor = descriptor
             except BlockingIOError:
-                os.close(descriptor)
                 if time.monotonic() > deadline:
                     raise Held(self.folder, _said(path)) from None
                 time.sleep(PATIENCE / 10)
-                continue
             except OSError as error:
-                os.close(descriptor)
                 if error.errno not in _UNSUPPORTED:
                     raise
                 path.unlink(missing_ok=True)
@@ -81,15 +80,13 @@ class DirectoryLock:
                     flush=True,
                 )
                 return self
-            if _is_same_file(descriptor, path):
-                break
-            # Locked a file that its last holder has removed: another one may lie there by now.
-            os.close(descriptor)
-        self._descriptor = descriptor
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
         since = time.strftime("%Y-%m-%d %H:%M")
         try:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"pid {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
         except OSError:
             self.release()
             raise

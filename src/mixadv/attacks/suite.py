@@ -16,7 +16,7 @@ from mixadv.seeding import derive_seed
 from mixadv.shipped import shipped_protocol
 from mixadv.threat_model import ThreatModel
 
-MIXTURE, TWIN = "mixture", "averaged twin"
+MIXTURE, TWIN, CLEAN = "mixture", "averaged twin", "clean"
 
 
 class Pass(NamedTuple):
@@ -39,6 +39,21 @@ class Pass(NamedTuple):
     def seed(self, seed: int, batch: int) -> int:
         """Of the pass on one batch: the same whatever other passes there are."""
         return derive_seed(seed, self.name, self.against, batch)
+
+    def points(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int) -> Tensor:
+        """What the pass finds on a batch of this number, checked; see `check_points`."""
+        generator = torch.Generator(x.device).manual_seed(self.seed(seed, batch))
+        points = self.attack(self.target, x, y, threat_model, generator)
+        check_points(self.name, points, x, threat_model)
+        return points
+
+    def replayed(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """The `points`, and the logits [L, B, C] of all members of `mixture` there, from a plain forward pass."""
+        points = self.points(x, y, threat_model, seed, batch)
+        with torch.no_grad(), mixture.attack_mode(plain=True):
+            return points, mixture.member_logits(points)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +102,8 @@ class AttackSuite:
         if not self.attacks:
             raise ValueError("a suite needs at least one attack")
         for name, attack in self.attacks.items():
+            if name == CLEAN:
+                raise ValueError(f"an attack is called {CLEAN}, as the images themselves are: give it another name")
             if not callable(attack):
                 raise ValueError(f"attack {name} is {attack!r}: give an attack, for example PGD()")
 
@@ -123,26 +140,32 @@ class AttackSuite:
         """
         check_batch(x, y, threat_model)
         mixture = as_mixture(mixture)
-        worst = WorstPoints(mixture, x.detach(), y)
-
-        def replay(points: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad(), mixture.attack_mode(plain=True):
-                logits = mixture.member_logits(points)
-            accuracy = mixture.expectation(logits.argmax(-1) == y)
-            return accuracy, worst.offer(points, logits, -accuracy)
-
-        clean, _ = replay(x.detach())
-        found_by = ["clean"] * len(x)
-        by_attack: dict[str, Tensor] = {}
+        x = x.detach()
+        worst = WorstPoints(mixture, x, y)
+        found_by = [CLEAN] * len(x)
+        accuracy: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
-        for one in passes_of(self.attacks, mixture):
+        for one in (unattacked(mixture), *passes_of(self.attacks, mixture)):
             started = time.perf_counter()
-            points = checked_points(one, x, y, threat_model, one.seed(seed, batch))
-            by_attack[one.key], worse = replay(points)
-            for i in worse.nonzero().flatten().tolist():
+            points, logits = one.replayed(mixture, x, y, threat_model, seed, batch)
+            accuracy[one.key] = mixture.expectation(logits.argmax(-1) == y)
+            for i in worst.offer(points, logits, -accuracy[one.key]).nonzero().flatten().tolist():
                 found_by[i] = one.key
             seconds[one.key] = time.perf_counter() - started
-        return SuiteRecord(worst.accuracy, clean, by_attack, worst.x, found_by, seconds)
+        clean = accuracy.pop(CLEAN)
+        del seconds[CLEAN]
+        return SuiteRecord(worst.accuracy, clean, accuracy, worst.x, found_by, seconds)
+
+
+def unattacked(mixture: Mixture) -> Pass:
+    """The pass that leaves the images as they are."""
+    return Pass(CLEAN, _stay, MIXTURE, mixture)
+
+
+def _stay(
+    mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+) -> Tensor:
+    return x
 
 
 def passes_of(
@@ -161,11 +184,3 @@ def passes_of(
             yield Pass(name, attack, TWIN, Mixture([mixture]))
         for j, weights in enumerate(other_weights):
             yield Pass(name, attack, f"other weights {j}", Mixture(mixture.members, weights))
-
-
-def checked_points(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int) -> Tensor:
-    """The points that a pass finds, checked; see `check_points`."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    x_adv = one.attack(one.target, x, y, threat_model, generator)
-    check_points(one.name, x_adv, x, threat_model)
-    return x_adv

@@ -131,14 +131,8 @@ class ImageDataModule(LightningDataModule):
         flip: bool = True,
     ) -> None:
         super().__init__()
-        at_least_one = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "num_val": num_val,
-            "num_train": num_train,
-            "num_test": num_test,
-        }
-        for key, value in at_least_one.items():
+        self._sizes_wanted = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
+        for key, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, **self._sizes_wanted}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
         if num_val is None and val_fraction is None:
@@ -156,7 +150,6 @@ class ImageDataModule(LightningDataModule):
         # Set by the training before it asks for batches; None: an epoch is one pass.
         self.batches_per_epoch: int | None = None
         self.overfit_batches: int | None = None
-        self._sizes_wanted = {"train": num_train, "val": num_val, "test": num_test}
         self._stream: BatchStream | None = None
         self._stream_state: dict[str, int] | None = None
 
@@ -184,9 +177,8 @@ class ImageDataModule(LightningDataModule):
             )
         labels = corpus.train_labels
         val = stratified_subset(labels, num_val, _VALIDATION_SEED)
-        rest = torch.ones(len(labels), dtype=torch.bool)
-        rest[val] = False
-        train = rest.nonzero().squeeze(1)
+        train = torch.arange(len(labels))
+        train = train[torch.isin(train, val, invert=True)]
         train = train[stratified_subset(labels[train], num_train, _TRAINING_SUBSET_SEED)]
         test = stratified_subset(corpus.test_labels, num_test, _TEST_SUBSET_SEED)
         self.class_names = corpus.class_names
@@ -199,19 +191,21 @@ class ImageDataModule(LightningDataModule):
         self.test_images = corpus.test_images[test]
 
     def _sizes(self, corpus: ImageCorpus) -> tuple[int, int, int]:
-        available, wanted = len(corpus.train_labels), self._sizes_wanted
-        num_val = wanted["val"]
+        available = len(corpus.train_labels)
+        num_train, num_val, num_test = self._sizes_wanted.values()
         if num_val is None:
             fraction = self.val_fraction or 0.0
-            share = fraction * available if wanted["train"] is None else wanted["train"] * fraction / (1 - fraction)
-            num_val = max(1, round(share))
-        num_train = available - num_val if wanted["train"] is None else wanted["train"]
+            num_val = max(
+                1, round(fraction * available if num_train is None else num_train * fraction / (1 - fraction))
+            )
+        if num_train is None:
+            num_train = available - num_val
         if num_train < 1 or num_train + num_val > available:
             raise ValueError(
                 f"{self.name} has {available} training images, too few to train on {max(num_train, 1)} and "
                 f"keep {num_val} for validation: lower num_train, num_val or val_fraction"
             )
-        num_test = wanted["test"] or len(corpus.test_labels)
+        num_test = num_test or len(corpus.test_labels)
         if num_test > len(corpus.test_labels):
             raise ValueError(f"{self.name} has {len(corpus.test_labels)} test images: lower num_test={num_test}")
         return num_train, num_val, num_test

@@ -1,22 +1,18 @@
 """CIFAR-10 from its official archive, wherever that is found."""
 
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10 as Reader
-from torchvision.datasets.utils import calculate_md5
 
 from mixadv.data.base import ImageCorpus, ImageDataModule, user_cache
-from mixadv.data.download import DownloadFailed, describe_mismatch, fetch
+from mixadv.data.download import DownloadFailed, fetch, mismatch
 from mixadv.errors import UserError
-
-_READ_ERRORS = (OSError, tarfile.TarError, EOFError)
 
 
 class CIFAR10(ImageDataModule):
@@ -89,13 +85,10 @@ class CIFAR10(ImageDataModule):
             train, test = (located(folder.parent, train=part) for part in (True, False))
         except (OSError, RuntimeError) as error:
             raise UserError(f"CIFAR-10: cannot read it in {self.root}: {error}. {self._remedy()}") from error
-        return ImageCorpus(
-            _channels_first(train.data),
-            torch.tensor(train.targets, dtype=torch.long),
-            _channels_first(test.data),
-            torch.tensor(test.targets, dtype=torch.long),
-            tuple(train.classes),
-        )
+        # [N, H, W, C] -> [N, C, H, W].
+        images, test_images = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test))
+        labels, test_labels = torch.tensor(train.targets), torch.tensor(test.targets)
+        return ImageCorpus(images, labels, test_images, test_labels, tuple(train.classes))
 
     @property
     def _home(self) -> Path:
@@ -109,8 +102,7 @@ class CIFAR10(ImageDataModule):
 
     def _sums(self) -> dict[str, str]:
         reader = self.reader()
-        batches = [(name, md5) for name, md5 in reader.train_list + reader.test_list]
-        return dict([*batches, (reader.meta["filename"], reader.meta["md5"])])
+        return {**dict(reader.train_list + reader.test_list), reader.meta["filename"]: reader.meta["md5"]}
 
     def _unpacked(self) -> Path | None:
         base = self.reader().base_folder
@@ -121,10 +113,9 @@ class CIFAR10(ImageDataModule):
 
     def _verify(self, folder: Path) -> None:
         for name, expected in self._sums().items():
-            actual = calculate_md5(folder / name)
-            if actual != expected:
+            if wrong := mismatch(folder / name, expected):
                 raise UserError(
-                    f"CIFAR-10: {folder / name} {describe_mismatch(folder / name, expected, actual)}. "
+                    f"CIFAR-10: {folder / name} {wrong}. "
                     f"It was not read. Delete the folder {folder} and run again: it is unpacked afresh "
                     "from the archive."
                 )
@@ -140,11 +131,10 @@ class CIFAR10(ImageDataModule):
             archive.stat()
         except FileNotFoundError:
             return None
-        actual = calculate_md5(archive)
-        if actual != reader.tgz_md5:
+        if wrong := mismatch(archive, reader.tgz_md5):
             raise UserError(
-                f"CIFAR-10: {archive} {describe_mismatch(archive, reader.tgz_md5, actual)}. "
-                f"It was not unpacked. Delete it and run again, or replace it. {self._remedy()}"
+                f"CIFAR-10: {archive} {wrong}. It was not unpacked. Delete it and run again, or replace it. "
+                f"{self._remedy()}"
             )
         return archive
 
@@ -176,12 +166,11 @@ class CIFAR10(ImageDataModule):
                     if member is None:
                         raise KeyError(name)
                     with member, open(Path(temporary) / name, "wb") as file:
-                        while chunk := member.read(1 << 20):
-                            file.write(chunk)
+                        shutil.copyfileobj(member, file)
                 # One rename per file: another process sees a file whole or not at all.
                 for name in self._sums():
                     (Path(temporary) / name).replace(folder / name)
-        except (*_READ_ERRORS, KeyError) as error:
+        except (OSError, tarfile.TarError, EOFError, KeyError) as error:
             raise UserError(f"CIFAR-10: cannot unpack {archive} into {folder}: {error}. {self._remedy()}") from error
         return folder
 
@@ -192,8 +181,3 @@ class CIFAR10(ImageDataModule):
             "data.root=PATH or DATA_DIR=PATH, or where to download it with 'data.mirrors=[URL]'. "
             "`make quickstart`, data=digits and data=image_folder need no download."
         )
-
-
-def _channels_first(data: NDArray[np.uint8]) -> torch.Tensor:
-    """[N, H, W, C] -> [N, C, H, W]."""
-    return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()

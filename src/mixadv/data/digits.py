@@ -14,20 +14,15 @@ _TEST_SPLIT_SEED = "digits test"
 
 
 class Digits(ImageDataModule):
-    """1,797 grey 8x8 images of handwritten digits (Alpaydin & Kaynak 1998, the UCI test set as scikit-learn
-    ships it).
+    """1,797 grey 8x8 images of handwritten digits (Alpaydin & Kaynak 1998, the UCI test set as scikit-learn ships it).
 
-    The published intensities are integers v in 0..16; here they are uint8, v 255 / 16 rounded half to even,
-    so 0 and 16 become 0 and 255 exactly and eps = 1/16 is about one grey level of the original. The data have
-    no test part
-    of their own: 360 images, stratified and the same in every run, are set aside as test, 1,437 are for
-        training and
-    validation.
+    The published intensities are integers v in 0..16; here they are uint8, v 255 / 16 rounded half to even, so 0 and 16
+    become 0 and 255 exactly and eps = 1/16 is about one grey level of the original. The data have no test part of their
+    own: 360 images, stratified and the same in every run, are set aside as test, 1,437 are for training and validation.
 
     Args:
         val_fraction: 0.15 by default, 216 images.
-        padding, flip: off by default; at 8x8 a shift by one pixel is large, and mirrored digits are other
-            shapes.
+        padding, flip: off by default; at 8x8 a shift by one pixel is large, and mirrored digits are other shapes.
         common: see `ImageDataModule`.
     """
 
@@ -45,13 +40,6 @@ class Digits(ImageDataModule):
         pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         images = torch.from_numpy(pixels).unsqueeze(1)
         labels = torch.from_numpy(bunch.target).long()
-        test = stratified_subset(labels, NUM_TEST_IMAGES, _TEST_SPLIT_SEED)
-        is_test = torch.zeros(len(labels), dtype=torch.bool)
-        is_test[test] = True
-        return ImageCorpus(
-            images[~is_test],
-            labels[~is_test],
-            images[is_test],
-            labels[is_test],
-            tuple(str(name) for name in bunch.target_names),
-        )
+        is_test = torch.isin(torch.arange(len(labels)), stratified_subset(labels, NUM_TEST_IMAGES, _TEST_SPLIT_SEED))
+        names = tuple(str(name) for name in bunch.target_names)
+        return ImageCorpus(images[~is_test], labels[~is_test], images[is_test], labels[is_test], names)

@@ -4,6 +4,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
@@ -17,22 +18,17 @@ _CHUNK = 1 << 18
 
 
 class DownloadFailed(Exception):
-    """No address delivered the file; `reasons` has one line per address."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        super().__init__("; ".join(reasons))
-        self.reasons = list(reasons)
+    """No address delivered the file; the text has the reason of each."""
 
 
-def looks_like_html(path: Path) -> bool:
-    """Whether a download is a web page, as servers send in place of a file that is gone."""
+def mismatch(path: Path, expected: str) -> str:
+    """'has md5 A instead of B (N bytes)', and whether it is a web page, the usual reason; '' where the md5 is right."""
+    actual = calculate_md5(path)
+    if actual == expected:
+        return ""
     with open(path, "rb") as file:
-        return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head"))
-
-
-def describe_mismatch(path: Path, expected: str, actual: str) -> str:
-    """'has md5 A instead of B (N bytes)', and whether it is a web page, the usual reason."""
-    page = "; it is a web page, not an archive" if looks_like_html(path) else ""
+        is_page = file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head"))
+    page = "; it is a web page, not an archive" if is_page else ""
     return f"has md5 {actual} instead of {expected} ({path.stat().st_size:,} bytes{page})"
 
 
@@ -54,14 +50,12 @@ def fetch(urls: Sequence[str], target: Path, md5: str) -> None:
             temporary = Path(folder) / target.name
             with open(temporary, "wb") as file:
                 reason = _copy(url, file, timeout)
-            if reason is None:
-                actual = calculate_md5(temporary)
-                if actual == md5:
-                    temporary.replace(target)
-                    return
-                reason = describe_mismatch(temporary, md5, actual)
+            reason = reason or mismatch(temporary, md5)
+            if not reason:
+                temporary.replace(target)
+                return
             reasons.append(f"{url}: {reason}")
-    raise DownloadFailed(reasons)
+    raise DownloadFailed("; ".join(reasons))
 
 
 def _copy(url: str, file: IO[bytes], timeout: float) -> str | None:
@@ -92,28 +86,20 @@ def _copy(url: str, file: IO[bytes], timeout: float) -> str | None:
 
 def _open(url: str, timeout: float) -> HTTPResponse:
     """urlopen within `timeout` in all: its own timeout spares name look-up and starts anew for each IP."""
-    outcome: list[HTTPResponse | Exception] = []
-    abandoned = threading.Event()
+    answer: Future[HTTPResponse] = Future()
 
     def connect() -> None:
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "mixadv"})
-            response = urllib.request.urlopen(request, timeout=timeout)
+            answer.set_result(urllib.request.urlopen(request, timeout=timeout))
         except Exception as error:
             if isinstance(error, HTTPError):
                 error.close()
-            outcome.append(error)
-            return
-        outcome.append(response)
-        if abandoned.is_set():
-            response.close()
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if not outcome:
-        abandoned.set()
+    # The threads of an executor would be waited for at the end of the program.
+    threading.Thread(target=connect, daemon=True).start()
+    if not wait([answer], timeout).done:
+        answer.add_done_callback(lambda late: None if late.exception() else late.result().close())
         raise TimeoutError(f"no answer within {timeout:.0f} s")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    return answer.result()

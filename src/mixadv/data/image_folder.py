@@ -10,10 +10,9 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +32,13 @@ _SMALL_FILE = 8192
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """The image files of one split: paths, labels, and (name, size, mtime) of each for the fingerprint."""
+class _Image(NamedTuple):
+    """An image file of one split: its place in its class, its label, and (name, size, mtime) for the fingerprint."""
 
-    paths: list[Path]
-    labels: list[int]
-    stamps: list[tuple[str, int, int]]
+    place: int
+    label: int
+    path: Path
+    stamp: tuple[str, int, int]
 
 
 class ImageFolder(ImageDataModule):
@@ -107,24 +106,20 @@ class ImageFolder(ImageDataModule):
             test_name, class_names, train, test = self._list()
         except OSError as error:
             raise UserError(f"cannot read the images below {self.root}: {error}") from error
-        stamps = {"train": train.stamps, test_name: test.stamps}
+        stamps = {"train": [image.stamp for image in train], test_name: [image.stamp for image in test]}
         settings = {"format": _CACHE_FORMAT, "image_size": self.image_size, "channels": self.channels}
         fingerprint = hashlib.blake2b(json.dumps([settings, class_names, stamps]).encode()).hexdigest()
         candidates = self._cache_files(settings)
-        for path in candidates:
-            arrays = _load_cache(path, fingerprint)
-            if arrays is not None:
-                return _corpus(arrays, class_names)
-        sizes = [size for _, size, _ in (*train.stamps, *test.stamps)]
-        images = self._decode([*train.paths, *test.paths], sum(sizes) // len(sizes))
-        arrays = {
-            "train_images": images[: len(train.paths)],
-            "train_labels": np.array(train.labels, dtype=np.int64),
-            "test_images": images[len(train.paths) :],
-            "test_labels": np.array(test.labels, dtype=np.int64),
-        }
-        _save_cache(candidates, arrays, fingerprint)
-        return _corpus(arrays, class_names)
+        arrays = next(filter(None, (_load_cache(path, fingerprint) for path in candidates)), None)
+        if arrays is None:
+            images = self._decode([*train, *test])
+            labels = np.array([image.label for image in (*train, *test)], dtype=np.int64)
+            cut = len(train)
+            parts = (images[:cut], labels[:cut], images[cut:], labels[cut:])
+            arrays = dict(zip(_ARRAYS, parts, strict=True))
+            _save_cache(candidates, arrays, fingerprint)
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        return ImageCorpus(**tensors, class_names=tuple(class_names))
 
     def _cache_files(self, settings: dict[str, Any]) -> list[Path]:
         # One file per setting, overwritten when the images change, so that old caches do not pile up.
@@ -135,22 +130,20 @@ class ImageFolder(ImageDataModule):
             user_cache() / "image_folder" / place / f"{key}.npz",
         ]
 
-    def _list(self) -> tuple[str, list[str], _Listing, _Listing]:
+    def _list(self) -> tuple[str, list[str], list[_Image], list[_Image]]:
         if not self.root.is_dir():
             raise UserError(f"there is no folder {self.root}: set data.root to the folder that holds train/ and test/")
         test_name = next((name for name in ("test", "val") if (self.root / name).is_dir()), None)
         if not (self.root / "train").is_dir() or test_name is None:
             raise UserError(f"{self.root} must hold the folders train/CLASS and test/CLASS (or val/CLASS)")
-        classes = {split: self._class_names(split) for split in ("train", test_name)}
-        if classes["train"] != classes[test_name]:
-            for here, there in (("train", test_name), (test_name, "train")):
-                extra = sorted(set(classes[here]) - set(classes[there]))
-                if extra:
-                    raise UserError(
-                        f"{self.root}: the class {extra[0]!r} is in {here}/ but not in {there}/; both need "
-                        "the same classes: add or remove its folder"
-                    )
-        names = classes["train"]
+        names, in_test = self._class_names("train"), self._class_names(test_name)
+        if differing := sorted({*names} ^ {*in_test}, key=lambda name: (name in in_test, name)):
+            extra = differing[0]
+            here, there = ("train", test_name) if extra in names else (test_name, "train")
+            raise UserError(
+                f"{self.root}: the class {extra!r} is in {here}/ but not in {there}/; both need the same classes: add "
+                "or remove its folder"
+            )
         if len(names) < 2:
             raise UserError(
                 f"{self.root} has only the class {names[0]!r}, so there is nothing to tell apart: give every class a "
@@ -165,32 +158,26 @@ class ImageFolder(ImageDataModule):
             raise UserError(f"{folder} holds no class folders: put the images into {folder}/CLASS/")
         return names
 
-    def _list_split(self, split: str, names: Sequence[str]) -> _Listing:
-        found: list[tuple[int, int, Path, tuple[str, int, int]]] = []
+    def _list_split(self, split: str, names: Sequence[str]) -> list[_Image]:
+        found = []
         for label, name in enumerate(names):
             folder = self.root / split / name
-            entries = sorted(
-                (e for e in os.scandir(folder) if e.name.lower().endswith(ENDINGS) and e.name[0] != "."),
-                key=lambda e: e.name,
-            )
-            if not entries:
+            files = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(ENDINGS) and e.name[0] != ".")
+            if not files:
                 raise UserError(
                     f"{folder} holds no images ({', '.join(ENDINGS)}): add some, or remove the class from both splits"
                 )
-            for place, entry in enumerate(entries):
-                stat = entry.stat()
+            for place, file in enumerate(files):
+                stat = (folder / file).stat()
                 if not S_ISREG(stat.st_mode):
-                    raise UserError(
-                        f"cannot read the image {folder / entry.name} (it is not a file): replace or remove it"
-                    )
-                stamp = (f"{name}/{entry.name}", stat.st_size, stat.st_mtime_ns)
-                found.append((place, label, folder / entry.name, stamp))
+                    raise UserError(f"cannot read the image {folder / file} (it is not a file): replace or remove it")
+                found.append(_Image(place, label, folder / file, (f"{name}/{file}", stat.st_size, stat.st_mtime_ns)))
         # The first image of every class, then the second: a part of the data, as a limited evaluation takes it,
         # then holds all classes.
-        found.sort(key=lambda item: item[:2])
-        return _Listing([path for _, _, path, _ in found], [label for _, label, _, _ in found], [s for *_, s in found])
+        return sorted(found)
 
-    def _decode(self, paths: list[Path], mean_bytes: int) -> NDArray[np.uint8]:
+    def _decode(self, files: Sequence[_Image]) -> NDArray[np.uint8]:
+        paths = [image.path for image in files]
         first = self._decode_one(paths[0])
         images = np.empty((len(paths), *first.shape), dtype=np.uint8)
 
@@ -207,15 +194,11 @@ class ImageFolder(ImageDataModule):
 
         # Small files are mostly Python's own work under the interpreter lock, where threads bring nothing:
         # 60,000 CIFAR images on two cores took 14 to 18 s in one thread, 13 to 21 s in two (three runs each).
-        workers = 1 if mean_bytes < _SMALL_FILE else min(32, os.cpu_count() or 1)
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            futures = [pool.submit(decode_chunk, start) for start in range(0, len(paths), _CHUNK)]
-            try:
-                # In order: the error that is reported does not depend on which thread was faster.
-                for future in futures:
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        small = sum(size for _, _, _, (_, size, _) in files) < _SMALL_FILE * len(files)
+        with ThreadPoolExecutor(max_workers=1 if small else min(32, os.cpu_count() or 1)) as pool:
+            # In order: the error that is reported does not depend on which thread was faster. It cancels the rest.
+            for _ in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
+                pass
         return images
 
     def _decode_one(self, path: Path) -> NDArray[np.uint8]:
@@ -240,11 +223,6 @@ class ImageFolder(ImageDataModule):
             reason = known if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read the image {path} ({reason}): replace or remove it") from error
         return pixels.transpose(2, 0, 1) if self.channels == 3 else pixels[None]
-
-
-def _corpus(arrays: dict[str, NDArray[Any]], class_names: list[str]) -> ImageCorpus:
-    train_images, train_labels, test_images, test_labels = (torch.from_numpy(arrays[key]) for key in _ARRAYS)
-    return ImageCorpus(train_images, train_labels, test_images, test_labels, tuple(class_names))
 
 
 def _load_cache(path: Path, fingerprint: str) -> dict[str, NDArray[Any]] | None:

@@ -25,19 +25,16 @@ def stratified_subset(labels: Tensor, size: int, seed: int | str) -> Tensor:
     total = len(labels)
     if not 0 <= size <= total:
         raise ValueError(f"a subset of {size} out of {total} examples does not exist")
-    values = labels.tolist()
-    by_class: dict[int, list[int]] = {label: [] for label in sorted(set(values))}
-    for index, label in enumerate(values):
-        by_class[label].append(index)
-    quota = {label: size * len(members) // total for label, members in by_class.items()}
-    by_remainder = sorted(by_class, key=lambda label: -(size * len(by_class[label]) % total))
-    for label in by_remainder[: size - sum(quota.values())]:
-        quota[label] += 1
+    classes, counts = labels.unique(return_counts=True)
+    quota, remainder = (size * counts).div(total, rounding_mode="floor"), size * counts % total
+    quota[remainder.argsort(descending=True, stable=True)[: size - int(quota.sum())]] += 1
 
     def rank(index: int) -> bytes:
         return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
 
-    chosen = [i for label, members in by_class.items() for i in sorted(members, key=rank)[: quota[label]]]
+    chosen: list[int] = []
+    for label, count in zip(classes, quota.tolist(), strict=True):
+        chosen += sorted((labels == label).nonzero().flatten().tolist(), key=rank)[:count]
     return torch.tensor(sorted(chosen), dtype=torch.long)
 
 

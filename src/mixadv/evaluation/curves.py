@@ -12,7 +12,7 @@ from torch import Tensor
 from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import check_batch
-from mixadv.attacks.suite import MIXTURE, TWIN, Pass, checked_points, passes_of
+from mixadv.attacks.suite import MIXTURE, TWIN, Pass, passes_of
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -87,7 +87,7 @@ def _against_eps(
             ball = ThreatModel(threat_model.norm, eps, threat_model.bounds)
             for t, one in enumerate(passes):
                 from_here = one._replace(name=f"eps {j}", attack=partial(attack, start_at=points[t]))
-                found = checked_points(from_here, x, y, ball, from_here.seed(*seeds))
+                found = from_here.points(x, y, ball, *seeds)
                 for who, accuracy in enumerate(_accuracies(mixture, passes, found, y)):
                     # Equals go to the target's own attack, which climbed its margin further.
                     worse = (accuracy < worst[who]) | ((accuracy == worst[who]) & (who == t))
@@ -104,7 +104,7 @@ def _against_steps(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, s
     curve = []
     for done, steps in zip((0, *STEPS), STEPS, strict=False):
         attack = PGD(steps - done, keep="last")
-        at = checked_points(one._replace(attack=partial(attack, start_at=at)), x, y, threat_model, one.seed(*seeds))
+        at = one._replace(attack=partial(attack, start_at=at)).points(x, y, threat_model, *seeds)
         with torch.no_grad(), one.target.attack_mode(plain=True):
             curve.append(ExpectedLoss()(one.target.member_logits(at), y, one.target.weights))
     return torch.stack(curve).double().cpu().numpy()

@@ -69,14 +69,21 @@ def answers(mixture: Mixture, x: Tensor) -> dict[str, str]:
     return found
 
 
+def nothing_to_climb(gradient: Tensor, scale: Tensor, width: float = 1.0) -> Tensor:
+    """Whether a gradient [B, ...] vanishes or is NaN, [B]: over the whole `width` of the box it promises a change of at
+    most NOISE roundings of a number of size `scale` [B]."""
+    promised = gradient.nan_to_num(nan=0.0).abs().flatten(1).sum(1) * width
+    return promised <= NOISE * torch.finfo(scale.dtype).eps * scale
+
+
 def gradients(
     mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch_size: int
 ) -> tuple[dict[str, list[float]], set[int]]:
     """Where at random points of the ball a member's gradient is nothing to climb.
 
-    A gradient g vanishes where even over the whole width of the box the linear model promises a change ||g||_1 width
-    of at most NOISE roundings: of the largest logit for the margin; of max(1, CE) for the cross-entropy, whose
-    probability p_y is a float close to 1, so that 1 - p_y, and with it the direction of g, is known up to one rounding.
+    A gradient vanishes, see `nothing_to_climb`, relative to the largest logit for the margin; to max(1, CE) for the
+    cross-entropy, whose probability p_y is a float close to 1, so that 1 - p_y, and with it the direction, is known up
+    to one rounding.
 
     Returns:
         For "margin" and "ce" each member's share of images whose gradient vanishes or is NaN; the members whose
@@ -97,8 +104,8 @@ def gradients(
             scale = {"margin": logits.detach().abs().amax((0, 2)), "ce": values["ce"].detach().clamp_min(1)}
             for loss, value in values.items():
                 if value.requires_grad:
-                    size = gradient(value, at, retain_graph=True).nan_to_num(nan=0.0).abs().flatten(1).sum(1)
-                    vanishing[loss][k].append(size * width <= NOISE * torch.finfo(value.dtype).eps * scale[loss])
+                    found = gradient(value, at, retain_graph=True)
+                    vanishing[loss][k].append(nothing_to_climb(found, scale[loss], width))
                 else:
                     blind.add(k)
                     vanishing[loss][k].append(torch.ones_like(labels, dtype=torch.bool))

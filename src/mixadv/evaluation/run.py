@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack
-from mixadv.attacks.suite import MIXTURE, Pass, checked_points, passes_of
+from mixadv.attacks.suite import CLEAN, Pass, passes_of, unattacked
 from mixadv.console import quiet_lightning
 from mixadv.evaluation.record import EvaluationRecord
 from mixadv.evaluation.state import EvaluationState
@@ -20,8 +20,6 @@ from mixadv.mixture import Mixture
 from mixadv.ranks import Ranks
 from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
-
-CLEAN = "clean"
 
 
 def evaluate(
@@ -63,8 +61,7 @@ def evaluate(
     if not batches:
         raise ValueError("nothing to evaluate: there are no batches")
     state = state or EvaluationState()
-    passes = {CLEAN: Pass(CLEAN, _stay, MIXTURE, mixture)}
-    passes |= {one.key: one for one in passes_of(attacks, mixture, other_weights)}
+    passes = {one.key: one for one in (unattacked(mixture), *passes_of(attacks, mixture, other_weights))}
     todo = {key: one for key, one in passes.items() if state.load(key) is None}
     if todo:
         loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), keep_images, state, on_progress)
@@ -119,11 +116,12 @@ class MixtureEvaluation(pl.LightningModule):
         if ranks.serves(batch_idx):
             started = time.perf_counter()
             with torch.enable_grad():
-                x_adv = checked_points(one, x, y, self.threat_model, one.seed(self.seed, batch_idx))
-            correct, ensemble = _correct(self.mixture, x_adv, y)
+                x_adv, logits = one.replayed(self.mixture, x, y, self.threat_model, self.seed, batch_idx)
+            answers = {"correct": logits.argmax(-1), "ensemble": self.mixture.log_average(logits).argmax(-1)}
+            part = {key: (answer == y).to(torch.uint8).cpu().numpy() for key, answer in answers.items()}
             self._seconds += time.perf_counter() - started
-            images = x_adv[: max(0, self.keep_images - self._seen)].cpu().numpy()
-            self._parts[batch_idx] = {"correct": correct, "ensemble": ensemble, "images": images}
+            part["images"] = x_adv[: max(0, self.keep_images - self._seen)].cpu().numpy()
+            self._parts[batch_idx] = part
         self._seen += len(y)
         if self.on_progress is not None:
             self.on_progress(key, len(y))
@@ -186,19 +184,3 @@ def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]], process
             if trainer.interrupted:
                 raise KeyboardInterrupt from None
             raise
-
-
-def _stay(
-    mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
-) -> Tensor:
-    return x
-
-
-def _correct(mixture: Mixture, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Per-member and averaged correctness from one plain forward: uint8 [L, B], [B]."""
-    with torch.no_grad(), mixture.attack_mode(plain=True):
-        logits = mixture.member_logits(x)
-        averaged = mixture.log_average(logits)
-    members = logits.argmax(-1) == y
-    ensemble = averaged.argmax(-1) == y
-    return members.to(torch.uint8).cpu().numpy(), ensemble.to(torch.uint8).cpu().numpy()

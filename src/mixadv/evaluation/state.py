@@ -1,6 +1,5 @@
 """What an evaluation has found so far, on disk, so that a killed one continues with the pass it was in."""
 
-import hashlib
 import os
 import re
 import zipfile
@@ -8,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from mixadv.checkpoint_files import digest_of
 from mixadv.errors import UserError
 from mixadv.mixture import Mixture
 
@@ -82,19 +81,4 @@ class EvaluationState:
 
 def fingerprint(mixture: Mixture, batches: Sequence[tuple[Tensor, Tensor]], settings: Iterable[object]) -> str:
     """A digest of the mixture's tensors, the images and labels, and the text of the settings."""
-    digest = hashlib.sha256()
-    for name, tensor in mixture.state_dict().items():
-        digest.update(name.encode())
-        _update(digest, tensor)
-    for x, y in batches:
-        _update(digest, x)
-        _update(digest, y)
-    for setting in settings:
-        digest.update(repr(setting).encode())
-    return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    plain = tensor.detach().cpu().contiguous()
-    digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-    digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest_of({"mixture": mixture.state_dict(), "batches": list(batches), "settings": list(map(repr, settings))})

@@ -5,7 +5,6 @@ Every member takes images in [0, 1] and returns logits; `check_members` holds th
 """
 
 from mixadv.members.checks import check_members
-from mixadv.members.load import load_members, recorded_config
-from mixadv.members.loaded import LoadedMember, with_unique_names
+from mixadv.members.source import LoadedMember, Source, with_unique_names
 
-__all__ = ["LoadedMember", "check_members", "load_members", "recorded_config", "with_unique_names"]
+__all__ = ["LoadedMember", "Source", "check_members", "with_unique_names"]

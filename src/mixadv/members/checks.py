@@ -8,22 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import UserError
-from mixadv.members.loaded import LoadedMember
+from mixadv.evaluation.probes import answers, nothing_to_climb
+from mixadv.members.source import LoadedMember
+from mixadv.mixture import Mixture
 
 _CHOOSE = "choose the data=... it takes, or wrap it in a factory"
+# What an evaluation flags, see `answers`, is refused of a member beforehand.
+_REFUSED = {
+    "probabilities": "outputs probabilities, not logits: return log-probabilities or logits",
+    "random-outputs": "answers the same images differently each time: remove what is random in eval mode",
+    "batch-dependent": "answers an image differently in another batch: use batch norm's running statistics",
+}
 
 
 def check_members(members: Sequence[LoadedMember], x: Tensor) -> int:
     """The number of classes C, after every member has shown on a batch that attacks and games can use it.
 
     Each maps x `[B, ...]` to finite logits `[B, C]` (log-probabilities are logits too) with the same C, not to
-    probabilities; leaves x as it is; gives the same twice (within 1e-4 of the largest logit); gives the same rows
-    for half of the batch (within 1e-2: kernels and their rounding depend on the size); and has a gradient with
-    respect to x, finite, and not zero throughout where the logits depend on x.
+    probabilities; leaves x as it is; gives the same when asked again and in smaller batches; and has a gradient with
+    respect to x, finite, and not zero throughout where the logits depend on x. Probes and thresholds are those of the
+    flags of an evaluation, see `mixadv.evaluation.probes`.
 
     Args:
-        members: what `load_members` returned.
-        x: images in [0, 1], B >= 2; moved to each member's device.
+        members: what a `Source` gave.
+        x: images in [0, 1], B >= 2; moved to each member's device. Smaller batches begin at B = 3.
 
     Raises:
         ValueError: fewer than two images, or no members.
@@ -48,7 +56,7 @@ def _check_member(member: LoadedMember, x: Tensor) -> int:
     try:
         with torch.no_grad():
             seen = x.clone()
-            logits, again, half = (member.module(images) for images in (seen, x.clone(), x[: len(x) // 2].clone()))
+            logits = member.module(seen)
     except Exception as error:
         raise UserError(f"{this} fails on images {tuple(x.shape[1:])} ({_reason(error)}): {_CHOOSE}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
@@ -58,22 +66,16 @@ def _check_member(member: LoadedMember, x: Tensor) -> int:
         raise UserError(f"{this} returns logits that are not all finite numbers: check its file and its inputs")
     if not torch.equal(seen, x):
         raise UserError(f"{this} changes its input in place: make its first layer return a new tensor")
-    # A forward may switch gradients on for itself.
-    logits, again, half = logits.detach(), again.detach(), half.detach()
-    rows = logits.double().sum(1)
-    if (logits >= 0).all() and (logits <= 1).all() and ((rows - 1).abs() <= 1e-4).all():
-        raise UserError(f"{this} outputs probabilities, not logits: return log-probabilities or logits")
-    scale = float(logits.abs().max())
-    if not _close(logits, again, 1e-4 * scale):
-        raise UserError(f"{this} answers the same images differently each time: remove what is random in eval mode")
-    if not _close(logits[: len(x) // 2], half, 1e-2 * scale):
-        raise UserError(f"{this} answers an image differently in another batch: use batch norm's running statistics")
+    try:
+        found = answers(Mixture([member.module]), x.clone())
+    # This batch it has answered.
+    except Exception as error:
+        raise UserError(f"{this} {_REFUSED['batch-dependent']} ({_reason(error)})") from error
+    for name, sentence in _REFUSED.items():
+        if name in found:
+            raise UserError(f"{this} {sentence}")
     _check_gradient(this, member.module, x)
     return int(logits.shape[1])
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return a.shape == b.shape and bool(((a - b).abs() <= tolerance).all())
 
 
 def _reason(error: Exception) -> str:
@@ -86,15 +88,15 @@ def _check_gradient(this: str, module: nn.Module, x: Tensor) -> None:
         with torch.enable_grad():
             logits = module(leaf)
             # Weights that differ: the gradient of a plain sum of log-probabilities may vanish.
-            weighted = (logits * torch.arange(1.0, logits.shape[1] + 1, device=logits.device)).sum()
-            gradient = torch.autograd.grad(weighted, leaf)[0]
+            weighted = (logits * torch.arange(1.0, logits.shape[1] + 1, device=logits.device)).sum(1)
+            gradient = torch.autograd.grad(weighted.sum(), leaf)[0]
     except Exception as error:
         raise UserError(
             f"{this} is not differentiable with respect to its input ({_reason(error)}): attacks need gradients; "
             "remove detach and no_grad from its forward"
         ) from error
-    # Rounding and thresholds: an attack would find nothing, and the member would look robust.
-    if not gradient.any() and (logits != logits[0]).any():
-        raise UserError(f"{this} has no gradient though its answers vary: remove rounding and steps from its forward")
     if not gradient.isfinite().all():
         raise UserError(f"{this} has gradients that are not finite: attacks need them; smooth its forward")
+    # Rounding and thresholds: an attack would find nothing, and the member would look robust.
+    if (logits != logits[0]).any() and nothing_to_climb(gradient, weighted.detach().abs()).all():
+        raise UserError(f"{this} has no gradient though its answers vary: remove rounding and steps from its forward")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mixadv.checkpoint_files import load_tensors
 from mixadv.errors import UserError
 from mixadv.export import build_recipe, recipe_name
 from mixadv.models import MODELS
@@ -29,7 +30,7 @@ def read_file(path: Path) -> Mapping[Any, Any]:
     """The mapping in a file of safetensors or PyTorch, as tensors on the CPU and plain containers; no code runs.
 
     Raises:
-        UserError: it is empty, torn, something else, or holds other objects.
+        UserError: it is empty, torn, changed, something else, or holds other objects.
     """
     head = b""
     try:
@@ -44,7 +45,7 @@ def read_file(path: Path) -> Mapping[Any, Any]:
         with warnings.catch_warnings():
             # What it warns of is refused below.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_tensors(path)
     except UserError:
         raise
     except Exception as error:

@@ -103,16 +103,17 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
         from mixadv.tasks.game import play_game
 
         return cfg, play_game
-    if cfg.task == "solve":
+    from mixadv.export import read_mixture
+    from mixadv.members import Source
+    from mixadv.tasks.evaluate import as_named, as_trained, evaluate_members, evaluate_mixture
+
+    if cfg.task == "solve" or not cfg.mixture:
+        sources = [Source(str(name)) for name in cfg.members]
+        if cfg.task == "evaluate":
+            return as_named(cfg, sources, overrides), partial(evaluate_members, sweep=sweep, sources=sources)
         from mixadv.tasks.members import as_recorded_by_members
         from mixadv.tasks.solve import solve_weights
 
-        return as_recorded_by_members(cfg, overrides), partial(solve_weights, sweep=sweep)
-    from mixadv.export import read_mixture
-    from mixadv.tasks.evaluate import as_named, as_trained, evaluate_members, evaluate_mixture
-
-    if not cfg.mixture:
-        return as_named(cfg, overrides), partial(evaluate_members, sweep=sweep)
-
+        return as_recorded_by_members(cfg, sources, overrides), partial(solve_weights, sweep=sweep, sources=sources)
     mixture, config = read_mixture(cfg.mixture, factories=list(cfg.members))
     return as_trained(cfg, config, overrides), partial(evaluate_mixture, sweep=sweep, mixture=mixture, config=config)

@@ -197,7 +197,7 @@ def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> 
 
 
 def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
-    """Try a model of the user's own out on two images before it is trained; those of mixadv are known to work.
+    """Try a model of the user's own out on two images, each twice, before it is trained; mixadv's are known to work.
 
     Raises:
         UserError: it cannot be built, or is no classifier of these images; see `mixadv.members.check_members`.
@@ -205,7 +205,8 @@ def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
     if "factory" not in recipe:
         return
     name = recipe_name(recipe)
-    images = data.train_images[[0, -1]] / 255
+    # Pairs of the same image are another batch than all four.
+    images = data.train_images[[0, 0, -1, -1]] / 255
     count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], images)
     if count != data.num_classes:
         raise UserError(f"model: {name} tells {count} classes apart, but {data.name} has {data.num_classes}")

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
 from mixadv.export import member_recipes
-from mixadv.members import LoadedMember, recorded_config
+from mixadv.members import LoadedMember, Source
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS
 from mixadv.report import write_report
@@ -21,7 +22,7 @@ from mixadv.tasks import build, processes, speed
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.members import as_recorded_by_members, described, named_members, of_another_split
+from mixadv.tasks.members import as_recorded_by_members, described, flags_of_other_splits, named_members
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 
 # Images on which members are tried out before the attacks.
@@ -41,8 +42,10 @@ def evaluate_mixture(
     _evaluate(cfg, run_dir, sweep, mixture, data)
 
 
-def evaluate_members(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None) -> None:
-    """Measure the mixture of ``cfg.members`` with ``cfg.weights`` (None: 1/L) as `evaluate_mixture` does.
+def evaluate_members(
+    cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, sources: Sequence[Source]
+) -> None:
+    """Measure the mixture of the members of `sources` with ``cfg.weights`` (None: 1/L) as `evaluate_mixture` does.
 
     results.json says of each member also name, source and note.
 
@@ -52,13 +55,19 @@ def evaluate_members(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str
     """
     data = build.build_data(cfg.data)
     x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
-    members = named_members(cfg, data, x, build.resolve_device(cfg, processes.place(cfg)))
+    members = named_members(cfg, sources, data, x, build.resolve_device(cfg, processes.place(cfg)))
     mixture = Mixture([member.module for member in members], _weights(cfg, members))
     console = Console(quiet=processes.rank(cfg) > 0)
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
         line = f"member {k}: {member.name}, weight {weight:.4f} (from {member.source}, {member.note})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _evaluate(cfg, run_dir, sweep, mixture, data, members)
+    # Test images are those of the data set in every split.
+    evidence = (
+        ": it did not learn from the training images that this run's settings describe. It knows no test images from "
+        "that, but members that learned from different images are not compared on equal terms."
+    )
+    flags = flags_of_other_splits(cfg, sources, "another-split", evidence, ", or train the members on one split")
+    _evaluate(cfg, run_dir, sweep, mixture, data, described(members), flags)
 
 
 def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
@@ -81,7 +90,8 @@ def _evaluate(
     sweep: str | None,
     mixture: Mixture,
     data: ImageDataModule,
-    members: list[LoadedMember] | None = None,
+    said_of_members: Sequence[dict[str, str]] = (),
+    flags: Sequence[dict[str, str]] = (),
 ) -> None:
     device = build.resolve_device(cfg, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
@@ -102,10 +112,9 @@ def _evaluate(
         if measured is None:
             return
         results, arrays = measured
-        if members is not None:
-            for entry, member in zip(results["members"], described(members), strict=True):
-                entry.update(member)
-            results["flags"] += _trained_otherwise(cfg)
+        for entry, said in zip(results["members"], said_of_members, strict=bool(said_of_members)):
+            entry.update(said)
+        results["flags"] += flags
         results["data"] = {"name": data.name, "num_test": data.num_test}
         results["seconds"]["total"] = round(time.perf_counter() - started, 3)
         write_results(run_dir, results, arrays)
@@ -114,21 +123,6 @@ def _evaluate(
         mark_done(run_dir)
         write_report(run_dir)
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
-
-
-def _trained_otherwise(cfg: DictConfig) -> list[dict[str, str]]:
-    """A flag for members that record another split. Test images are those of the data set in every split."""
-    return [
-        {
-            "name": "another-split",
-            "evidence": f"{source} was trained with another split ({said}): it did not learn from the training images "
-            "that this run's settings describe. It knows no test images from that, but members that learned from "
-            "different images are not compared on equal terms.",
-            "remedy": "Leave the keys of the split out, so that they are the members' own, or train the members on one "
-            "split.",
-        }
-        for source, said in of_another_split(cfg)
-    ]
 
 
 def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) -> DictConfig:
@@ -156,7 +150,7 @@ def _target(recipe: dict[str, Any]) -> str:
     return f"{factory.__module__}.{factory.__name__}"
 
 
-def as_named(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -> DictConfig:
     """`cfg` with data, eps and norm as for `as_recorded_by_members`, and L = the number of members named.
 
     Raises:
@@ -164,9 +158,8 @@ def as_named(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """
     if "L" in build.keys_of(overrides):
         raise UserError("L=...: task=evaluate counts the members that are named; leave it out")
-    merged = as_recorded_by_members(cfg, overrides).copy()
-    records = [recorded_config(source) for source in map(str, cfg.members)]
-    counts = [1 if record is None else record.get("L") for record in records]
+    merged = as_recorded_by_members(cfg, sources, overrides).copy()
+    counts = [1 if source.record is None else source.record.get("L") for source in sources]
     # A record that does not say it is refused when it is loaded.
     if all(isinstance(count, int) for count in counts):
         merged.L = sum(counts)

@@ -1,6 +1,5 @@
 """``task=game``: a built-in game solved exactly, checked against the theory, and drawn."""
 
-import json
 import os
 import platform
 import time
@@ -19,10 +18,9 @@ from mixadv.games.gaussians import GaussianProblem, draw_problem, entropic_trace
 from mixadv.games.motivating import ExactSolution, LineGame
 from mixadv.games.values import TOLERANCE, solve_values
 from mixadv.lambda_solvers import AcceleratedEntropic, LinearProgram, OracleSubgradient
-from mixadv.report.files import replacing
 from mixadv.report.games import draw_game
 from mixadv.tasks.game_settings import GaussianSettings, MotivatingSettings, game_settings
-from mixadv.tasks.run_directory import RESULTS_SCHEMA, State, mark_done, provenance, write_config
+from mixadv.tasks.run_directory import RESULTS_SCHEMA, State, mark_done, provenance, write_config, write_results
 
 Played = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -68,10 +66,7 @@ def play_game(cfg: DictConfig, run_dir: Path, state: State) -> None:
         "flags": [],
         "seconds": {"total": round(time.perf_counter() - started, 3)},
     }
-    with replacing(run_dir / "game.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    with replacing(run_dir / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(run_dir, results, arrays, "game.npz")
     draw_game(run_dir)
     mark_done(run_dir)
 

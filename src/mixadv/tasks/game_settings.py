@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -67,8 +66,7 @@ def game_settings(cfg: DictConfig) -> MotivatingSettings | GaussianSettings:
         raise UserError(f"game.{unknown[0]}: game={node['name']} has no such key; it has {', '.join(sorted(known))}")
     if missing := sorted(known - set(node)):
         raise UserError(f"game.{missing[0]} has no value: add game.{missing[0]}=... to the command")
-    several = kind is GaussianSettings
-    readers = {**_READERS, "eps": _radii if several else exact_radius}
+    readers = _READERS[kind]
     return kind(**{key: readers[key](f"game.{key}", value) if key in readers else value for key, value in node.items()})
 
 
@@ -92,44 +90,43 @@ def exact_radius(key: str, value: Any) -> Fraction:
     return Fraction(numerator.strip()) / Fraction(denominator.strip() or 1)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _held(fits: Callable[[Any], bool], words: str) -> Callable[[str, Any], Any]:
+    """A reader of finite numbers that fit; any other value is refused with these words."""
+
+    def read(key: str, value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not fits(value):
+            raise UserError(f"{key}={value} must be {words}")
+        return value
+
+    return read
 
 
-def _count(least: int, key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{key}={value} must be a whole number of at least {least}")
-    return value
+def _whole(least: int) -> Callable[[str, Any], Any]:
+    return _held(lambda value: isinstance(value, int) and value >= least, f"a whole number of at least {least}")
 
 
-def _risk(key: str, value: Any) -> float:
-    if not _is_number(value) or not 0 < value <= 1:
-        raise UserError(f"{key}={value} must be a risk in (0, 1], as {key}=0.4")
-    return float(value)
+def _each(read: Callable[[str, Any], Any], example: str) -> Callable[[str, Any], list[float]]:
+    """A reader of one value or a list of them."""
+
+    def read_all(key: str, value: Any) -> list[float]:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise UserError(f"{key}={value} is empty: give at least one number, as {key}={example}")
+        return [float(read(key, one)) for one in values]
+
+    return read_all
 
 
-def _temperature(key: str, value: Any) -> float:
-    if not _is_number(value) or value <= 0:
-        raise UserError(f"{key}={value} must be positive and finite: a temperature in units of the 0/1 loss")
-    return float(value)
-
-
-def _several(key: str, value: Any, example: str) -> list[Any]:
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise UserError(f"{key}={value} is empty: give at least one number, as {key}={example}")
-    return values
-
-
-def _radii(key: str, value: Any) -> list[float]:
-    return sorted({float(exact_radius(key, one)) for one in _several(key, value, "[0,1,2]")})
-
-
-_READERS: dict[str, Callable[[str, Any], Any]] = {
-    "show_eps": lambda key, value: float(exact_radius(key, value)),
-    "alpha": _temperature,
-    "alphas": lambda key, value: [_temperature(key, one) for one in _several(key, value, "[0.1,0.01]")],
-    "max_risk": _risk,
-    **dict.fromkeys(("seeds", "num_points", "num_classifiers", "num_steps"), partial(_count, 1)),
-    **dict.fromkeys(("num_samples", "convergence_samples"), partial(_count, 0)),
+_TEMPERATURE = _held(lambda value: value > 0, "positive and finite: a temperature in units of the 0/1 loss")
+_READERS: dict[type, dict[str, Callable[[str, Any], Any]]] = {
+    MotivatingSettings: {"eps": exact_radius, "alpha": _TEMPERATURE, "num_steps": _whole(1)},
+    GaussianSettings: {
+        "eps": lambda key, value: sorted(set(_each(exact_radius, "[0,1,2]")(key, value))),
+        "show_eps": lambda key, value: float(exact_radius(key, value)),
+        "alphas": _each(_TEMPERATURE, "[0.1,0.01]"),
+        "max_risk": _held(lambda value: 0 < value <= 1, "a risk in (0, 1], as 0.4"),
+        **dict.fromkeys(("seeds", "num_points", "num_classifiers", "num_steps"), _whole(1)),
+        **dict.fromkeys(("num_samples", "convergence_samples"), _whole(0)),
+    },
 }

@@ -1,5 +1,7 @@
 """The classifiers that ``members=[...]`` names, and what their records decide: for task=solve and task=evaluate."""
 
+from collections.abc import Sequence
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -8,7 +10,7 @@ from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.export import factories_of
-from mixadv.members import LoadedMember, check_members, load_members, recorded_config, with_unique_names
+from mixadv.members import LoadedMember, Source, check_members, with_unique_names
 from mixadv.tasks import build
 
 # What members have to agree in to be compared: the game, and which images it is played on.
@@ -20,7 +22,7 @@ DECIDES = (
 SPLITS = ("data._target_", "data.val_fraction", "data.num_val", "data.num_train")
 
 
-def as_recorded_by_members(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+def as_recorded_by_members(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -> DictConfig:
     """`cfg` with data, eps and norm as the members' own records say, except what the command line says itself.
 
     Raises:
@@ -28,22 +30,23 @@ def as_recorded_by_members(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """
     said = build.keys_of(overrides)
     first: tuple[str, DictConfig] | None = None
-    for source in map(str, cfg.members):
-        config = recorded_config(source)
-        if config is None:
+    for source in sources:
+        if source.record is None:
             continue
-        own = build.as_recorded(cfg, config, said, source)
+        own = build.as_recorded(cfg, source.record, said, source.name)
         if first is None:
-            first = source, own
+            first = source.name, own
         for key in DECIDES:
             ours, theirs = (OmegaConf.select(node, key) for node in (own, first[1]))
             if ours != theirs and not (key == "eps" and parse_eps(ours) == parse_eps(theirs)):
-                raise UserError(f"{source} was trained with {key}={ours}, {first[0]} with {theirs}: say {key}=...")
+                raise UserError(f"{source.name} was trained with {key}={ours}, {first[0]} with {theirs}: say {key}=...")
     return cfg if first is None else first[1]
 
 
-def named_members(cfg: DictConfig, data: ImageDataModule, x: Tensor, device: torch.device) -> list[LoadedMember]:
-    """Every classifier that ``cfg.members`` names, tried out on the images x `[B, C, H, W]`, B >= 2.
+def named_members(
+    cfg: DictConfig, sources: Sequence[Source], data: ImageDataModule, x: Tensor, device: torch.device
+) -> list[LoadedMember]:
+    """Every classifier of the sources that ``cfg.members`` names, tried out on the images x `[B, C, H, W]`, B >= 2.
 
     A source that is a mixture gives all its members.
 
@@ -52,12 +55,9 @@ def named_members(cfg: DictConfig, data: ImageDataModule, x: Tensor, device: tor
     """
     # The statistics of these images need not be those that a foreign network was trained with: only what was said.
     recipe = build.model_recipe(cfg.model, data, statistics=False)
-    named = [str(source) for source in cfg.members]
     # A factory among the members is called without arguments; one that needs some is named as the model.
-    factories = [*named, *factories_of({"model": recipe})]
-    members = with_unique_names(
-        [m for source in named for m in load_members(source, default_recipe=recipe, device=device, factories=factories)]
-    )
+    factories = [*(source.name for source in sources), *factories_of({"model": recipe})]
+    members = with_unique_names([m for source in sources for m in source.members(recipe, device, factories)])
     num_classes = check_members(members, x)
     if num_classes != data.num_classes:
         raise UserError(
@@ -72,18 +72,27 @@ def described(members: list[LoadedMember]) -> list[dict[str, str]]:
     return [{"name": member.name, "source": member.source, "note": member.note} for member in members]
 
 
-def of_another_split(cfg: DictConfig) -> list[tuple[str, str]]:
-    """The sources that record another split of the same data than `cfg` has, each with what differs."""
-    found = []
-    for source in map(str, cfg.members):
-        config = recorded_config(source)
-        if config is None or "data" not in config:
+def flags_of_other_splits(
+    cfg: DictConfig, sources: Sequence[Source], name: str, evidence: str, remedy: str
+) -> list[dict[str, str]]:
+    """A flag of this name for every source that records another split of the same data than `cfg` has.
+
+    Args:
+        evidence: what follows from it. remedy: what to do besides leaving the keys of the split out.
+    """
+    flags = []
+    for source in sources:
+        if source.record is None or "data" not in source.record:
             continue
-        own = OmegaConf.create({"data": config["data"]})
-        different = [key for key in SPLITS if OmegaConf.select(own, key) != OmegaConf.select(cfg, key)]
-        if different and OmegaConf.select(own, "data._target_") == OmegaConf.select(cfg, "data._target_"):
-            said = ", ".join(
-                f"{key}={OmegaConf.select(own, key)} there, {OmegaConf.select(cfg, key)} here" for key in different
+        own = OmegaConf.create({"data": source.record["data"]})
+        there, here = ({key: OmegaConf.select(node, key) for key in SPLITS} for node in (own, cfg))
+        said = ", ".join(f"{key}={there[key]} there, {here[key]} here" for key in SPLITS if there[key] != here[key])
+        if said and there["data._target_"] == here["data._target_"]:
+            flags.append(
+                {
+                    "name": name,
+                    "evidence": f"{source.name} was trained with another split ({said}){evidence}",
+                    "remedy": f"Leave the keys of the split out, so that they are the members' own{remedy}.",
+                }
             )
-            found.append((source, said))
-    return found
+    return flags

@@ -189,11 +189,13 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
     begin_log(run_dir)
 
 
-def write_results(run_dir: Path, results: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """records.npz, then results.json, each whole or not at all."""
+def write_results(
+    run_dir: Path, results: dict[str, Any], arrays: dict[str, np.ndarray], records: str = "records.npz"
+) -> None:
+    """The arrays as `records`, then results.json, each whole or not at all."""
     temporary = run_dir / "records.tmp.npz"
     np.savez_compressed(temporary, **cast(dict[str, Any], arrays))
-    os.replace(temporary, run_dir / "records.npz")
+    os.replace(temporary, run_dir / records)
     _replace(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mixadv.game import Equilibrium, FiniteGame
 from mixadv.intervals import confidence_interval
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import ZeroOne
-from mixadv.members import LoadedMember
+from mixadv.members import LoadedMember, Source
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
@@ -33,7 +34,7 @@ from mixadv.tasks.card import solved_card
 from mixadv.tasks.choices import Choices
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import header, settings_of
-from mixadv.tasks.members import described, named_members, of_another_split
+from mixadv.tasks.members import described, flags_of_other_splits, named_members
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 from mixadv.threat_model import ThreatModel
 
@@ -53,8 +54,10 @@ class Setting:
     console: Console
 
 
-def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None) -> None:
-    """Weigh ``cfg.members`` on the validation split and measure the result on the test set, in a claimed directory.
+def solve_weights(
+    cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, sources: Sequence[Source]
+) -> None:
+    """Weigh the members of `sources` on validation images and measure the result on the test set, in a claimed folder.
 
     The weights are those of the game whose payoff is the 0/1 loss and whose best response is every attack of the
     protocol; `cfg.lambda_solver` plays it. The test set is used once, for the table.
@@ -72,7 +75,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     x, y = _validation_images(cfg, data, device)
-    members = named_members(cfg, data, x[:8], device)
+    members = named_members(cfg, sources, data, x[:8], device)
     if len(members) < 2:
         raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
     mixture = Mixture([member.module for member in members]).to(device)
@@ -113,7 +116,9 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         **header(cfg, threat_model, device),
         **test.summary(settings_of(cfg)),
         "game": equilibrium_of(pool_of(test), solution.weights),
-        "flags": _seen_in_training(cfg),
+        "flags": flags_of_other_splits(
+            cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
+        ),
         "solve": record,
         "data": {"name": data.name, "num_val": data.num_val, "num_test": data.num_test},
         "seconds": {"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
@@ -126,18 +131,6 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     with logging_to(loggers, cfg):
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
     mark_done(run_dir)
-
-
-def _seen_in_training(cfg: DictConfig) -> list[dict[str, str]]:
-    """A flag for members that record another split of the same data: some validation images may have trained them."""
-    return [
-        {
-            "name": "fitted-on-training-images",
-            "evidence": f"{source} was trained with another split ({said}); it may know validation images.",
-            "remedy": "Leave the keys of the split out, so that they are the members' own.",
-        }
-        for source, said in of_another_split(cfg)
-    ]
 
 
 def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -211,11 +204,9 @@ def _rows(
 
 
 def _mixture_config(cfg: DictConfig, data: ImageDataModule, members: list[LoadedMember]) -> dict[str, Any]:
-    recipes = [member.recipe for member in members]
-    same = all(recipe == recipes[0] for recipe in recipes)
     return {
         "L": len(members),
-        **({"model": recipes[0]} if same else {"models": recipes}),
+        "models": [member.recipe for member in members],
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},

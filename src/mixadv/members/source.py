@@ -1,0 +1,151 @@
+"""From what the command line names to classifiers: every file is opened once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixadv.errors import UserError
+from mixadv.export import (
+    CONFIG_FILE,
+    FACTORY,
+    WEIGHTS_FILE,
+    build_factory,
+    member_recipes,
+    mixture_of_checkpoint,
+    read_config,
+    read_mixture,
+)
+from mixadv.members.state_dicts import read_file, to_member
+
+KINDS = "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .ckpt, .safetensors) or module:callable"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedMember:
+    """One classifier, x `[B, C, H, W]` in [0, 1] -> logits `[B, num_classes]`.
+
+    module: in eval mode.
+    name: short, for tables; see `with_unique_names`.
+    source: the name of its `Source`.
+    recipe: what builds it again, plain JSON: the settings of a model of ours, or {"factory": "module:callable"}.
+    note: how its inputs are normalised, and from which part of a file it comes.
+    """
+
+    module: nn.Module
+    name: str
+    source: str
+    recipe: dict[str, Any]
+    note: str
+
+
+class Source:
+    """One entry of ``members=[...]``: what it records of itself, and its members when they are asked for.
+
+    Attributes:
+        name: an exported mixture, a run directory or a checkpoint of ours; a state dict, which may lie under one of
+            `NESTS` and whose keys may share a prefix such as ``module.``; or ``module:callable``, see
+            `mixadv.export.build_factory`. What exists as a path is a path.
+        record: a mixture's recipe, and its eps, norm and data if it was trained here; None for a state dict and for
+            ``module:callable``.
+
+    Opening a source builds nothing and imports no code.
+
+    Raises:
+        UserError: nothing there, unreadable, changed since it was written, or objects other than tensors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self._path = name, _path(name)
+        self.record: dict[str, Any] | None = None
+        self._content: Mapping[Any, Any] | None = None
+        if self._path is None:
+            return
+        if self._path.is_dir():
+            self.record = read_config(self._path)
+            return
+        self._content = read_file(self._path)
+        if "mixture_config" in self._content:
+            self.record = read_config(self._path, self._content)
+
+    def members(
+        self,
+        default_recipe: Mapping[str, Any] | None,
+        device: torch.device | str = "cpu",
+        factories: Sequence[str] = (),
+    ) -> list[LoadedMember]:
+        """The classifiers: every member of a mixture, or one. To be asked once: what was read of a file is let go.
+
+        Args:
+            default_recipe: what builds a state dict's member: {name, num_classes, image_shape, further settings}.
+                `mean` and `std` are for networks saved without normalisation of ours; without them, such a network
+                sees the images as they are.
+            device: where the members go.
+            factories: import paths that a mixture's recipe may name, see `mixadv.export.read_mixture`.
+
+        Raises:
+            UserError: parameters that do not fit the recipe, a factory that fails.
+        """
+        path, content, self._content = self._path, self._content, None
+        if path is None:
+            module, recipe, note = build_factory(self.name), {"factory": self.name}, "as the factory built it"
+            found = [LoadedMember(module, self.name, self.name, recipe, note)]
+        elif self.record is not None:
+            mixture, config = (
+                read_mixture(path, factories) if content is None else mixture_of_checkpoint(path, content, factories)
+            )
+            pairs = list(zip(mixture.members, member_recipes(config), strict=True))
+            names = [_place(path)] if len(pairs) == 1 else [f"{_place(path)}#{k}" for k in range(len(pairs))]
+            found = [
+                LoadedMember(module, name, self.name, recipe, "as exported")
+                for name, (module, recipe) in zip(names, pairs, strict=True)
+            ]
+        else:
+            assert content is not None, "the members were asked for before"
+            module, recipe, note = to_member(path, content, default_recipe)
+            found = [LoadedMember(module, path.stem, self.name, recipe, note)]
+        return [replace(member, module=member.module.to(device).eval()) for member in found]
+
+
+def with_unique_names(members: Sequence[LoadedMember]) -> list[LoadedMember]:
+    """The same members; names that several have are numbered, as in ``best (2)``."""
+    taken: set[str] = set()
+    renamed = []
+    for member in members:
+        name, count = member.name, 1
+        while name in taken:
+            count += 1
+            name = f"{member.name} ({count})"
+        taken.add(name)
+        renamed.append(replace(member, name=name))
+    return renamed
+
+
+def _path(source: str) -> Path | None:
+    """The file or folder that `source` names; None where it is the import path of a factory."""
+    # "~" is the shell's to expand, but not inside members=[...].
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
+        if FACTORY.fullmatch(source):
+            return None
+        raise UserError(f"there is nothing at {source}: name {KINDS}")
+    if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+        return path.parent
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{source} is neither a file nor a folder: name {KINDS}")
+    return path
+
+
+def _place(path: Path) -> str:
+    """What a mixture is called: folders and files that every run has say nothing, the run's own name does."""
+    place = Path(os.path.abspath(path))
+    name = place.stem if place.is_file() else place.name
+    if place.parent.name == "checkpoints":
+        return f"{place.parent.parent.name}/{name}"
+    return place.parent.name if name == "mixture" else name
