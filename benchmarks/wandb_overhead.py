@@ -36,7 +36,7 @@ METHODS = (
 def run(logger: str, epochs: int) -> None:
     """One run in this process; its times go to times.json."""
     sys.path.insert(0, str(SOURCE))
-    from mixadv.loggers import WandbLogger
+    from mixadv.loggers.wandb import WandbLogger
     from mixadv.main import main as program
 
     inside: dict[str, list[float]] = {}

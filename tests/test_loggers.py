@@ -13,8 +13,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from conftest import QUIET
-from mixadv.loggers import CSVLogger, MetricsFile, flat_config, read_rows
-from mixadv.loggers.metrics_file import RowReader, as_numbers, standard_columns
+from mixadv.loggers.csv import CSVLogger
+from mixadv.loggers.hyperparameters import flat_config
+from mixadv.loggers.metrics_file import MetricsFile, RowReader, as_numbers, read_rows, standard_columns
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -260,7 +261,7 @@ import mixadv.loggers
 print([name for name in ("torch", "pytorch_lightning", "wandb") if name in sys.modules])
 import mixadv.loggers.metrics_file, mixadv.loggers.hyperparameters
 print([name for name in ("torch", "pytorch_lightning", "wandb") if name in sys.modules])
-mixadv.loggers.CSVLogger, mixadv.loggers.WandbLogger
+import mixadv.loggers.csv, mixadv.loggers.wandb
 print([name for name in ("pytorch_lightning", "wandb") if name in sys.modules])
 """
 

@@ -32,7 +32,7 @@ from mixadv.errors import UserError
 from mixadv.evaluation.state import EvaluationState
 from mixadv.export import load_mixture
 from mixadv.instantiate import held_to_mixadv, instantiate
-from mixadv.loggers import WandbLogger
+from mixadv.loggers.wandb import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE
 from mixadv.members import Source
 from mixadv.report.files import read_arrays
@@ -67,9 +67,7 @@ ONLY_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", F
 # Methods that unpack what an archive says, wherever it says.
 METHODS = {"extractall", "extract"}
 # Who imports by name: what a person has named, names of a package's own, and what a checkpoint may name (ours alone).
-IMPORTERS = {"export.py", "instantiate.py", "__init__.py", "data/__init__.py", "loggers/__init__.py"} | {
-    "training/recorded.py"
-}
+IMPORTERS = {"export.py", "instantiate.py", "__init__.py", "data/__init__.py"} | {"training/recorded.py"}
 # Who builds what settings name: those that a person gave, after a record was held to mixadv's own classes.
 BUILDERS = {"instantiate.py"}
 

@@ -25,8 +25,8 @@ from mixadv.export import load_mixture
 from mixadv.game import Equilibrium
 from mixadv.lambda_solvers import OracleSubgradient, Uniform
 from mixadv.lambda_solvers.driver import LambdaSolver
-from mixadv.loggers import CSVLogger, MetricsFile
-from mixadv.loggers.metrics_file import standard_columns
+from mixadv.loggers.csv import CSVLogger
+from mixadv.loggers.metrics_file import MetricsFile, standard_columns
 from mixadv.losses import AT, TRADES
 from mixadv.mixture import Mixture
 from mixadv.models import build_member

@@ -28,7 +28,10 @@ from torch.utils.data import DataLoader
 
 from conftest import OUTSIDE, QUIET, TINY
 from mixadv.errors import UserError
-from mixadv.loggers import CSVLogger, MetricsFile, WandbLogger, wandb_link
+from mixadv.loggers import wandb_link
+from mixadv.loggers.csv import CSVLogger
+from mixadv.loggers.metrics_file import MetricsFile
+from mixadv.loggers.wandb import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE, SUPERSEDED
 from mixadv.training import MixtureTraining
 from wandb_service import BLOCK, Offline, Service
@@ -547,7 +550,7 @@ KILLED = """
 import csv, io, os, signal, sys
 from pathlib import Path
 from rich.console import Console
-from mixadv.loggers import WandbLogger
+from mixadv.loggers.wandb import WandbLogger
 folder = Path(sys.argv[1])
 mirror = WandbLogger(folder, project="p", name="a", init_timeout=30, console=Console(file=io.StringIO()))
 mirror.log_hyperparams({})

@@ -13,7 +13,9 @@ from pytorch_lightning.loggers import Logger
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.instantiate import arguments_of, named
-from mixadv.loggers import CSVLogger, WandbLogger, flat_config
+from mixadv.loggers.csv import CSVLogger
+from mixadv.loggers.hyperparameters import flat_config
+from mixadv.loggers.wandb import WandbLogger
 from mixadv.mixture import Mixture
 from mixadv.signals import Stopped
 from mixadv.tasks import build, processes
