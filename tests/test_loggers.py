@@ -274,9 +274,8 @@ def test_wandb_is_imported_only_where_it_is_used(tmp_path):
     assert answer.stdout.splitlines() == ["[]", "[]", "['pytorch_lightning']"]
 
 
-def test_the_package_offers_its_names():
-    import mixadv.loggers
-
-    assert set(mixadv.loggers.__all__) <= set(dir(mixadv.loggers))
-    with pytest.raises(AttributeError, match="has no attribute 'Csv'"):
-        mixadv.loggers.Csv  # noqa: B018
+def test_the_epochs_of_callbacks_do_not_stand_beside_those_of_a_mixture(tmp_path):
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"epoch": 0.5, "member_updates": 3}, 1)
+    logger.log_metrics({"epoch": 0, "distance": 2.0}, 1)
+    assert [row["epoch"] for row in read_rows(tmp_path / "metrics.csv")] == ["0.5", ""]

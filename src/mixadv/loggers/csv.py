@@ -31,6 +31,7 @@ class CSVLogger(pl_loggers.CSVLogger):
         self._started = time.monotonic()
         self._before: float | None = None  # seconds of earlier sessions; None: not looked up yet
         self._awaits_validation = False
+        self._of_mixtures = False  # whether rows are those of a `MixtureTraining`
 
     @property
     def log_dir(self) -> str:
@@ -59,7 +60,8 @@ class CSVLogger(pl_loggers.CSVLogger):
             # Of a callback, at the batch without examples that brings about the validation.
             return
         self._awaits_validation = False
-        if "member_updates" not in metrics:
+        self._of_mixtures |= "member_updates" in metrics
+        if self._of_mixtures and "member_updates" not in metrics:
             # Lightning adds its own count of epochs to what callbacks log; ours counts epochs per model.
             metrics = {name: value for name, value in metrics.items() if name != "epoch"}
         if self._before is None:
@@ -86,6 +88,7 @@ class CSVLogger(pl_loggers.CSVLogger):
     def _truncate(self, step: int, validated: bool) -> int:
         kept = self.file.truncate(step, validated=validated)
         self._awaits_validation = not validated
+        self._of_mixtures = any(row.get("member_updates") for row in kept)
         self._before, self._started = _seconds(kept), time.monotonic()
         return len(kept)
 
