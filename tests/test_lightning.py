@@ -850,8 +850,11 @@ def test_members_that_cannot_be_trained_are_refused():
     with pytest.raises(ValueError, match="members 0 and 2 are the same module"):
         training(Mixture([member, *members(1), member]))
     frozen = members(1)[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="member 1 has no parameter"):
-        training(Mixture([*members(1), frozen]))
+    # They can be measured.
+    module = training(Mixture([*members(1), frozen]))
+    stock().validate(module, datamodule=digits(), verbose=False)
+    with pytest.raises(UserError, match="member 1 has no parameter"):
+        fitted(module)
 
 
 def test_the_loss_can_be_monitored_after_every_step():

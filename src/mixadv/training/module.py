@@ -191,8 +191,6 @@ class MixtureTraining(pl.LightningModule):
         for k, member in enumerate(self.mixture.members):
             if known.setdefault(id(member), k) != k:
                 raise ValueError(f"members {known[id(member)]} and {k} are the same module: build one for each")
-            if not any(p.requires_grad for p in member.parameters()):
-                raise ValueError(f"member {k} has no parameter that can be trained")
         for group in optimizer.param_groups:
             rates = {name: value for name, value in group.items() if isinstance(value, float)}
             for name, value in rates.items():
@@ -265,6 +263,9 @@ class MixtureTraining(pl.LightningModule):
             )
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise UserError("the learning rate follows the share of the training that is done: set max_epochs")
+        for k, member in enumerate(self.mixture.members):
+            if not any(p.requires_grad for p in member.parameters()):
+                raise UserError(f"member {k} has no parameter that can be trained: leave it out, or unfreeze it")
         length = self.schedule.batches_in_epoch(data.batches_per_pass)
         limit = trainer.limit_train_batches
         if isinstance(limit, int):
