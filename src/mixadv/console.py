@@ -21,7 +21,7 @@ from mixadv.redaction import printable
 SAID = logging.getLogger("mixadv.console")
 # How many records wait for a directory at most; a command that gets none drops them.
 HELD_BACK = 1000
-# Lightning's own hints on the console; these are for whoever builds a Trainer.
+# Lightning's own hints on the console; they are for authors of programs, not for users of ours.
 LIGHTNING = "pytorch_lightning"
 
 

@@ -98,7 +98,7 @@ class SearchAttack(ABC):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """The perturbed images, for a batch and a mixture that have been looked at."""
+        """The perturbed images, for a batch and a mixture that are checked."""
 
 
 class WorstPoints:

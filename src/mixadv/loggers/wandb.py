@@ -126,7 +126,7 @@ class WandbLogger(pl_loggers.WandbLogger):
 
     @property
     def mode(self) -> str | None:
-        """ "online", "offline" or "disabled"; None before the first use where nobody has said it."""
+        """ "online", "offline" or "disabled"; None before the first use, unless the mode was given."""
         return self._link.mode
 
     @property
@@ -160,7 +160,7 @@ class WandbLogger(pl_loggers.WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Store plain containers in the run's config; what cannot be stored is told, and the run goes on."""
+        """Store plain containers in the run's config; a failure prints one warning, and the run goes on."""
         parent = super().log_hyperparams
         self._attempt(lambda: parent(params), but="the settings")
 
