@@ -499,6 +499,19 @@ def test_from_a_torn_checkpoint_the_run_goes_on_with_the_one_before(train, whole
     assert path.with_name("last.ckpt.torn").read_bytes() == torn
 
 
+def test_what_a_killed_writer_left_is_removed(train, whole, tmp_path):
+    directory = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, ("batch", 5))
+        with pytest.raises(Stopped):
+            train("at-oracle-shared", directory)
+    for name in ("best.ckpt.tmp", "last.ckpt.tmp.tmp"):
+        (directory / "checkpoints" / name).write_bytes(b"half")
+    train("at-oracle-shared", directory)
+    assert not list(directory.rglob("*.tmp"))
+    assert_same_run(whole("at-oracle-shared"), directory)
+
+
 def test_a_changed_bit_is_found(trained):
     path = trained / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)

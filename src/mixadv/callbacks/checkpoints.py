@@ -111,6 +111,10 @@ class Checkpoints(ModelCheckpoint):
             raise UserError(
                 "the processes found different checkpoints: the run directory must be on a disk that all machines share"
             )
+        if trainer.is_global_zero:
+            # Of a process that was killed while it wrote.
+            for torn in Path(str(self.dirpath)).glob("*.ckpt.tmp*"):
+                torn.unlink()
         for logger in trainer.loggers:
             if hasattr(logger, "truncate"):
                 logger.truncate(t, validated=not pl_module.validation_is_due)
