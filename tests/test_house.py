@@ -448,7 +448,7 @@ def test_the_python_of_the_readme_runs():
     assert 0 <= solution.gap <= 1e-9 * 3
 
 
-# Lightning's advice to whoever uses it in Python, which depends on what else is installed.
+# Lightning prints hints for authors of Python programs; which ones depends on the installed packages.
 @pytest.mark.filterwarnings("ignore")
 def test_the_training_of_the_readme_gives_the_members_of_its_command(tmp_path, monkeypatch):
     import torch

@@ -258,7 +258,7 @@ def snapshot(trainer, module):
 
 
 class Watch(pl.Callback):
-    """(outputs, before, after) of every batch: outputs are what it was for, and what is told to other callbacks."""
+    """Records (outputs, before, after) for every batch: its phase with the logged metrics, and the state around it."""
 
     def __init__(self):
         self.steps = []

@@ -25,9 +25,10 @@ SENT_SETTINGS = (Path("wandb/settings"), Path(".wandb/settings"))
 
 
 class Link:
-    """The connection that a logger and its views share; of all that goes wrong, the first thing is told.
+    """The connection that a logger and its views share. Of several failures it reports the first on the console.
 
-    wandb reports to it instead of the terminal: the program hears nothing else of errors of the background process.
+    It also receives the messages of wandb's background process, which would otherwise go to the terminal: there is no
+    other way to learn that the process failed.
 
     Args:
         console: for what is told.
@@ -83,7 +84,7 @@ class Link:
             return
         if refused:
             self.tell(f"cannot be reached ({refused}); going on offline")
-            # What befalls the offline file is another matter.
+            # This warning was about the service; a failure to write the offline file gets its own.
             self.told = False
         self.listening = True
         if self.mode == "online":

@@ -40,7 +40,7 @@ def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None) -> list[Log
 
 
 def with_history(loggers: Sequence[Logger], run_dir: Path) -> list[Logger]:
-    """`loggers` with metrics.csv at their head, for Weights & Biases sends what stands there."""
+    """`loggers` with `CSVLogger` in front: the logger of Weights & Biases reads its rows from metrics.csv."""
     return [CSVLogger(run_dir), *(logger for logger in loggers if not isinstance(logger, CSVLogger))]
 
 
