@@ -90,13 +90,6 @@ def as_dict(node: Any) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def limited(limit: Any, count: int) -> int:
-    """`count` batches cut by a limit: None, a number of batches, or a share in (0, 1]."""
-    if limit is None:
-        return count
-    return min(count, limit) if isinstance(limit, int) else max(1, round(limit * count))
-
-
 def keys_of(overrides: Sequence[str]) -> list[str]:
     """The keys that a command line sets."""
     return [text.lstrip("+~").split("=", 1)[0] for text in overrides]

@@ -24,6 +24,7 @@ from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, described, flags_of_other_splits, named_members
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
+from mixadv.training.schedule import limited
 
 # Images on which members are tried out before the attacks.
 TRIED = 8
@@ -105,7 +106,7 @@ def _evaluate(
     speed.settle_evaluation(cfg, data, mixture, device, choices, console)
     started = time.perf_counter()
     loader = data.test_dataloader()
-    limit = build.limited(cfg.trainer.limit_test_batches, len(loader))
+    limit = limited(cfg.trainer.limit_test_batches, len(loader))
     batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
     with logging_to(loggers, cfg):
         measured = measure(cfg, mixture, batches, threat_model, device, run_dir, data.class_names)

@@ -37,6 +37,7 @@ from mixadv.tasks.measure import header, settings_of
 from mixadv.tasks.members import described, flags_of_other_splits, named_members
 from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 from mixadv.threat_model import ThreatModel
+from mixadv.training.schedule import limited
 
 # Attacks that judge the weights start elsewhere than those that found them.
 FRESH = 100_003
@@ -91,7 +92,7 @@ def solve_weights(
     parts = zip(x.split(data.eval_batch_size), y.split(data.eval_batch_size), strict=True)
     fresh = evaluate(mixture, parts, attacks, threat_model, seed=cfg.seed + FRESH, other_weights=other)
     loader = data.test_dataloader()
-    limit = build.limited(cfg.trainer.limit_test_batches, len(loader))
+    limit = limited(cfg.trainer.limit_test_batches, len(loader))
     batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
     test = evaluate(mixture, batches, attacks, threat_model, seed=cfg.seed, other_weights=other)
 
@@ -135,7 +136,7 @@ def solve_weights(
 
 def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
     loader = data.val_dataloader()
-    limit = build.limited(cfg.trainer.limit_val_batches, len(loader))
+    limit = limited(cfg.trainer.limit_val_batches, len(loader))
     parts = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit)]
     if sum(len(y) for _, y in parts) < 2:
         raise UserError(

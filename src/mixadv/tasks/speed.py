@@ -13,7 +13,6 @@ from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.losses import cross_entropy
 from mixadv.mixture import SMALL_BATCH, Mixture
-from mixadv.tasks import build
 from mixadv.tasks.choices import AUTO, Choices
 from mixadv.training import MixtureTraining
 from mixadv.training.generators import same_draws
@@ -48,8 +47,8 @@ def settle_compilation(cfg: DictConfig, batches: int, device: torch.device, choi
 
 def batches_of_training(cfg: DictConfig, module: MixtureTraining, data: ImageDataModule) -> int:
     """How many batches t a training of ``trainer.max_epochs`` has."""
-    length = module.schedule.batches_in_epoch(data.batches_per_pass)
-    return cfg.trainer.max_epochs * build.limited(cfg.trainer.limit_train_batches, length)
+    limit = cfg.trainer.limit_train_batches
+    return cfg.trainer.max_epochs * module.schedule.batches_in_epoch(data.batches_per_pass, limit)
 
 
 @dataclass(frozen=True)

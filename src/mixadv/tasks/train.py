@@ -43,6 +43,7 @@ from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
+from mixadv.training.schedule import limited
 
 PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small_at (a small net on part of CIFAR-10)"
 LONG_ON_CPU = 86400
@@ -188,7 +189,7 @@ def _train_and_measure(session: Session, module: MixtureTraining, trainer: pl.Tr
     mixture = module.mixture.to(device)
     training_seconds = time.perf_counter() - started
 
-    limit = build.limited(cfg.trainer.limit_test_batches, len(data.test_dataloader()))
+    limit = limited(cfg.trainer.limit_test_batches, len(data.test_dataloader()))
     images = min(data.num_test, limit * data.eval_batch_size)
     session.console.print(f"Measuring on {images} test images", highlight=False)
     batches = itertools.islice(data.test_dataloader(), limit)

@@ -266,12 +266,7 @@ class MixtureTraining(pl.LightningModule):
         for k, member in enumerate(self.mixture.members):
             if not any(p.requires_grad for p in member.parameters()):
                 raise UserError(f"member {k} has no parameter that can be trained: leave it out, or unfreeze it")
-        length = self.schedule.batches_in_epoch(data.batches_per_pass)
-        limit = trainer.limit_train_batches
-        if isinstance(limit, int):
-            length = min(length, limit)
-        elif limit is not None:
-            length = max(1, round(limit * length))
+        length = self.schedule.batches_in_epoch(data.batches_per_pass, trainer.limit_train_batches)
         if length < 1:
             raise UserError("limit_train_batches=0 trains nothing: leave it out, or give 1 batch or more")
         # Said in batches from here on: Lightning would take a share of the shortened epoch once more.

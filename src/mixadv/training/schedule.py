@@ -1,8 +1,16 @@
 """When a batch updates members and when it updates weights (Algorithm 2)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+
+def limited(limit: Any, count: int) -> int:
+    """`count` batches cut by a limit of Lightning's Trainer: None, a number of batches, or a share in (0, 1]."""
+    if limit is None:
+        return count
+    return min(count, limit) if isinstance(limit, int) else max(1, round(limit * count))
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,15 @@ class Schedule:
         """How many of the batches 1..`batches` update members."""
         return batches - (batches // (self.member_batches + 1) if self.weights_phases else 0)
 
-    def batches_in_epoch(self, batches_per_pass: int) -> int:
+    def batches_in_epoch(self, batches_per_pass: int, limit: Any = None) -> int:
         """Length of an epoch: `batches_per_pass` batches for every member, and the weights phases due for them.
 
         Sampled draws give each member that many updates in expectation. All epochs are equally long, so that one of
         them may have a weights phase more or less than it has room for, at the cost of a batch of the members.
+
+        Args:
+            batches_per_pass: batches in one pass over the training images.
+            limit: ``limit_train_batches``, see `limited`.
         """
-        return self.batches_for(batches_per_pass * (self.num_members if self.kind == "sampled" else 1))
+        whole = self.batches_for(batches_per_pass * (self.num_members if self.kind == "sampled" else 1))
+        return limited(limit, whole)
