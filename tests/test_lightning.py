@@ -873,10 +873,8 @@ def test_loggers_of_a_stock_trainer_get_the_settings(tmp_path):
 
 
 def test_a_trainer_does_not_go_on_with_other_settings(tmp_path):
-    trainer = stock()
-    trainer.fit(training(), datamodule=digits())
     path = tmp_path / "last.ckpt"
-    trainer.save_checkpoint(path)
+    fitted().trainer.save_checkpoint(path)
     for settings, name in (({"loss": TRADES()}, "loss"), ({"optimizer": partial(SGD, lr=0.3)}, "optimizer")):
         with pytest.raises(UserError, match=f"was trained with {name}="):
             stock(4).fit(training(**settings), datamodule=digits(), ckpt_path=path)
@@ -900,10 +898,7 @@ def test_a_trainer_does_not_go_on_with_other_settings(tmp_path):
     ids=str,
 )
 def test_settings_of_a_file_that_are_of_another_kind_are_refused(tmp_path, change):
-    trainer = stock()
-    trainer.fit(training(), datamodule=digits())
-    path = tmp_path / "last.ckpt"
-    trainer.save_checkpoint(path)
+    path = stock_checkpoint(tmp_path, training())
     content = torch.load(path, weights_only=True)
     content["hyper_parameters"] |= change
     torch.save(content, path)
@@ -914,10 +909,7 @@ def test_settings_of_a_file_that_are_of_another_kind_are_refused(tmp_path, chang
 
 @pytest.mark.parametrize("change", [{"t": None}, {"recent": [1]}, {"member_updates": 5}, "x"], ids=str)
 def test_a_state_of_a_file_that_is_none_is_refused(tmp_path, change):
-    trainer = stock()
-    trainer.fit(training(), datamodule=digits())
-    path = tmp_path / "last.ckpt"
-    trainer.save_checkpoint(path)
+    path = stock_checkpoint(tmp_path, training())
     content = torch.load(path, weights_only=True)
     content["mixadv"] = change if isinstance(change, str) else {**content["mixadv"], **change}
     if change == {"t": None}:
