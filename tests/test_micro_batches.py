@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers.logger import Logger
 from torch import nn
 from torch.optim import SGD
 
@@ -30,6 +29,7 @@ from mixadv.tasks.choices import Choices
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.shared_attack import parts_of
+from recorded_rows import Rows
 
 WEIGHTS = [0.5, 0.2, 0.3]
 
@@ -66,22 +66,6 @@ def members(name, wrap=InFloat64, count=3, **settings):
     return [wrap(group_norm_net() if name == "group_norm" else build_member(name, **shipped)) for _ in range(count)]
 
 
-class Rows(Logger):
-    """A logger that keeps the numbers of every row."""
-
-    name, version = "rows", 0
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_hyperparams(self, params=None):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append(dict(metrics))
-
-
 def trained(nets, data, loss, kind, micro, batches=4):
     module = MixtureTraining(
         Mixture(copy.deepcopy(nets), WEIGHTS[: len(nets)] if len(nets) > 1 else None),
@@ -104,7 +88,7 @@ def trained(nets, data, loss, kind, micro, batches=4):
         log_every_n_steps=1,
     )
     trainer.fit(module, datamodule=data)
-    return module, trainer.logger.rows
+    return module, [numbers for _, numbers in trainer.logger.rows]
 
 
 @pytest.mark.parametrize("kind", ["sampled", "shared"])

@@ -11,7 +11,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.loggers.logger import Logger
 from torch.optim import SGD
 
 from conftest import QUIET
@@ -33,6 +32,7 @@ from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.learning_rate import constant, cosine, piecewise
+from recorded_rows import Rows
 
 EPS, STEP, NUM_STEPS = 0.1, 0.3, 3  # STEP is relative to EPS
 WEIGHTS = [0.5, 0.2, 0.3]
@@ -73,22 +73,6 @@ def training(mixture, *, loss=None, solver=None, attack=None, lr=0.1, rate=const
         scheduler=rate,
         **settings,
     )
-
-
-class Rows(Logger):
-    """A logger that keeps (step, numbers) of every row."""
-
-    name, version = "rows", 0
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_hyperparams(self, params=None):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
 
 
 def fit(module, data, batches, epochs=1, validate=False, callbacks=(), loggers=(), every=1):
