@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from mixadv.errors import UserError
+from mixadv.loggers.accuracies import accuracies_of
 from mixadv.loggers.metrics_file import FILE, RowReader, as_numbers
 from mixadv.loggers.wandb_link import Link
 
@@ -271,10 +272,7 @@ class WandbLogger(pl_loggers.WandbLogger):
     @rank_zero_only
     def summary(self, results: Mapping[str, Any]) -> None:
         """Put the final numbers of a results.json into the run's summary, as ``test/robust_accuracy`` and others."""
-        clean, robust = results["clean"], results["robust"]
-        numbers = {"clean": clean["expected_accuracy"], "ensemble": clean["ensemble_accuracy"]}
-        numbers["robust"] = robust["expected_accuracy"]
-        values = self._named({f"test/{name}_accuracy": number for name, number in numbers.items()})
+        values = self._named(accuracies_of(results))
         self._attempt(lambda: self._link.run.summary.update(values))
 
     @rank_zero_only

@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import Logger
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.instantiate import arguments_of, named
+from mixadv.loggers.accuracies import accuracies_of
 from mixadv.loggers.csv import CSVLogger
 from mixadv.loggers.hyperparameters import flat_config
 from mixadv.loggers.wandb import WandbLogger
@@ -73,18 +74,12 @@ def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path) -> li
 
 
 def log_accuracies(loggers: Sequence[Logger], results: dict[str, Any], step: int) -> None:
-    """The measured accuracies, ``test/clean_accuracy``, ``test/ensemble_accuracy`` and ``test/robust_accuracy``."""
-    clean, robust = results["clean"], results["robust"]
-    numbers = {
-        "test/clean_accuracy": clean["expected_accuracy"],
-        "test/ensemble_accuracy": clean["ensemble_accuracy"],
-        "test/robust_accuracy": robust["expected_accuracy"],
-    }
+    """Log the measured accuracies; metrics.csv, the history of the training, does not take them."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.summary(results)
         elif not isinstance(logger, CSVLogger):
-            logger.log_metrics(numbers, step)
+            logger.log_metrics(accuracies_of(results), step)
 
 
 def log_examples(
