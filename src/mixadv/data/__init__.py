@@ -1,8 +1,4 @@
-"""Data sets as LightningDataModules: batches that live on the device, addressed by their number."""
+"""Images as batches: CIFAR-10, folders of images, and the embedded digits.
 
-from mixadv.data.base import ImageCorpus, ImageDataModule
-from mixadv.data.cifar10 import CIFAR10
-from mixadv.data.digits import Digits
-from mixadv.data.image_folder import ImageFolder
-
-__all__ = ["CIFAR10", "Digits", "ImageCorpus", "ImageDataModule", "ImageFolder"]
+Every data set is one file with one subclass of `mixadv.data.base.ImageDataModule`, plus one file in `conf/data`.
+"""
