@@ -43,6 +43,8 @@ def study(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # A shell cannot trap what was ignored when it began, as SIGINT is where tests run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     start.root = root
