@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from mixadv import Mixture, ThreatModel
 from mixadv.attacks import APGD, ARC, PGD, AttackSuite, SubsetAttack
-from mixadv.export import read_mixture
 from mixadv.instantiate import held_to_mixadv, instantiate
 from mixadv.intervals import confidence_interval
+from mixadv.members.store import read_mixture
 
 ATTACKS = {
     "pgd-20": PGD(20),

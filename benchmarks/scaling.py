@@ -25,8 +25,8 @@ from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.models import build_member
-from mixadv.report.figures import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure
-from mixadv.report.figures import save as save_figure
+from mixadv.report.figures.style import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure
+from mixadv.report.figures.style import save as save_figure
 
 KINDS = ("shared", "sampled", "weights")
 COLOURS = {"shared": CLEAN, "sampled": ROBUST, "weights": VALUE}

@@ -33,7 +33,7 @@ from mixadv.attacks.pgd import PGD
 from mixadv.checkpoint_files import digest_of, newest
 from mixadv.data.base import ImageCorpus
 from mixadv.errors import UserError
-from mixadv.members import Source
+from mixadv.members.source import Source
 from mixadv.models import build_member
 from mixadv.tasks import run_task
 from test_data_cifar10 import BASE, synthetic
@@ -609,7 +609,7 @@ def test_a_disk_that_is_full_while_training_is_told_and_the_same_command_goes_on
     refusal = run_command(tmp_path, *argv).refusal()
     assert refusal.startswith(f"the disk of {run} is full")
     assert "the same command goes on" in refusal
-    assert not list(run.rglob("*.ckpt.tmp"))
+    assert not list(run.rglob("*.tmp"))
     kept = [path for path in (run / "checkpoints").iterdir() if path.suffix == ".ckpt"]
     assert kept
     for path in kept:

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from conftest import run_command
 from mixadv import Mixture, load_mixture
 from mixadv.data.digits import Digits
-from mixadv.export import read_config, save_mixture
+from mixadv.members.store import read_config, save_mixture
 from mixadv.report import read_run
 
 # Fractions of two: float32 holds them exactly.

@@ -27,8 +27,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # What a part may import of ours at run time: itself, `errors`, and these. A part is a module or a package of
 # src/mixadv, or a module of a package that has a line of its own.
 ALLOWED = {
-    "__init__": {"export", "mixture", "threat_model"},  # only when a name is first used
+    "__init__": {"members", "mixture", "threat_model"},  # only when a name is first used
     "errors": set(),
+    "files": set(),
     "redaction": set(),
     "console": {"redaction"},
     "unknown_keys": set(),
@@ -38,8 +39,6 @@ ALLOWED = {
     "seeding": set(),
     "signals": set(),
     "ranks": {"signals"},
-    "launchers": set(),
-    "locks": set(),
     # The mathematics wing: tensors only.
     "simplex": set(),
     "intervals": set(),
@@ -56,23 +55,23 @@ ALLOWED = {
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "signals", "threat_model"}
-    | {"checkpoint_files", "console", "intervals"},
+    | {"checkpoint_files", "console", "files", "intervals"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
-        *("checkpoint_files", "data", "evaluation", "export", "models", "ranks", "seeding", "signals"),
+        *("checkpoint_files", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
     },
     # What watches, keeps and shows.
-    "checkpoint_files": set(),
-    "callbacks": {"training", "checkpoint_files", "signals"},
-    "loggers": {"redaction", "console"},
-    "export": {"mixture", "models", "checkpoint_files", "instantiate"},
-    "members": {"evaluation", "export", "mixture", "models", "checkpoint_files"},
-    "report": {"intervals", "locks", "redaction", "setting_keys", "shipped", "unknown_keys"},
+    "checkpoint_files": {"files"},
+    "callbacks": {"training", "checkpoint_files", "files", "signals"},
+    "loggers": {"redaction", "console", "files"},
+    "members": {"evaluation", "mixture", "models", "checkpoint_files", "files"},
+    "runs": {"config", "console", "files", "setting_keys", "shipped"},
+    "report": {"files", "intervals", "runs", "redaction", "setting_keys", "shipped", "unknown_keys"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},
     "composition": {"setting_keys", "shipped", "unknown_keys"},
     "main": {
-        *("composition", "config", "console", "launchers", "locks", "redaction", "shipped", "signals", "tasks"),
+        *("composition", "config", "console", "redaction", "runs", "shipped", "signals", "tasks"),
         "unknown_keys",
     },
     "__main__": {"main"},
@@ -186,7 +185,7 @@ def test_only_the_tasks_see_the_configuration():
     for path in FILES:
         part = part_of(module_of(path))
         # The report reads config.yaml as a file; `instantiate` sees plain settings, and Hydra builds from them.
-        if part not in ("tasks", "config", "composition", "main", "report", "instantiate"):
+        if part not in ("tasks", "config", "composition", "main", "report", "runs", "instantiate"):
             found = {module.split(".")[0] for module, _ in imports(ast.parse(path.read_text()), typing_too=True)}
             assert not found & {"hydra", "omegaconf"}, path
 
@@ -211,7 +210,7 @@ print("main", loaded(), "numpy" in sys.modules)
 import mixadv.report
 print("report", loaded())
 mixadv.ThreatModel
-print("used", "torch" in sys.modules, "mixadv.threat_model" in sys.modules, "mixadv.export" in sys.modules)
+print("used", "torch" in sys.modules, "mixadv.threat_model" in sys.modules, "mixadv.members.store" in sys.modules)
 """
 
 
@@ -230,7 +229,7 @@ def test_the_entry_and_the_report_load_no_torch(tmp_path):
 
 def test_the_package_offers_its_names_when_asked():
     import mixadv
-    from mixadv.export import load_mixture
+    from mixadv.members.store import load_mixture
     from mixadv.mixture import Mixture
     from mixadv.threat_model import ThreatModel
 

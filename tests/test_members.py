@@ -17,8 +17,10 @@ from torch import nn
 from mixadv import Mixture, models
 from mixadv.errors import UserError
 from mixadv.evaluation import distrust
-from mixadv.export import build_mixture, save_mixture
-from mixadv.members import LoadedMember, Source, check_members, with_unique_names
+from mixadv.members.checks import check_members
+from mixadv.members.recipe import build_mixture
+from mixadv.members.source import LoadedMember, Source, with_unique_names
+from mixadv.members.store import save_mixture
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 

@@ -25,7 +25,7 @@ from mixadv.lambda_solvers import OracleSubgradient
 from mixadv.losses import AT, TRADES
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
-from mixadv.tasks.choices import Choices
+from mixadv.runs.choices import Choices
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.shared_attack import parts_of
@@ -217,6 +217,6 @@ def test_choices_of_a_refused_command_are_not_kept(tmp_path):
 
 
 def test_a_process_waits_for_the_first_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixadv.tasks.choices.PATIENCE", 0.2)
+    monkeypatch.setattr("mixadv.runs.choices.PATIENCE", 0.2)
     with pytest.raises(UserError, match="process 1 finds no choice of size"):
         Choices(tmp_path, rank=1).settle("size", lambda: 7)

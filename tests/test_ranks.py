@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mixadv.launchers import is_helper, process_place, process_rank, started_from_outside
 from mixadv.ranks import Ranks
+from mixadv.runs.processes import is_helper, process_place, process_rank, started_from_outside
 from mixadv.signals import Signals, Stopped
 
 

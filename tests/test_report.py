@@ -29,9 +29,10 @@ from mixadv.report import (
 )
 from mixadv.report.cells import print_whole
 from mixadv.report.comparison import compare, compare_with_best_member, member_sentence
-from mixadv.report.figures import curves_figure, member_style, running_mean
+from mixadv.report.figures.curves import curves_figure
+from mixadv.report.figures.style import member_style, running_mean
+from mixadv.report.figures.sweep import sweep_figure
 from mixadv.report.names import format_eps, group_name, number
-from mixadv.report.sweeps import sweep_figure
 from mixadv.report.tables import results_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -609,7 +610,7 @@ def test_running_mean_against_brute_force() -> None:
 def test_nothing_overlaps_or_leaves_the_figure(tmp_path: Path, size: int) -> None:
     import matplotlib
 
-    from mixadv.report.figures import STYLE
+    from mixadv.report.figures.style import STYLE
 
     path = write_run(tmp_path / "r", weights=[1 / size] * size, rows=120)
     if size > 1:

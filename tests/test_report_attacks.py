@@ -16,7 +16,6 @@ from scipy import stats
 
 from evaluated_run import ATTACKS, MIXTURE_ONLY, write_evaluation
 from mixadv.errors import UserError
-from mixadv.report.attack_figures import attacks_figure, eps_figure, evaluation_figures, steps_figure
 from mixadv.report.attacks import (
     attack_rows,
     attacks_table,
@@ -28,7 +27,8 @@ from mixadv.report.attacks import (
     wilson,
 )
 from mixadv.report.cells import print_whole
-from mixadv.report.examples import (
+from mixadv.report.figures.evaluation import attacks_figure, eps_figure, evaluation_figures, steps_figure
+from mixadv.report.figures.examples import (
     Examples,
     amplification,
     examples_figure,
@@ -36,7 +36,7 @@ from mixadv.report.examples import (
     read_examples,
     wrong_members,
 )
-from mixadv.report.figures import STYLE, save
+from mixadv.report.figures.style import STYLE, save
 from mixadv.report.files import Run, read_run
 
 EIGHT = (0.1, 0.2, 0.05, 0.15, 0.1, 0.1, 0.1, 0.2)

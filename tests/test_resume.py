@@ -16,12 +16,12 @@ from mixadv.attacks import search
 from mixadv.callbacks import Checkpoints
 from mixadv.checkpoint_files import digest_of, newest, read_checkpoint
 from mixadv.errors import UserError
-from mixadv.export import load_mixture
+from mixadv.members.store import load_mixture
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
+from mixadv.runs.directory import State
 from mixadv.signals import Stopped as ToldToStop
 from mixadv.tasks import train as task
-from mixadv.tasks.run_directory import State
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 
@@ -505,7 +505,7 @@ def test_what_a_killed_writer_left_is_removed(train, whole, tmp_path):
         stop_at(patch, ("batch", 5))
         with pytest.raises(Stopped):
             train("at-oracle-shared", directory)
-    for name in ("best.ckpt.tmp", "last.ckpt.tmp.tmp"):
+    for name in (".best.ckpt.0123abcd.tmp", ".last.ckpt.next.tmp"):
         (directory / "checkpoints" / name).write_bytes(b"half")
     train("at-oracle-shared", directory)
     assert not list(directory.rglob("*.tmp"))

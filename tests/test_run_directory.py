@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from conftest import TINY
-from mixadv import locks
 from mixadv.errors import UserError
-from mixadv.locks import LOCK, DirectoryLock, Held, holder
+from mixadv.runs import directory as rd
+from mixadv.runs import locks
+from mixadv.runs.directory import State, claimed, mark_done, read_results, write_config, write_results
+from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
 from mixadv.tasks import build
-from mixadv.tasks import run_directory as rd
-from mixadv.tasks.run_directory import State, claimed, mark_done, read_results, write_config, write_results
 
 
 def snapshot(root):
@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_does_not_hide_what_failed(tmp_path, cfg, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     write_config(tmp_path / "run", cfg)
-    monkeypatch.setattr(rd, "_replace", full)
+    monkeypatch.setattr(rd, "write_text", full)
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run", cfg):
         raise ZeroDivisionError
     rd.leave_reason(tmp_path / "other", ZeroDivisionError())
@@ -210,7 +210,7 @@ def test_a_seal_is_for_its_settings_alone(tmp_path, cfg):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mixadv.locks import DirectoryLock
+from mixadv.runs.locks import DirectoryLock
 with DirectoryLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -439,7 +439,9 @@ def test_a_crash_while_writing_keeps_the_old_file_whole(tmp_path, cfg, monkeypat
 def test_provenance_names_versions_and_the_commit(monkeypatch):
     import torch
 
-    found = rd.provenance()
+    from mixadv.tasks.measure import provenance
+
+    found = provenance()
     assert (
         found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
     )

@@ -1,6 +1,6 @@
 """Files that others send run nothing, read nothing and give no orders; secrets stay where they are.
 
-What holds for single readers of parameters is tested beside them (test_export.py, test_members.py, test_resume.py,
+What holds for single readers of parameters is tested beside them (test_store.py, test_members.py, test_resume.py,
 test_data_cifar10.py), and the page of a report in test_report_html.py.
 """
 
@@ -30,12 +30,12 @@ from mixadv.checkpoint_files import read_checkpoint
 from mixadv.data.image_folder import ImageFolder
 from mixadv.errors import UserError
 from mixadv.evaluation.state import EvaluationState
-from mixadv.export import load_mixture
+from mixadv.files import read_arrays
 from mixadv.instantiate import held_to_mixadv, instantiate
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE
-from mixadv.members import Source
-from mixadv.report.files import read_arrays
+from mixadv.members.source import Source
+from mixadv.members.store import load_mixture
 from mixadv.tasks import build
 from wandb_service import Service
 
@@ -67,7 +67,7 @@ ONLY_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", F
 # Methods that unpack what an archive says, wherever it says.
 METHODS = {"extractall", "extract"}
 # Who imports by name: what a person has named, names of a package's own, and what a checkpoint may name (ours alone).
-IMPORTERS = {"export.py", "instantiate.py", "__init__.py", "data/__init__.py"} | {"training/recorded.py"}
+IMPORTERS = {"members/recipe.py", "instantiate.py", "__init__.py", "data/__init__.py"} | {"training/recorded.py"}
 # Who builds what settings name: those that a person gave, after a record was held to mixadv's own classes.
 BUILDERS = {"instantiate.py"}
 
@@ -145,7 +145,7 @@ def test_shipped_configurations_name_classes_and_models_of_this_package():
     assert others <= {"launch", "hparams_search", "callbacks", "logger", "optimizer"}
     homes = ("pytorch_lightning.", "torch.optim.", "hydra_plugins.", "hydra.", "optuna.", "datetime.timedelta")
     assert all(name.startswith(homes) for name in set(targets) - ours)
-    assert "mixadv.tasks.sweep.Sweep" in ours
+    assert "mixadv.runs.sweep.Sweep" in ours
 
 
 # Imports every module while connections and programs are refused. Then calls every class, as a record can have it

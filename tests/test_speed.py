@@ -12,8 +12,8 @@ from conftest import TINY
 from mixadv.errors import UserError
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
+from mixadv.runs.choices import Choices
 from mixadv.tasks import speed
-from mixadv.tasks.choices import Choices
 
 CPU = torch.device("cpu")
 

@@ -28,10 +28,10 @@ from PIL import Image
 
 from conftest import OUTSIDE
 from mixadv.config import run_name
-from mixadv.locks import DirectoryLock
 from mixadv.report import read_run
+from mixadv.runs.locks import DirectoryLock
+from mixadv.runs.sweep import Sweep
 from mixadv.tasks import build, train
-from mixadv.tasks.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 # Less than a second for each job.

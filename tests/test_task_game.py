@@ -15,9 +15,9 @@ from rich.console import Console
 
 from conftest import compose_shipped, run_command
 from mixadv.errors import UserError
+from mixadv.report.figures.games import draw_game
 from mixadv.report.files import read_run
 from mixadv.report.game_tables import games_table, is_game, print_game
-from mixadv.report.games import draw_game
 from mixadv.tasks import game as task
 from mixadv.tasks.game_settings import exact_radius, game_settings
 

@@ -20,13 +20,13 @@ from mixadv.checkpoint_files import read_checkpoint
 from mixadv.data.digits import Digits
 from mixadv.data.stream import BatchStream
 from mixadv.errors import UserError
-from mixadv.export import load_mixture
 from mixadv.game import Equilibrium
 from mixadv.lambda_solvers import OracleSubgradient, Uniform
 from mixadv.lambda_solvers.driver import LambdaSolver
 from mixadv.loggers.csv import CSVLogger
 from mixadv.loggers.metrics_file import MetricsFile, standard_columns
 from mixadv.losses import AT, TRADES
+from mixadv.members.store import load_mixture
 from mixadv.mixture import Mixture
 from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel

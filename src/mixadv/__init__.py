@@ -6,14 +6,14 @@ The names below are imported when they are first used, so that ``import mixadv``
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixadv.export import load_mixture
+    from mixadv.members.store import load_mixture
     from mixadv.mixture import Mixture
     from mixadv.threat_model import ThreatModel
 
 __version__ = "0.1.0"
 __all__ = ["Mixture", "ThreatModel", "load_mixture"]
 
-_HOMES = {"Mixture": "mixadv.mixture", "ThreatModel": "mixadv.threat_model", "load_mixture": "mixadv.export"}
+_HOMES = {"Mixture": "mixadv.mixture", "ThreatModel": "mixadv.threat_model", "load_mixture": "mixadv.members.store"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mixadv.errors import UserError
+from mixadv.files import replacing
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 DIGEST = "digest"
@@ -21,18 +22,12 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: the disk is full or refuses; what was at `path` before is still there.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
             torch.save({**checkpoint, DIGEST: digest_of(checkpoint)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # Half a file would take up what is left of a full disk.
-        temporary.unlink(missing_ok=True)
+    except RuntimeError as error:
         # PyTorch's writer reports a full disk as an internal error of its archive.
-        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        if "inline_container" in str(error):
             raise OSError(errno.ENOSPC, "the checkpoint was not written whole", str(path)) from error
         raise
 

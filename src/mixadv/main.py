@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from omegaconf import DictConfig
 
 import mixadv
-from mixadv import config, launchers
+from mixadv import config
 from mixadv.composition import composition_message
 from mixadv.errors import UserError
 from mixadv.redaction import printable
+from mixadv.runs.processes import is_helper
 from mixadv.shipped import config_dir
 from mixadv.signals import Stopped
 from mixadv.unknown_keys import misplaced_word
 
 if TYPE_CHECKING:
+    from mixadv.runs.sweep import Sweep
     from mixadv.tasks import Ended
-    from mixadv.tasks.sweep import Sweep
 
 # A disk, or somebody's share of it.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -147,9 +148,9 @@ def _run(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep: str | None
 
 
 def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str], number: int) -> float:
-    from mixadv.locks import Held
-    from mixadv.tasks.run_directory import leave_reason, one_line
-    from mixadv.tasks.sweep import BEFORE, DONE, ELSEWHERE, FAILED, Outcome, Sweep
+    from mixadv.runs.directory import leave_reason, one_line
+    from mixadv.runs.locks import Held
+    from mixadv.runs.sweep import BEFORE, DONE, ELSEWHERE, FAILED, Outcome, Sweep
 
     name, score = run_dir.name, math.nan
     try:
@@ -224,7 +225,7 @@ def main() -> None:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from mixadv.tasks.sweep import Sweep
+    from mixadv.runs.sweep import Sweep
 
     flags = {flag: action.nargs != 0 for action in get_args_parser()._actions for flag in action.option_strings}
     if message := misplaced_word(sys.argv[1:], flags, config.TASKS):
@@ -275,7 +276,7 @@ def _refusing(application: Callable[[], Any]) -> None:
         _refuse("interrupted; the same command goes on with what it has")
         sys.exit(INTERRUPTED)
     except Stopped as stop:
-        if launchers.is_helper():
+        if is_helper():
             # The process that started this one stops as well, and says so. A failure of ours would kill it first.
             sys.exit(0)
         _refuse(f"stopped by {stop}; the same command goes on with what it has")
@@ -288,7 +289,7 @@ def _refusing(application: Callable[[], Any]) -> None:
 
 
 def _lacks_slurm() -> bool:
-    from mixadv.tasks.sweep import Sweep
+    from mixadv.runs.sweep import Sweep
 
     on_slurm = Sweep.current is not None and Sweep.current.launcher.endswith(".SlurmLauncher")
     return on_slurm and shutil.which("srun") is None
@@ -296,7 +297,7 @@ def _lacks_slurm() -> bool:
 
 def _conclude(sweep: "Sweep") -> None:
     """Say what became of the jobs; exit code 1 if not all of them are done or in somebody's hands."""
-    from mixadv.tasks.sweep import complaint, summary
+    from mixadv.runs.sweep import complaint, summary
 
     assert sweep.directory is not None
     outcomes = sweep.outcomes()

@@ -13,6 +13,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from mixadv.checkpoint_files import BEST, LAST, PREVIOUS, read_checkpoint, write_checkpoint
 from mixadv.errors import UserError
+from mixadv.files import remove_leftovers
 from mixadv.signals import Signals, Stopped
 from mixadv.training import MixtureTraining
 
@@ -112,9 +113,7 @@ class Checkpoints(ModelCheckpoint):
                 "the processes found different checkpoints: the run directory must be on a disk that all machines share"
             )
         if trainer.is_global_zero:
-            # Of a process that was killed while it wrote.
-            for torn in Path(str(self.dirpath)).glob("*.ckpt.tmp*"):
-                torn.unlink()
+            remove_leftovers(Path(str(self.dirpath)))
         for logger in trainer.loggers:
             if hasattr(logger, "truncate"):
                 logger.truncate(t, validated=not pl_module.validation_is_due)
@@ -182,7 +181,7 @@ class Checkpoints(ModelCheckpoint):
             return
         module.refuse_broken()
         last = Path(str(self.dirpath)) / LAST
-        beside = last.with_name(f"{LAST}.tmp")
+        beside = last.with_name(f".{LAST}.next.tmp")
         self.last_model_path = str(last)
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:

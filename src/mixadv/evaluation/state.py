@@ -1,8 +1,6 @@
 """What an evaluation has found so far, on disk, so that a killed one continues with the pass it was in."""
 
-import os
 import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from mixadv.checkpoint_files import digest_of
 from mixadv.errors import UserError
+from mixadv.files import read_arrays, write_arrays
 from mixadv.mixture import Mixture
 
 
@@ -39,12 +38,11 @@ class EvaluationState:
             return self._memory.get(key)
         path = self._path(key)
         try:
-            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except FileNotFoundError:
+            arrays = read_arrays(path)
+        except ValueError as error:
+            raise UserError(f"{error}: remove it, and that attack is run again") from error
+        if arrays is None:
             return None
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it, and that attack is run again") from error
         if str(arrays.pop("fingerprint", "")) != self.fingerprint:
             raise UserError(
                 f"{path} belongs to another evaluation (mixture, images, protocol or seed differ): choose another "
@@ -59,13 +57,7 @@ class EvaluationState:
         if self.directory is None or not write:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self._path(key)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as raw:
-            np.savez(raw, fingerprint=np.asarray(self.fingerprint), **arrays)  # type: ignore[arg-type]
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
+        write_arrays(self._path(key), {"fingerprint": np.asarray(self.fingerprint), **arrays}, durable=True)
 
     def clear(self) -> None:
         """Remove the files: the results hold all of it."""

@@ -1,4 +1,4 @@
-"""The file metrics.csv: written row by row, read by everybody. It needs the standard library only."""
+"""The file metrics.csv: its one writer and its one reader."""
 
 import csv
 import io
@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mixadv.files import replacing
 
 FILE = "metrics.csv"
 
@@ -142,11 +144,9 @@ class MetricsFile:
         """Write the whole file beside the old one, then put it in its place."""
         self.columns = list(dict.fromkeys([*self.columns, *(name for row in (*rows, *more) for name in row)]))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
             writer.writerows(more)
-        os.replace(temporary, self.path)
         self._is_ready = True

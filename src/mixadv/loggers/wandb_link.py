@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.text import Text
 
+from mixadv.files import write_text
 from mixadv.redaction import shown
 
 ID_FILE = "wandb-run-id.txt"
@@ -186,9 +187,7 @@ def _kept_id(path: Path) -> str:
     if not re.fullmatch(r"\w{4,64}", kept, re.ASCII):
         kept = secrets.token_hex(4)
         # Renamed into place: a link that came with the folder is replaced, not followed.
-        temporary = path.with_name(f".{path.name}.{kept}")
-        temporary.write_text(kept + "\n")
-        os.replace(temporary, path)
+        write_text(path, kept + "\n")
     return kept
 
 

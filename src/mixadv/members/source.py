@@ -12,17 +12,9 @@ import torch
 from torch import nn
 
 from mixadv.errors import UserError
-from mixadv.export import (
-    CONFIG_FILE,
-    FACTORY,
-    WEIGHTS_FILE,
-    build_factory,
-    member_recipes,
-    mixture_of_checkpoint,
-    read_config,
-    read_mixture,
-)
-from mixadv.members.state_dicts import read_file, to_member
+from mixadv.members.foreign import read_file, to_member
+from mixadv.members.recipe import FACTORY, build_factory, member_recipes
+from mixadv.members.store import CONFIG_FILE, WEIGHTS_FILE, mixture_of_checkpoint, read_config, read_mixture
 
 KINDS = "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .ckpt, .safetensors) or module:callable"
 
@@ -51,7 +43,7 @@ class Source:
     Attributes:
         name: an exported mixture, a run directory or a checkpoint of ours; a state dict, which may lie under one of
             `NESTS` and whose keys may share a prefix such as ``module.``; or ``module:callable``, see
-            `mixadv.export.build_factory`. What exists as a path is a path.
+            `mixadv.members.recipe.build_factory`. What exists as a path is a path.
         record: a mixture's recipe, and its eps, norm and data if it was trained here; None for a state dict and for
             ``module:callable``.
 
@@ -87,7 +79,7 @@ class Source:
                 `mean` and `std` are for networks saved without normalisation of ours; without them, such a network
                 sees the images as they are.
             device: where the members go.
-            factories: import paths that a mixture's recipe may name, see `mixadv.export.read_mixture`.
+            factories: import paths that a mixture's recipe may name, see `mixadv.members.store.read_mixture`.
 
         Raises:
             UserError: parameters that do not fit the recipe, a factory that fails.

@@ -16,15 +16,15 @@ from rich.console import Console
 from mixadv.errors import UserError
 from mixadv.report.cells import print_whole
 from mixadv.report.differences import compare_settings, differences_table, write_differences_csv
-from mixadv.report.figures import draw_curves
+from mixadv.report.figures.curves import draw_curves
+from mixadv.report.figures.games import draw_game
+from mixadv.report.figures.sweep import draw_sweep
 from mixadv.report.files import Run, find_runs, read_run
 from mixadv.report.game_tables import games_table, is_game
-from mixadv.report.games import draw_game
 from mixadv.report.page import write_report
 from mixadv.report.show import show_run
 from mixadv.report.solve import draw_solution
 from mixadv.report.study import draw_study
-from mixadv.report.sweeps import draw_sweep
 from mixadv.report.tables import sweep_table, write_table_csv
 
 __all__ = [

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mixadv.report.files import Interval, replacing
+from mixadv.report.files import Interval, writing
 
 NONE = "–"
 
@@ -80,7 +80,7 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Mapping[st
         UserError: `path` cannot be written.
     """
     path = Path(path)
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with writing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)

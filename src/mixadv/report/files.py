@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixadv.errors import UserError
-from mixadv.locks import LOCK, holder
+from mixadv.files import replacing
 from mixadv.redaction import printable
 from mixadv.report.names import all_printable, group_name, natural_key, number
+from mixadv.runs.locks import LOCK, holder
 from mixadv.shipped import refuse_aliases
 
 BASELINE = "baseline"
@@ -258,22 +259,6 @@ def read_run(path: str | Path) -> Run:
     return Run(path, state, reason, results, history, baseline, config, tuple(notes))
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an npz file; None where there is no file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        # Opened here, since np.load leaves a damaged file open.
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
 def is_run(path: Path) -> bool:
     """Whether `path` is a run directory; a folder of Hydra's own configuration is not one."""
     if any((path / name).is_file() for name in _MARKERS):
@@ -305,21 +290,17 @@ def find_runs(root: str | Path) -> list[Run]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes `path`'s place once the block has succeeded.
+def writing(path: Path) -> Iterator[Path]:
+    """`mixadv.files.replacing` for a figure or a table.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mixadv.files import read_arrays
 from mixadv.redaction import printable
-from mixadv.report.attack_figures import evaluation_figures, noting
 from mixadv.report.attacks import (
     TWIN,
     WHOLE,
@@ -33,9 +33,10 @@ from mixadv.report.attacks import (
 )
 from mixadv.report.citations import papers_of
 from mixadv.report.comparison import comparison_sentence, member_sentence
-from mixadv.report.examples import MOST, read_examples, wrong_members
-from mixadv.report.figures import save
-from mixadv.report.files import Run, read_arrays, read_run, replacing
+from mixadv.report.figures.evaluation import evaluation_figures, noting
+from mixadv.report.figures.examples import MOST, read_examples, wrong_members
+from mixadv.report.figures.style import save
+from mixadv.report.files import Run, read_run, writing
 from mixadv.report.names import format_ball, format_eps, number
 from mixadv.report.records import measured
 
@@ -104,7 +105,7 @@ def write_report(run_dir: str | Path) -> Path:
         papers=papers_of(entries(run)),
     )
     path = run.path / "report.html"
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_text(page + "\n", encoding="utf-8")
     return path
 

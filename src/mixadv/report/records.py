@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixadv.report.files import Run, read_arrays
+from mixadv.files import read_arrays
+from mixadv.report.files import Run
 
 CLEAN, PGD, APGD, ALL = "clean", "pgd-20", "apgd", "all points"
 MEMBERS, GAP = "mean of the members", "matching-penny gap"

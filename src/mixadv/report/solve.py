@@ -12,7 +12,7 @@ from rich.table import Table
 from mixadv.errors import UserError
 from mixadv.report.cells import add_row, new_table, percent, percent_with
 from mixadv.report.comparison import paired
-from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, save
+from mixadv.report.figures.style import CLEAN, ROBUST, footnote, member_style, new_figure, save
 from mixadv.report.files import Run, read_run, stored_interval
 from mixadv.report.names import format_ball, number
 from mixadv.report.records import ALL, EVEN, measured

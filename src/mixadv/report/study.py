@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixadv.report.figures import (
-    DASHES,
-    MARKERS,
-    SIZES,
-    column,
-    footnote,
-    key,
-    member_style,
-    new_figure,
-    save,
-    weight_of,
-)
+from mixadv.report.figures.curves import column, weight_of
+from mixadv.report.figures.style import DASHES, MARKERS, SIZES, footnote, key, member_style, new_figure, save
 from mixadv.report.files import Run
 from mixadv.report.records import ALL, APGD, CLEAN, PGD, measured
 from mixadv.report.settings import SAMPLED, UNIFORM, Groups, Setting, grouped, headline, names_of, usual_epochs

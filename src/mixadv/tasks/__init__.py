@@ -1,6 +1,7 @@
 """What the command line can do; the only place that sees the configuration and builds objects from it."""
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from mixadv.config import check
+from mixadv.runs import processes
 from mixadv.signals import Signals, Stopped, requeue
 
 
@@ -45,8 +47,7 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
 
         report_runs(cfg)
         return Ended(True)
-    from mixadv.tasks import processes
-    from mixadv.tasks.run_directory import State, claimed, digest, is_sealed, measured, seal, show
+    from mixadv.runs.directory import State, claimed, digest, is_sealed, measured, seal
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
@@ -58,7 +59,7 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
     check(cfg)
     if processes.rank(cfg) > 0:
         with _told_to_stop(cfg):
-            processes.help_along(cfg, run_dir, work)
+            _help_along(cfg, run_dir, work)
         return Ended(True)
     with claimed(run_dir, cfg) as (path, state):
         if state is not State.DONE:
@@ -103,8 +104,8 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
         from mixadv.tasks.game import play_game
 
         return cfg, play_game
-    from mixadv.export import read_mixture
-    from mixadv.members import Source
+    from mixadv.members.source import Source
+    from mixadv.members.store import read_mixture
     from mixadv.tasks.evaluate import as_named, as_trained, evaluate_members, evaluate_mixture
 
     if cfg.task == "solve" or not cfg.mixture:
@@ -117,3 +118,29 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
         return as_recorded_by_members(cfg, sources, overrides), partial(solve_weights, sweep=sweep, sources=sources)
     mixture, config = read_mixture(cfg.mixture, factories=list(cfg.members))
     return as_trained(cfg, config, overrides), partial(evaluate_mixture, sweep=sweep, mixture=mixture, config=config)
+
+
+def _help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> None:
+    """The part of every process but the first: it computes along, and leaves the directory's files to the first."""
+    from mixadv.runs.directory import State
+
+    # Started from outside, it knows what its command says; started by the first process, what that one says.
+    run_dir = Path(os.environ.get(processes.RUN_DIR, run_dir))
+    if not (run_dir / "DONE").exists():
+        work(cfg, run_dir, State.UNFINISHED)
+
+
+def show(run_dir: Path, *, done_before: bool = False) -> None:
+    """Print the tables of a finished run, and draw its curves where it has a history."""
+    from mixadv.console import Console
+    from mixadv.report import draw_curves, read_run, show_run
+
+    # Names come from files: nothing in them is markup.
+    console = Console(markup=False)
+    if done_before:
+        where = os.path.relpath(run_dir)
+        console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)
+    run = read_run(run_dir)
+    if run.has_history and not (done_before and (run_dir / "curves.png").exists()):
+        draw_curves(run_dir)
+    show_run(run, console)

@@ -21,12 +21,14 @@ from mixadv.callbacks import Checkpoints
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.export import are_plain, build_mixture, build_recipe, factories_of, recipe_name
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss, ZeroOne
-from mixadv.members import LoadedMember, check_members
+from mixadv.members.checks import check_members
+from mixadv.members.recipe import are_plain, build_mixture, build_recipe, factories_of, recipe_name
+from mixadv.members.source import LoadedMember
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS
+from mixadv.runs import processes
 from mixadv.threat_model import ThreatModel
 
 CHECKPOINTS = "mixadv.callbacks.Checkpoints"
@@ -100,7 +102,7 @@ def as_recorded(cfg: DictConfig, config: dict[str, Any], said: Sequence[str], wh
 
     Args:
         cfg: as composed.
-        config: the recipe, see `mixadv.export.read_mixture`.
+        config: the recipe, see `mixadv.members.store.read_mixture`.
         said: keys, see `keys_of`.
         where: whose recipe it is, for messages.
 
@@ -193,7 +195,7 @@ def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
     """Try a model of the user's own out on two images, each twice, before it is trained; mixadv's are known to work.
 
     Raises:
-        UserError: it cannot be built, or is no classifier of these images; see `mixadv.members.check_members`.
+        UserError: it cannot be built, or is no classifier of these images; see `mixadv.members.checks.check_members`.
     """
     if "factory" not in recipe:
         return
@@ -285,3 +287,29 @@ def build_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
     if not any(isinstance(callback, Checkpoints) for callback in built):
         built.append(Checkpoints(run_dir / "checkpoints"))
     return built
+
+
+def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
+    """What Lightning's Trainer has to know of devices and processes.
+
+    Raises:
+        UserError: a strategy that cannot train a mixture.
+    """
+    wanted = cfg.trainer.strategy
+    if wanted not in ("auto", "ddp"):
+        raise UserError(
+            f"trainer.strategy={wanted} cannot train a mixture, whose members are updated one at a time and attacked "
+            "whole: leave it at auto; several processes average the gradients of each member"
+        )
+    # A list names GPUs; on the CPU it says how many processes.
+    named = isinstance(cfg.trainer.devices, ListConfig) and device.type != "cpu"
+    settings: dict[str, Any] = {
+        "accelerator": {"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),
+        "devices": list(cfg.trainer.devices) if named else processes.devices(cfg),
+        "num_nodes": cfg.trainer.num_nodes,
+    }
+    if processes.number(cfg) > 1:
+        from mixadv.training import Replicas
+
+        settings["strategy"] = Replicas()
+    return settings

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mixadv.export import factories_of, recipe_name
+from mixadv.members.recipe import factories_of, recipe_name
 
 
 def model_card(results: dict[str, Any], config: dict[str, Any]) -> str:

@@ -13,17 +13,18 @@ from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
-from mixadv.export import member_recipes
-from mixadv.members import LoadedMember, Source
+from mixadv.members.recipe import member_recipes
+from mixadv.members.source import LoadedMember, Source
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS
 from mixadv.report import write_report
-from mixadv.tasks import build, processes, speed
-from mixadv.tasks.choices import Choices
+from mixadv.runs import processes
+from mixadv.runs.choices import Choices
+from mixadv.runs.directory import State, mark_done, write_config, write_results
+from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, described, flags_of_other_splits, named_members
-from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 from mixadv.training.schedule import limited
 
 # Images on which members are tried out before the attacks.

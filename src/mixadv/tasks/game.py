@@ -18,9 +18,10 @@ from mixadv.games.gaussians import GaussianProblem, draw_problem, entropic_trace
 from mixadv.games.motivating import ExactSolution, LineGame
 from mixadv.games.values import TOLERANCE, solve_values
 from mixadv.lambda_solvers import AcceleratedEntropic, LinearProgram, OracleSubgradient
-from mixadv.report.games import draw_game
+from mixadv.report.figures.games import draw_game
+from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks.game_settings import GaussianSettings, MotivatingSettings, game_settings
-from mixadv.tasks.run_directory import RESULTS_SCHEMA, State, mark_done, provenance, write_config, write_results
+from mixadv.tasks.measure import RESULTS_SCHEMA, provenance
 
 Played = tuple[dict[str, Any], dict[str, np.ndarray]]
 

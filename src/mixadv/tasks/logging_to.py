@@ -18,8 +18,9 @@ from mixadv.loggers.csv import CSVLogger
 from mixadv.loggers.hyperparameters import flat_config
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.mixture import Mixture
+from mixadv.runs import processes
 from mixadv.signals import Stopped
-from mixadv.tasks import build, processes
+from mixadv.tasks import build
 from mixadv.tasks.measure import example_images
 from mixadv.threat_model import ThreatModel
 

@@ -2,10 +2,12 @@
 
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from mixadv import __version__
 from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import passes_of
 from mixadv.config import parse_eps
@@ -30,11 +33,11 @@ from mixadv.evaluation import (
     fingerprint,
     pool_of,
 )
+from mixadv.files import write_arrays
 from mixadv.mixture import Mixture
+from mixadv.runs import processes
 from mixadv.shipped import protocols, shipped_protocol
-from mixadv.tasks import processes
-from mixadv.tasks.build import as_dict, build_protocol
-from mixadv.tasks.run_directory import RESULTS_SCHEMA, provenance
+from mixadv.tasks.build import as_dict, build_protocol, trainer_settings
 from mixadv.threat_model import ThreatModel
 
 # Attacked images that a run keeps to look at.
@@ -85,7 +88,7 @@ def measure(
             keep_images=EXAMPLES,
             state=EvaluationState(run_dir / STATE, mark),
             on_progress=advance,
-            processes=processes.trainer_settings(cfg, device),
+            processes=trainer_settings(cfg, device),
         )
     if not first:
         return None
@@ -140,9 +143,7 @@ def _keep_examples(path: Path, record: EvaluationRecord, class_names: Sequence[s
         "correct": np.stack([everything[key][:, i] for i, key in enumerate(found_by)], axis=1),
         "found_by": np.asarray(found_by),
     }
-    temporary = path.with_name("examples.tmp.npz")
-    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
+    write_arrays(path, arrays)
 
 
 def header(cfg: DictConfig, threat_model: ThreatModel, device: torch.device) -> dict[str, Any]:
@@ -186,3 +187,23 @@ def example_images(
     fooled = [", ".join(str(int(k)) for k in column.nonzero().flatten()) or "none" for column in wrong.T]
     labels = [class_names[int(label)] for label in y]
     return x.cpu().numpy(), x_adv.cpu().numpy(), labels, fooled, threat_model.eps
+
+
+RESULTS_SCHEMA = 1
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what computed, and the commit of the checkout (None for an installed package)."""
+    packages = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics")
+    versions = {
+        "python": platform.python_version(),
+        "mixadv": __version__,
+        **{package: version(package) for package in packages},
+    }
+    root = Path(__file__).resolve().parents[3]
+    git = None
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        git = answer.stdout.strip() or None
+    return {"versions": versions, "git": git}

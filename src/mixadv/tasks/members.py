@@ -9,8 +9,9 @@ from torch import Tensor
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.export import factories_of
-from mixadv.members import LoadedMember, Source, check_members, with_unique_names
+from mixadv.members.checks import check_members
+from mixadv.members.recipe import factories_of
+from mixadv.members.source import LoadedMember, Source, with_unique_names
 from mixadv.tasks import build
 
 # What members have to agree in to be compared: the game, and which images it is played on.

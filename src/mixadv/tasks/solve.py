@@ -19,23 +19,23 @@ from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationRecord, equilibrium_of, evaluate, pool_of
-from mixadv.export import save_mixture
 from mixadv.game import Equilibrium, FiniteGame
 from mixadv.intervals import confidence_interval
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import ZeroOne
-from mixadv.members import LoadedMember, Source
+from mixadv.members.source import LoadedMember, Source
+from mixadv.members.store import save_mixture
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
+from mixadv.runs.choices import Choices
+from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.simplex import uniform
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
-from mixadv.tasks.choices import Choices
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import header, settings_of
 from mixadv.tasks.members import described, flags_of_other_splits, named_members
-from mixadv.tasks.run_directory import State, mark_done, write_config, write_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training.schedule import limited
 

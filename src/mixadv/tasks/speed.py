@@ -13,7 +13,7 @@ from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.losses import cross_entropy
 from mixadv.mixture import SMALL_BATCH, Mixture
-from mixadv.tasks.choices import AUTO, Choices
+from mixadv.runs.choices import AUTO, Choices
 from mixadv.training import MixtureTraining
 from mixadv.training.generators import same_draws
 

@@ -23,13 +23,16 @@ from mixadv.console import Console, quiet_lightning
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
-from mixadv.export import factories_of, load_mixture, save_mixture
 from mixadv.lambda_solvers import Uniform
+from mixadv.members.recipe import factories_of
+from mixadv.members.store import load_mixture, save_mixture
 from mixadv.report import draw_curves
+from mixadv.runs import processes
+from mixadv.runs.choices import Choices
+from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
 from mixadv.signals import Signals
-from mixadv.tasks import build, processes, speed
+from mixadv.tasks import build, speed
 from mixadv.tasks.card import model_card
-from mixadv.tasks.choices import Choices
 from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.tasks.logging_to import (
     build_loggers,
@@ -40,7 +43,6 @@ from mixadv.tasks.logging_to import (
     with_history,
 )
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.run_directory import State, mark_done, read_results, write_config, write_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.schedule import limited
@@ -287,7 +289,7 @@ def _trainer(
     plugins = [build.instantiate(node, "trainer.plugins") for node in settings.pop("plugins") or []]
     if isinstance(settings["profiler"], dict):
         settings["profiler"] = build.instantiate(settings["profiler"], "trainer.profiler")
-    settings |= processes.trainer_settings(cfg, session.device)
+    settings |= build.trainer_settings(cfg, session.device)
     settings |= {
         "precision": session.precision,
         "logger": list(loggers),

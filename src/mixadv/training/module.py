@@ -26,9 +26,9 @@ from mixadv.attacks.suite import AttackSuite
 from mixadv.checkpoint_files import read_checkpoint
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
-from mixadv.export import mixture_of_checkpoint
 from mixadv.lambda_solvers import LambdaSolver, OracleSubgradient
 from mixadv.losses import AT, RobustLoss
+from mixadv.members.store import mixture_of_checkpoint
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch
 from mixadv.models import MODELS
@@ -98,8 +98,8 @@ class MixtureTraining(pl.LightningModule):
         protocol: attacks by name for ``trainer.test``, as `AttackSuite` takes them; None: the validation attack alone.
         predict: what ``trainer.predict`` returns: "draw" (the label of a member drawn for each image) or
             "probabilities" (sum_k lambda_k softmax f_k).
-        recipe: what it takes to build the mixture again, see `mixadv.export`; kept in checkpoints. None: that of the
-            members where `mixadv.models.build_member` built them, else a checkpoint can only be loaded with
+        recipe: what it takes to build the mixture again, see `mixadv.members.recipe`; kept in checkpoints. None: that
+            of the members where `mixadv.models.build_member` built them, else a checkpoint can only be loaded with
             ``load_from_checkpoint(path, mixture=...)``.
 
     Raises:

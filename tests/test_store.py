@@ -15,7 +15,8 @@ from torch import nn
 
 from mixadv import Mixture, load_mixture
 from mixadv.errors import UserError
-from mixadv.export import build_factory, build_mixture, member_recipes, read_config, read_mixture, save_mixture
+from mixadv.members.recipe import build_factory, build_mixture, member_recipes
+from mixadv.members.store import read_config, read_mixture, save_mixture
 from mixadv.tasks.build import instantiate
 
 RECIPE = {
@@ -590,7 +591,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
     "target",
     [
         *("os.system", "subprocess.Popen", "builtins.eval", "eval", "", "posix.system", "mixadv"),
-        *("mixadv.nothing.Thing", "mixadv.losses.Nothing", "mixadvance.evil.Thing", "mixadv.export.os.system"),
+        *("mixadv.nothing.Thing", "mixadv.losses.Nothing", "mixadvance.evil.Thing", "mixadv.members.store.os.system"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(target, tmp_path):
@@ -606,7 +607,9 @@ def test_a_nested_target_is_held_to_the_same_rule():
         instantiate({"_target_": "mixadv.attacks.pgd.PGD", "objective": {"_target_": "os.system"}}, "attack")
 
 
-@pytest.mark.parametrize("target", ["os.system", "mine.Data", "mixadv.export.Path", "mixadv.data.download.fetch"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "mine.Data", "mixadv.members.store.Path", "mixadv.data.download.fetch"]
+)
 def test_the_record_of_a_mixture_names_data_of_mixadv_alone(command, trained, tmp_path, target):
     shutil.copytree(trained.path / "mixture", tmp_path / "mixture")
     (tmp_path / "mine.py").write_text("open('executed', 'w').close()\n")

@@ -4,17 +4,39 @@ Imports neither torch nor Lightning: a sweep asks for every job, the finished on
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from mixadv.errors import UserError
-from mixadv.launchers import RUN_DIR, process_place, process_rank, started_from_outside
 
-if TYPE_CHECKING:
-    import torch
+# Where the first process works; those that it starts itself find it here.
+RUN_DIR = "MIXADV_RUN_DIR"
+
+
+def process_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's number among those that a launcher (torchrun, Slurm, Lightning) has started; 0 without one."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if name in environment:
+            return int(environment[name])
+    return 0
+
+
+def process_place(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's number among those on its machine; 0 without a launcher."""
+    return int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0)))
+
+
+def is_helper(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether another process of ours started this one to help it."""
+    return RUN_DIR in environment and process_rank(environment) > 0
+
+
+def started_from_outside(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or Slurm started this process, beside others that run the same command."""
+    return any(name in environment for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
+
 
 ALL = (-1, "auto")
 
@@ -56,32 +78,6 @@ def place(cfg: DictConfig) -> int:
     return process_place() if number(cfg) > 1 else 0
 
 
-def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
-    """What Lightning's Trainer has to know of devices and processes.
-
-    Raises:
-        UserError: a strategy that cannot train a mixture.
-    """
-    wanted = cfg.trainer.strategy
-    if wanted not in ("auto", "ddp"):
-        raise UserError(
-            f"trainer.strategy={wanted} cannot train a mixture, whose members are updated one at a time and attacked "
-            "whole: leave it at auto; several processes average the gradients of each member"
-        )
-    # A list names GPUs; on the CPU it says how many processes.
-    named = isinstance(cfg.trainer.devices, ListConfig) and device.type != "cpu"
-    settings: dict[str, Any] = {
-        "accelerator": {"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),
-        "devices": list(cfg.trainer.devices) if named else devices(cfg),
-        "num_nodes": cfg.trainer.num_nodes,
-    }
-    if number(cfg) > 1:
-        from mixadv.training import Replicas
-
-        settings["strategy"] = Replicas()
-    return settings
-
-
 def check(cfg: DictConfig, sweep: str | None) -> None:
     """Refuse what several processes cannot do together.
 
@@ -112,13 +108,3 @@ def check(cfg: DictConfig, sweep: str | None) -> None:
 def work_in(run_dir: Path) -> None:
     """Tell the processes that this one will start where it works."""
     os.environ[RUN_DIR] = str(run_dir.absolute())
-
-
-def help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> None:
-    """The part of every process but the first: it computes along, and leaves the directory's files to the first."""
-    from mixadv.tasks.run_directory import State
-
-    # Started from outside, it knows what its command says; started by the first process, what that one says.
-    run_dir = Path(os.environ.get(RUN_DIR, run_dir))
-    if not (run_dir / "DONE").exists():
-        work(cfg, run_dir, State.UNFINISHED)

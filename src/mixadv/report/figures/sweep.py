@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixadv.errors import UserError
-from mixadv.report.figures import CLEAN, DASHES, MARKERS, MEMBERS, ROBUST, footnote, new_figure, save, spaced
+from mixadv.report.figures.style import CLEAN, DASHES, MARKERS, MEMBERS, ROBUST, footnote, new_figure, save, spaced
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
 from mixadv.report.settings import described

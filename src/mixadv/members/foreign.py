@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mixadv.checkpoint_files import load_tensors
 from mixadv.errors import UserError
-from mixadv.export import build_recipe, recipe_name
+from mixadv.members.recipe import build_recipe, recipe_name
 from mixadv.models import MODELS
 
 # Where programs keep the state dict in what they save, the first one found first.

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mixadv.files import read_arrays
 from mixadv.redaction import printable
-from mixadv.report.figures import footnote, new_figure
-from mixadv.report.files import Run, read_arrays
+from mixadv.report.figures.style import footnote, new_figure
+from mixadv.report.files import Run
 from mixadv.report.tables import headline_parts
 
 if TYPE_CHECKING:

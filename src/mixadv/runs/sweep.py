@@ -26,7 +26,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from mixadv.config import run_name
-from mixadv.locks import holder
+from mixadv.files import write_text
+from mixadv.runs.locks import holder
 
 DONE = "done"
 BEFORE = "done before"
@@ -95,10 +96,7 @@ class Sweep(Callback):
     def leave(self, number: int, outcome: Outcome) -> None:
         """In the job's process: keep the outcome of job `number` for the process that has started the sweep."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        place = self._folder / f"{number}.json"
-        temporary = place.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(outcome)))
-        os.replace(temporary, place)
+        write_text(self._folder / f"{number}.json", json.dumps(asdict(outcome)))
 
     def outcomes(self) -> list[Outcome]:
         """One for each job, in order; those that left none are looked up in their directories."""

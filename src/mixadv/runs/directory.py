@@ -5,29 +5,23 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import mixadv
 from mixadv.console import begin_log
 from mixadv.errors import UserError
-from mixadv.locks import LOCK, DirectoryLock, Held
+from mixadv.files import remove_leftovers, write_arrays, write_text
+from mixadv.runs.locks import LOCK, DirectoryLock, Held
 from mixadv.setting_keys import flat_settings, is_indifferent
 from mixadv.shipped import refuse_aliases
-
-RESULTS_SCHEMA = 1
 
 
 class State(Enum):
@@ -62,6 +56,7 @@ def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
         ) from None
     run_dir = lock.folder
     try:
+        remove_leftovers(run_dir)
         # Looked at again: until the lock was had, another process may have been at work.
         state = _state(run_dir, cfg)
         try:
@@ -70,7 +65,7 @@ def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
             if _holds_something(run_dir):
                 # A full disk may be what failed: that is the error to be told, not this one.
                 with suppress(OSError):
-                    _replace(run_dir / "FAILED", one_line(error) + "\n")
+                    write_text(run_dir / "FAILED", one_line(error) + "\n")
             raise
     finally:
         lock.release()
@@ -154,7 +149,7 @@ def leave_reason(run_dir: Path, error: Exception) -> None:
     """
     with suppress(Held, OSError), DirectoryLock(run_dir):
         if not (run_dir / "config.yaml").exists():
-            _replace(run_dir / "FAILED", one_line(error) + "\n")
+            write_text(run_dir / "FAILED", one_line(error) + "\n")
 
 
 def digest(cfg: DictConfig) -> str:
@@ -166,7 +161,7 @@ def digest(cfg: DictConfig) -> str:
 
 def seal(run_dir: Path, settings: str) -> None:
     """Note in DONE the digest of the settings that the command gave, before files had a say in them."""
-    _replace(run_dir / "DONE", settings + "\n")
+    write_text(run_dir / "DONE", settings + "\n")
 
 
 def is_sealed(run_dir: Path, settings: str) -> bool:
@@ -184,7 +179,7 @@ def _difference(saved: Any, cfg: DictConfig) -> str:
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
     """config.yaml, resolved; a FAILED from an earlier try is withdrawn. The log of the run is written from here on."""
-    _replace(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     (run_dir / "FAILED").unlink(missing_ok=True)
     begin_log(run_dir)
 
@@ -193,10 +188,8 @@ def write_results(
     run_dir: Path, results: dict[str, Any], arrays: dict[str, np.ndarray], records: str = "records.npz"
 ) -> None:
     """The arrays as `records`, then results.json, each whole or not at all."""
-    temporary = run_dir / "records.tmp.npz"
-    np.savez_compressed(temporary, **cast(dict[str, Any], arrays))
-    os.replace(temporary, run_dir / records)
-    _replace(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    write_arrays(run_dir / records, arrays)
+    write_text(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:
@@ -221,42 +214,3 @@ def mark_done(run_dir: Path) -> None:
     """From here on the run is shown, not continued."""
     (run_dir / "FAILED").unlink(missing_ok=True)
     (run_dir / "DONE").touch()
-
-
-def show(run_dir: Path, *, done_before: bool = False) -> None:
-    """Print the tables of a finished run, and draw its curves where it has a history."""
-    from mixadv.console import Console
-    from mixadv.report import draw_curves, read_run, show_run
-
-    # Names come from files: nothing in them is markup.
-    console = Console(markup=False)
-    if done_before:
-        where = os.path.relpath(run_dir)
-        console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)
-    run = read_run(run_dir)
-    if run.has_history and not (done_before and (run_dir / "curves.png").exists()):
-        draw_curves(run_dir)
-    show_run(run, console)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions of what computed, and the commit of the checkout (None for an installed package)."""
-    packages = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics")
-    versions = {
-        "python": platform.python_version(),
-        "mixadv": mixadv.__version__,
-        **{package: version(package) for package in packages},
-    }
-    root = Path(__file__).resolve().parents[3]
-    git = None
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        git = answer.stdout.strip() or None
-    return {"versions": versions, "git": git}

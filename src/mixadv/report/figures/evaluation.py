@@ -12,8 +12,8 @@ import numpy as np
 
 from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, WHOLE, Curve, attack_rows, classifiers, read_curve, wilson, worst_cases
-from mixadv.report.examples import examples_figure, read_examples
-from mixadv.report.figures import CLEAN, ROBUST, footnote, member_style, new_figure, spaced
+from mixadv.report.figures.examples import examples_figure, read_examples
+from mixadv.report.figures.style import CLEAN, ROBUST, footnote, member_style, new_figure, spaced
 from mixadv.report.files import Interval, Run
 from mixadv.report.names import format_eps, norm_symbol, number
 from mixadv.report.tables import headline_parts

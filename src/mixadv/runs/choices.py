@@ -1,13 +1,13 @@
 """What a run decided for itself, kept in its directory: continued elsewhere, it makes the same choices."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mixadv.errors import UserError
+from mixadv.files import write_text
 
 # What a setting says that is chosen so.
 AUTO = "auto"
@@ -47,9 +47,7 @@ class Choices:
         if self._rank == 0 and not self._made:
             self._path.unlink(missing_ok=True)
         elif self._rank == 0:
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._made, indent=2) + "\n")
-            os.replace(temporary, self._path)
+            write_text(self._path, json.dumps(self._made, indent=2) + "\n")
 
     def _await(self, name: str) -> None:
         deadline = time.monotonic() + PATIENCE

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixadv.errors import UserError
-from mixadv.report.figures import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure, save
+from mixadv.report.figures.style import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure, save
 from mixadv.report.files import read_run
 from mixadv.report.game_tables import ANEW, DAMAGED, read_game
 

@@ -1,0 +1,127 @@
+"""The style that all figures share, and how they are saved: for the width of a README (1400 pixels).
+
+Figures are built through matplotlib's object interface on the Agg canvas, never through pyplot: no window,
+no global figure, and nothing left over for the program that called. The palette is that of Okabe and Ito,
+which people with the common colour-vision deficiencies can tell apart; line styles and marker shapes repeat
+what the colours say.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixadv.redaction import printable
+from mixadv.report.files import Interval, writing
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CLEAN, ROBUST = "#0072B2", "#D55E00"
+MEMBERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+# One colour for each L, or for each line of a figure.
+SIZES = ("#444444", CLEAN, ROBUST, *MEMBERS)
+MARKERS = "osD^vPX*"
+LOSS, VALUE = "#444444", "#882255"
+DASHES: Any = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
+STYLE: Any = {
+    "text.usetex": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.0,
+    "figure.facecolor": "white",
+}
+
+
+def save(build: Callable[[], Figure], path: Path) -> Path:
+    """Build a figure in our style and write it as a png, all or nothing."""
+    import matplotlib.text
+
+    # Fonts are measured while saving, so the style has to hold until then.
+    with matplotlib.rc_context(STYLE), writing(path) as temporary:
+        figure = build()
+        try:
+            figure.savefig(temporary, format="png", dpi=100)
+        except ValueError:
+            # A name from a file that matplotlib takes for a formula.
+            for text in figure.findobj(matplotlib.text.Text):
+                text.set_parse_math(False)
+            figure.savefig(temporary, format="png", dpi=100)
+    return path
+
+
+def new_figure(height: float, title: str) -> Figure:
+    """An empty figure as wide as a README, `height` in inches of 100 pixels; nothing in its title is a formula."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14.0, height))
+    FigureCanvasAgg(figure)
+    figure.suptitle(printable(title), fontsize=16, y=1 - 0.12 / height, parse_math=False)
+    return figure
+
+
+def key(label: str, **look: Any) -> Artist:
+    """An entry of a legend that stands for nothing drawn."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **look)
+
+
+def spaced(ticks: Iterable[float], share: float) -> list[float]:
+    """The ticks, less those whose labels would run into another's: closer than `share` of the whole axis."""
+    at = sorted(set(ticks))
+    kept: list[float] = []
+    for x in at:
+        if not kept or x - kept[-1] >= share * (at[-1] - at[0]):
+            kept.append(float(x))
+    return kept
+
+
+def footnote(figure: Figure, text: str) -> None:
+    """Small print at the bottom of a figure, wrapped to its width."""
+    lines = textwrap.fill(text, 155)
+    figure.text(0.5, 0.1 / figure.get_figheight(), lines, ha="center", va="bottom", fontsize=11, color="#555555")
+
+
+def member_style(k: int) -> dict[str, Any]:
+    """Colour and line style of member k, the same in every panel and figure."""
+    return {"color": MEMBERS[k % len(MEMBERS)], "linestyle": DASHES[k // len(MEMBERS) % len(DASHES)]}
+
+
+def whisker(axes: Axes, x: float, at: Interval, **look: Any) -> None:
+    """A marker at a value, if it is known, and a bar over its interval."""
+    if at.value is None:
+        return
+    error = None
+    if at.low is not None and at.high is not None:
+        error = [[max(at.value - at.low, 0.0)], [max(at.high - at.value, 0.0)]]
+    axes.errorbar([x], [at.value], yerr=error, linestyle="", **look)
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` values [n] -> [n]; at the ends over those of them that exist."""
+    if window <= 1:
+        return values
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low = np.clip(at - window // 2, 0, None)
+    high = np.clip(at - window // 2 + window, None, len(values))
+    return (total[high] - total[low]) / (high - low)
