@@ -73,6 +73,7 @@ publish() {
     (cd "$SWEEP" && find . -path '*/.*/*' -prune -o \( -name results.json -o -name metrics.csv -o -name records.npz \
         -o -name config.yaml -o -name DONE -o -name FAILED \) -print | tar cf - -T -) | (cd "results/$STUDY" && tar xf -)
     "$PYTHON" run.py task=report "runs=results/$STUDY"
+    "$PYTHON" studies/figures.py "results/$STUDY"
 }
 
 main() {

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from mixadv.results import from_json, write
+
 ATTACKS = {
     "pgd-20": {"_target_": "mixadv.attacks.pgd.PGD", "num_steps": 20, "step_size": 0.25, "restarts": 5},
-    "apgd-ce": {"_target_": "mixadv.attacks.apgd.APGD", "objective": {"_target_": "mixadv.losses.CrossEntropy"}},
-    "arc": {"_target_": "mixadv.attacks.arc.ARC", "num_steps": 40, "variant": "bisection"},
-    "square": {"_target_": "mixadv.attacks.square.Square", "queries": 500},
+    "apgd-ce": {"_target_": "mixadv.attacks.apgd.APGD", "loss": "ce"},
+    "arc": {"_target_": "mixadv.attacks.arc.ARC", "num_steps": 40, "variant": "published"},
+    "square": {"_target_": "mixadv.attacks.square.Square", "num_queries": 500},
 }
 MIXTURE_ONLY = ("arc", "square")  # attacks that do not transfer
 FLAGS = [
@@ -75,7 +77,7 @@ def results_of(weights: list[float], count: int, seed: int, rng: np.random.Gener
         }
     risk = 1 - float(robust.mean())
     results = {
-        "schema": 1,
+        "schema": 2,
         "task": "evaluate",
         "seed": seed,
         "device": "cpu (x86_64, 2 threads)",
@@ -104,7 +106,6 @@ def results_of(weights: list[float], count: int, seed: int, rng: np.random.Gener
                 "clean": float(clean[k].mean()),
                 "robust": float(members[k].mean()),
                 "ci95": interval(float(members[k].mean()), count),
-                "weight": weights[k],
             }
             for k in range(size)
         ],
@@ -172,6 +173,22 @@ def examples(size: int, count: int, channels: int, rng: np.random.Generator) -> 
     }
 
 
+def known(node: Any) -> Any:
+    """Nested containers without what is null in them."""
+    if isinstance(node, dict):
+        return {key: known(value) for key, value in node.items() if value is not None}
+    return [known(value) for value in node] if isinstance(node, list) else node
+
+
+def write_results(path: Path, content: dict[str, Any]) -> None:
+    """Write a results.json through the module that owns the format; nothing in `content` may be unknown to it."""
+    content = json.loads(json.dumps(content, default=float))
+    found, problems = from_json(content)
+    assert problems == []
+    write(path, found)
+    assert known(json.loads(path.read_text())) == known(content)
+
+
 def write_evaluation(
     path: Path,
     *,
@@ -185,7 +202,7 @@ def write_evaluation(
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True)
     results, records = results_of(list(weights), count, seed, rng)
-    (path / "results.json").write_text(json.dumps(results))
+    write_results(path / "results.json", results)
     np.savez(path / "records.npz", **records)
     if pictures:
         np.savez(path / "examples.npz", **examples(len(weights), pictures, channels, rng))

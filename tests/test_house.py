@@ -38,6 +38,9 @@ ALLOWED = {
     "setting_keys": set(),
     "seeding": set(),
     "signals": set(),
+    # Files of a run.
+    "records": set(),
+    "results": {"files", "intervals", "redaction"},
     "ranks": {"signals"},
     # The mathematics wing: tensors only.
     "simplex": set(),
@@ -55,7 +58,7 @@ ALLOWED = {
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "signals", "threat_model"}
-    | {"checkpoint_files", "console", "files", "intervals"},
+    | {"checkpoint_files", "console", "files", "intervals", "records", "results"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         *("checkpoint_files", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
@@ -63,10 +66,12 @@ ALLOWED = {
     # What watches, keeps and shows.
     "checkpoint_files": {"files"},
     "callbacks": {"training", "checkpoint_files", "files", "signals"},
-    "loggers": {"redaction", "console", "files"},
+    "loggers": {"redaction", "console", "files", "results"},
+    "loggers.metrics_file": {"files"},
     "members": {"evaluation", "mixture", "models", "checkpoint_files", "files"},
-    "runs": {"config", "console", "files", "setting_keys", "shipped"},
-    "report": {"files", "intervals", "runs", "redaction", "setting_keys", "shipped", "unknown_keys"},
+    "runs": {"config", "console", "files", "records", "results", "setting_keys", "shipped"},
+    "report": {"files", "intervals", "loggers.metrics_file", "records", "redaction", "results", "runs"}
+    | {"setting_keys", "shipped", "unknown_keys"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},
     "composition": {"setting_keys", "shipped", "unknown_keys"},

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from evaluated_run import write_results
 from mixadv.errors import UserError
 from mixadv.report import (
     draw_curves,
@@ -28,12 +29,13 @@ from mixadv.report import (
     write_table_csv,
 )
 from mixadv.report.cells import print_whole
-from mixadv.report.comparison import compare, compare_with_best_member, member_sentence
+from mixadv.report.compare import compare_with_baseline, compare_with_best_member, member_sentence
 from mixadv.report.figures.curves import curves_figure
 from mixadv.report.figures.style import member_style, running_mean
 from mixadv.report.figures.sweep import sweep_figure
 from mixadv.report.names import format_eps, group_name, number
-from mixadv.report.tables import results_table
+from mixadv.report.tables import run_table
+from mixadv.results import to_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WEIGHTS = [0.5, 0.2, 0.3]
@@ -117,8 +119,9 @@ def write_run(
         half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
         return {"expected_accuracy": values.mean(), "ci95": [values.mean() - half, values.mean() + half]}
 
+    flagged = settings is None and size == 3
     results = {
-        "schema": 1,
+        "schema": 2,
         "task": "train",
         "seed": seed,
         "config": resolved,
@@ -135,22 +138,20 @@ def write_run(
                 "settings": {"num_steps": 20, "restarts": 5, "objective": {"_target_": "a.b.ExpectedLoss"}},
                 "seconds": 3.0,
             },
-            "square": {"expected_accuracy": 0.7, "settings": {"queries": 500}, "seconds": 9.0},
+            "square": {"expected_accuracy": 0.7, "settings": {"num_queries": 500}, "seconds": 9.0},
         },
         "members": [
             {
                 "clean": clean - 0.03 * k,
                 "robust": robust - 0.11 + 0.04 * k,
                 "ci95": [robust - 0.16 + 0.04 * k, robust - 0.04 + 0.03 * k],
-                "weight": w,
             }
-            for k, w in enumerate(weights)
+            for k in range(size)
         ],
-        "game": None,
-        "flags": ["black box beats white box"] if settings is None and size == 3 else [],
+        "flags": [{"name": "black box", "evidence": "It beats white box.", "remedy": ""}] if flagged else [],
         "seconds": {"train": 131.4, "evaluate": 12.2, "total": 143.6},
     }
-    (path / "results.json").write_text(json.dumps(results, default=float))
+    write_results(path / "results.json", results)
     np.savez(
         path / "records.npz",
         labels=np.arange(count) % 10,
@@ -237,7 +238,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_read_run_gives_back_what_the_files_hold(run_dir: Path) -> None:
     run = read_run(run_dir)
     assert (run.state, run.reason, run.notes) == ("done", "", ())
-    assert run.results == json.loads((run_dir / "results.json").read_text())
+    assert to_json(run.results) == json.loads((run_dir / "results.json").read_text())
+    assert run.has_results
     assert (run.num_members, run.loss, run.solver, run.seed) == (3, "TRADES", "oracle", 0)
     assert (run.data, run.norm, run.eps) == ("Digits", "linf", 8 / 255)
     expected = rows_of(run_dir / "metrics.csv")
@@ -283,7 +285,7 @@ def test_states(tmp_path: Path) -> None:
     assert (failed.state, failed.reason) == ("failed", "the loss became NaN in step 17")
     assert (failed.eps, failed.loss, failed.num_members) == (8 / 255, "TRADES", 3)  # from config.yaml
     unfinished = read_run(write_run(tmp_path / "b", state=""))
-    assert (unfinished.state, unfinished.results) == ("unfinished", None)
+    assert (unfinished.state, unfinished.has_results) == ("unfinished", False)
     (write_run(tmp_path / "c") / "results.json").write_text('{"clean": ')
     damaged = read_run(tmp_path / "c")
     assert damaged.state == "failed"
@@ -331,7 +333,7 @@ def test_numbers_and_names() -> None:
 def test_results_table_holds_the_numbers_of_the_files(run_dir: Path) -> None:
     results = json.loads((run_dir / "results.json").read_text())
     base = json.loads((run_dir / "baseline" / "results.json").read_text())
-    text = text_of(results_table(read_run(run_dir)))
+    text = text_of(run_table(read_run(run_dir)))
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
 
     def cells(values: dict[str, Any]) -> str:
@@ -349,7 +351,7 @@ def test_results_table_holds_the_numbers_of_the_files(run_dir: Path) -> None:
         expected = f"{100 * member['robust']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         assert expected in lines[f"member {k}"]
         assert weight in lines[f"member {k}"]
-    for part in ("400 of 450 test images", "ε = 8/255", "L = 3", "TRADES", "oracle", "square (queries=500)"):
+    for part in ("400 of 450 test images", "ε = 8/255", "L = 3", "TRADES", "oracle", "square (num_queries=500)"):
         assert part in text
     assert "pgd-20 (num_steps=20, restarts=5, objective=ExpectedLoss)" in " ".join(text.split())
 
@@ -357,7 +359,7 @@ def test_results_table_holds_the_numbers_of_the_files(run_dir: Path) -> None:
 def test_paired_difference_against_closed_form_and_bootstrap(run_dir: Path) -> None:
     a = load(run_dir / "records.npz")["robust"]
     b = load(run_dir / "baseline" / "records.npz")["robust"]
-    result = compare(read_run(run_dir))
+    result = compare_with_baseline(read_run(run_dir))
     assert result is not None
     assert result.paired
     assert (result.num_examples, result.note) == (400, "")
@@ -401,7 +403,7 @@ def test_unpaired_difference_when_records_cannot_be_paired(run_dir: Path) -> Non
     expected = 1.96 * math.sqrt(sum(variances))
 
     def check(why: str) -> None:
-        result = compare(read_run(run_dir))
+        result = compare_with_baseline(read_run(run_dir))
         assert result is not None
         assert not result.paired
         assert why in result.note
@@ -443,14 +445,14 @@ def test_verdict(run_dir: Path, shift: float, verdict: str) -> None:
 
 def test_show_run_says_what_is_wrong_and_where_the_files_are(tmp_path: Path, run_dir: Path) -> None:
     text = shown(run_dir)
-    assert "Flag: black box beats white box" in text
+    assert "Flag: black box: It beats white box." in text
     assert str(run_dir) in text.replace("\n", "")
     assert "train 131 s" in text
     assert "paired over 400 test images" in text
     assert "loss became NaN in step 17" in shown(write_run(tmp_path / "[failed]", state="FAILED"))
     text = shown(write_run(tmp_path / "unfinished", state="", rows=16))
     assert "Unfinished after 8 epochs per model" in text
-    assert compare(read_run(tmp_path / "unfinished")) is None
+    assert compare_with_baseline(read_run(tmp_path / "unfinished")) is None
 
 
 def test_sweep_table_and_csv_agree_with_the_files(sweep_dir: Path, tmp_path: Path) -> None:
@@ -468,17 +470,17 @@ def test_sweep_table_and_csv_agree_with_the_files(sweep_dir: Path, tmp_path: Pat
         mine = {r["who"]: r for r in rows if r["run"] == run.path.name}
         assert mine["mixture"]["state"] == run.state
         assert float(mine["mixture"]["eps"]) == run.eps
-        if run.results is None:
+        if not run.has_results:
             assert list(mine) == ["mixture"]
             assert mine["mixture"]["robust"] == ""
             continue
-        robust = run.results["robust"]
+        robust = json.loads((run.path / "results.json").read_text())["robust"]
         assert float(mine["mixture"]["robust"]) == robust["expected_accuracy"]
         ends = [float(mine["mixture"][key]) for key in ("robust_low", "robust_high")]
         assert ends == robust["ci95"]
         assert float(mine["ensemble"]["clean"]) == 0.8575
-        weights = [float(mine[f"member {k}"]["weight"]) for k in range(run.results["L"])]
-        assert weights == run.results["weights"]
+        weights = [float(mine[f"member {k}"]["weight"]) for k in range(len(run.results.weights))]
+        assert tuple(weights) == run.results.weights
         low, high = robust["ci95"]
         cell = f"{100 * robust['expected_accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         assert cell in line
@@ -564,8 +566,8 @@ def test_curves_show_the_test_results_with_their_intervals(run_dir: Path) -> Non
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["mixture", "members", "baseline"]
     lines = labelled(axes)
     colours = labelled(axes_of(figure)["lambda"])
-    for k, member in enumerate(run.members):
-        assert lines[f"member {k} robust"].get_ydata().tolist() == [member["robust"]]
+    for k, member in enumerate(run.results.members):
+        assert lines[f"member {k} robust"].get_ydata().tolist() == [member.robust.value]
         assert lines[f"member {k} clean"].get_color() == colours[f"member {k}"].get_color()
     words = " ".join(text.get_text() for text in figure.texts)
     assert "worst case per image over pgd-20, square" in words
@@ -707,8 +709,7 @@ def test_report_of_runs_that_all_failed_still_tells_them(tmp_path: Path) -> None
     for name in ("a", "b"):
         write_run(tmp_path / name, state="FAILED")
     console = recorder(160)
-    # As far as they came.
-    assert report(tmp_path, console) == [tmp_path / name for name in ("training.png", "weights.png", "report.csv")]
+    assert report(tmp_path, console) == [tmp_path / "report.csv"]
     assert console.export_text().count("the loss became NaN") == 2
     with pytest.raises(UserError, match="none of the 2 runs"):
         draw_sweep(find_runs(tmp_path), tmp_path / "x.png")

@@ -16,18 +16,16 @@ from scipy import stats
 
 from evaluated_run import ATTACKS, MIXTURE_ONLY, write_evaluation
 from mixadv.errors import UserError
-from mixadv.report.attacks import (
-    attack_rows,
-    attacks_table,
-    classifiers,
-    flags_of,
-    read_curve,
-    settings_text,
-    total_seconds,
-    wilson,
+from mixadv.report.attacks import attack_rows, attacks_table, classifiers, settings_text
+from mixadv.report.cells import on_console, print_whole
+from mixadv.report.figures.evaluation import (
+    attacks_figure,
+    eps_figure,
+    eps_lines,
+    evaluation_figures,
+    steps_figure,
+    steps_lines,
 )
-from mixadv.report.cells import print_whole
-from mixadv.report.figures.evaluation import attacks_figure, eps_figure, evaluation_figures, steps_figure
 from mixadv.report.figures.examples import (
     Examples,
     amplification,
@@ -38,6 +36,7 @@ from mixadv.report.figures.examples import (
 )
 from mixadv.report.figures.style import STYLE, save
 from mixadv.report.files import Run, read_run
+from mixadv.results import Accuracy
 
 EIGHT = (0.1, 0.2, 0.05, 0.15, 0.1, 0.1, 0.1, 0.2)
 TWIN = "averaged twin"
@@ -67,7 +66,7 @@ def line_of(axes: Any, label: str) -> tuple[np.ndarray, np.ndarray]:
 
 def text_of(run: Run, width: int = 200) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    print_whole(attacks_table(run), console)
+    print_whole(on_console(attacks_table(run)), console)
     return console.export_text()
 
 
@@ -77,14 +76,14 @@ def text_of(run: Run, width: int = 200) -> str:
 @pytest.mark.parametrize(("right", "count"), [(0, 40), (40, 40), (1, 3), (237, 400), (5173, 10_000)])
 def test_intervals_are_wilsons(right: int, count: int) -> None:
     ci = stats.binomtest(right, count).proportion_ci(method="wilson")
-    assert wilson(right / count, count) == pytest.approx((right / count, ci.low, ci.high), abs=1e-12)
+    assert Accuracy.of(right / count, count) == pytest.approx((right / count, ci.low, ci.high), abs=1e-12)
 
 
 def test_no_interval_is_made_up() -> None:
-    assert wilson(None, 10) == (None, None, None)
-    assert wilson(0.3, None) == (0.3, None, None)
-    assert wilson(0.3, 0) == (0.3, None, None)
-    assert wilson(-0.1, 9) == (-0.1, None, None)
+    assert Accuracy.of(None, 10) == (None, None, None)
+    assert Accuracy.of(0.3, None) == (0.3, None, None)
+    assert Accuracy.of(0.3, 0) == (0.3, None, None)
+    assert Accuracy.of(-0.1, 9) == (-0.1, None, None)
 
 
 def test_a_curve_is_sorted_and_gaps_stay_gaps(evaluated: tuple[Run, dict[str, Any]]) -> None:
@@ -95,50 +94,44 @@ def test_a_curve_is_sorted_and_gaps_stay_gaps(evaluated: tuple[Run, dict[str, An
         "averaged_twin": [0.2, 0.8, 0.4],
     }
     run = edit(run, curves={"eps": {"eps": [0.2, 0, 0.1], **lines}})
-    curve = read_curve(run, "eps")
+    curve = eps_lines(run)
     assert curve is not None
     assert curve.x.tolist() == [0, 0.1, 0.2]
-    assert list(curve.lines) == ["mixture", "member 0", "member 1", "member 2", TWIN]
-    np.testing.assert_array_equal(curve.lines["mixture"], [0.9, np.nan, 0.1])
-    assert curve.lines["member 1"].tolist() == [5, 6, 4]
-    assert curve.lines[TWIN].tolist() == [0.8, 0.4, 0.2]
-    assert read_curve(run, "steps") is None
+    assert list(curve.of) == ["mixture", "member 0", "member 1", "member 2", TWIN]
+    np.testing.assert_array_equal(curve.of["mixture"], [0.9, np.nan, 0.1])
+    assert curve.of["member 1"].tolist() == [5, 6, 4]
+    assert curve.of[TWIN].tolist() == [0.8, 0.4, 0.2]
+    assert steps_lines(run) is None
 
 
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
-        ([], "not an object"),
-        ({"eps": [0, 0.1], "mixture": [0.5]}, "1 values of mixture at 2 points"),
-        ({"eps": [0, 0.1], "mixture": [0.5, 0.4], "members": [[1, 1], [1]]}, "1 values of member 1 at 2 points"),
-        ({"eps": [0, "x"], "mixture": [0.5, 0.4]}, "finite"),
-        ({"eps": [], "mixture": []}, "finite"),
-        ({"eps": 3, "mixture": [1]}, "list of numbers"),
-        ({"eps": [0.1], "mixture": 0.5}, "list of numbers"),
-        ({"eps": [0.1], "members": {"0": [1]}}, "list of lists"),
+        ([], "curves.eps is not an object"),
+        ({"eps": [0, 0.1], "mixture": [0.5]}, "curves.eps has 1 values of mixture at 2 points"),
+        ({"eps": [0, 0.1], "mixture": [0.5, 0.4], "members": [[1, 1], [1]]}, "has 1 values of members[1] at 2 points"),
+        ({"eps": [0, "x"]}, "curves.eps.eps[1] is not a finite number"),
+        ({"eps": 3}, "curves.eps.eps is not a list"),
+        ({"eps": [0.1], "mixture": 0.5}, "curves.eps.mixture is not a list"),
+        ({"eps": [0.1], "members": {"0": [1]}}, "curves.eps.members is not a list"),
     ],
 )
 def test_a_damaged_curve_is_named(evaluated: tuple[Run, dict[str, Any]], entry: Any, match: str) -> None:
     run = edit(evaluated[0], curves={"eps": entry})
-    with pytest.raises(ValueError, match=match):
-        read_curve(run, "eps")
-    figures, damage = evaluation_figures(run)
-    assert list(figures) == ["attacks.png", "examples.png"]
-    assert len(damage) == 1
-    assert "curves.eps" in damage[0]
+    (note,) = run.notes
+    assert note.endswith(match)
+    assert list(evaluation_figures(run, read_examples(run))) == ["attacks.png", "examples.png"]
 
 
-def test_flags_and_settings_in_words(evaluated: tuple[Run, dict[str, Any]]) -> None:
-    run = edit(evaluated[0], flags=["mere text", {"name": "zero-gradients", "evidence": "0.93 of them"}])
-    assert flags_of(run) == [("", "mere text", ""), ("zero-gradients", "0.93 of them", "")]
-    assert flags_of(edit(run, flags=None)) == []
+def test_settings_in_words_and_seconds_of_all_passes(evaluated: tuple[Run, dict[str, Any]]) -> None:
+    run = evaluated[0]
     assert settings_text(ATTACKS["pgd-20"]) == "PGD(num_steps=20, step_size=0.25, restarts=5)"
-    assert settings_text(ATTACKS["apgd-ce"]) == "APGD(objective=CrossEntropy)"
-    assert settings_text({"queries": 5}) == "queries=5"
+    assert settings_text(ATTACKS["apgd-ce"]) == "APGD(loss=ce)"
+    assert settings_text({"num_queries": 5}) == "num_queries=5"
     assert settings_text(None) == ""
     times = [{"seconds": 3, "seconds_on_parts": 4.5}, {"seconds": 3}, {}]
     run = edit(run, attacks={str(i): entry for i, entry in enumerate(times)})
-    assert [total_seconds(row) for row in attack_rows(run)] == [7.5, 3, None]
+    assert [row.seconds for row in attack_rows(run)] == [7.5, 3, None]
 
 
 # The table --------------------------------------------------------------------------------------------------
@@ -199,7 +192,7 @@ def test_the_figure_of_attacks_shows_the_results(tmp_path: Path, weights: tuple[
     bars = [line for line in axes.lines if line.get_label() == "_mixture"]
     assert len(bars) == len(names) + 1
     for bar, value in zip(bars, wanted["mixture"][:-1], strict=False):
-        assert list(bar.get_xdata()) == pytest.approx(wilson(value, 400)[1:])
+        assert list(bar.get_xdata()) == pytest.approx(Accuracy.of(value, 400)[1:])
     assert list(bars[-1].get_xdata()) == results["robust"]["ci95"]
     (last_member,) = [line for line in axes.lines if line.get_label() == "_member 1"]
     assert list(last_member.get_xdata()) == results["members"][1]["ci95"]
@@ -212,8 +205,8 @@ def test_the_figure_of_attacks_shows_the_results(tmp_path: Path, weights: tuple[
 def test_the_lines_of_curves_are_those_of_the_results(tmp_path: Path, weights: tuple[float, ...]) -> None:
     results = write_evaluation(tmp_path / "run", weights=weights)
     run = read_run(tmp_path / "run")
-    for name, figure_of in (("eps", eps_figure), ("steps", steps_figure)):
-        curve = read_curve(run, name)
+    for name, lines_of, figure_of in (("eps", eps_lines, eps_figure), ("steps", steps_lines, steps_figure)):
+        curve = lines_of(run)
         assert curve is not None
         axes, data = axes_of(figure_of(run, curve), name), results["curves"][name]
         lines = {"mixture": data["mixture"], TWIN: data["averaged_twin"]}
@@ -227,7 +220,7 @@ def test_the_lines_of_curves_are_those_of_the_results(tmp_path: Path, weights: t
         if name == "eps":
             assert line_of(axes, "ε = 8/255")[0].tolist() == [8 / 255] * 2
             vertices = axes.collections[0].get_paths()[0].vertices
-            low, high = zip(*(wilson(v, 250)[1:] for v in data["mixture"]), strict=True)
+            low, high = zip(*(Accuracy.of(v, 250)[1:] for v in data["mixture"]), strict=True)
             assert set(np.round(vertices[:, 1], 9)) == set(np.round([*low, *high], 9))
             assert [t.get_text() for t in axes.get_xticklabels()][:1] == ["0"]
         else:
@@ -242,15 +235,15 @@ def test_one_model_is_drawn_once(tmp_path: Path) -> None:
     axes = axes_of(attacks_figure(run), "attacks")
     labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
     assert labels == ["model", "worst case"]
-    curve = read_curve(run, "eps")
+    curve = eps_lines(run)
     assert curve is not None
-    assert list(curve.lines) == ["model"]
-    assert curve.lines["model"].tolist() == results["curves"]["eps"]["mixture"]
+    assert list(curve.of) == ["model"]
+    assert curve.of["model"].tolist() == results["curves"]["eps"]["mixture"]
 
 
 def test_same_colours_in_every_figure(evaluated: tuple[Run, dict[str, Any]]) -> None:
     run, _ = evaluated
-    curve = read_curve(run, "eps")
+    curve = eps_lines(run)
     assert curve is not None
     first, second = axes_of(attacks_figure(run), "attacks"), axes_of(eps_figure(run, curve), "eps")
     colours = []
@@ -267,7 +260,7 @@ def test_everything_written_lies_inside_the_figures(tmp_path: Path) -> None:
     attacks = {f"{name}-of-a-very-long-name-{'x' * 40}": entry for name, entry in results["attacks"].items()}
     run = edit(read_run(tmp_path / "run"), attacks=attacks)
     with matplotlib.rc_context(STYLE):
-        for name, build in evaluation_figures(run)[0].items():
+        for name, build in evaluation_figures(run, read_examples(run)).items():
             figure = build()
             figure.canvas.draw()
             texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text()]
@@ -387,8 +380,13 @@ def test_text_that_cannot_be_shown_becomes_spaces() -> None:
 
 def draw(path: Path) -> tuple[list[str], list[str]]:
     """Every figure that the run has, written beside its files; their names, and what is damaged."""
-    figures, damage = evaluation_figures(read_run(path))
-    return [save(build, path / name).name for name, build in figures.items()], damage
+    run, examples, damage = read_run(path), None, []
+    try:
+        examples = read_examples(run)
+    except ValueError as error:
+        damage.append(str(error))
+    figures = evaluation_figures(run, examples)
+    return [save(build, path / name).name for name, build in figures.items()], [*run.notes, *damage]
 
 
 def test_figures_show_what_the_files_hold(tmp_path: Path) -> None:

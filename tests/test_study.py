@@ -12,10 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
-from scipy import stats
-
-from mixadv.report import compare_settings, find_runs, report, sweep_table, write_table_csv
 from mixadv.report.comparison import paired
 from mixadv.report.differences import (
     BEST_MEMBER,
@@ -29,10 +25,6 @@ from mixadv.report.differences import (
     differences_table,
     write_differences_csv,
 )
-from mixadv.report.files import read_run
-from mixadv.report.names import number
-from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
-from mixadv.report.settings import grouped, headline, names_of, setting_of
 from mixadv.report.study import (
     accuracies_on_test,
     accuracy_figure,
@@ -44,6 +36,14 @@ from mixadv.report.study import (
     validation_curves,
     weights_figure,
 )
+from rich.console import Console
+from scipy import stats
+
+from mixadv.report import compare_settings, find_runs, report, sweep_table, write_table_csv
+from mixadv.report.files import read_run
+from mixadv.report.names import number
+from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
+from mixadv.report.settings import grouped, headline, names_of, setting_of
 
 COUNT = 60
 PASSES = ("pgd-20", "apgd-ce", "apgd-dlr", "arc", "apgd-ce on member 0")

@@ -15,6 +15,15 @@ def printable(value: Any, keep: str = "") -> str:
     return words if words.isprintable() else "".join(c if c.isprintable() or c in keep else " " for c in words)
 
 
+def all_printable(value: Any) -> Any:
+    """Nested plain containers with every text in them, keys too, `printable`."""
+    if isinstance(value, dict):
+        return {all_printable(key): all_printable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [all_printable(part) for part in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def shown(reason: object) -> str:
     """`reason` in one printable line, without passwords of addresses, W&B keys, or secrets of the environment."""
     words = re.sub(r"^wandb: (WARNING |ERROR )?", "", " ".join(str(reason).split())).rstrip(".")

@@ -7,7 +7,6 @@ The symptoms are those of Carlini et al., "On Evaluating Adversarial Robustness"
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named
 from mixadv.evaluation.record import ON, EvaluationRecord
 from mixadv.intervals import paired_interval
 from mixadv.mixture import Mixture
+from mixadv.results import Flag
 from mixadv.threat_model import ThreatModel
 
 # An attack that follows gradients cannot work where there is none. Up to this share of the images the accuracy is
@@ -33,18 +33,6 @@ MAX_SHARE_BEATEN, MIN_BEATEN = 0.01, 2
 MAX_DISAGREEMENT = 0.05
 WHITE_BOX, BLACK_BOX, NOISE_ATTACKS = ("pgd", "apgd", "arc", "subset"), ("square",), ("noise",)
 CE_BASED, WITHOUT_CE = ("pgd", "apgd"), {"dlr", "margin", "cw"}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A reason for distrust.
-
-    name: one of `FLAGS`. evidence: one sentence with the numbers. remedy: one sentence.
-    """
-
-    name: str
-    evidence: str
-    remedy: str
 
 
 # Name -> what to do about it. docs/evaluation.md explains each under a heading of its name.

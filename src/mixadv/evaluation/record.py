@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mixadv.intervals import confidence_interval
-
-ON = " on "
+from mixadv import records
+from mixadv.records import ON
+from mixadv.results import Accuracy, Attack, Classifier, Results
 
 
 @dataclass
@@ -62,7 +62,7 @@ class EvaluationRecord:
 
     def found_by(self) -> list[str]:
         """Per example the first pass that reached the worst case, "clean" where x itself is."""
-        names = ["clean", *self.found]
+        names = [records.CLEAN, *self.found]
         first = np.argmin([self.expected(correct) for correct in self.points()], axis=0)
         return [names[int(index)] for index in first]
 
@@ -77,62 +77,56 @@ class EvaluationRecord:
     def arrays(self) -> dict[str, np.ndarray]:
         """The content of records.npz."""
         arrays = {
-            "labels": self.labels,
-            "weights": self.weights,
-            "clean": self.expected(self.clean),
-            "robust": self.worst_case(),
-            "found_by": np.asarray(self.found_by()),
-            "members_robust": self.members_worst_case().astype(np.uint8),
-            "averaged_twin_robust": self.averaged_twin_worst_case().astype(np.uint8),
-            "member_correct/clean": self.clean,
+            records.LABELS: self.labels,
+            records.WEIGHTS: self.weights,
+            records.CLEAN: self.expected(self.clean),
+            records.ROBUST: self.worst_case(),
+            records.FOUND_BY: np.asarray(self.found_by()),
+            records.MEMBERS_ROBUST: self.members_worst_case().astype(np.uint8),
+            records.TWIN_ROBUST: self.averaged_twin_worst_case().astype(np.uint8),
+            records.MEMBER_CORRECT + records.CLEAN: self.clean,
         }
-        arrays |= {f"attack/{name}": self.expected(self.found[name]) for name in self.attacks}
-        return arrays | {f"member_correct/{key}": correct for key, correct in self.found.items()}
+        arrays |= {records.ATTACK + name: self.expected(self.found[name]) for name in self.attacks}
+        return arrays | {records.MEMBER_CORRECT + key: correct for key, correct in self.found.items()}
 
-    def summary(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def results(self, settings: Mapping[str, Any]) -> Results:
         """The measured part of results.json; `settings` maps attack names to what they were called with."""
-        clean, robust = self.expected(self.clean), self.worst_case()
-        alone, twin = self.members_worst_case(), self.averaged_twin_worst_case()
         first = self.found_by()
-        return {
-            "L": len(self.weights),
-            "weights": self.weights.tolist(),
-            "num_examples": len(self.labels),
-            "clean": _mean("expected_accuracy", clean) | {"ensemble_accuracy": float(self.ensemble_clean.mean())},
-            "attacks": {
-                name: self._attack_summary(name, first) | {"settings": settings[name]} for name in self.attacks
-            },
-            "robust": _mean("expected_accuracy", robust),
-            "averaged_twin": {"clean": float(self.ensemble_clean.mean()), **_mean("robust", twin)},
-            "members": [
-                {"clean": float(clean.mean()), **_mean("robust", survives), "weight": float(weight)}
-                for clean, survives, weight in zip(self.clean, alone, self.weights, strict=True)
-            ],
-        }
+        members = zip(self.clean, self.members_worst_case(), strict=True)
+        clean_twin = float(self.ensemble_clean.mean())
+        return Results(
+            L=len(self.weights),
+            weights=tuple(self.weights.tolist()),
+            num_examples=len(self.labels),
+            clean=accuracy_of(self.expected(self.clean)),
+            ensemble_accuracy=clean_twin,
+            attacks={name: self._attack(name, first, settings[name]) for name in self.attacks},
+            robust=accuracy_of(self.worst_case()),
+            averaged_twin=Classifier(clean_twin, accuracy_of(self.averaged_twin_worst_case())),
+            members=tuple(Classifier(float(clean.mean()), accuracy_of(robust)) for clean, robust in members),
+        )
 
-    def _attack_summary(self, name: str, first: list[str]) -> dict[str, Any]:
+    def _attack(self, name: str, first: list[str], settings: Mapping[str, Any]) -> Attack:
         """Accuracies of everybody under one attack against them, what its replayed points add, and what it cost."""
         passes = [key for key in self.found if key == name or key.startswith(name + ON)]
-        accuracy = self.expected(self.found[name])
         parts = [self.expected(self.found[key]) for key in passes[1:]]
         # A single model is its own only member.
         on_member = [name if len(self.weights) == 1 else f"{name}{ON}member {k}" for k in range(len(self.weights))]
+        alone = [float(self.found[key][k].mean()) if key in self.found else None for k, key in enumerate(on_member)]
         twin = f"{name}{ON}averaged twin"
-        return {
-            "expected_accuracy": float(accuracy.mean()),
-            "ensemble_accuracy": float(self.ensemble[name].mean()),
-            "replayed_from_parts": float(np.min(parts, axis=0).mean()) if parts else None,
-            "members": [
-                float(self.found[key][k].mean()) if key in self.found else None for k, key in enumerate(on_member)
-            ],
-            "averaged_twin": float(self.ensemble[twin].mean()) if twin in self.ensemble else None,
-            "worst_found": sum(key in passes for key in first),
-            "seconds": round(self.seconds[name], 3),
-            "seconds_on_parts": round(sum(self.seconds[key] for key in passes[1:]), 3),
-        }
+        return Attack(
+            mixture=float(self.expected(self.found[name]).mean()),
+            ensemble_accuracy=float(self.ensemble[name].mean()),
+            replayed_from_parts=float(np.min(parts, axis=0).mean()) if parts else None,
+            members=tuple(alone),
+            averaged_twin=float(self.ensemble[twin].mean()) if twin in self.ensemble else None,
+            worst_found=sum(key in passes for key in first),
+            seconds=round(self.seconds[name], 3),
+            seconds_on_parts=round(sum(self.seconds[key] for key in passes[1:]), 3),
+            settings=dict(settings),
+        )
 
 
-def _mean(name: str, values: np.ndarray) -> dict[str, Any]:
-    """The mean over examples under its name, and its interval."""
-    mean = float(values.mean())
-    return {name: mean, "ci95": confidence_interval(mean, len(values))}
+def accuracy_of(values: np.ndarray) -> Accuracy:
+    """The mean of values [N] in [0, 1], one per example, with its interval."""
+    return Accuracy.of(float(values.mean()), len(values))

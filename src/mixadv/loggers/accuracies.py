@@ -1,13 +1,13 @@
 """The measured accuracies of a run under the names by which loggers know them."""
 
-from collections.abc import Mapping
-from typing import Any
+from mixadv.results import Results
 
 
-def accuracies_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """``test/clean_accuracy``, ``test/ensemble_accuracy`` and ``test/robust_accuracy`` of a results.json, in [0, 1]."""
-    return {
-        "test/clean_accuracy": results["clean"]["expected_accuracy"],
-        "test/ensemble_accuracy": results["clean"]["ensemble_accuracy"],
-        "test/robust_accuracy": results["robust"]["expected_accuracy"],
+def accuracies_of(results: Results) -> dict[str, float]:
+    """``test/clean_accuracy``, ``test/ensemble_accuracy``, ``test/robust_accuracy`` in [0, 1], as far as known."""
+    named = {
+        "test/clean_accuracy": results.clean.value,
+        "test/ensemble_accuracy": results.ensemble_accuracy,
+        "test/robust_accuracy": results.robust.value,
     }
+    return {name: value for name, value in named.items() if value is not None}

@@ -2,12 +2,16 @@
 
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixadv.files import replacing
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FILE = "metrics.csv"
 
@@ -54,7 +58,11 @@ class RowReader:
         self._position = self._index = 0
 
     def new(self) -> list[dict[str, str]]:
-        """The rows that were added since the last call: column -> text, empty where the row has no value."""
+        """The rows that were added since the last call: column -> text, empty where the row has no value.
+
+        Raises:
+            ValueError: a complete line that does not fit the header; the message has its number.
+        """
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -64,7 +72,7 @@ class RowReader:
             file.seek(self._position)
             added = file.read()
         added = added[: added.rfind(b"\n") + 1]
-        rows = list(csv.DictReader(io.StringIO((header + added).decode(), newline="")))
+        rows = _rows((header + added).decode(), self._index)
         seen_before = max(0, self.count - self._index)
         self._position += len(added)
         self._index += len(rows)
@@ -72,12 +80,42 @@ class RowReader:
         return rows[seen_before:]
 
 
+def _rows(text: str, before: int) -> list[dict[str, str]]:
+    """The rows of a header and the lines below it, in front of which the file has `before` others."""
+    lines = csv.reader(io.StringIO(text, newline=""))
+    columns = next(lines, [])
+    rows = []
+    for number, cells in enumerate(filter(None, lines), before + 2):
+        if len(cells) != len(columns):
+            raise ValueError(f"line {number} has {len(cells)} cells, its header {len(columns)}")
+        rows.append(dict(zip(columns, cells, strict=True)))
+    return rows
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """All complete rows of a metrics.csv: column -> text; none where there is no file.
 
     A last line that a crash has torn is left out, whatever it holds: half a number still reads as a number.
+
+    Raises:
+        ValueError: a complete line that does not fit the header; the message has its number.
     """
     return RowReader(path).new()
+
+
+def read_columns(path: Path) -> "dict[str, np.ndarray]":
+    """The columns of a metrics.csv, [rows] float64, nan for empty cells; raises as `read_rows` does, also for text."""
+    import numpy as np  # the logger of a training starts without it
+
+    rows = read_rows(path)
+    if not rows:
+        return {}
+    try:
+        values = [[float(cell) if cell.strip() else math.nan for cell in row.values()] for row in rows]
+    except ValueError as error:
+        raise ValueError(f"a cell is no number: {error}") from None
+    table = np.array(values, dtype=np.float64)
+    return {name: table[:, i] for i, name in enumerate(rows[0])}
 
 
 def as_numbers(row: Mapping[str, str]) -> dict[str, float]:

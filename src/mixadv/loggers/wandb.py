@@ -22,6 +22,7 @@ from mixadv.errors import UserError
 from mixadv.loggers.accuracies import accuracies_of
 from mixadv.loggers.metrics_file import FILE, RowReader, as_numbers
 from mixadv.loggers.wandb_link import Link
+from mixadv.results import Results
 
 MODES = ("online", "offline", "disabled")
 
@@ -270,8 +271,8 @@ class WandbLogger(pl_loggers.WandbLogger):
         self._link.send(self._offset + self._rows.count, self._named(values), commit=False)
 
     @rank_zero_only
-    def summary(self, results: Mapping[str, Any]) -> None:
-        """Put the final numbers of a results.json into the run's summary, as ``test/robust_accuracy`` and others."""
+    def summary(self, results: Results) -> None:
+        """Put the final numbers of the results into the run's summary, as ``test/robust_accuracy`` and others."""
         values = self._named(accuracies_of(results))
         self._attempt(lambda: self._link.run.summary.update(values))
 
@@ -303,23 +304,22 @@ class WandbLogger(pl_loggers.WandbLogger):
             self._attempt(send, but="the images")
 
     @rank_zero_only
-    def log_results(self, results: Mapping[str, Any], figures: Sequence[Path] = ()) -> None:
-        """Log a results.json as tables: ``results`` (who, clean, robust) and ``attacks`` (name, expected accuracy).
+    def log_results(self, results: Results, figures: Sequence[Path] = ()) -> None:
+        """Log the results as tables: ``results`` (who, clean, robust) and ``attacks`` (name, expected accuracy).
 
         Args:
-            results: the content of results.json.
             figures: PNG files, shown as ``figures/NAME``; those that do not exist are left out.
         """
 
         def send() -> None:
             import wandb
 
-            who = [["mixture", results["clean"]["expected_accuracy"], results["robust"]["expected_accuracy"]]]
-            others = {f"member {k}": member for k, member in enumerate(results.get("members", ()))}
-            if "averaged_twin" in results:
-                others["averaged twin"] = results["averaged_twin"]
-            who += [[name, other["clean"], other["robust"]] for name, other in others.items()]
-            attacks = [[name, attack["expected_accuracy"]] for name, attack in results.get("attacks", {}).items()]
+            who = [["mixture", results.clean.value, results.robust.value]]
+            others = {f"member {k}": member for k, member in enumerate(results.members)}
+            if results.averaged_twin is not None:
+                others["averaged twin"] = results.averaged_twin
+            who += [[name, other.clean, other.robust.value] for name, other in others.items()]
+            attacks = [[name, attack.mixture] for name, attack in results.attacks.items()]
             self._add(
                 {
                     "results": _table(["who", "clean", "robust"], who),

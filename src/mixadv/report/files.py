@@ -1,4 +1,4 @@
-"""Reading the files of a run, and nothing that depends on how they are shown.
+"""Reading the files of a run, each once, and nothing that depends on how they are shown.
 
 A report must never fail because one run of a sweep was killed or damaged, and must never hide that it was:
 what cannot be read becomes a line in `Run.notes`, which every view prints.
@@ -6,137 +6,124 @@ what cannot be read becomes a line in `Run.notes`, which every view prints.
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from mixadv import results
 from mixadv.errors import UserError
-from mixadv.files import replacing
-from mixadv.redaction import printable
-from mixadv.report.names import all_printable, group_name, natural_key, number
+from mixadv.files import read_arrays, replacing
+from mixadv.loggers.metrics_file import FILE as METRICS
+from mixadv.loggers.metrics_file import read_columns
+from mixadv.records import RECORDS
+from mixadv.redaction import all_printable, printable
+from mixadv.report.names import group_name, natural_key, number
+from mixadv.results import Accuracy, Results
 from mixadv.runs.locks import LOCK, holder
 from mixadv.shipped import refuse_aliases
 
 BASELINE = "baseline"
-_MARKERS = ("results.json", "metrics.csv", "DONE", "FAILED", LOCK)
-
-
-class Interval(NamedTuple):
-    """A fraction in [0, 1] with the ends of its 95 % interval; None for what the files do not say."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-def stored_interval(entry: Any, key: str) -> Interval:
-    """`entry[key]` and `entry["ci95"]` of the results, as far as they are there and numbers."""
-    if not isinstance(entry, dict):
-        return Interval(None)
-    ends = entry.get("ci95")
-    low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
-    return Interval(number(entry.get(key)), number(low), number(high))
+_MARKERS = (results.FILE, METRICS, "DONE", "FAILED", LOCK)
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one run directory says.
+    """What one run directory says. Its files are read once; hand the run on rather than its path.
 
     Attributes:
         path: the directory.
         state: "done", "running" (a process works on it), "failed" or "unfinished".
         reason: why it failed (the text of `FAILED`), or the process that works on it, else "".
-        results: `results.json`, None while there is none.
+        results: what `results.json` says; nothing is known while there is none.
+        has_results: whether there is a `results.json` that can be read.
         history: the columns of `metrics.csv`, each [rows] float64, nan where a row has no value.
         baseline: the run in `baseline/`, if there is one.
         config: the resolved configuration (from `results.json`, before that from `config.yaml`).
-        notes: files that were there and could not be read, one line each.
+        notes: what was there and could not be read, one line each.
     """
 
     path: Path
     state: str
     reason: str = ""
-    results: dict[str, Any] | None = None
+    results: Results = field(default_factory=Results)
+    has_results: bool = False
     history: dict[str, np.ndarray] = field(default_factory=dict)
     baseline: Run | None = None
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def get(self, *keys: str) -> Any:
-        """`results[keys[0]][keys[1]]...`, or None where the files say nothing."""
-        value: Any = self.results
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+    def get(self, key: str) -> Any:
+        """`task` or `game` of the results, as the tables of games ask for them."""
+        return self.results.played if key == "game" else getattr(self.results, key)
 
-    def interval(self, measure: str) -> Interval:
-        """The expected accuracy and 95 % interval of `measure`, "clean" or "robust"."""
-        return stored_interval(self.get(measure), "expected_accuracy")
-
-    @property
-    def clean(self) -> Interval:
-        return self.interval("clean")
+    @cached_property
+    def _records(self) -> dict[str, np.ndarray] | ValueError | None:
+        try:
+            return read_arrays(self.path / RECORDS)
+        except ValueError as error:
+            return error
 
     @property
-    def robust(self) -> Interval:
+    def records(self) -> dict[str, np.ndarray]:
+        """The arrays of `records.npz`, read when they are first asked for.
+
+        Raises:
+            ValueError: there is no such file, or it cannot be read.
+        """
+        found = self._records
+        if found is None:
+            raise ValueError(f"{self.path / RECORDS} is missing")
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    @property
+    def clean(self) -> Accuracy:
+        return self.results.clean
+
+    @property
+    def robust(self) -> Accuracy:
         """Mean over examples of the worst case over attacks of the exact expected accuracy."""
-        return self.interval("robust")
+        return self.results.robust
 
     @property
-    def members(self) -> list[dict[str, Any]]:
-        members = self.get("members")
-        return [m for m in members if isinstance(m, dict)] if isinstance(members, list) else []
-
-    @property
-    def attacks(self) -> dict[str, Any]:
-        """Name of each attack of the evaluation -> its entry (expected_accuracy, settings, seconds)."""
-        attacks = self.get("attacks")
-        return attacks if isinstance(attacks, dict) else {}
-
-    @property
-    def weights(self) -> list[float]:
-        weights = self.get("weights")
-        numbers = [number(w) for w in weights] if isinstance(weights, list) else []
-        return [w for w in numbers if w is not None] if None not in numbers else []
+    def task(self) -> str:
+        return str(self.results.task or self.config.get("task") or "")
 
     @property
     def num_members(self) -> int | None:
-        return _whole(self.get("L"), self.config.get("L"))
+        return self.results.L if self.results.L is not None else _whole(self.config.get("L"))
 
     @property
     def num_examples(self) -> int | None:
-        return _whole(self.get("num_examples"), self.get("data", "num_test"))
+        known = self.results.num_examples
+        return self.results.data.num_test if known is None else known
 
     @property
     def eps(self) -> float | None:
         """Radius of the ball, in units of the input."""
-        return _first_number(self.get("threat_model", "eps"), self.config.get("eps"))
+        return number(self.config.get("eps")) if self.results.eps is None else self.results.eps
 
     @property
     def norm(self) -> str:
-        value = self.get("threat_model", "norm")
         nested = self.config.get("threat_model")
-        if value is None and isinstance(nested, dict):
-            value = nested.get("norm")
-        return str(value or "")
+        return str(self.results.norm or (nested.get("norm") if isinstance(nested, dict) else None) or "")
 
     @property
     def seed(self) -> int | None:
-        return _whole(self.get("seed"), self.config.get("seed"))
+        return self.results.seed if self.results.seed is not None else _whole(self.config.get("seed"))
 
     @property
     def was_only_measured(self) -> bool:
         """Whether the configuration is that of a measurement, and says nothing of how the members were trained."""
-        return (self.get("task") or self.config.get("task")) in ("evaluate", "solve")
+        return self.task in ("evaluate", "solve")
 
     @property
     def loss(self) -> str:
@@ -145,17 +132,17 @@ class Run:
     @property
     def solver(self) -> str:
         """What gave the weights; "" where that was another run."""
-        evaluated = (self.get("task") or self.config.get("task")) == "evaluate"
-        return "" if evaluated else group_name(self.config.get("lambda_solver"))
+        return "" if self.task == "evaluate" else group_name(self.config.get("lambda_solver"))
 
     @property
     def data(self) -> str:
-        return str(self.get("data", "name") or group_name(self.config.get("data")))
+        return self.results.data.name or group_name(self.config.get("data"))
 
     @property
     def training_seconds(self) -> float | None:
         """Wall seconds of the training, validation included, of all the processes that continued it together."""
-        return _first_number(self.last("seconds"), self.get("seconds", "train"))
+        known = self.last("seconds")
+        return self.results.seconds.get("train") if known is None else known
 
     def last(self, name: str) -> float | None:
         """The last value of a column of the history, None where it has none."""
@@ -166,10 +153,10 @@ class Run:
     @property
     def images(self) -> str:
         """On how many test images, and of how many, it was measured; "" where the files do not say."""
-        whole = number(self.get("data", "num_test"))
+        whole = self.results.data.num_test
         if self.num_examples is None:
             return ""
-        of = f" of {whole:,.0f}" if whole is not None and whole > self.num_examples else ""
+        of = f" of {whole:,}" if whole is not None and whole > self.num_examples else ""
         return f"{self.num_examples:,}{of} test images"
 
     @property
@@ -177,44 +164,9 @@ class Run:
         return any(len(column) for column in self.history.values())
 
 
-def _first_number(*values: Any) -> float | None:
-    """The first of the values that is a number."""
-    return next((known for value in values if (known := number(value)) is not None), None)
-
-
-def _whole(*values: Any) -> int | None:
-    value = _first_number(*values)
-    return None if value is None else int(value)
-
-
-def read_history(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a `metrics.csv` [rows] float64, nan for empty cells.
-
-    A last line without its line end is the mark of a killed writer and is ignored, whatever it holds: a
-    number cut in the middle still reads as a number.
-
-    Raises:
-        ValueError: a complete line that does not fit the header; the message names its number.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    if not lines:
-        return {}
-    rows = csv.reader(lines)
-    header = next(rows)
-    values = []
-    for row in rows:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise ValueError(f"line {rows.line_num} has {len(row)} cells, its header {len(header)}")
-        try:
-            values.append([float(cell) if cell.strip() else math.nan for cell in row])
-        except ValueError as error:
-            raise ValueError(f"line {rows.line_num}: {error}") from None
-    table = np.array(values, dtype=np.float64).reshape(len(values), len(header))
-    return {name: table[:, i] for i, name in enumerate(header)}
+def _whole(value: Any) -> int | None:
+    known = number(value)
+    return None if known is None else int(known)
 
 
 def read_run(path: str | Path) -> Run:
@@ -229,24 +181,23 @@ def read_run(path: str | Path) -> Run:
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give the directory of a run")
     notes: list[str] = []
-    results, config, history = None, {}, {}
-    with _noting(path / "results.json", notes):
-        results = all_printable(json.loads((path / "results.json").read_text(encoding="utf-8")))
-        if not isinstance(results, dict):
-            results = None
-            raise ValueError("not a JSON object")
-    if results is not None and isinstance(results.get("config"), dict):
-        config = results["config"]
+    found: Results | None = None
+    config, history = {}, {}
+    with _noting(path / results.FILE, notes):
+        found, damaged = results.read(path / results.FILE)
+        notes += [f"{path / results.FILE}: {line}" for line in damaged]
+    if found is not None and found.config:
+        config = found.config
     else:
         with _noting(path / "config.yaml", notes):
             config = all_printable(_read_yaml(path / "config.yaml"))
-    with _noting(path / "metrics.csv", notes):
-        history = read_history(path / "metrics.csv")
+    with _noting(path / METRICS, notes):
+        history = read_columns(path / METRICS)
 
     state, reason = "unfinished", ""
     if (path / "DONE").exists():
-        state = "done" if results is not None else "failed"
-        reason = "" if results is not None else "marked DONE, but results.json is missing or damaged"
+        state = "done" if found is not None else "failed"
+        reason = "" if found is not None else "marked DONE, but results.json is missing or damaged"
     elif (who := holder(path)) is not None:
         state, reason = "running", who
     elif (path / "FAILED").exists():
@@ -256,7 +207,13 @@ def read_run(path: str | Path) -> Run:
         reason = reason or "no reason given"
     below = path / BASELINE
     baseline = read_run(below) if is_run(below) else None
-    return Run(path, state, reason, results, history, baseline, config, tuple(notes))
+    has_results = found is not None
+    return Run(path, state, reason, found or Results(), has_results, history, baseline, config, tuple(notes))
+
+
+def opened(run: Run | str | Path) -> Run:
+    """The run itself, or the run in a directory; raises as `read_run` does."""
+    return run if isinstance(run, Run) else read_run(run)
 
 
 def is_run(path: Path) -> bool:

@@ -22,15 +22,6 @@ _GROUP_NAMES = {
 }
 
 
-def all_printable(value: Any) -> Any:
-    """Nested plain containers with every text in them, keys too, `printable`."""
-    if isinstance(value, dict):
-        return {all_printable(key): all_printable(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [all_printable(part) for part in value]
-    return printable(value) if isinstance(value, str) else value
-
-
 def number(value: Any) -> float | None:
     """A finite float from a number or from text such as "0.031" or "8/255", else None."""
     if value is None or isinstance(value, bool):

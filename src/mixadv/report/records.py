@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixadv.files import read_arrays
+from mixadv import records
 from mixadv.report.files import Run
 
 CLEAN, PGD, APGD, ALL = "clean", "pgd-20", "apgd", "all points"
 MEMBERS, GAP = "mean of the members", "matching-penny gap"
 EVEN = "equal weights"
-_PGD, _APGD, _EVEN = f"attack/{PGD}", "attack/apgd-", "robust uniform"
-_READ = ("clean", "robust", "members_robust", _PGD, _EVEN)
+_PGD, _APGD = records.ATTACK + PGD, records.ATTACK + "apgd-"
+_READ = (records.CLEAN, records.ROBUST, records.MEMBERS_ROBUST, _PGD, records.UNIFORM_ROBUST)
 
 
 class Measured(NamedTuple):
@@ -46,24 +46,21 @@ def measured(run: Run) -> Measured:
     Raises:
         ValueError: there are no records, or they are damaged or not those of the results.
     """
-    path = run.path / "records.npz"
-    arrays = read_arrays(path)
-    if arrays is None:
-        raise ValueError(f"{path} is missing")
-    if missing := [name for name in ("labels", "clean", "robust") if name not in arrays]:
+    path, arrays = run.path / records.RECORDS, run.records
+    if missing := [name for name in (records.LABELS, records.CLEAN, records.ROBUST) if name not in arrays]:
         raise ValueError(f"{path} has no {missing[-1]!r}")
-    labels = arrays["labels"]
+    labels = arrays[records.LABELS]
     kept = {name: array for name, array in arrays.items() if name in _READ or name.startswith(_APGD)}
     try:
         numbers = {name: array.astype(np.float64) for name, array in kept.items()}
     except (TypeError, ValueError):
         raise ValueError(f"{path} holds something that is not numbers") from None
-    members = numbers.pop("members_robust", None)
+    members = numbers.pop(records.MEMBERS_ROBUST, None)
     if not all(a.shape == labels.shape and a.ndim == 1 and np.isfinite(a).all() for a in numbers.values()):
         raise ValueError(f"{path} is not one finite number per image")
     if len(labels) < 2:
         raise ValueError(f"{path} has fewer than two images")
-    found = {CLEAN: numbers["clean"], ALL: numbers["robust"]}
+    found = {CLEAN: numbers[records.CLEAN], ALL: numbers[records.ROBUST]}
     # Stale records beside newer results would give an interval about other numbers than the table's.
     if run.robust.value is None or not abs(found[ALL].mean() - run.robust.value) <= 1e-4:
         raise ValueError(f"{path} does not belong to its results.json")
@@ -71,13 +68,14 @@ def measured(run: Run) -> Measured:
         if attacks and attacks[0] in numbers:
             # An attacker may leave an image as it is.
             found[measure] = np.min([found[CLEAN], *(numbers[name] for name in attacks)], axis=0)
-    if _EVEN in numbers:
-        found[EVEN] = numbers[_EVEN]
-    if members is not None and (not run.weights or members.shape != (len(run.weights), len(labels))):
+    if records.UNIFORM_ROBUST in numbers:
+        found[EVEN] = numbers[records.UNIFORM_ROBUST]
+    weights = run.results.weights
+    if members is not None and (not weights or members.shape != (len(weights), len(labels))):
         members = None
     if members is not None:
-        found[MEMBERS] = np.asarray(run.weights) @ members
+        found[MEMBERS] = np.asarray(weights) @ members
         found[GAP] = found[ALL] - found[MEMBERS]
-    settings = {name: entry.get("settings") for name, entry in run.attacks.items() if isinstance(entry, dict)}
+    settings = {name: attack.settings for name, attack in run.results.attacks.items()}
     how = json.dumps([run.data, run.norm, run.eps, settings], sort_keys=True, default=str)
     return Measured(found, members, labels, how)

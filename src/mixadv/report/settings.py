@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixadv.report.files import Run
-from mixadv.report.names import format_ball, number
+from mixadv.report.names import number
 from mixadv.setting_keys import flat_settings, is_indifferent
 from mixadv.unknown_keys import RENAMED
 
@@ -127,14 +127,6 @@ def grouped(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
         if (setting := setting_of(run)) is not None:
             groups[setting].append(run)
     return {setting: groups[setting] for setting in sorted(groups, key=lambda setting: setting.order)}
-
-
-def headline(groups: Groups) -> str:
-    """Data, norm and eps of all the runs."""
-    runs = [run for of_setting in groups.values() for run in of_setting]
-    data = sorted({run.data for run in runs if run.data})
-    balls = sorted({format_ball(run.norm, run.eps) for run in runs if run.eps is not None})
-    return " · ".join([", ".join(data), *balls])
 
 
 def usual_epochs(settings: Sequence[Setting]) -> float | None:

@@ -6,14 +6,18 @@ from rich.console import Console
 from rich.text import Text
 
 from mixadv.redaction import printable
-from mixadv.report.attacks import attacks_table, flags_of
-from mixadv.report.cells import print_whole
-from mixadv.report.comparison import comparison_sentence, member_sentence
+from mixadv.report.attacks import attacks_table
+from mixadv.report.cells import on_console, print_whole
+from mixadv.report.compare import baseline_sentence, member_sentence
 from mixadv.report.files import Run
 from mixadv.report.game_tables import print_game
-from mixadv.report.names import number
 from mixadv.report.solve import solution_sentences, solution_table
-from mixadv.report.tables import progress, results_table
+from mixadv.report.tables import run_table
+
+_FILES = (
+    *("results.json", "metrics.csv", "records.npz", "game.npz", "report.html", "curves.png", "solve.png", "game.png"),
+    *("attacks.png", "eps.png", "steps.png", "examples.png", "mixture", "checkpoints"),
+)
 
 
 def show_run(run: Run, console: Console) -> None:
@@ -22,45 +26,47 @@ def show_run(run: Run, console: Console) -> None:
     def say(text: str, style: str = "") -> None:
         console.print(Text(text, style=style))
 
-    if run.get("task") == "solve":
-        print_whole(solution_table(run), console)
+    if run.results.task == "solve":
+        print_whole(on_console(solution_table(run)), console)
         for sentence in solution_sentences(run):
             say(sentence)
-    elif run.get("task") == "game":
+    elif run.results.task == "game":
         print_game(run, console)
-    elif run.results is not None:
-        print_whole(results_table(run), console)
-        for sentence in (comparison_sentence(run), member_sentence(run)):
+    elif run.has_results:
+        print_whole(run_table(run), console)
+        for sentence in (baseline_sentence(run), member_sentence(run)):
             if sentence:
                 say(sentence)
-        if run.attacks:
-            print_whole(attacks_table(run), console)
+        if run.results.attacks:
+            print_whole(on_console(attacks_table(run)), console)
     if run.state == "failed":
         say(f"Failed: {run.reason}", "red")
     elif run.state == "running":
-        say(f"Running{progress(run)}: {run.reason}.", "cyan")
+        say(f"Running{_progress(run)}: {run.reason}.", "cyan")
     elif run.state == "unfinished":
-        say(f"Unfinished{progress(run)}: the same command resumes it.", "yellow")
+        say(f"Unfinished{_progress(run)}: the same command resumes it.", "yellow")
     base = run.baseline
     if base is not None and base.state != "done":
         reason = base.reason or "the same command resumes it"
         say(f"The baseline is {'unfinished' if base.state == 'unfinished' else 'failed'}: {reason}", "yellow")
-    for flag in flags_of(run):
-        said = ": ".join(part for part in (flag.name, flag.evidence) if part)
-        say(f"Flag: {said}{' ' + flag.remedy if flag.remedy else ''}", "yellow")
+    for flag in run.results.flags or ():
+        what = ": ".join(part for part in (flag.name, flag.evidence) if part)
+        say(f"Flag: {what}{' ' + flag.remedy if flag.remedy else ''}", "yellow")
     for note in (*run.notes, *(base.notes if base is not None else ())):
         say(f"Damaged: {note}", "red")
-    seconds = run.get("seconds")
-    if isinstance(seconds, dict):
-        parts = [f"{name} {value:.0f} s" for name, v in seconds.items() if (value := number(v)) is not None]
-        say("Time: " + ", ".join(parts))
-    names = [
-        *("results.json", "metrics.csv", "records.npz", "game.npz", "report.html"),
-        *("curves.png", "solve.png", "game.png"),
-        *("attacks.png", "eps.png", "steps.png", "examples.png", "mixture", "checkpoints"),
-    ]
-    here = [name for name in names if (run.path / name).exists()]
+    if run.results.seconds:
+        say("Time: " + ", ".join(f"{name} {value:.0f} s" for name, value in run.results.seconds.items()))
+    here = [name for name in _FILES if (run.path / name).exists()]
     # Unwrapped, so that the path can be copied.
     console.print(Text(f"Files: {printable(run.path)}"), soft_wrap=True)
     if here:
         say(f"       {', '.join(here)}")
+
+
+def _progress(run: Run) -> str:
+    """How far an unfinished run came, from its history."""
+    epochs, robust = run.last("epoch"), run.last("val/robust_accuracy")
+    if epochs is None:
+        return ""
+    accuracy = "" if robust is None else f", validation robust accuracy {100 * robust:.1f} %"
+    return f" after {epochs:.3g} epochs per model{accuracy}"

@@ -1,83 +1,154 @@
-"""Tables and sentences about runs; accuracies are printed in per cent, files keep fractions."""
+"""The table of results: who has which accuracy, of one run or of many."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
+from rich.table import Table as RichTable
 
-from mixadv.report.attacks import everybody, settings_text
-from mixadv.report.cells import NONE, add_row, new_table, percent, percent_with, plain, write_csv
+from mixadv.report.attacks import TWIN, classifiers, settings_text
+from mixadv.report.cells import Column, Table, on_console, seen, without_ends, write_csv
 from mixadv.report.files import Run
 from mixadv.report.names import format_ball, format_eps, norm_symbol, short_names
 from mixadv.report.records import APGD, GAP, PGD, measured
 from mixadv.report.settings import setting_of
+from mixadv.results import UNKNOWN, Accuracy
 
 _STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinished": "yellow"}
-CSV_HEADER = [
-    *("run", "state", "reason", "data", "norm", "eps", "L", "loss", "solver", "schedule", "epochs", "seed"),
-    *("train_seconds", "num_examples", "who", "weight", "clean", "clean_low", "clean_high"),
-    *("robust", "robust_low", "robust_high", "pgd_20", "apgd", "matching_penny_gap"),
-]
 
 
-def results_table(run: Run) -> Table:
-    """Each member alone, the mixture, its ensemble and its baseline: clean, robust [95 % interval], lambda.
+class Line(NamedTuple):
+    """A row of the table of results: one classifier of a run.
 
-    "mixture" is the randomized classifier, its accuracies exact expectations over the draw of a member;
-    "ensemble accuracy" is argmax of the averaged probabilities, a different and deterministic classifier,
-    given on clean images only. All intervals are those that the evaluation stored.
+    who: "mixture", "member 0", ..., "ensemble" (the averaged twin, on clean images only), "averaged twin" or
+    "baseline"; label: the same for readers. robust: at the worst of all points found by anyone. weight: of a member.
+    name: of the run among others.
     """
-    headings = ("", "clean %", "robust % [95 % interval]", "λ")
-    table = new_table(_headline(run), headings, words=[""], folds={"": 1}, caption=_caption(run))
-    found = everybody(run)
-    for k in range(len(run.members)):
-        member = found[f"member {k}"]
-        cells = [member.label, percent(member.clean.value), percent_with(member.robust), plain(member.weight, ".3f")]
-        add_row(table, cells)
-    table.add_section()
-    for who in ("mixture", "ensemble", "baseline"):
-        if who in found:
-            label = who if who == "mixture" else found[who].label
-            cells = [label, percent(found[who].clean.value), percent_with(found[who].robust), ""]
-            add_row(table, cells, style="bold" if who == "mixture" else "")
-    return table
+
+    run: Run
+    who: str
+    label: str
+    clean: Accuracy
+    robust: Accuracy = UNKNOWN
+    weight: float | str | None = ""
+    name: str = ""
+
+    def under(self, measure: str) -> float | None:
+        """Of the mixture, its mean of a measure of `records`."""
+        try:
+            each = measured(self.run).accuracies.get(measure) if self.who == "mixture" else None
+        except ValueError:
+            return None
+        return None if each is None else float(each.mean())
 
 
-def sweep_table(runs: Sequence[Run]) -> Table:
+def _of_setting(name: str) -> Any:
+    """How the run was trained, as far as it says."""
+
+    def of(line: Line) -> Any:
+        setting = setting_of(line.run)
+        return None if setting is None else getattr(setting, name)
+
+    return of
+
+
+def _state(line: Line) -> str:
+    flags = line.run.results.flags
+    flagged = f", {len(flags)} flagged" if flags else ""
+    return line.run.state + flagged + (", damaged" if line.run.notes else "")
+
+
+def _baseline(line: Line) -> float | None:
+    return line.run.baseline.robust.value if line.run.baseline else None
+
+
+# Views: `run`, the classifiers of one run, on a console and on its page; `sweep`, the mixtures of many runs, on a
+# console; `csv`, the classifiers of many runs, in report.csv.
+RESULTS: tuple[Column[Line], ...] = (
+    Column("run", "run", lambda line: line.name, views="sweep csv", words=True, fold=12),
+    Column(
+        "state",
+        "state",
+        _state,
+        views="sweep",
+        words=True,
+        fold=10,
+        style=lambda line: _STATE_STYLES[line.run.state],
+    ),
+    Column("state", "state", lambda line: line.run.state, views="csv"),
+    Column("reason", "reason", lambda line: line.run.reason, views="csv"),
+    Column("data", "data", lambda line: line.run.data, views="csv"),
+    Column("norm", "norm", lambda line: line.run.norm, views="csv"),
+    Column("eps", "ε", lambda line: line.run.eps, format_eps, views="sweep csv"),
+    Column("L", "L", lambda line: line.run.num_members, views="sweep csv"),
+    Column("loss", "loss", lambda line: line.run.loss, views="sweep csv", words=True),
+    Column("solver", "solver", lambda line: line.run.solver, views="sweep csv", words=True),
+    Column("schedule", "schedule", _of_setting("schedule"), views="csv"),
+    Column("epochs", "epochs", _of_setting("epochs"), views="csv"),
+    Column("seed", "seed", lambda line: line.run.seed, views="sweep csv"),
+    Column("train_seconds", "training, s", lambda line: line.run.training_seconds, ".0f", views="csv"),
+    Column("num_examples", "images", lambda line: line.run.num_examples, views="csv"),
+    Column("label", "", lambda line: line.label, views="run", words=True, fold=1),
+    Column("who", "who", lambda line: line.who, views="csv"),
+    Column("weight", "weight λ", lambda line: line.weight, ".3f", views="run csv"),
+    Column("clean", "clean % [95 %]", lambda line: line.clean, ".1%", views="run sweep csv", ends=True),
+    Column("robust", "robust % [95 %]", lambda line: line.robust, ".1%", views="run sweep csv", ends=True),
+    Column("pgd_20", "PGD-20 %", lambda line: line.under(PGD), ".1%", views="csv"),
+    Column("apgd", "APGD %", lambda line: line.under(APGD), ".1%", views="csv"),
+    Column("matching_penny_gap", "gap", lambda line: line.under(GAP), ".1%", views="csv"),
+    Column("baseline", "baseline robust %", _baseline, ".1%", views="sweep", fold=8),
+    Column("weights", "λ", lambda line: line.run.results.weights, ".2f", views="sweep", fold=9),
+)
+
+
+def everybody(run: Run, name: str = "") -> dict[str, Line]:
+    """All that were measured, by their `Line.who`: the members, the mixture, its averaged twin and the baseline."""
+    found, results = {}, run.results
+    weights: Sequence[float | None] = results.weights or [None] * len(results.members)
+    for k, (member, weight) in enumerate(zip(results.members, weights, strict=True)):
+        label = ": ".join(part for part in (f"member {k}", member.name) if part)
+        found[f"member {k}"] = Line(run, f"member {k}", label, Accuracy(member.clean), member.robust, weight, name)
+    found["mixture"] = Line(run, "mixture", classifiers(run)[0], run.clean, run.robust, name=name)
+    ensemble = Accuracy(results.ensemble_accuracy)
+    found["ensemble"] = Line(run, "ensemble", "ensemble accuracy", ensemble, name=name)
+    if (twin := results.averaged_twin) is not None:
+        found[TWIN] = Line(run, TWIN, TWIN, Accuracy(twin.clean), twin.robust, name=name)
+    if (base := run.baseline) is not None:
+        label = f"baseline ({'one model' if base.state == 'done' else base.state})"
+        found["baseline"] = Line(run, "baseline", label, base.clean, base.robust, name=name)
+    return found
+
+
+def results_table(run: Run, title: str, who: Iterable[str], caption: str = "") -> Table[Line]:
+    """The classifiers of one run, members first.
+
+    "mixture" is the randomized classifier, its accuracies exact expectations over the draw of a member. All intervals
+    are those that the evaluation stored.
+    """
+    lines = [line for name, line in everybody(run).items() if name in who]
+    first = next((i for i, line in enumerate(lines) if line.who == "mixture"), 0)
+    return Table(title, seen(RESULTS, "run"), lines, caption, bold=(first,), sections=(first - 1,))
+
+
+def run_table(run: Run) -> RichTable:
+    """`results_table` for a console, with the ensemble accuracy: argmax of the averaged probabilities."""
+    seed = [] if run.seed is None else [f"seed {run.seed}"]
+    who = [*(f"member {k}" for k in range(len(run.results.members))), "mixture", "ensemble", "baseline"]
+    return on_console(results_table(run, " · ".join([*headline_parts(run), *seed]), who, _caption(run)))
+
+
+def sweep_table(runs: Sequence[Run]) -> RichTable:
     """One row per run, in the order given; loss and solver move to the caption where all runs share them."""
     common = len(runs) > 1 and len({(run.loss, run.solver) for run in runs}) == 1
-    shared = {"loss", "solver"} if common else set()
-    columns: dict[str, list[str | Text]] = {
-        "run": [*short_names([run.path for run in runs])],
-        "state": [_state(run) for run in runs],
-        "ε": [format_eps(run.eps) for run in runs],
-        "L": [plain(run.num_members) for run in runs],
-        "loss": [run.loss or NONE for run in runs],
-        "solver": [run.solver or NONE for run in runs],
-        "seed": [plain(run.seed) for run in runs],
-        "clean %": [percent(run.clean.value) for run in runs],
-        "robust % [95 %]": [percent_with(run.robust) for run in runs],
-        "baseline robust %": [percent(run.baseline.robust.value if run.baseline else None) for run in runs],
-        "λ": [" ".join(f"{w:.2f}" for w in run.weights) or NONE for run in runs],
-    }
-    columns = {heading: cells for heading, cells in columns.items() if heading not in shared}
-    table = new_table(
-        f"{len(runs)} runs",
-        [*columns],
-        words=("run", "state", "loss", "solver"),
-        folds={"run": 12, "state": 10, "baseline robust %": 8, "λ": 9},
-        caption=_sweep_caption(runs, common),
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for cells in zip(*columns.values(), strict=True):
-        add_row(table, cells)
-    return table
+    moved = {"loss", "solver"} if common else set()
+    columns = [column for column in seen(RESULTS, "sweep") if column.key not in moved]
+    columns = [without_ends(column) if column.key == "clean" else column for column in columns]
+    lines = [everybody(run, name)["mixture"] for run, name in _named(runs)]
+    caption = _sweep_caption(runs, common)
+    return on_console(Table(f"{len(runs)} runs", columns, lines, caption), box=SIMPLE_HEAD, pad_edge=False)
 
 
 def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
@@ -91,46 +162,22 @@ def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
     Raises:
         UserError: `path` cannot be written.
     """
-    rows = []
-    for name, run in zip(short_names([run.path for run in runs]), runs, strict=True):
-        setting = setting_of(run)
-        about = {
-            "run": name,
-            **{key: getattr(run, key) for key in ("state", "reason", "data", "norm", "eps", "loss", "solver", "seed")},
-            "L": run.num_members,
-            "schedule": setting.schedule if setting else "",
-            "epochs": setting.epochs if setting else None,
-            "train_seconds": run.training_seconds,
-            "num_examples": run.num_examples,
-        }
-        rows += [about | row for row in _csv_rows(run)]
-    return write_csv(path, CSV_HEADER, rows)
+    lines = [line for run, name in _named(runs) for line in _written(run, name)]
+    return write_csv(path, Table("", seen(RESULTS, "csv"), lines))
 
 
-def _csv_rows(run: Run) -> list[dict[str, Any]]:
-    rows = []
-    found = everybody(run)
-    for who in ("mixture", "ensemble", *(f"member {k}" for k in range(len(run.members))), "baseline"):
-        if who not in found or (who == "ensemble" and found[who].clean.value is None):
-            continue
-        if who == "baseline" and (run.baseline is None or run.baseline.results is None):
-            continue
-        row = {"who": who, "weight": found[who].weight}
-        for measure, at in (("clean", found[who].clean), ("robust", found[who].robust)):
-            row[measure] = at.value
-            if not who.startswith("member "):
-                row |= {f"{measure}_low": at.low, f"{measure}_high": at.high}
-        rows.append(row | (_under_attack(run) if who == "mixture" else {}))
-    return rows
+def _named(runs: Sequence[Run]) -> Iterable[tuple[Run, str]]:
+    return zip(runs, short_names([run.path for run in runs]), strict=True)
 
 
-def _under_attack(run: Run) -> dict[str, Any]:
-    """Robust accuracy under single families of attacks, and what the mixture has above the mean of its members."""
-    try:
-        means = {measure: float(each.mean()) for measure, each in measured(run).accuracies.items()}
-    except ValueError:
-        return {}
-    return {"pgd_20": means.get(PGD), "apgd": means.get(APGD), "matching_penny_gap": means.get(GAP)}
+def _written(run: Run, name: str) -> list[Line]:
+    """The rows of report.csv for a run."""
+    found = everybody(run, name)
+    order = ["mixture"]
+    order += ["ensemble"] if run.results.ensemble_accuracy is not None else []
+    order += [f"member {k}" for k in range(len(run.results.members))]
+    order += ["baseline"] if run.baseline is not None and run.baseline.has_results else []
+    return [found[who] for who in order]
 
 
 def headline_parts(run: Run) -> list[str]:
@@ -140,47 +187,20 @@ def headline_parts(run: Run) -> list[str]:
     return [part for part in parts if part]
 
 
-def _headline(run: Run) -> str:
-    seed = [] if run.seed is None else [f"seed {run.seed}"]
-    return " · ".join([*headline_parts(run), *seed])
-
-
 def _caption(run: Run) -> str:
     lines = [f"{run.images}, {format_ball(run.norm, run.eps)}"] if run.images else []
-    if run.attacks:
-        lines.append("robust: per image the worst case over " + "; ".join(map(_attack, run.attacks.items())))
-    return "\n".join(lines)
-
-
-def _attack(item: tuple[str, Any]) -> str:
-    name, entry = item
-    said = settings_text(entry.get("settings"), with_class=False) if isinstance(entry, dict) else ""
-    return f"{name} ({said})" if said else name
-
-
-def _state(run: Run) -> Text:
-    flags = run.get("flags")
-    text = run.state + (f", {len(flags)} flagged" if isinstance(flags, list) and flags else "")
-    return Text(text + (", damaged" if run.notes else ""), style=_STATE_STYLES[run.state])
+    called = {name: settings_text(attack.settings, with_class=False) for name, attack in run.results.attacks.items()}
+    attacks = "; ".join(f"{name} ({how})" if how else name for name, how in called.items())
+    return "\n".join([*lines, f"robust: per image the worst case over {attacks}"] if attacks else lines)
 
 
 def _sweep_caption(runs: Sequence[Run], common: bool) -> str:
     data = sorted({run.data for run in runs if run.data})
     norms = sorted({norm_symbol(run.norm) for run in runs if run.norm})
-    attacks = sorted({", ".join(run.attacks) for run in runs if run.attacks})
+    attacks = sorted({", ".join(run.results.attacks) for run in runs if run.results.attacks})
     learned = [runs[0].loss, runs[0].solver] if common else []
     lines = [" · ".join(part for part in (", ".join(data), *learned, ", ".join(norms)) if part)]
     lines.append("robust: per image the worst case over " + " | ".join(attacks) if attacks else "")
-    names = short_names([run.path for run in runs])
-    lines += [f"{name}: {run.reason}" for name, run in zip(names, runs, strict=True) if run.reason]
+    lines += [f"{name}: {run.reason}" for run, name in _named(runs) if run.reason]
     lines += [note for run in runs for note in run.notes]
     return "\n".join(line for line in lines if line)
-
-
-def progress(run: Run) -> str:
-    """How far an unfinished run came, from its history."""
-    epochs, robust = run.last("epoch"), run.last("val/robust_accuracy")
-    if epochs is None:
-        return ""
-    accuracy = "" if robust is None else f", validation robust accuracy {100 * robust:.1f} %"
-    return f" after {epochs:.3g} epochs per model{accuracy}"

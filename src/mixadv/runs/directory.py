@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from mixadv import records, results
 from mixadv.console import begin_log
 from mixadv.errors import UserError
 from mixadv.files import remove_leftovers, write_arrays, write_text
@@ -185,17 +186,24 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
 
 
 def write_results(
-    run_dir: Path, results: dict[str, Any], arrays: dict[str, np.ndarray], records: str = "records.npz"
+    run_dir: Path, found: results.Results, arrays: dict[str, np.ndarray], arrays_file: str = records.RECORDS
 ) -> None:
-    """The arrays as `records`, then results.json, each whole or not at all."""
-    write_arrays(run_dir / records, arrays)
-    write_text(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    """The arrays, then results.json, each whole or not at all."""
+    write_arrays(run_dir / arrays_file, arrays)
+    results.write(run_dir / results.FILE, found)
 
 
-def read_results(run_dir: Path) -> dict[str, Any] | None:
-    """results.json, or None where the run has not come so far."""
-    path = run_dir / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def read_results(run_dir: Path) -> results.Results | None:
+    """The run's results, None where it has not come so far.
+
+    Raises:
+        ValueError: results.json is no JSON object.
+    """
+    try:
+        # The report names damaged entries; here they are unknown.
+        return results.read(run_dir / results.FILE)[0]
+    except FileNotFoundError:
+        return None
 
 
 def measured(run_dir: Path, metric: str) -> float:
@@ -205,9 +213,11 @@ def measured(run_dir: Path, metric: str) -> float:
         metric: ``test/robust_accuracy``, the expected accuracy under attack on the test images; or what selected the
             best epoch, as ``val/robust_accuracy``.
     """
-    results = read_results(run_dir) or {}
-    test = results.get("robust", {}).get("expected_accuracy", math.nan)
-    return float({"test/robust_accuracy": test, **results.get("validation", {})}.get(metric, math.nan))
+    found = read_results(run_dir)
+    if found is None:
+        return math.nan
+    value = {"test/robust_accuracy": found.robust.value, **found.validation}.get(metric)
+    return math.nan if value is None else value
 
 
 def mark_done(run_dir: Path) -> None:

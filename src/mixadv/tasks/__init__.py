@@ -142,5 +142,5 @@ def show(run_dir: Path, *, done_before: bool = False) -> None:
         console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)
     run = read_run(run_dir)
     if run.has_history and not (done_before and (run_dir / "curves.png").exists()):
-        draw_curves(run_dir)
+        draw_curves(run)
     show_run(run, console)

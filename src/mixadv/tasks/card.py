@@ -7,23 +7,27 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mixadv.members.recipe import factories_of, recipe_name
+from mixadv.results import Results
 
 
-def model_card(results: dict[str, Any], config: dict[str, Any]) -> str:
+def model_card(results: Results, config: dict[str, Any]) -> str:
     """What a trained mixture is, what was measured, and how to load it."""
     return _rendered(results, config, model=recipe_name(config["model"]))
 
 
-def solved_card(results: dict[str, Any], config: dict[str, Any]) -> str:
+def solved_card(results: Results, config: dict[str, Any]) -> str:
     """What a mixture of existing classifiers is, what was measured, and how to load it."""
-    certificate = results["solve"]["certificate"]
+    assert results.solve is not None
+    known = results.solve.certificate
+    assert known.value_lp is not None
+    assert known.value_at_weights is not None
     # Rounded so that the sentence stays true.
-    limit = math.ceil(1e4 * (1 - certificate["value_lp"]) - 1e-6) / 1e4
-    reached = math.floor(1e4 * (1 - certificate["value_at_weights"]) + 1e-6) / 1e4
-    return _rendered(results, config, solve=results["solve"], limit=limit, reached=reached)
+    limit = math.ceil(1e4 * (1 - known.value_lp) - 1e-6) / 1e4
+    reached = math.floor(1e4 * (1 - known.value_at_weights) + 1e-6) / 1e4
+    return _rendered(results, config, solve=results.solve, limit=limit, reached=reached)
 
 
-def _rendered(results: dict[str, Any], config: dict[str, Any], **more: Any) -> str:
+def _rendered(results: Results, config: dict[str, Any], **more: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,

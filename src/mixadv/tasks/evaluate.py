@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from mixadv.members.source import LoadedMember, Source
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS
 from mixadv.report import write_report
+from mixadv.results import Data, Flag
 from mixadv.runs import processes
 from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.members import as_recorded_by_members, described, flags_of_other_splits, named_members
+from mixadv.tasks.members import as_recorded_by_members, flags_of_other_splits, named_members, named_results
 from mixadv.training.schedule import limited
 
 # Images on which members are tried out before the attacks.
@@ -49,7 +51,7 @@ def evaluate_members(
 ) -> None:
     """Measure the mixture of the members of `sources` with ``cfg.weights`` (None: 1/L) as `evaluate_mixture` does.
 
-    results.json says of each member also name, source and note.
+    In results.json each member also has a name, source and note.
 
     Raises:
         UserError: members that cannot be loaded or do not fit one another or the data, or another number of weights
@@ -69,7 +71,7 @@ def evaluate_members(
         "that, but members that learned from different images are not compared on equal terms."
     )
     flags = flags_of_other_splits(cfg, sources, "another-split", evidence, ", or train the members on one split")
-    _evaluate(cfg, run_dir, sweep, mixture, data, described(members), flags)
+    _evaluate(cfg, run_dir, sweep, mixture, data, members, flags)
 
 
 def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
@@ -92,8 +94,8 @@ def _evaluate(
     sweep: str | None,
     mixture: Mixture,
     data: ImageDataModule,
-    said_of_members: Sequence[dict[str, str]] = (),
-    flags: Sequence[dict[str, str]] = (),
+    members: Sequence[LoadedMember] = (),
+    flags: Sequence[Flag] = (),
 ) -> None:
     device = build.resolve_device(cfg, processes.place(cfg))
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
@@ -114,11 +116,13 @@ def _evaluate(
         if measured is None:
             return
         results, arrays = measured
-        for entry, said in zip(results["members"], said_of_members, strict=bool(said_of_members)):
-            entry.update(said)
-        results["flags"] += flags
-        results["data"] = {"name": data.name, "num_test": data.num_test}
-        results["seconds"]["total"] = round(time.perf_counter() - started, 3)
+        results = replace(
+            results,
+            members=named_results(results.members, members),
+            flags=(*(results.flags or ()), *flags),
+            data=Data(data.name, num_test=data.num_test),
+            seconds={**results.seconds, "total": round(time.perf_counter() - started, 3)},
+        )
         write_results(run_dir, results, arrays)
         EvaluationState(run_dir / STATE).clear()
         # The report says of a run what its files say: that it is done, too.

@@ -19,9 +19,10 @@ from mixadv.games.motivating import ExactSolution, LineGame
 from mixadv.games.values import TOLERANCE, solve_values
 from mixadv.lambda_solvers import AcceleratedEntropic, LinearProgram, OracleSubgradient
 from mixadv.report.figures.games import draw_game
+from mixadv.results import Results
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks.game_settings import GaussianSettings, MotivatingSettings, game_settings
-from mixadv.tasks.measure import RESULTS_SCHEMA, provenance
+from mixadv.tasks.measure import provenance
 
 Played = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -55,18 +56,18 @@ def play_game(cfg: DictConfig, run_dir: Path, state: State) -> None:
     else:
         game, arrays = _play_motivating(settings)
     facts = provenance()
-    results = {
-        "schema": RESULTS_SCHEMA,
-        "task": "game",
-        "seed": cfg.seed,
-        "device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "versions": {**facts["versions"], "scipy": version("scipy")},
-        "git": facts["git"],
-        "config": OmegaConf.to_container(cfg, resolve=True),
-        "game": {"name": settings.name, **game},
-        "flags": [],
-        "seconds": {"total": round(time.perf_counter() - started, 3)},
-    }
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    results = Results(
+        task="game",
+        seed=cfg.seed,
+        device=f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
+        versions={**facts["versions"], "scipy": version("scipy")},
+        git=facts["git"],
+        config=config,
+        played={"name": settings.name, **game},
+        flags=(),
+        seconds={"total": round(time.perf_counter() - started, 3)},
+    )
     write_results(run_dir, results, arrays, "game.npz")
     draw_game(run_dir)
     mark_done(run_dir)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -18,6 +17,7 @@ from mixadv.loggers.csv import CSVLogger
 from mixadv.loggers.hyperparameters import flat_config
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.mixture import Mixture
+from mixadv.results import Results
 from mixadv.runs import processes
 from mixadv.signals import Stopped
 from mixadv.tasks import build
@@ -74,7 +74,7 @@ def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path) -> li
     return with_history([*others, *mirrors], run_dir)
 
 
-def log_accuracies(loggers: Sequence[Logger], results: dict[str, Any], step: int) -> None:
+def log_accuracies(loggers: Sequence[Logger], results: Results, step: int) -> None:
     """Log the measured accuracies; metrics.csv, the history of the training, does not take them."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -99,7 +99,7 @@ def log_examples(
             logger.images(*example_images(mixture.to(device), x, y, attack, threat_model, data.class_names))
 
 
-def log_results(loggers: Sequence[Logger], results: dict[str, Any], figures: Sequence[Path]) -> None:
+def log_results(loggers: Sequence[Logger], results: Results, figures: Sequence[Path]) -> None:
     """Accuracies, tables and figures of a run that does not train."""
     log_accuracies(loggers, results, step=0)
     for logger in loggers:

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mixadv import __version__
+from mixadv import __version__, records
 from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import passes_of
 from mixadv.config import parse_eps
@@ -35,6 +35,7 @@ from mixadv.evaluation import (
 )
 from mixadv.files import write_arrays
 from mixadv.mixture import Mixture
+from mixadv.results import Curve, Curves, Flag, Game, Results
 from mixadv.runs import processes
 from mixadv.shipped import protocols, shipped_protocol
 from mixadv.tasks.build import as_dict, build_protocol, trainer_settings
@@ -60,8 +61,8 @@ def measure(
     device: torch.device,
     run_dir: Path,
     class_names: Sequence[str],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Run the protocol's attacks: results.json without the training's part, and the arrays of records.npz.
+) -> tuple[Results, dict[str, np.ndarray]] | None:
+    """Run the protocol's attacks: the results without the training's part, and the arrays of records.npz.
 
     Of several processes the first returns them; the others have helped, and return None.
 
@@ -92,21 +93,23 @@ def measure(
         )
     if not first:
         return None
-    flags: list[Any] = []
-    results: dict[str, Any] = {
-        **header(cfg, threat_model, device),
-        **record.summary(settings_of(cfg)),
-        "game": equilibrium_of(pool_of(record), mixture.weights),
-    }
-    looked_at = cfg.protocol.get("diagnosed", 0)
-    if looked_at:
-        x, y = (torch.cat(parts)[:looked_at] for parts in zip(*batches, strict=True))
-        flags = distrust(mixture, x, y, threat_model, record, seed=cfg.seed)
-        results["checks"] = list(FLAGS)
-        results["curves"] = curves(mixture, x, y, threat_model, seed=cfg.seed)
-    results["flags"] = [asdict(flag) for flag in flags]
-    results["seconds"] = {"evaluate": round(time.perf_counter() - started, 3)}
-    _keep_examples(run_dir / "examples.npz", record, class_names)
+    flags: list[Flag] = []
+    checks, drawn = None, None
+    count = cfg.protocol.get("diagnosed", 0)
+    if count:
+        x, y = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
+        flags, checks = distrust(mixture, x, y, threat_model, record, seed=cfg.seed), tuple(FLAGS)
+        found = curves(mixture, x, y, threat_model, seed=cfg.seed)
+        drawn = Curves(found["num_examples"], Curve(**found["eps"]), Curve(**found["steps"]))
+    results = replace(
+        with_header(record.results(settings_of(cfg)), cfg, threat_model, device),
+        game=Game(**equilibrium_of(pool_of(record), mixture.weights)),
+        checks=checks,
+        curves=drawn,
+        flags=tuple(flags),
+        seconds={"evaluate": round(time.perf_counter() - started, 3)},
+    )
+    _keep_examples(run_dir / records.EXAMPLES, record, class_names)
     return results, record.arrays()
 
 
@@ -137,27 +140,28 @@ def _keep_examples(path: Path, record: EvaluationRecord, class_names: Sequence[s
     found_by = record.found_by()[:count]
     everything = {"clean": record.clean, **record.found}
     arrays = {
-        "x": record.images["clean"],
-        "x_adv": np.stack([record.images[key][i] for i, key in enumerate(found_by)]),
-        "labels": np.asarray([class_names[int(label)] for label in record.labels[:count]]),
-        "correct": np.stack([everything[key][:, i] for i, key in enumerate(found_by)], axis=1),
-        "found_by": np.asarray(found_by),
+        records.X: record.images["clean"],
+        records.X_ADV: np.stack([record.images[key][i] for i, key in enumerate(found_by)]),
+        records.LABELS: np.asarray([class_names[int(label)] for label in record.labels[:count]]),
+        records.CORRECT: np.stack([everything[key][:, i] for i, key in enumerate(found_by)], axis=1),
+        records.FOUND_BY: np.asarray(found_by),
     }
     write_arrays(path, arrays)
 
 
-def header(cfg: DictConfig, threat_model: ThreatModel, device: torch.device) -> dict[str, Any]:
-    """How results.json begins: what was asked for, and what computed it."""
-    return {
-        "schema": RESULTS_SCHEMA,
-        "task": cfg.task,
-        "seed": cfg.seed,
-        "device": device_name(device),
+def with_header(results: Results, cfg: DictConfig, threat_model: ThreatModel, device: torch.device) -> Results:
+    """`results` with the settings of the run, and what computed it."""
+    return replace(
+        results,
+        task=cfg.task,
+        seed=cfg.seed,
+        device=device_name(device),
         **provenance(),
-        "config": as_dict(cfg),
-        "threat_model": {"norm": threat_model.norm, "eps": parse_eps(threat_model.eps)},
-        "protocol": protocol_name(cfg),
-    }
+        config=as_dict(cfg),
+        norm=threat_model.norm,
+        eps=parse_eps(threat_model.eps),
+        protocol=protocol_name(cfg),
+    )
 
 
 def protocol_name(cfg: DictConfig) -> str:
@@ -187,9 +191,6 @@ def example_images(
     fooled = [", ".join(str(int(k)) for k in column.nonzero().flatten()) or "none" for column in wrong.T]
     labels = [class_names[int(label)] for label in y]
     return x.cpu().numpy(), x_adv.cpu().numpy(), labels, fooled, threat_model.eps
-
-
-RESULTS_SCHEMA = 1
 
 
 def provenance() -> dict[str, Any]:

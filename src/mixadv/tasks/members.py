@@ -1,6 +1,7 @@
 """The classifiers that ``members=[...]`` names, and what their records decide: for task=solve and task=evaluate."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,7 @@ from mixadv.errors import UserError
 from mixadv.members.checks import check_members
 from mixadv.members.recipe import factories_of
 from mixadv.members.source import LoadedMember, Source, with_unique_names
+from mixadv.results import Classifier, Flag
 from mixadv.tasks import build
 
 # What members have to agree in to be compared: the game, and which images it is played on.
@@ -68,14 +70,17 @@ def named_members(
     return members
 
 
-def described(members: list[LoadedMember]) -> list[dict[str, str]]:
-    """What results.json says of where members come from."""
-    return [{"name": member.name, "source": member.source, "note": member.note} for member in members]
+def named_results(results: Sequence[Classifier], members: Sequence[LoadedMember]) -> tuple[Classifier, ...]:
+    """The members' results with the names and sources of `members`, as they are where there are none."""
+    if not members:
+        return tuple(results)
+    pairs = zip(results, members, strict=True)
+    return tuple(replace(found, name=own.name, source=own.source, note=own.note) for found, own in pairs)
 
 
 def flags_of_other_splits(
     cfg: DictConfig, sources: Sequence[Source], name: str, evidence: str, remedy: str
-) -> list[dict[str, str]]:
+) -> list[Flag]:
     """A flag of this name for every source that records another split of the same data than `cfg` has.
 
     Args:
@@ -90,10 +95,10 @@ def flags_of_other_splits(
         said = ", ".join(f"{key}={there[key]} there, {here[key]} here" for key in SPLITS if there[key] != here[key])
         if said and there["data._target_"] == here["data._target_"]:
             flags.append(
-                {
-                    "name": name,
-                    "evidence": f"{source.name} was trained with another split ({said}){evidence}",
-                    "remedy": f"Leave the keys of the split out, so that they are the members' own{remedy}.",
-                }
+                Flag(
+                    name,
+                    f"{source.name} was trained with another split ({said}){evidence}",
+                    f"Leave the keys of the split out, so that they are the members' own{remedy}.",
+                )
             )
     return flags

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from mixadv import records
 from mixadv.attacks.search import Attack
 from mixadv.config import parse_eps
 from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationRecord, equilibrium_of, evaluate, pool_of
+from mixadv.evaluation.record import accuracy_of
 from mixadv.game import Equilibrium, FiniteGame
-from mixadv.intervals import confidence_interval
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import ZeroOne
 from mixadv.members.source import LoadedMember, Source
@@ -28,14 +29,15 @@ from mixadv.members.store import save_mixture
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
+from mixadv.results import Accuracy, Certificate, Data, Fit, Game, History, Row, Solve
 from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.simplex import uniform
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
-from mixadv.tasks.measure import header, settings_of
-from mixadv.tasks.members import described, flags_of_other_splits, named_members
+from mixadv.tasks.measure import settings_of, with_header
+from mixadv.tasks.members import flags_of_other_splits, named_members, named_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training.schedule import limited
 
@@ -44,7 +46,7 @@ FRESH = 100_003
 
 
 @dataclass(frozen=True)
-class Setting:
+class Session:
     """What the steps of the task share."""
 
     cfg: DictConfig
@@ -80,12 +82,12 @@ def solve_weights(
     if len(members) < 2:
         raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
     mixture = Mixture([member.module for member in members]).to(device)
-    setting = Setting(cfg, mixture, threat_model, attacks, device, console)
+    session = Session(cfg, mixture, threat_model, attacks, device, console)
     write_config(run_dir, cfg)
     choices = Choices(run_dir)
     speed.settle_evaluation(cfg, data, mixture, device, choices, console)
 
-    solution, game, seconds = _play(setting, solver, x, y, data.eval_batch_size)
+    solution, game, seconds = _play(session, solver, x, y, data.eval_batch_size)
     mixture.set_weights(solution.weights)
     other = [uniform(len(members)).tolist()]
     console.print("Attacking the weights anew on the images that chose them, then on the test set", highlight=False)
@@ -96,37 +98,36 @@ def solve_weights(
     batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
     test = evaluate(mixture, batches, attacks, threat_model, seed=cfg.seed, other_weights=other)
 
-    certificate = _certificate(game, fresh, solution.weights)
-    record = {
-        "members": described(members),
-        "fit": {
-            "num_examples": len(y),
-            "solver": cfg.lambda_solver["_target_"],
-            "status": solution.status,
-            "num_attacks": solution.num_attacks,
-            "num_points": game.num_perturbations,
-            "seconds": round(seconds, 3),
-        },
-        "certificate": certificate,
-        "rows": _rows([m.name for m in members], solution.weights, game, fresh, test),
-        "history": {
-            key: solution.history[key] for key in ("value", "lower_bound", "weights") if key in solution.history
-        },
-    }
-    results = {
-        **header(cfg, threat_model, device),
-        **test.summary(settings_of(cfg)),
-        "game": equilibrium_of(pool_of(test), solution.weights),
-        "flags": flags_of_other_splits(
-            cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
+    fit = Fit(
+        num_examples=len(y),
+        solver=cfg.lambda_solver["_target_"],
+        status=solution.status,
+        num_attacks=solution.num_attacks,
+        num_points=game.num_perturbations,
+        seconds=round(seconds, 3),
+    )
+    found = with_header(test.results(settings_of(cfg)), cfg, threat_model, device)
+    doubts = flags_of_other_splits(
+        cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
+    )
+    results = replace(
+        found,
+        weights=tuple(solution.weights.tolist()),
+        members=named_results(found.members, members),
+        game=Game(**equilibrium_of(pool_of(test), solution.weights)),
+        flags=tuple(doubts),
+        solve=Solve(
+            fit=fit,
+            certificate=_certificate(game, fresh, solution.weights),
+            rows=_rows([m.name for m in members], solution.weights, game, fresh, test),
+            history=History(*(tuple(solution.history.get(f.name, ())) for f in fields(History))),
         ),
-        "solve": record,
-        "data": {"name": data.name, "num_val": data.num_val, "num_test": data.num_test},
-        "seconds": {"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
-    }
+        data=Data(data.name, num_val=data.num_val, num_test=data.num_test),
+        seconds={"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
+    )
     mixture_config = _mixture_config(cfg, data, members)
     save_mixture(mixture, run_dir / "mixture", mixture_config, solved_card(results, mixture_config))
-    arrays = test.arrays() | {"robust uniform": test.worst_case(np.asarray(other[0]))}
+    arrays = test.arrays() | {records.UNIFORM_ROBUST: test.worst_case(np.asarray(other[0]))}
     write_results(run_dir, results, arrays)
     draw_solution(run_dir)
     with logging_to(loggers, cfg):
@@ -146,24 +147,24 @@ def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.dev
 
 
 def _play(
-    setting: Setting, solver: LambdaSolver, x: Tensor, y: Tensor, batch_size: int
+    session: Session, solver: LambdaSolver, x: Tensor, y: Tensor, batch_size: int
 ) -> tuple[Equilibrium, FiniteGame, float]:
     """The solver's answer, all points that it provoked, and seconds."""
     started = time.perf_counter()
     columns = (TextColumn("Weighing {task.fields[members]} members on {task.fields[images]} validation images"),)
     progress = Progress(
-        *columns, BarColumn(), TextColumn("{task.completed} attacked"), TimeElapsedColumn(), console=setting.console
+        *columns, BarColumn(), TextColumn("{task.completed} attacked"), TimeElapsedColumn(), console=session.console
     )
     with progress:
-        task = progress.add_task("", members=setting.mixture.num_members, images=len(y), total=None)
+        task = progress.add_task("", members=session.mixture.num_members, images=len(y), total=None)
         game = MixtureGame(
-            setting.mixture,
+            session.mixture,
             x,
             y,
-            setting.threat_model,
-            list(setting.attacks.values()),
+            session.threat_model,
+            list(session.attacks.values()),
             ZeroOne(),
-            torch.Generator(setting.device).manual_seed(setting.cfg.seed),
+            torch.Generator(session.device).manual_seed(session.cfg.seed),
             batch_size=batch_size,
             on_attack=lambda images: progress.advance(task, images),
         )
@@ -171,37 +172,37 @@ def _play(
     return solution, game.known(), time.perf_counter() - started
 
 
-def _certificate(pool: FiniteGame, fresh: EvaluationRecord, lam: Tensor) -> dict[str, float]:
+def _certificate(pool: FiniteGame, fresh: EvaluationRecord, lam: Tensor) -> Certificate:
     """What is known of the weights on the images that chose them, over every point that anyone found there."""
     game = FiniteGame(torch.cat([pool.losses, pool_of(fresh).losses.to(pool.losses)], dim=1))
-    return {
+    return Certificate(
         **equilibrium_of(game, lam),
-        "best_member": float(game.deterministic_values().min()),
-        "value_at_uniform": game.value(uniform(len(lam))),
-    }
+        best_member=float(game.deterministic_values().min()),
+        value_at_uniform=game.value(uniform(len(lam))),
+    )
 
 
 def _rows(
     names: list[str], lam: Tensor, pool: FiniteGame, fresh: EvaluationRecord, test: EvaluationRecord
-) -> list[dict[str, Any]]:
+) -> tuple[Row, ...]:
     """Members, uniform mixture and optimal mixture: accuracies on the pool, under fresh attacks, on the test set."""
 
-    def row(who: str, weights: Tensor) -> dict[str, Any]:
+    def row(who: str, weights: Tensor) -> Row:
         array = weights.numpy()
-        entry: dict[str, Any] = {"who": who, "weights": weights.tolist()}
-        columns = {
-            "clean": (float(test.expected(test.clean, array).mean()), len(test.labels)),
-            "pool": (1.0 - pool.value(weights), pool.num_examples),
-            "fresh": (float(fresh.worst_case(array).mean()), len(fresh.labels)),
-            "test": (float(test.worst_case(array).mean()), len(test.labels)),
-        }
-        for column, (accuracy, count) in columns.items():
-            entry[column] = {"accuracy": accuracy, "ci95": confidence_interval(accuracy, count)}
-        return entry
+        return Row(
+            who,
+            tuple(weights.tolist()),
+            clean=accuracy_of(test.expected(test.clean, array)),
+            pool=Accuracy.of(1.0 - pool.value(weights), pool.num_examples),
+            fresh=accuracy_of(fresh.worst_case(array)),
+            test=accuracy_of(test.worst_case(array)),
+        )
 
     vertices = torch.eye(len(names), dtype=torch.float64)
     rows = [row(name, vertex) for name, vertex in zip(names, vertices, strict=True)]
-    return [*rows, row("uniform mixture", uniform(len(names))), row("optimal mixture", lam)]
+    # Its weights are those of the run.
+    optimal = replace(row("optimal mixture", lam), weights=None)
+    return (*rows, row("uniform mixture", uniform(len(names))), optimal)
 
 
 def _mixture_config(cfg: DictConfig, data: ImageDataModule, members: list[LoadedMember]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mixadv.lambda_solvers import Uniform
 from mixadv.members.recipe import factories_of
 from mixadv.members.store import load_mixture, save_mixture
 from mixadv.report import draw_curves
+from mixadv.results import Data
 from mixadv.runs import processes
 from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
@@ -187,7 +188,7 @@ def _train_and_measure(session: Session, module: MixtureTraining, trainer: pl.Tr
         log_examples(loggers, cfg, mixture, data, session.threat_model, device)
         return
     started = time.perf_counter()
-    best = _fit(session, module, trainer, run_dir)
+    best_epoch, validation = _fit(session, module, trainer, run_dir)
     mixture = module.mixture.to(device)
     training_seconds = time.perf_counter() - started
 
@@ -200,19 +201,15 @@ def _train_and_measure(session: Session, module: MixtureTraining, trainer: pl.Tr
     if measured is None:
         return
     results, arrays = measured
-    results["data"] = {
-        "name": data.name,
-        "num_train": data.num_train,
-        "num_val": data.num_val,
-        "num_test": data.num_test,
-    }
-    results |= best
-    results["member_updates"] = module.member_updates
-    results["seconds"] = {
-        "train": round(training_seconds, 3),
-        **results["seconds"],
-        "total": round(time.perf_counter() - started, 3),
-    }
+    spent = {"train": round(training_seconds, 3), **results.seconds, "total": round(time.perf_counter() - started, 3)}
+    results = replace(
+        results,
+        data=Data(data.name, data.num_train, data.num_val, data.num_test),
+        best_epoch=best_epoch,
+        validation=validation,
+        member_updates=tuple(module.member_updates),
+        seconds=spent,
+    )
     assert module.recipe is not None
     save_mixture(mixture, run_dir / "mixture", module.recipe, model_card(results, module.recipe))
     log_accuracies(loggers, results, module.t)
@@ -317,11 +314,13 @@ def _lightning() -> Iterator[None]:
             raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
-def _fit(session: Session, module: MixtureTraining, trainer: pl.Trainer, run_dir: Path) -> dict[str, Any]:
+def _fit(
+    session: Session, module: MixtureTraining, trainer: pl.Trainer, run_dir: Path
+) -> tuple[float, dict[str, float]]:
     """Train to the end, from the last checkpoint if there is one; afterwards `module.mixture` is the best epoch's.
 
     Returns:
-        ``best_epoch``, the epochs per model of the best members, and ``validation``, the score that chose them.
+        The epochs per model of the best members, and the score that chose them by its name.
     """
     cfg, console = session.cfg, session.console
     folder = run_dir / "checkpoints"
@@ -353,7 +352,7 @@ def _fit(session: Session, module: MixtureTraining, trainer: pl.Trainer, run_dir
         raise UserError(f"{best.name} is of other members than these: start anew with resume=never") from error
     score = checkpoints.best_model_score
     chosen = {} if score is None else {str(checkpoints.monitor): float(score)}
-    return {"best_epoch": float(checkpoint["mixadv"]["epochs_done"]), "validation": chosen}
+    return float(checkpoint["mixadv"]["epochs_done"]), chosen
 
 
 def _compile(session: Session, module: MixtureTraining) -> None:

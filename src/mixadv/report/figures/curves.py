@@ -10,10 +10,10 @@ import numpy as np
 
 from mixadv.errors import UserError
 from mixadv.report.figures.style import (
-    CLEAN,
-    LOSS,
-    ROBUST,
-    VALUE,
+    CLEAN_COLOUR,
+    LOSS_COLOUR,
+    ROBUST_COLOUR,
+    VALUE_COLOUR,
     footnote,
     member_style,
     new_figure,
@@ -21,8 +21,7 @@ from mixadv.report.figures.style import (
     save,
     whisker,
 )
-from mixadv.report.files import Run, read_run
-from mixadv.report.names import number
+from mixadv.report.files import Run, opened
 from mixadv.report.tables import headline_parts
 
 if TYPE_CHECKING:
@@ -34,8 +33,8 @@ _BOTTOM, _HEIGHT, _LEGEND_TOP = 0.32, 0.55, 0.205
 _PANELS = {"accuracy": (0.05, 0.245), "test": (0.3, 0.125), "lambda": (0.485, 0.215), "loss": (0.765, 0.222)}
 
 
-def draw_curves(run_dir: str | Path) -> Path:
-    """Draw `curves.png` of a run from its `metrics.csv` and, once it has them, its results.
+def draw_curves(run: Run | str | Path) -> Path:
+    """Draw `curves.png` of a run from its history and, once it has them, its results.
 
     Three panels over epochs per model: validation accuracy of the mixture (and, dashed, of the baseline) with
     the test results and their 95 % intervals beside it; lambda; training loss and value of the game.
@@ -43,7 +42,7 @@ def draw_curves(run_dir: str | Path) -> Path:
     Raises:
         UserError: there is no history to draw, or the directory cannot be written.
     """
-    run = read_run(run_dir)
+    run = opened(run)
     if not run.has_history:
         raise UserError(f"nothing to draw in {run.path}: its metrics.csv is missing, empty or damaged")
     return save(lambda: curves_figure(run), run.path / "curves.png")
@@ -105,7 +104,7 @@ def column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _draw_accuracy(axes: Axes, run: Run) -> None:
     single = run.num_members == 1
     for which, name, dash in ((run, "model" if single else "mixture", "-"), (run.baseline, "baseline", "--")):
-        for measure, colour, marker in (("clean", CLEAN, "o"), ("robust", ROBUST, "s")):
+        for measure, colour, marker in (("clean", CLEAN_COLOUR, "o"), ("robust", ROBUST_COLOUR, "s")):
             x, y = column(which, f"val/{measure}_accuracy") if which is not None else ((), ())
             if len(x):
                 look: Any = {"color": colour, "linestyle": dash, "markerfacecolor": colour if dash == "-" else "white"}
@@ -121,18 +120,26 @@ def _draw_test(axes: Axes, run: Run) -> None:
         if which is None or which.robust.value is None:
             continue
         ticks[at] = name
-        for measure, colour, marker in (("clean", CLEAN, "o"), ("robust", ROBUST, "s")):
+        for measure, colour, marker in (("clean", CLEAN_COLOUR, "o"), ("robust", ROBUST_COLOUR, "s")):
             look = {"color": colour, "marker": marker, "markerfacecolor": colour if which is run else "white"}
-            whisker(axes, at, which.interval(measure), capsize=5, markersize=7, label=f"{name} {measure}", **look)
+            whisker(
+                axes,
+                at,
+                which.clean if measure == "clean" else which.robust,
+                capsize=5,
+                markersize=7,
+                label=f"{name} {measure}",
+                **look,
+            )
         at += 1.0
-        if which is run and len(run.members) > 1:
-            places = at - 0.2 + 0.4 * np.arange(len(run.members))
+        members = run.results.members
+        if which is run and len(members) > 1:
+            places = at - 0.2 + 0.4 * np.arange(len(members))
             ticks[float(places.mean())] = "members"
-            for k, (x, member) in enumerate(zip(places, run.members, strict=True)):
-                for measure, marker in (("clean", "o"), ("robust", "s")):
-                    if (value := number(member.get(measure))) is not None:
-                        label = f"member {k} {measure}"
-                        colour = member_style(k)["color"]
+            for k, (x, member) in enumerate(zip(places, members, strict=True)):
+                for measure, value, marker in (("clean", member.clean, "o"), ("robust", member.robust.value, "s")):
+                    if value is not None:
+                        colour, label = member_style(k)["color"], f"member {k} {measure}"
                         axes.plot(x, value, linestyle="", marker=marker, markersize=6, color=colour, label=label)
             at = float(places[-1]) + 0.8
     axes.set_title("Test")
@@ -168,9 +175,9 @@ def _draw_weights(axes: Axes, run: Run) -> None:
 
 def _draw_loss(axes: Axes, run: Run) -> None:
     lines: Any = (
-        ("train/loss", "training loss", "o", {"color": LOSS, "markersize": 4}),
-        ("weights/value", "game value", "D", {"color": VALUE, "markersize": 4}),
-        ("weights/lower_bound", "its lower bound", "_", {"color": VALUE, "linestyle": ":", "linewidth": 1.5}),
+        ("train/loss", "training loss", "o", {"color": LOSS_COLOUR, "markersize": 4}),
+        ("weights/value", "game value", "D", {"color": VALUE_COLOUR, "markersize": 4}),
+        ("weights/lower_bound", "its lower bound", "_", {"color": VALUE_COLOUR, "linestyle": ":", "linewidth": 1.5}),
     )
     for name, label, marker, look in lines:
         x, y = column(run, name)
@@ -198,8 +205,8 @@ def _footer(run: Run) -> str:
     if run.robust.value is None:
         return "" if run.state == "done" else f"{run.state}: no test results yet"
     count = "" if run.num_examples is None else f"{run.num_examples:,} test images; "
-    names = ", ".join(run.attacks) or "an attack that the results do not name"
-    ensemble = number(run.get("clean", "ensemble_accuracy"))
+    names = ", ".join(run.results.attacks) or "an attack that the results do not name"
+    ensemble = run.results.ensemble_accuracy
     return f"Test: {count}robust = worst case per image over {names}; bars are 95 % intervals over test images." + (
         f" Ensemble accuracy (clean): {ensemble:.3f}." if ensemble is not None and run.num_members != 1 else ""
     )

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mixadv.redaction import printable
-from mixadv.report.attacks import TWIN, WHOLE, Curve, attack_rows, classifiers, read_curve, wilson, worst_cases
-from mixadv.report.figures.examples import examples_figure, read_examples
-from mixadv.report.figures.style import CLEAN, ROBUST, footnote, member_style, new_figure, spaced
-from mixadv.report.files import Interval, Run
-from mixadv.report.names import format_eps, norm_symbol, number
+from mixadv.report.attacks import TWIN, WHOLE, Lines, attack_rows, classifiers, lines_of, worst_cases
+from mixadv.report.figures.examples import Examples, examples_figure
+from mixadv.report.figures.style import CLEAN_COLOUR, ROBUST_COLOUR, footnote, member_style, new_figure, spaced
+from mixadv.report.files import Run
+from mixadv.report.names import format_eps, norm_symbol
 from mixadv.report.tables import headline_parts
+from mixadv.results import Accuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,43 +24,50 @@ if TYPE_CHECKING:
 
 ALL = "all points found"
 _LOOKS: Any = {
-    "mixture": {"color": ROBUST, "marker": "s", "markersize": 8, "linestyle": "-", "linewidth": 2.8, "zorder": 4},
-    TWIN: {"color": CLEAN, "marker": "D", "markersize": 6, "linestyle": "--", "markerfacecolor": "white", "zorder": 3},
+    "mixture": {
+        "color": ROBUST_COLOUR,
+        "marker": "s",
+        "markersize": 8,
+        "linestyle": "-",
+        "linewidth": 2.8,
+        "zorder": 4,
+    },
+    TWIN: {
+        "color": CLEAN_COLOUR,
+        "marker": "D",
+        "markersize": 6,
+        "linestyle": "--",
+        "markerfacecolor": "white",
+        "zorder": 3,
+    },
 }
 _MARKERS = "o^vPX*<>"  # of members: more of them than colours
 _LEGEND, _ABOVE, _BELOW = 2.35, 0.65, 1.15  # inches
 _TWIN_NOTE = "Averaged twin: argmax of the averaged probabilities, another classifier."
 
 
-def evaluation_figures(run: Run) -> tuple[dict[str, Callable[[], Figure]], list[str]]:
-    """File name -> what builds its figure, for those that have data; and a line on each thing that is damaged."""
+def evaluation_figures(run: Run, examples: Examples | None) -> dict[str, Callable[[], Figure]]:
+    """File name -> what builds its figure, for those that have data; `examples` as `read_examples` gives them."""
     figures: dict[str, Callable[[], Figure]] = {}
-    damage: list[str] = []
-    if any(value is not None for row in attack_rows(run) for value in row.values.values()):
+    if any(at.value is not None for row in attack_rows(run) for at in row.values.values()):
         figures["attacks.png"] = partial(attacks_figure, run)
-    readers: dict[str, Callable[[], Callable[[], Figure] | None]] = {
-        "eps.png": lambda: _of(eps_figure, run, read_curve(run, "eps")),
-        "steps.png": lambda: _of(steps_figure, run, read_curve(run, "steps")),
-        "examples.png": lambda: _of(examples_figure, run, read_examples(run)),
-    }
-    for name, read in readers.items():
-        with noting(damage):
-            if (build := read()) is not None:
-                figures[name] = build
-    return figures, damage
+    if (lines := eps_lines(run)) is not None:
+        figures["eps.png"] = partial(eps_figure, run, lines)
+    if (lines := steps_lines(run)) is not None:
+        figures["steps.png"] = partial(steps_figure, run, lines)
+    if examples is not None:
+        figures["examples.png"] = partial(examples_figure, run, examples)
+    return figures
 
 
-@contextmanager
-def noting(damage: list[str]) -> Iterator[None]:
-    """A ValueError in the block becomes a line of `damage`."""
-    try:
-        yield
-    except ValueError as error:
-        damage.append(" ".join(str(error).split()))
+def eps_lines(run: Run) -> Lines | None:
+    """Accuracies over eps, if the results have them."""
+    return lines_of(run, run.results.curves.eps if run.results.curves else None)
 
 
-def _of(draw: Callable[..., Figure], run: Run, data: Any) -> Callable[[], Figure] | None:
-    return None if data is None else partial(draw, run, data)
+def steps_lines(run: Run) -> Lines | None:
+    """Losses over steps, if the results have them."""
+    return lines_of(run, run.results.curves.steps if run.results.curves else None)
 
 
 def look(who: str) -> dict[str, Any]:
@@ -84,13 +91,13 @@ def attacks_figure(run: Run) -> Figure:
     offsets = np.linspace(-0.32, 0.32, len(everybody)) if len(everybody) > 1 else [0.0]
     for who, offset in zip(everybody, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
-        spans = [row.mixture if who in WHOLE else Interval(row.values[who]) for row in rows]
+        spans = [row.values[who] for row in rows]
         _draw_intervals(axes, [*spans, worst[who]], float(offset), who, style)
     name, final = everybody[0], worst[everybody[0]]
     if final.value is not None:
-        axes.axvline(final.value, color=ROBUST, linewidth=1.4, label="worst case", zorder=1)
-        if final.low is not None and final.high is not None:
-            axes.axvspan(final.low, final.high, color=ROBUST, alpha=0.12, linewidth=0, label="its 95 % interval")
+        axes.axvline(final.value, color=ROBUST_COLOUR, linewidth=1.4, label="worst case", zorder=1)
+        if final.ends is not None:
+            axes.axvspan(*final.ends, color=ROBUST_COLOUR, alpha=0.12, linewidth=0, label="its 95 % interval")
     axes.axhline(len(rows) - 0.5, color="#BBBBBB", linewidth=1)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(len(names) - 0.45, -0.55)
@@ -106,26 +113,25 @@ def attacks_figure(run: Run) -> Figure:
     return figure
 
 
-def _draw_intervals(axes: Axes, at: list[Interval], offset: float, who: str, style: dict[str, Any]) -> None:
+def _draw_intervals(axes: Axes, at: list[Accuracy], offset: float, who: str, style: dict[str, Any]) -> None:
     """A marker per row that has a value, and a bar where it has an interval."""
     known = [(row + offset, here) for row, here in enumerate(at) if here.value is not None]
     axes.plot([here.value or 0.0 for _, here in known], [y for y, _ in known], label=who, **style)
     for y, here in known:
-        if here.low is not None and here.high is not None:
-            axes.plot([here.low, here.high], [y, y], color=style["color"], linewidth=1.6, marker="|", label=f"_{who}")
+        if here.ends is not None:
+            axes.plot(here.ends, [y, y], color=style["color"], linewidth=1.6, marker="|", label=f"_{who}")
 
 
-def eps_figure(run: Run, curve: Curve) -> Figure:
+def eps_figure(run: Run, curve: Lines) -> Figure:
     """Accuracy against eps, with a band for the mixture's 95 % interval; its axes: "eps"."""
     figure, axes = _panel(run, "eps")
-    count = number(run.get("curves", "num_examples"))
+    count = _count(run)
     _draw_lines(axes, curve)
-    first = next(iter(curve.lines))
+    first = next(iter(curve.of))
     if count is not None and first in WHOLE:
-        band = [wilson(None if math.isnan(v) else float(v), int(count)) for v in curve.lines[first]]
-        low = [math.nan if at.low is None else at.low for at in band]
-        high = [math.nan if at.high is None else at.high for at in band]
-        axes.fill_between(curve.x, low, high, color=ROBUST, alpha=0.12, linewidth=0, label=f"{first}, 95 %")
+        ends = [Accuracy.of(float(v), count).ends or (math.nan, math.nan) for v in curve.of[first]]
+        low, high = zip(*ends, strict=True)
+        axes.fill_between(curve.x, low, high, color=ROBUST_COLOUR, alpha=0.12, linewidth=0, label=f"{first}, 95 %")
     if run.eps is not None:
         axes.axvline(run.eps, color="#555555", linestyle=":", linewidth=1.5, label=f"ε = {format_eps(run.eps)}")
     kept = spaced(curve.x, 0.055)
@@ -138,7 +144,7 @@ def eps_figure(run: Run, curve: Curve) -> Figure:
     return figure
 
 
-def steps_figure(run: Run, curve: Curve) -> Figure:
+def steps_figure(run: Run, curve: Lines) -> Figure:
     """Loss that the attack reached against its number of steps; its axes: "steps"."""
     figure, axes = _panel(run, "steps")
     _draw_lines(axes, curve)
@@ -150,7 +156,7 @@ def steps_figure(run: Run, curve: Curve) -> Figure:
         axes.minorticks_off()
     axes.set(xlabel="steps of the attack", ylabel="loss at the points found")
     _legend(figure, axes)
-    count = number(run.get("curves", "num_examples"))
+    count = _count(run)
     footnote(figure, _note("A flat end says that further steps find nothing more.", count, curve))
     return figure
 
@@ -161,8 +167,12 @@ def _panel(run: Run, name: str, left: float = 0.85, height: float = 5.6) -> tupl
     return figure, figure.add_axes(box, label=name)
 
 
-def _draw_lines(axes: Axes, curve: Curve) -> None:
-    for who, values in curve.lines.items():
+def _count(run: Run) -> int | None:
+    return run.results.curves.num_examples if run.results.curves else None
+
+
+def _draw_lines(axes: Axes, curve: Lines) -> None:
+    for who, values in curve.of.items():
         axes.plot(curve.x, values, label=who, **look(who))
 
 
@@ -172,9 +182,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(box.x1 + 0.005, box.y1 + 0.02), handlelength=2.4)
 
 
-def _note(text: str, count: float | None, curve: Curve) -> str:
-    counted = [] if count is None else [f"On {count:,.0f} test images."]
-    return " ".join([*counted, text, *([_TWIN_NOTE] if TWIN in curve.lines else [])])
+def _note(text: str, count: int | None, curve: Lines) -> str:
+    counted = [] if count is None else [f"On {count:,} test images."]
+    return " ".join([*counted, text, *([_TWIN_NOTE] if TWIN in curve.of else [])])
 
 
 def _shortened(name: str, most: int = 30) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mixadv import records
 from mixadv.files import read_arrays
 from mixadv.redaction import printable
 from mixadv.report.figures.style import footnote, new_figure
@@ -44,20 +45,20 @@ def read_examples(run: Run) -> Examples | None:
     Raises:
         ValueError: the file is damaged, or its arrays do not fit each other.
     """
-    path = run.path / "examples.npz"
+    path = run.path / records.EXAMPLES
     arrays = read_arrays(path)
     if arrays is None:
         return None
     missing = [name for name in Examples._fields if name not in arrays]
     if missing:
         raise ValueError(f"{path} has no {missing[0]!r}")
-    x, x_adv, correct = (arrays[name] for name in ("x", "x_adv", "correct"))
+    x, x_adv, correct = (arrays[name] for name in (records.X, records.X_ADV, records.CORRECT))
     if x.ndim != 4 or x.shape[1] not in (1, 3) or x_adv.shape != x.shape:
         raise ValueError(
             f"{path}: x {x.shape} and x_adv {x_adv.shape} must be one shape [K, C, H, W] with 1 or 3 channels"
         )
     count = len(x)
-    labels, found_by = arrays["labels"], arrays["found_by"]
+    labels, found_by = arrays[records.LABELS], arrays[records.FOUND_BY]
     if labels.shape != (count,) or found_by.shape != (count,) or correct.ndim != 2 or correct.shape[1] != count:
         raise ValueError(f"{path}: labels, found_by [K] and correct [L, K] do not fit {count} images")
     if any(a.dtype.kind not in "fbiu" for a in (x, x_adv, correct)) or not np.isfinite([x, x_adv]).all():

@@ -16,19 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixadv.redaction import printable
-from mixadv.report.files import Interval, writing
+from mixadv.report.files import writing
+from mixadv.results import Accuracy
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLEAN, ROBUST = "#0072B2", "#D55E00"
-MEMBERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+CLEAN_COLOUR, ROBUST_COLOUR = "#0072B2", "#D55E00"
+MEMBER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 # One colour for each L, or for each line of a figure.
-SIZES = ("#444444", CLEAN, ROBUST, *MEMBERS)
+LINE_COLOURS = ("#444444", CLEAN_COLOUR, ROBUST_COLOUR, *MEMBER_COLOURS)
 MARKERS = "osD^vPX*"
-LOSS, VALUE = "#444444", "#882255"
+LOSS_COLOUR, VALUE_COLOUR = "#444444", "#882255"
+# The names that figures/games.py and benchmarks/scaling.py use.
+CLEAN, ROBUST, MEMBERS, VALUE = CLEAN_COLOUR, ROBUST_COLOUR, MEMBER_COLOURS, VALUE_COLOUR
 DASHES: Any = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
 STYLE: Any = {
     "text.usetex": False,
@@ -103,16 +106,19 @@ def footnote(figure: Figure, text: str) -> None:
 
 def member_style(k: int) -> dict[str, Any]:
     """Colour and line style of member k, the same in every panel and figure."""
-    return {"color": MEMBERS[k % len(MEMBERS)], "linestyle": DASHES[k // len(MEMBERS) % len(DASHES)]}
+    return {
+        "color": MEMBER_COLOURS[k % len(MEMBER_COLOURS)],
+        "linestyle": DASHES[k // len(MEMBER_COLOURS) % len(DASHES)],
+    }
 
 
-def whisker(axes: Axes, x: float, at: Interval, **look: Any) -> None:
+def whisker(axes: Axes, x: float, at: Accuracy, **look: Any) -> None:
     """A marker at a value, if it is known, and a bar over its interval."""
     if at.value is None:
         return
     error = None
-    if at.low is not None and at.high is not None:
-        error = [[max(at.value - at.low, 0.0)], [max(at.high - at.value, 0.0)]]
+    if at.ends is not None:
+        error = [[max(at.value - at.ends[0], 0.0)], [max(at.ends[1] - at.value, 0.0)]]
     axes.errorbar([x], [at.value], yerr=error, linestyle="", **look)
 
 

@@ -1,15 +1,15 @@
-"""The figure of a sweep over eps: test accuracy against the radius."""
+"""The figure of a sweep: test accuracy against eps, or against L where all runs have one eps."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixadv.errors import UserError
-from mixadv.report.figures.style import CLEAN, DASHES, MARKERS, MEMBERS, ROBUST, footnote, new_figure, save, spaced
+from mixadv.report.figures.style import DASHES, LINE_COLOURS, MARKERS, footnote, new_figure, save, spaced
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
 from mixadv.report.settings import described
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (CLEAN, ROBUST, *MEMBERS)
+COLOURS = LINE_COLOURS[1:]
 
 
 def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
-    """Draw clean and robust test accuracy against eps, one line per setting, into `path` (a png).
+    """Draw clean and robust test accuracy into `path` (a png), one line per setting: against eps, or against L where
+    all runs have one eps.
 
     A setting is (L, loss, solver) and whatever else differs between runs that share these and eps, the seed
     excepted: only repetitions of one experiment are averaged, within a band from their minimum to their
@@ -36,21 +37,26 @@ def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
     return save(lambda: sweep_figure(runs), Path(path))
 
 
+def _plottable(run: Run) -> bool:
+    return run.robust.value is not None and run.eps is not None
+
+
 def sweep_figure(runs: Sequence[Run]) -> Figure:
     """The figure of `draw_sweep`; its axes are labelled "clean" and "robust"."""
     shown = [run for run in runs if _plottable(run)]
+    over_eps = len({run.eps for run in shown}) > 1
+    x_of = _eps if over_eps else _size
     lines: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run, extra in zip(shown, _extras(shown), strict=True):
-        setting = (run.num_members or 0, run.loss, run.solver, *extra)
+        size = f"L = {_size(run):.0f}" if over_eps else ""
+        setting = (size, run.loss, run.solver, *extra)
         lines[setting].append(run)
 
-    labels = {setting: _label(setting, group) for setting, group in sorted(lines.items())}
+    labels = {setting: _label(setting, _by(x_of, group)) for setting, group in sorted(lines.items())}
     columns = _legend_columns(list(labels.values()))
     below = 1.4 + 0.27 * math.ceil(len(labels) / columns)
     height = below + 4.6
-    data, norms = ({getattr(run, name) for run in shown} - {""} for name in ("data", "norm"))
-    title = [", ".join(sorted(data)), ", ".join(map(norm_symbol, sorted(norms)))]
-    figure = new_figure(height, " · ".join(part for part in title if part))
+    figure = new_figure(height, _title(shown, over_eps))
     figure.subplots_adjust(left=0.055, right=0.985, bottom=below / height, top=1 - 0.75 / height, wspace=0.12)
     clean = figure.add_subplot(1, 2, 1, label="clean")
     robust = figure.add_subplot(1, 2, 2, label="robust", sharex=clean, sharey=clean)
@@ -58,7 +64,7 @@ def sweep_figure(runs: Sequence[Run]) -> Figure:
     for i, (setting, group) in enumerate(sorted(lines.items())):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6}
-        by_x = _by_eps(group)
+        by_x = _by(x_of, group)
         bases = {x: [r.baseline for r in same if r.baseline is not None] for x, same in by_x.items()}
         for axes, measure in ((clean, "clean"), (robust, "robust")):
             dash = DASHES[i // len(COLOURS) % len(DASHES)]
@@ -67,25 +73,39 @@ def sweep_figure(runs: Sequence[Run]) -> Figure:
             of_base = {**look, "label": f"_baseline {i}", "linestyle": "--", "markerfacecolor": "white"}
             if _line(axes, bases, measure, band=False, **of_base) is not None:
                 notes["dashed, open markers: single-model baselines"] = None
-    attacks = sorted({", ".join(run.attacks) for run in shown if run.attacks})
+    attacks = sorted({", ".join(run.results.attacks) for run in shown if run.results.attacks})
     if attacks:
         notes["robust: worst case per image over " + " | ".join(attacks)] = None
     if len(shown) < len(runs):
         notes[f"{len(runs) - len(shown)} of {len(runs)} runs have no results and are not shown"] = None
-    _finish(clean, robust, {float(run.eps or 0) for run in shown})
+    for axes, name in ((clean, "Clean test accuracy"), (robust, "Robust test accuracy")):
+        words = "ε (radius of the ball, in input units)" if over_eps else "L (number of members)"
+        axes.set(title=name, xlabel=words, ylabel="accuracy")
+    _finish(clean, {x_of(run) for run in shown}, format_eps if over_eps else "{:.0f}".format)
     handles, names = clean.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, (below - 0.62) / height), ncols=columns)
     footnote(figure, "; ".join(notes))
     return figure
 
 
-def _plottable(run: Run) -> bool:
-    return run.robust.value is not None and run.eps is not None
+def _eps(run: Run) -> float:
+    return float(run.eps or 0)
+
+
+def _size(run: Run) -> float:
+    return float(run.num_members or 0)
+
+
+def _title(runs: Sequence[Run], over_eps: bool) -> str:
+    data, norms = ({getattr(run, name) for run in runs} - {""} for name in ("data", "norm"))
+    parts = [", ".join(sorted(data)), ", ".join(map(norm_symbol, sorted(norms)))]
+    parts.append("" if over_eps else f"ε = {format_eps(runs[0].eps)}")
+    return " · ".join(part for part in parts if part)
 
 
 def _line(axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: bool = True, **look: Any) -> bool | None:
     """Mean over the runs at each x; True if a band was drawn, None if there was nothing to draw."""
-    values = {x: [v for run in same if (v := run.interval(measure).value) is not None] for x, same in by_x.items()}
+    values = {x: [v for run in same if (v := getattr(run, measure).value) is not None] for x, same in by_x.items()}
     points = sorted((x, at) for x, at in values.items() if at)
     if not points:
         return None
@@ -101,28 +121,26 @@ def _line(axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: b
     return True
 
 
-def _finish(clean: Axes, robust: Axes, radii: set[float]) -> None:
-    for axes, name in ((clean, "Clean test accuracy"), (robust, "Robust test accuracy")):
-        axes.set(title=name, xlabel="ε (radius of the ball, in input units)", ylabel="accuracy")
-    clean.set_ylim(0, 1)
-    margin = 0.05 * (max(radii) - min(radii)) or 0.5
-    clean.set_xlim(min(radii) - margin, max(radii) + margin)
-    kept = spaced(radii, 0.08)
-    clean.set_xticks(kept, [format_eps(x) for x in kept])
+def _finish(axes: Axes, places: set[float], form: Callable[[float], str]) -> None:
+    axes.set_ylim(0, 1)
+    margin = 0.05 * (max(places) - min(places)) or 0.5
+    axes.set_xlim(min(places) - margin, max(places) + margin)
+    kept = spaced(places, 0.08)
+    axes.set_xticks(kept, [form(x) for x in kept])
 
 
-def _label(setting: tuple[Any, ...], group: Sequence[Run]) -> str:
-    counts = [len(same) for same in _by_eps(group).values()]
+def _label(setting: tuple[Any, ...], by_x: Mapping[float, Sequence[Run]]) -> str:
+    counts = [len(same) for same in by_x.values()]
     low, high = min(counts), max(counts)
     seeds = f" ({low if low == high else f'{low}–{high}'} seeds)" if high > 1 else ""
-    return ", ".join(part for part in (f"L = {setting[0]}", *setting[1:]) if part) + seeds
+    return (", ".join(part for part in setting if part) or "only measured") + seeds
 
 
-def _by_eps(group: Sequence[Run]) -> dict[float, list[Run]]:
-    by_eps: dict[float, list[Run]] = defaultdict(list)
+def _by(x_of: Callable[[Run], float], group: Sequence[Run]) -> dict[float, list[Run]]:
+    by_x: dict[float, list[Run]] = defaultdict(list)
     for run in group:
-        by_eps[float(run.eps or 0)].append(run)
-    return by_eps
+        by_x[x_of(run)].append(run)
+    return by_x
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
@@ -132,7 +150,9 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 def _extras(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Per run, "key=value" for every setting in which runs with equal (eps, L, loss, solver) differ."""
-    flat = [{"data": run.data, "norm": run.norm, **described(run.config)} for run in runs]
+    # What was only measured does not say how its members were trained.
+    trained = [{} if run.was_only_measured else described(run.config) for run in runs]
+    flat = [{"data": run.data, "norm": run.norm, **own} for run, own in zip(runs, trained, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, run in enumerate(runs):
         groups[run.eps, run.num_members, run.loss, run.solver].append(i)

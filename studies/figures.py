@@ -1,28 +1,219 @@
-"""Figures of runs of one eps: what came out, what training did epoch by epoch, and what it cost."""
+#!/usr/bin/env python3
+"""Does a mixture pay? Tables and figures of a study, whose runs share one eps:
+
+    python studies/figures.py results/small
+
+prints the differences between its settings and writes into that folder `differences.csv`, `accuracy.png` (test accuracy
+against L under several attacks), `training.png` (validation accuracy under attack after every epoch), `weights.png`
+(lambda during training) and `cost.png`. `python run.py task=report runs=results/small` writes report.csv and report.png
+beside them.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 
+from mixadv.report import find_runs
+from mixadv.report.cells import NONE, Column, Table, on_console, print_whole, write_csv
+from mixadv.report.compare import (
+    Difference,
+    compare_with_best_member,
+    differences,
+    mean_accuracies,
+    measured_by_seed,
+)
 from mixadv.report.figures.curves import column, weight_of
-from mixadv.report.figures.style import DASHES, MARKERS, SIZES, footnote, key, member_style, new_figure, save
+from mixadv.report.figures.style import (
+    DASHES,
+    LINE_COLOURS,
+    MARKERS,
+    footnote,
+    key,
+    member_style,
+    new_figure,
+    save,
+)
 from mixadv.report.files import Run
-from mixadv.report.records import ALL, APGD, CLEAN, PGD, measured
-from mixadv.report.settings import SAMPLED, UNIFORM, Groups, Setting, grouped, headline, names_of, usual_epochs
+from mixadv.report.names import format_ball
+from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD
+from mixadv.report.settings import (
+    SAMPLED,
+    SHARED,
+    UNIFORM,
+    Groups,
+    Setting,
+    grouped,
+    names_of,
+    usual_epochs,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# --- differences -------------------------------------------------------------------------------------------
+
+EQUAL_EPOCHS = "mixture or one model, equal epochs per model"
+EQUAL_COMPUTING = "mixture or one model of L times the epochs"
+LEARNED = "learned or equal weights"
+SCHEDULES = "sampled or shared updates"
+MEASURED = "only measured, or trained as a mixture"
+MEASURED_SINGLE = "only measured, or one model"
+BEST_MEMBER = "mixture or its best member"
+QUESTIONS = (EQUAL_EPOCHS, EQUAL_COMPUTING, LEARNED, SCHEDULES, MEASURED, MEASURED_SINGLE, BEST_MEMBER)
+
+
+class Answer(NamedTuple):
+    """A difference that answers one of the questions: `first` minus `second`, the names of two settings."""
+
+    question: str
+    first: str
+    second: str
+    difference: Difference
+
+
+def answers_of(runs: Sequence[Run]) -> tuple[list[Answer], list[str]]:
+    """All answers that `runs` and their baselines can give, and a line for whatever could not be used.
+
+    Runs are compared that differ in what is asked and in nothing else, were measured by the same attacks on the same
+    images, and have the same seed (a run that was only measured is compared with every seed).
+    """
+    groups = grouped([run for run in runs if run.robust.value is not None])
+    names = names_of(list(groups))
+    answers: list[Answer] = []
+    notes: list[str] = []
+    for setting, of_setting in groups.items():
+        seeds = set()
+        for run in of_setting:
+            seed = run.seed or 0
+            if seed not in seeds and (found := compare_with_best_member(run)) is not None:
+                best, comparison = found
+                answers.append(
+                    Answer(BEST_MEMBER, names[setting], f"member {best}", Difference((seed,), ALL, comparison))
+                )
+            seeds.add(seed)
+    by_seed = {setting: measured_by_seed(of_setting, notes) for setting, of_setting in groups.items()}
+    for a, b in itertools.product(groups, groups):
+        if (question := _question(a, b)) is None:
+            continue
+        first, second = by_seed[a], by_seed[b]
+        if question in (MEASURED, MEASURED_SINGLE) and len(first) == 1:
+            first = dict.fromkeys(second, next(iter(first.values())))
+        parts = question in (EQUAL_EPOCHS, EQUAL_COMPUTING, MEASURED_SINGLE)
+        found, refused = differences(first, second, parts=parts)
+        answers += [Answer(question, names[a], names[b], one) for one in found]
+        notes += [
+            f"{names[a]} and {names[b]}, seed {seed}: measured on other images or by other attacks" for seed in refused
+        ]
+    return sorted(answers, key=lambda answer: QUESTIONS.index(answer.question)), notes
+
+
+def _question(a: Setting, b: Setting) -> str | None:
+    """What the difference a - b answers, if anything."""
+    if a.num_members < 2 or b.origin or a == b:
+        return None
+    if a.origin:
+        return MEASURED if a.num_members == b.num_members else MEASURED_SINGLE if b.is_single else None
+    if a.loss != b.loss or a.rest != b.rest:
+        return None
+    if b.is_single:
+        if a.epochs == b.epochs:
+            return EQUAL_EPOCHS
+        # One shared attack for all members: L members cost what L models cost, the weights phases aside.
+        shared = a.schedule == SHARED and a.epochs is not None
+        return EQUAL_COMPUTING if shared and b.epochs == a.num_members * (a.epochs or 0) else None
+    if (a.num_members, a.epochs) != (b.num_members, b.epochs):
+        return None
+    if a.solver != UNIFORM and b.solver == UNIFORM and a.schedule == b.schedule:
+        return LEARNED
+    if (a.solver, a.weighing) == (b.solver, b.weighing) and (a.schedule, b.schedule) == (SAMPLED, SHARED):
+        return SCHEDULES
+    return None
+
+
+ANSWERS: tuple[Column[Answer], ...] = (
+    Column("question", "question", lambda a: a.question),
+    Column("first", "first", lambda a: a.first),
+    Column("second", "second", lambda a: a.second),
+    Column("seeds", "seeds", lambda a: " ".join(map(str, a.difference.seeds))),
+    Column("measure", "measure", lambda a: a.difference.measure),
+    Column("difference", "difference", lambda a: a.difference.comparison.difference),
+    Column("low", "low", lambda a: a.difference.comparison.low),
+    Column("high", "high", lambda a: a.difference.comparison.high),
+    Column("num_examples", "images", lambda a: a.difference.comparison.num_examples),
+    Column("verdict", "verdict", lambda a: a.difference.verdict),
+)
+
+
+def write_answers(answers: Sequence[Answer], path: str | Path) -> Path:
+    """Every answer in full precision, fractions: one row per question, pair, seed (and their mean) and measure."""
+    return write_csv(path, Table("", ANSWERS, answers))
+
+
+class Pair(NamedTuple):
+    """All measures of one question, pair of settings and group of seeds."""
+
+    question: str
+    first: str
+    second: str
+    seeds: tuple[int, ...]
+    found: dict[str, Difference]
+
+    def points(self, measure: str) -> str:
+        """A difference in points with its interval."""
+        if measure not in self.found:
+            return NONE
+        points, low, high = self.found[measure].comparison.in_points()
+        return f"{points} [{low}, {high}]"
+
+    @property
+    def parts(self) -> str:
+        """The two parts of the difference at all points."""
+        known = [self.found[measure] for measure in (MEMBERS, GAP) if measure in self.found]
+        return " ".join(one.comparison.in_points()[0] for one in known)
+
+
+def answers_table(answers: Sequence[Answer]) -> Table[Pair]:
+    """One row for each question and pair of settings, of several seeds their mean; points of accuracy."""
+    rows: dict[tuple[str, str, str], dict[tuple[int, ...], dict[str, Difference]]] = defaultdict(dict)
+    for question, first, second, one in answers:
+        rows[question, first, second].setdefault(one.seeds, {})[one.measure] = one
+    pairs = []
+    for asked, by_seeds in rows.items():
+        shown = by_seeds if asked[0] == BEST_MEMBER else [max(by_seeds, key=len)]
+        pairs += [Pair(*asked, seeds, by_seeds[seeds]) for seeds in shown]
+    columns: list[Column[Pair]] = [
+        Column("question", "question", lambda pair: pair.question, words=True, fold=14),
+        Column("pair", "first minus second", lambda pair: f"{pair.first} – {pair.second}", words=True, fold=18),
+        Column("seeds", "seeds", lambda pair: ", ".join(map(str, pair.seeds)), words=True, fold=5),
+        Column("pgd_20", "PGD-20", lambda pair: pair.points(PGD), words=True),
+        Column("robust", "all points", lambda pair: pair.points(ALL), words=True),
+        Column("parts", "members + gap", lambda pair: pair.parts, words=True),
+        Column("ahead", "ahead", lambda pair: pair.found[ALL].verdict, words=True),
+    ]
+    return Table(
+        "Differences in robust accuracy, points [95 % interval]",
+        columns,
+        pairs,
+        caption="Paired by test image. Intervals cover the draw of test images, not that of training seeds.\n"
+        "All points = members + gap: the members' weighted mean against the one model, and the matching-penny gap.",
+    )
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
 _KINDS = ("one model", "learned weights", "equal weights", "sampled updates")
-Curve = tuple[np.ndarray, np.ndarray]
+Points = tuple[np.ndarray, np.ndarray]
 TITLES = {
     CLEAN: "Clean test accuracy",
     PGD: "Robust: PGD-20",
@@ -31,25 +222,11 @@ TITLES = {
 }
 
 
-def draw_study(runs: Sequence[Run], root: str | Path) -> list[Path]:
-    """Draw what `runs` (of one eps) have: `report.png`, `training.png`, `weights.png` and `cost.png` in `root`.
-
-    report.png: clean accuracy, and robust accuracy under PGD-20, under APGD and at all points found, against L; lines
-    are means over seeds, bands reach from their minimum to their maximum. training.png: validation accuracy under the
-    validation attack after every epoch, a panel for each loss. weights.png: lambda during training. cost.png: seconds
-    of training for each member, and robust accuracy against the seconds of the whole training.
-
-    Raises:
-        UserError: `root` cannot be written.
-    """
-    return [save(build, Path(root) / name) for name, build in study_figures(runs).items()]
-
-
 def study_figures(runs: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
-    """By the names of their files, how the figures of `draw_study` are built that have something to show."""
+    """By the names of their files, how the figures are built that have something to show."""
     groups = grouped(runs)
     figures: dict[str, tuple[Any, Any]] = {
-        "report.png": (accuracy_figure, accuracies_on_test(groups)),
+        "accuracy.png": (accuracy_figure, accuracies_on_test(groups)),
         "training.png": (training_figure, validation_curves(groups)),
         "weights.png": (weights_figure, learned_weights(groups)),
         "cost.png": (cost_figure, timed_runs(groups)),
@@ -57,25 +234,25 @@ def study_figures(runs: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
     return {name: partial(build, groups, shown) for name, (build, shown) in figures.items() if shown}
 
 
+def headline(groups: Groups) -> str:
+    """Data, norm and eps of all the runs."""
+    runs = [run for of_setting in groups.values() for run in of_setting]
+    data = sorted({run.data for run in runs if run.data})
+    balls = sorted({format_ball(run.norm, run.eps) for run in runs if run.eps is not None})
+    return " · ".join([", ".join(data), *balls])
+
+
 def accuracies_on_test(groups: Groups) -> dict[Setting, dict[str, list[float]]]:
-    """By setting and measure, one number per run that has results; of damaged records those that the results hold."""
-    values: dict[Setting, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for setting, runs in groups.items():
-        for run in runs:
-            if run.robust.value is None or run.clean.value is None:
-                continue
-            try:
-                found = measured(run).accuracies
-                means = {measure: float(each.mean()) for measure, each in found.items() if measure in TITLES}
-            except ValueError:
-                means = {CLEAN: run.clean.value, ALL: run.robust.value}
-            for measure, mean in means.items():
-                values[setting][measure].append(mean)
-    return values
+    """By setting and measure, one number per run that has results."""
+    every = {setting: mean_accuracies(runs) for setting, runs in groups.items()}
+    return {setting: means for setting, means in every.items() if means}
 
 
 def accuracy_figure(groups: Groups, values: Mapping[Setting, Mapping[str, list[float]]]) -> Figure:
-    """The first figure of `draw_study`; its axes are labelled by their measures."""
+    """Clean accuracy, and robust accuracy under PGD-20, under APGD and at all points found, against L.
+
+    Lines are means over seeds, bands reach from their minimum to their maximum. The axes are labelled by measures.
+    """
     measures = [m for m in TITLES if any(m in v for v in values.values())]
     settings = list(values)
     # Settings of one line differ in L alone.
@@ -104,9 +281,9 @@ def accuracy_figure(groups: Groups, values: Mapping[Setting, Mapping[str, list[f
     handles, names = first.get_legend_handles_labels()
     figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, below - 0.62 / height), ncols=3)
     notes = ["means over seeds, bands from their minimum to their maximum; dashed: one model that was trained longer"]
-    every = sum(map(len, groups.values()))
-    if missing := every - sum(len(of_setting[CLEAN]) for of_setting in values.values()):
-        notes.append(f"{missing} of {every} runs have no results and are not shown")
+    total = sum(map(len, groups.values()))
+    if missing := total - sum(len(of_setting[CLEAN]) for of_setting in values.values()):
+        notes.append(f"{missing} of {total} runs have no results and are not shown")
     footnote(figure, "; ".join(notes))
     return figure
 
@@ -122,7 +299,7 @@ def _accuracy_panel(
     for i, (label, line) in enumerate(lines.items()):
         if not line:
             continue
-        colour, marker = SIZES[i % len(SIZES)], MARKERS[i % len(MARKERS)]
+        colour, marker = LINE_COLOURS[i % len(LINE_COLOURS)], MARKERS[i % len(MARKERS)]
         # Side by side, where lines meet.
         aside = 0.44 * ((i + 0.5) / len(lines) - 0.5)
         at = [s.num_members + aside for s in line]
@@ -147,9 +324,9 @@ def _beside(single: Setting, mixture: Setting) -> bool:
     return (single.loss, single.epochs, single.rest) == (mixture.loss, mixture.epochs, mixture.rest)
 
 
-def validation_curves(groups: Groups) -> dict[Setting, list[Curve]]:
+def validation_curves(groups: Groups) -> dict[Setting, list[Points]]:
     """By setting, of each run that has them: epochs [n] and validation accuracies under attack [n]."""
-    curves: dict[Setting, list[Curve]] = defaultdict(list)
+    curves: dict[Setting, list[Points]] = defaultdict(list)
     for setting, runs in groups.items():
         for run in runs:
             epochs, values = column(run, "val/robust_accuracy")
@@ -158,8 +335,8 @@ def validation_curves(groups: Groups) -> dict[Setting, list[Curve]]:
     return curves
 
 
-def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Curve]]) -> Figure:
-    """The second figure of `draw_study`; its axes are labelled by their losses."""
+def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Points]]) -> Figure:
+    """Validation accuracy under attack after every epoch; a panel, whose axes have its name, for each loss."""
     usual = usual_epochs(list(curves))
     shown = [s for s in curves if s.epochs == usual]
     names = names_of(shown)
@@ -177,7 +354,7 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Curve]]) -
             # Settings of one L have one colour, and a dash each.
             kind = seen[setting.num_members]
             seen[setting.num_members] += 1
-            look: dict[str, Any] = {"color": SIZES[sizes.index(setting.num_members) % len(SIZES)]}
+            look: dict[str, Any] = {"color": LINE_COLOURS[sizes.index(setting.num_members) % len(LINE_COLOURS)]}
             label = names[setting].removeprefix(f"{loss}, ") + (f" ({len(y)} seeds)" if len(y) > 1 else "")
             dash, marker = DASHES[kind % len(DASHES)], MARKERS[kind % len(MARKERS)] if len(x) <= 30 else ""
             axes.plot(x, np.nanmean(y, axis=0), linestyle=dash, marker=marker, markersize=5, label=label, **look)
@@ -197,7 +374,7 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Curve]]) -
     return figure
 
 
-def _by_seed(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+def _by_seed(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray]:
     """All epochs [n] of the curves, and their values [seeds, n], nan where one has not come so far."""
     rounded = [dict(zip(np.round(x, 6).tolist(), y.tolist(), strict=True)) for x, y in curves]
     epochs = sorted(set().union(*rounded))
@@ -215,7 +392,7 @@ def learned_weights(groups: Groups) -> dict[Setting, list[Run]]:
 
 
 def weights_figure(groups: Groups, learned: Groups) -> Figure:
-    """The third figure of `draw_study`."""
+    """Lambda during training, a panel for each setting."""
     names = names_of(list(learned))
     columns = min(3, len(learned))
     rows = math.ceil(len(learned) / columns)
@@ -264,7 +441,10 @@ def timed_runs(groups: Groups) -> dict[Setting, list[tuple[float, Run]]]:
 
 
 def cost_figure(groups: Groups, timed: Mapping[Setting, Sequence[tuple[float, Run]]]) -> Figure:
-    """The last figure of `draw_study`; its axes are labelled "cost" and "return"."""
+    """Seconds of training for each member, and robust accuracy against those of the whole training.
+
+    Its axes are labelled "cost" and "return".
+    """
     names = names_of(list(timed))
     height = max(5.5, 1.9 + 0.36 * len(timed))
     figure = new_figure(height, headline(groups))
@@ -272,7 +452,7 @@ def cost_figure(groups: Groups, timed: Mapping[Setting, Sequence[tuple[float, Ru
     cost, pays = figure.add_subplot(1, 2, 1, label="cost"), figure.add_subplot(1, 2, 2, label="return")
     sizes = sorted({s.num_members for s in timed})
     for i, (setting, found) in enumerate(timed.items()):
-        look: dict[str, Any] = {"color": SIZES[sizes.index(setting.num_members) % len(SIZES)]}
+        look: dict[str, Any] = {"color": LINE_COLOURS[sizes.index(setting.num_members) % len(LINE_COLOURS)]}
         each = [seconds / setting.num_members for seconds, _ in found]
         cost.barh(i, float(np.mean(each)), height=0.62, alpha=0.55, **look)
         cost.plot(each, [i] * len(each), linestyle="", marker="o", markersize=5, **look)
@@ -289,14 +469,38 @@ def cost_figure(groups: Groups, timed: Mapping[Setting, Sequence[tuple[float, Ru
         xlabel="seconds of training, all members together",
         xlim=(0, None),
     )
-    handles = [key(f"L = {n}", linestyle="", marker="o", color=SIZES[i % len(SIZES)]) for i, n in enumerate(sizes)]
+    handles = [
+        key(f"L = {n}", linestyle="", marker="o", color=LINE_COLOURS[i % len(LINE_COLOURS)])
+        for i, n in enumerate(sizes)
+    ]
     kinds = dict.fromkeys(map(_kind, timed))
     handles += [key(_KINDS[kind], linestyle="", marker=MARKERS[kind], color="#999999") for kind in kinds]
     pays.legend(handles=handles, loc="best", fontsize=11)
-    devices = sorted({str(device) for found in timed.values() for _, run in found if (device := run.get("device"))})
+    devices = sorted({device for found in timed.values() for _, run in found if (device := run.results.device)})
     footnote(figure, "; ".join(["points: seeds; seconds include validation", *devices]))
     return figure
 
 
 def _kind(setting: Setting) -> int:
     return 0 if setting.is_single else 3 if setting.schedule == SAMPLED else 2 if setting.solver == UNIFORM else 1
+
+
+def main(root: str | Path, console: Console) -> list[Path]:
+    """Print the differences between the settings of the runs in `root`, and write table and figures there."""
+    root, runs = Path(root), find_runs(root)
+    answers, notes = answers_of(runs)
+    for note in notes:
+        console.print(f"Not compared: {note}", style="yellow", markup=False, highlight=False)
+    written = [save(build, root / name) for name, build in study_figures(runs).items()]
+    if answers:
+        print_whole(on_console(answers_table(answers)), console)
+        written.append(write_answers(answers, root / "differences.csv"))
+    for path in written:
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+    return written
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python studies/figures.py DIR, the directory of a study's runs")
+    main(sys.argv[1], Console(markup=False))

@@ -1,0 +1,230 @@
+"""Is one more robust than the other? Differences between runs on the same test images, with their intervals.
+
+`settings.grouped` gives the runs of each setting (repetitions that differ in the seed alone), `mean_accuracies` their
+means over seeds, and `differences` compares two settings image by image and seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from mixadv.intervals import paired_interval
+from mixadv.report.files import Run
+from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, Measured, measured
+
+MEASURES = (CLEAN, PGD, APGD, ALL, MEMBERS, GAP)
+
+
+class Comparison(NamedTuple):
+    """One accuracy minus another, with a 95 % interval.
+
+    Attributes:
+        difference, low, high: fractions.
+        paired: whether it was computed example by example.
+        num_examples: test images of the pairing, or of the first evaluation.
+        note: why it is not paired, else "".
+    """
+
+    difference: float
+    low: float
+    high: float
+    paired: bool
+    num_examples: int | None
+    note: str
+
+    def in_points(self) -> tuple[str, str, str]:
+        """Difference and ends of the interval as signed percentage points."""
+        return f"{100 * self.difference:+.1f}", f"{100 * self.low:+.1f}", f"{100 * self.high:+.1f}"
+
+    def in_words(self) -> str:
+        """Difference and interval as they stand in a sentence."""
+        points, low, high = self.in_points()
+        return f"{points} points, 95 % interval [{low}, {high}]"
+
+    def verdict(self, higher: str, lower: str, neither: str = "no difference is shown") -> str:
+        """`higher` or `lower` where the whole interval is on that side of 0, else `neither`."""
+        if self.low > 0:
+            return higher
+        return lower if self.high < 0 else neither
+
+
+def paired(differences: np.ndarray) -> Comparison:
+    """The comparison of differences d [N] per example, see `paired_interval`."""
+    low, mean, high = paired_interval(differences)
+    return Comparison(mean, low, high, True, len(differences), "")
+
+
+# --- of one run --------------------------------------------------------------------------------------------
+
+
+def compare_with_baseline(run: Run) -> Comparison | None:
+    """Mixture against its baseline; None without a baseline or without results of both.
+
+    With per-example robust accuracies a_i, b_i over the same N >= 2 test images the interval is paired, on
+    d_i = a_i - b_i:  mean(d) ± z s(d) / sqrt(N), s with N - 1. Otherwise it is the normal approximation for
+    independent estimates, half width sqrt(h_a^2 + h_b^2) from the half widths of the two intervals: wider,
+    since it ignores that both were measured on the same images. Either covers the draw of the test images,
+    not that of the training seed.
+    """
+    other = run.baseline
+    if other is None or run.robust.value is None or other.robust.value is None:
+        return None
+    try:
+        mine, theirs = measured(run), measured(other)
+        if not np.array_equal(mine.labels, theirs.labels):
+            raise ValueError("the two were evaluated on different test images")
+        return paired(mine.accuracies[ALL] - theirs.accuracies[ALL])
+    except ValueError as error:
+        note = str(error)
+    difference = run.robust.value - other.robust.value
+    half_widths = [(ends[1] - ends[0]) / 2 for ends in (run.robust.ends, other.robust.ends) if ends]
+    half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
+    return Comparison(difference, difference - half, difference + half, False, run.num_examples, note)
+
+
+def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
+    """The mixture against its member with the highest robust accuracy on these images, paired; None if L < 2.
+
+    Choosing the member on the same images favours it a little. None also where the records do not hold
+    every member's accuracies for the images of the results.
+    """
+    try:
+        found = measured(run)
+    except ValueError:
+        return None
+    if found.members is None or len(found.members) < 2:
+        return None
+    best = int(found.members.mean(axis=1).argmax())
+    return best, paired(found.accuracies[ALL] - found.members[best])
+
+
+def member_sentence(run: Run) -> str:
+    """One sentence: mixture minus its best member; "" where there is nothing to compare."""
+    found = compare_with_best_member(run)
+    if found is None:
+        return ""
+    best, result = found
+    verdict = result.verdict(
+        "the mixture is more robust than any of its members alone",
+        "its best member alone is more robust than the mixture",
+    )
+    return f"Mixture minus its best member (member {best}): {result.in_words()}: {verdict}."
+
+
+def baseline_sentence(run: Run) -> str:
+    """One sentence: does mixture minus baseline exceed its interval? "" where there is nothing to compare."""
+    result = compare_with_baseline(run)
+    if result is None:
+        return ""
+    points, low, high = result.in_points()
+    how = "paired" if result.paired else f"unpaired, since {result.note}"
+    count = "" if result.num_examples is None else f" over {result.num_examples:,} test images"
+    if math.isnan(result.low):
+        return (
+            f"Mixture minus baseline: {points} points of robust accuracy; without intervals in results.json "
+            "nothing can be said about chance."
+        )
+    verdict = result.verdict(
+        "the mixture is more robust than the baseline", "the mixture is less robust than the baseline"
+    )
+    return (
+        f"Mixture minus baseline: {points} points of robust accuracy, 95 % interval [{low}, {high}] "
+        f"({how}{count}): {verdict}, as far as the draw of test images goes "
+        "(the training seed is not in the interval)."
+    )
+
+
+# --- of many runs ------------------------------------------------------------------------------------------
+
+
+def measured_by_seed(runs: Iterable[Run], notes: list[str]) -> dict[int, Measured]:
+    """The records of the runs of one setting by their seeds; a line is added to `notes` for what cannot be used."""
+    by_seed: dict[int, Measured] = {}
+    for run in runs:
+        if run.robust.value is None:
+            continue
+        try:
+            found = measured(run)
+        except ValueError as error:
+            notes.append(str(error))
+            continue
+        # The baselines of several runs are the same training.
+        known = by_seed.setdefault(run.seed or 0, found)
+        if not np.array_equal(known.accuracies[ALL], found.accuracies[ALL]):
+            notes.append(f"{run.path} repeats setting and seed of another run")
+    return by_seed
+
+
+def mean_accuracies(runs: Iterable[Run]) -> dict[str, list[float]]:
+    """Per measure one number for each run that has results; of damaged records those that the results hold."""
+    means: dict[str, list[float]] = {}
+    for run in runs:
+        if run.robust.value is None or run.clean.value is None:
+            continue
+        try:
+            found = {measure: float(each.mean()) for measure, each in measured(run).accuracies.items()}
+        except ValueError:
+            found = {CLEAN: run.clean.value, ALL: run.robust.value}
+        for measure, mean in found.items():
+            means.setdefault(measure, []).append(mean)
+    return means
+
+
+class Difference(NamedTuple):
+    """Accuracy of one setting minus that of another, for one `measure`.
+
+    Attributes:
+        seeds: of the trainings compared; of several the per-image differences are averaged before the interval is
+            made, which therefore covers the draw of test images, not that of seeds.
+        measure: see `Measured`; also the two parts of a mixture's difference from one model at all points, the
+            "mean of the members" (minus the one model's) and the "matching-penny gap".
+        comparison: the difference with its 95 % interval.
+    """
+
+    seeds: tuple[int, ...]
+    measure: str
+    comparison: Comparison
+
+    @property
+    def verdict(self) -> str:
+        """Which of the two is ahead, or that the interval does not resolve it; "" for a part of a difference."""
+        return "" if self.measure in (MEMBERS, GAP) else self.comparison.verdict("first", "second", "unresolved")
+
+
+def differences(
+    first: Mapping[int, Measured], second: Mapping[int, Measured], *, parts: bool = False
+) -> tuple[list[Difference], list[int]]:
+    """`first` minus `second`, both by seed, for each seed that both have and for the mean of several.
+
+    Args:
+        parts: add the parts of the difference at all points: `first` are mixtures, `second` single models.
+
+    Returns:
+        One difference per measure and group of seeds, and the seeds whose runs were measured on other images or by
+        other attacks, which are left out.
+    """
+    each: dict[int, dict[str, np.ndarray]] = {}
+    like: Measured | None = None
+    refused = []
+    for seed in sorted(first.keys() & second.keys()):
+        x, y = first[seed], second[seed]
+        if not x.comparable(y) or (like is not None and not like.comparable(y)):
+            refused.append(seed)
+            continue
+        like = y
+        shared = [m for m in (CLEAN, PGD, APGD, ALL) if m in x.accuracies and m in y.accuracies]
+        each[seed] = {m: x.accuracies[m] - y.accuracies[m] for m in shared}
+        if parts and MEMBERS in x.accuracies:
+            each[seed] |= {MEMBERS: x.accuracies[MEMBERS] - y.accuracies[ALL], GAP: x.accuracies[GAP]}
+    groups = [(seed,) for seed in each] + ([tuple(each)] if len(each) > 1 else [])
+    found = [
+        Difference(seeds, measure, paired(np.mean([each[seed][measure] for seed in seeds], axis=0)))
+        for seeds in groups
+        for measure in MEASURES
+        if all(measure in each[seed] for seed in seeds)
+    ]
+    return found, refused
