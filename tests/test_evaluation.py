@@ -151,10 +151,10 @@ def test_members_are_attacked_alone_and_by_what_hits_the_mixture():
         np.testing.assert_array_equal(record.found[key], RIGHT[DOWN])
     survives = np.array(RIGHT[CLEAN]) & np.array(RIGHT[UP]) & np.array(RIGHT[DOWN])
     np.testing.assert_array_equal(record.members_worst_case(), survives.astype(bool))
-    members = record.summary({"pgd": {}})["members"]
-    assert [member["clean"] for member in members] == pytest.approx([0.8, 0.6, 0.6])
-    assert [member["robust"] for member in members] == pytest.approx([row.mean() for row in survives])
-    assert [member["weight"] for member in members] == pytest.approx(WEIGHTS)
+    results = record.results({"pgd": {}})
+    assert [member.clean for member in results.members] == pytest.approx([0.8, 0.6, 0.6])
+    assert [member.robust.value for member in results.members] == pytest.approx([row.mean() for row in survives])
+    assert results.weights == pytest.approx(WEIGHTS)
 
 
 def test_points_found_against_a_member_count_against_the_mixture():
@@ -163,9 +163,9 @@ def test_points_found_against_a_member_count_against_the_mixture():
     by_hand = np.min([expected(point) for point in (CLEAN, UP, DOWN)], axis=0)
     np.testing.assert_allclose(record.worst_case(), by_hand, atol=1e-12)
     assert by_hand.sum() < np.min([expected(point) for point in (CLEAN, UP)], axis=0).sum()
-    summary = record.summary({"pgd": {}})
-    assert summary["attacks"]["pgd"]["expected_accuracy"] == pytest.approx(np.mean(expected(UP)))
-    assert summary["attacks"]["pgd"]["replayed_from_parts"] == pytest.approx(np.mean(expected(DOWN)))
+    results = record.results({"pgd": {}})
+    assert results.attacks["pgd"].mixture == pytest.approx(np.mean(expected(UP)))
+    assert results.attacks["pgd"].replayed_from_parts == pytest.approx(np.mean(expected(DOWN)))
     # Replayed on everybody: no mixture can be below the average of its members' worst cases.
     assert (record.worst_case() >= record.weights @ record.members_worst_case() - 1e-12).all()
 
@@ -183,17 +183,17 @@ def test_the_ensemble_is_the_argmax_of_the_averaged_probabilities():
     np.testing.assert_array_equal(evaluate(sure, batches(5), {}, BALL).ensemble_clean, RIGHT[CLEAN][1])
 
 
-def test_the_summary_is_the_record_in_numbers():
+def test_the_results_are_the_record_in_numbers():
     record = evaluate(mixture(), batches(5), ATTACKS, BALL)
-    summary = record.summary({"pgd-up": {"num_steps": 3}, "square-down": {"queries": 5}})
-    assert (summary["L"], summary["num_examples"]) == (3, 5)
-    assert summary["weights"] == pytest.approx(WEIGHTS)
-    assert summary["clean"]["expected_accuracy"] == pytest.approx(3.5 / 5)
-    assert summary["clean"]["ci95"] == confidence_interval(summary["clean"]["expected_accuracy"], 5)
-    assert summary["robust"]["expected_accuracy"] == pytest.approx(record.worst_case().mean())
-    assert summary["attacks"]["pgd-up"]["expected_accuracy"] == pytest.approx(np.mean(expected(UP)))
-    assert summary["attacks"]["square-down"]["settings"] == {"queries": 5}
-    assert all(attack["seconds"] >= 0 for attack in summary["attacks"].values())
+    results = record.results({"pgd-up": {"num_steps": 3}, "square-down": {"queries": 5}})
+    assert (results.L, results.num_examples) == (3, 5)
+    assert results.weights == pytest.approx(WEIGHTS)
+    assert results.clean.value == pytest.approx(3.5 / 5)
+    assert results.clean.ends == confidence_interval(results.clean.value, 5)
+    assert results.robust.value == pytest.approx(record.worst_case().mean())
+    assert results.attacks["pgd-up"].mixture == pytest.approx(np.mean(expected(UP)))
+    assert results.attacks["square-down"].settings == {"queries": 5}
+    assert all(attack.seconds >= 0 for attack in results.attacks.values())
 
 
 def test_the_arrays_allow_every_number_to_be_computed_again():
@@ -244,7 +244,7 @@ def test_a_single_member_is_not_attacked_twice():
     record = evaluate(Mixture([member]), batches(5), {"pgd": Shift(UP)}, BALL)
     assert member.seen == 2 * 5
     assert list(record.found) == ["pgd"]
-    assert record.summary({"pgd": {}})["attacks"]["pgd"]["members"] == [record.found["pgd"].mean()]
+    assert record.results({"pgd": {}}).attacks["pgd"].members == (record.found["pgd"].mean(),)
 
 
 @pytest.mark.parametrize("value", [0.7, -0.2, float("nan"), float("inf")])
@@ -309,8 +309,8 @@ def test_the_first_to_find_the_worst_case_is_named():
         values = {"clean": expected(CLEAN)[i], "pgd": expected(UP)[i], "square": expected(DOWN)[i]}
         by_hand.append(min(values, key=values.get))
     assert record.found_by() == by_hand
-    counts = record.summary({"pgd": {}, "square": {}})["attacks"]
-    assert [counts[name]["worst_found"] for name in ("pgd", "square")] == [
+    counts = record.results({"pgd": {}, "square": {}}).attacks
+    assert [counts[name].worst_found for name in ("pgd", "square")] == [
         by_hand.count("pgd"),
         by_hand.count("square"),
     ]
@@ -327,9 +327,9 @@ def test_the_averaged_twin_is_measured_under_its_own_name():
     ]
     np.testing.assert_array_equal(record.averaged_twin_worst_case(), survives)
     assert 0 < sum(survives) < 5
-    summary = record.summary({"pgd": {}})
-    assert summary["attacks"]["pgd"]["averaged_twin"] == record.ensemble["pgd on averaged twin"].mean()
-    assert summary["averaged_twin"]["robust"] == np.mean(survives)
+    results = record.results({"pgd": {}})
+    assert results.attacks["pgd"].averaged_twin == record.ensemble["pgd on averaged twin"].mean()
+    assert results.averaged_twin.robust.value == np.mean(survives)
 
 
 def test_the_first_images_are_kept():

@@ -228,7 +228,7 @@ def test_compiled_members_attack_as_plain_ones(weights):
     robust = []
     for mixture in (plain, fast):
         record = evaluate(mixture, batches, attacks, BALL, seed=0)
-        robust.append(record.summary({key: {} for key in attacks})["robust"]["expected_accuracy"])
+        robust.append(record.results({key: {} for key in attacks}).robust.value)
     assert 0.2 < robust[0] < 0.8
     assert abs(robust[0] - robust[1]) <= ACCURACY_TOLERANCE
 
@@ -260,9 +260,9 @@ TINY_BALL = ThreatModel("linf", 1e-6)
 def test_what_is_recorded_comes_from_members_as_they_were_written(doubtful):
     mixture, x, y = doubtful
     record = evaluate(mixture, [(x, y)], {"pgd-2": PGD(2)}, TINY_BALL, seed=0)
-    summary = record.summary({"pgd-2": {}})
-    assert summary["clean"]["expected_accuracy"] == 1
-    assert summary["robust"]["expected_accuracy"] == 1
+    results = record.results({"pgd-2": {}})
+    assert results.clean.value == 1
+    assert results.robust.value == 1
 
 
 def test_a_suite_judges_members_as_they_were_written(doubtful):

@@ -157,9 +157,9 @@ def test_the_test_measures_what_evaluate_measures(learnt, inference_mode):
     module = training(copy.deepcopy(trained.mixture), protocol=PROTOCOL, seed=11)
     (found,) = stock(inference_mode=inference_mode).test(module, datamodule=data, verbose=False)
     record = evaluate(module.mixture, data.test_dataloader(), PROTOCOL, BALL, seed=11)
-    summary = record.summary({key: {} for key in PROTOCOL})
-    assert found["test/robust_accuracy"] == pytest.approx(summary["robust"]["expected_accuracy"], abs=1e-12)
-    assert found["test/clean_accuracy"] == pytest.approx(summary["clean"]["expected_accuracy"], abs=1e-12)
+    results = record.results({key: {} for key in PROTOCOL})
+    assert found["test/robust_accuracy"] == pytest.approx(results.robust.value, abs=1e-12)
+    assert found["test/clean_accuracy"] == pytest.approx(results.clean.value, abs=1e-12)
     assert 0 < found["test/robust_accuracy"] < found["test/clean_accuracy"]
     with torch.no_grad():
         hits = (module.mixture(data.test_images / 255).argmax(1) == data.test_labels).double()
@@ -171,8 +171,8 @@ def test_without_a_protocol_the_test_attacks_as_the_validation_does(learnt):
     module = training(copy.deepcopy(trained.mixture), seed=11)
     (found,) = stock().test(module, datamodule=data, verbose=False)
     record = evaluate(module.mixture, data.test_dataloader(), {"validation": PGD(num_steps=2)}, BALL, seed=11)
-    summary = record.summary({"validation": {}})
-    assert found["test/robust_accuracy"] == pytest.approx(summary["robust"]["expected_accuracy"], abs=1e-12)
+    results = record.results({"validation": {}})
+    assert found["test/robust_accuracy"] == pytest.approx(results.robust.value, abs=1e-12)
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])

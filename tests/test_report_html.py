@@ -206,11 +206,11 @@ def test_the_tables_equal_the_results(tmp_path: Path, quick: None, weights: tupl
     rows = page.rows(CLASSIFIERS)
     wanted: dict[str, list[list[float]]] = {}
     for k, member in enumerate([] if single else results["members"]):
-        wanted[f"member {k}"] = [[member["clean"]], [member["robust"], *member["ci95"]], [member["weight"]]]
+        wanted[f"member {k}"] = [[results["weights"][k]], [member["clean"]], [member["robust"], *member["ci95"]]]
     both = [[results[m]["expected_accuracy"], *results[m]["ci95"]] for m in ("clean", "robust")]
-    wanted["model" if single else "mixture"] = [*both, []]
+    wanted["model" if single else "mixture"] = [[], *both]
     twin = results["averaged_twin"]
-    wanted |= {} if single else {"averaged twin": [[twin["clean"]], [twin["robust"], *twin["ci95"]], []]}
+    wanted |= {} if single else {"averaged twin": [[], [twin["clean"]], [twin["robust"], *twin["ci95"]]]}
     assert {name: [values for _, values in cells] for name, cells in rows.items() if name} == wanted
 
     head, *body = page.tables[ACCURACY]
@@ -225,11 +225,12 @@ def test_the_tables_equal_the_results(tmp_path: Path, quick: None, weights: tupl
         if single:
             assert len(cells) == 3
             continue
-        known = {"averaged twin %": entry["averaged_twin"], "from parts %": entry["replayed_from_parts"]}
-        known |= {f"member {k} %": value for k, value in enumerate(entry["members"])}
+        known = {"averaged twin %": [entry["averaged_twin"]], "from parts %": [entry["replayed_from_parts"]]}
+        known["members %"] = entry["members"]
         assert len(known) + 3 == len(cells)
-        for title, value in known.items():
-            assert cells[title] == (("–", []) if value is None else (f"{100 * value:.1f}", [value]))
+        for title, values in known.items():
+            shown = (" ".join(f"{100 * value:.1f}" for value in values), values) if values[0] is not None else ("–", [])
+            assert cells[title] == shown
     for name, (seconds, on_parts, settings) in list(page.rows(COST).items())[1:]:
         entry = results["attacks"][name]
         assert (seconds[1], on_parts[1]) == ([entry["seconds"]], [entry["seconds_on_parts"]])
@@ -279,11 +280,11 @@ def test_what_was_used_is_named_and_cited(whole: tuple[Path, dict[str, Any], Pag
 
 def test_flags_come_with_evidence_and_remedy(tmp_path: Path, quick: None) -> None:
     write_evaluation(tmp_path / "run")
-    edit(tmp_path / "run", flags=[*FLAGS, "in words alone"], checks=["zero-gradients", FLAGS[0]["name"]])
+    edit(tmp_path / "run", flags=[*FLAGS, {"evidence": "without a name"}], checks=["zero-gradients", FLAGS[0]["name"]])
     write_report(tmp_path / "run")
     page = read(tmp_path / "run")
     assert len([d for d in page.all("div") if d.get("class") == "flag"]) == 2
-    for words in (*FLAGS[0].values(), CHECKS[FLAGS[0]["name"]], "in words alone"):
+    for words in (*FLAGS[0].values(), CHECKS[FLAGS[0]["name"]], "without a name"):
         assert words in page.text
     assert "No flag was raised" not in page.text
     assert f"Checked: zero-gradients, {FLAGS[0]['name']}." in page.text
@@ -327,7 +328,7 @@ def test_text_from_files_stays_text(tmp_path: Path, quick: None) -> None:
         versions={HOSTILE: HOSTILE},
         seconds={HOSTILE: 3.0},
         config={"mixture": HOSTILE, HOSTILE: [HOSTILE]},
-        flags=[{"name": HOSTILE, "evidence": HOSTILE, "remedy": HOSTILE}, HOSTILE],
+        flags=[{"name": HOSTILE, "evidence": HOSTILE, "remedy": HOSTILE}],
         checks=[HOSTILE],
     )
     with np.load(path / "records.npz") as file:
@@ -358,26 +359,38 @@ def test_a_hostile_name_is_drawn_as_it_is(tmp_path: Path) -> None:
     assert (path / "attacks.png").stat().st_size > 10_000
 
 
-PATHS = [
-    *[(key,) for key in ("weights", "num_examples", "L", "clean", "robust", "averaged_twin", "members", "attacks")],
-    *[(key,) for key in ("game", "protocol", "threat_model", "data", "device", "versions", "git", "seed", "seconds")],
-    *[(key,) for key in ("config", "flags", "checks", "curves", "task")],
-    *[("robust", key) for key in ("expected_accuracy", "ci95")],
-    *[("clean", key) for key in ("expected_accuracy", "ci95")],
-    *[("averaged_twin", key) for key in ("clean", "robust", "ci95")],
-    *[("game", key) for key in ("value_at_weights", "value_lp", "gap", "matching_penny_gap")],
-    *[
-        ("members", 1),
-        ("members", 1, "clean"),
-        ("members", 1, "robust"),
-        ("members", 1, "ci95"),
-        ("members", 1, "weight"),
-    ],
-    *[("attacks", "arc"), ("threat_model", "eps"), ("threat_model", "norm"), ("data", "name"), ("data", "num_test")],
-    *[("attacks", "apgd-ce", key) for key in ("expected_accuracy", "members", "averaged_twin", "worst_found")],
-    *[("attacks", "apgd-ce", key) for key in ("seconds", "seconds_on_parts", "settings", "replayed_from_parts")],
-    *[("curves", key) for key in ("num_examples", "eps", "steps")],
-    *[("curves", "eps", key) for key in ("eps", "mixture", "members", "averaged_twin")],
+# Where an entry is, and something that it cannot be.
+WRONG = [
+    (("weights",), [None, 0.5, 0.5]),
+    (("num_examples",), "x"),
+    (("L",), 10**400),
+    (("clean",), []),
+    (("robust",), 3),
+    (("robust", "expected_accuracy"), math.nan),
+    (("robust", "ci95"), [0.1]),
+    (("averaged_twin",), "x"),
+    (("averaged_twin", "ci95"), ["x", 1]),
+    (("members",), {}),
+    (("members", 1), "x"),
+    (("members", 1, "robust"), True),
+    (("attacks",), []),
+    (("attacks", "arc"), 3),
+    (("attacks", "apgd-ce", "members"), [0.5, "x", 0.5]),
+    (("attacks", "apgd-ce", "worst_found"), 1.5),
+    (("attacks", "apgd-ce", "settings"), []),
+    (("game", "gap"), "x"),
+    (("threat_model",), "x"),
+    (("threat_model", "eps"), [0.1]),
+    (("data", "num_test"), True),
+    (("device",), 3),
+    (("versions", "torch"), 2.8),
+    (("seed",), "0"),
+    (("seconds", "total"), None),
+    (("config",), "x"),
+    (("flags",), [3]),
+    (("checks",), "x"),
+    (("curves", "eps"), {"eps": [0, 0.1], "mixture": [1]}),
+    (("curves", "steps"), 3),
 ]
 
 
@@ -394,36 +407,39 @@ def changed(results: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[
     return copy
 
 
-WRONG = [None, "x", [], {}, [None, "x"], math.nan, -3.5, True]
-
-
-@pytest.mark.parametrize("part", range(3))
-def test_no_field_that_is_missing_or_wrong_stops_the_page(tmp_path: Path, quick: None, part: int) -> None:
+@pytest.mark.parametrize(("path", "value"), WRONG, ids=lambda part: str(part)[:40])
+def test_damaged_entries_are_named_and_the_rest_is_shown(
+    tmp_path: Path, quick: None, path: tuple[Any, ...], value: Any
+) -> None:
     results = {**write_evaluation(tmp_path / "run", pictures=0, count=40), "checks": list(CHECKS)}
-    for i, path in enumerate(PATHS[part::3]):
-        # Each field is missing once and wrong in two ways; over the fields all ways occur.
-        for value in (..., WRONG[i % 8], WRONG[(i + 3) % 8]):
-            (tmp_path / "run" / "results.json").write_text(json.dumps(changed(results, path, value)))
-            write_report(tmp_path / "run")
-            harmless(read(tmp_path / "run"))
+    (tmp_path / "run" / "results.json").write_text(json.dumps(changed(results, path, value)))
+    run = page_module.opened(tmp_path / "run")
+    write_report(run)
+    page = read(tmp_path / "run")
+    harmless(page)
+    name = ".".join(str(key) for key in path).replace(".1", "[1]")
+    if value is not None:
+        assert f"Damaged: {tmp_path / 'run' / 'results.json'}: {name}" in page.text
+    # The sections of what is not damaged.
+    if path[0] not in ("attacks",):
+        assert list(page.rows(COST))[1:] == list(results["attacks"])
+    if path[0] not in ("robust", "members"):
+        assert f"Robust accuracy at most {100 * results['robust']['expected_accuracy']:.1f} %" in page.text
+    # Figures stand what pages stand.
+    for build in page_module.evaluation_figures(run, None).values():
+        build()
 
 
-@pytest.mark.parametrize("value", [None, [], [None, "x"], math.nan, -3.5, 10**400, True], ids=lambda v: str(v)[:9])
-def test_figures_stand_what_pages_stand(tmp_path: Path, value: Any) -> None:
-    results = write_evaluation(tmp_path / "run", pictures=0, count=40)
-    for path in [
-        ("robust",),
-        ("members",),
-        ("L",),
-        ("num_examples",),
-        ("threat_model", "eps"),
-        ("curves", "num_examples"),
-    ]:
-        broken = changed(results, path, value)
-        (tmp_path / "run" / "results.json").write_text(json.dumps(broken))
-        figures, _ = page_module.evaluation_figures(page_module.read_run(tmp_path / "run"))
-        for build in figures.values():
-            build()
+@pytest.mark.parametrize("path", [path for path, _ in WRONG], ids=str)
+def test_missing_entries_are_no_damage(tmp_path: Path, quick: None, path: tuple[Any, ...]) -> None:
+    results = {**write_evaluation(tmp_path / "run", pictures=0, count=40), "checks": list(CHECKS)}
+    if path == ("members", 1):
+        path = ("members",)
+    (tmp_path / "run" / "results.json").write_text(json.dumps(changed(results, path, ...)))
+    write_report(tmp_path / "run")
+    page = read(tmp_path / "run")
+    harmless(page)
+    assert "results.json: " not in page.text
 
 
 def test_what_is_not_there_is_said(tmp_path: Path, quick: None) -> None:
@@ -486,12 +502,12 @@ def test_a_run_of_training_has_its_baseline_and_curves(tmp_path: Path, quick: No
     page = read(path)
     harmless(page)
     base = json.loads((path / "baseline" / "results.json").read_text())
-    clean, robust, _ = page.rows(CLASSIFIERS)["baseline (one model)"]
+    _, clean, robust = page.rows(CLASSIFIERS)["baseline (one model)"]
     assert clean[1] == [base["clean"]["expected_accuracy"], *base["clean"]["ci95"]]
     assert robust[1] == [base["robust"]["expected_accuracy"], *base["robust"]["ci95"]]
     assert "Mixture minus baseline:" in page.text
     assert (page.all("img")[-1]["width"], page.all("img")[-1]["height"]) == ("14", "6")
-    assert "black box beats white box" in page.text  # a flag of words alone
+    assert "black box" in page.text
 
 
 def test_the_page_is_replaced_whole_or_not_at_all(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from conftest import TINY
 from mixadv.errors import UserError
+from mixadv.results import Results
 from mixadv.runs import directory as rd
 from mixadv.runs import locks
 from mixadv.runs.directory import State, claimed, mark_done, read_results, write_config, write_results
@@ -402,8 +403,8 @@ def test_writing_the_configuration_withdraws_an_old_failure(tmp_path, cfg):
 def test_results_come_back_and_arrays_hold_no_objects(tmp_path):
     assert read_results(tmp_path) is None
     arrays = {"labels": np.arange(5), "attack/pgd-20": np.linspace(0, 1, 5)}
-    write_results(tmp_path, {"L": 3, "flags": []}, arrays)
-    assert read_results(tmp_path) == {"L": 3, "flags": []}
+    write_results(tmp_path, Results(L=3, flags=()), arrays)
+    assert read_results(tmp_path) == Results(L=3, flags=())
     with np.load(tmp_path / "records.npz", allow_pickle=False) as records:
         assert {*arrays} <= {*records.files}
         for name, array in arrays.items():
@@ -412,14 +413,14 @@ def test_results_come_back_and_arrays_hold_no_objects(tmp_path):
 
 
 def test_records_hold_the_arrays_and_nothing_else(tmp_path):
-    write_results(tmp_path, {}, {"labels": np.arange(5)})
+    write_results(tmp_path, Results(), {"labels": np.arange(5)})
     with np.load(tmp_path / "records.npz", allow_pickle=False) as records:
         assert records.files == ["labels"]
 
 
 def test_a_crash_while_writing_keeps_the_old_file_whole(tmp_path, cfg, monkeypatch):
     write_config(tmp_path, cfg)
-    write_results(tmp_path, {"L": 1}, {"labels": np.arange(2)})
+    write_results(tmp_path, Results(L=1), {"labels": np.arange(2)})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def killed(*_):
@@ -428,7 +429,7 @@ def test_a_crash_while_writing_keeps_the_old_file_whole(tmp_path, cfg, monkeypat
     monkeypatch.setattr(os, "replace", killed)
     for write in (
         lambda: write_config(tmp_path, cfg),
-        lambda: write_results(tmp_path, {"L": 2}, {"labels": np.ones(9)}),
+        lambda: write_results(tmp_path, Results(L=2), {"labels": np.ones(9)}),
     ):
         with pytest.raises(KeyboardInterrupt):
             write()

@@ -13,7 +13,8 @@ from conftest import TINY, run_command
 from mixadv import load_mixture
 from mixadv.main import _quoted
 from mixadv.report import read_run
-from mixadv.report.solve import solution_figure, solution_sentences
+from mixadv.report.figures.solve import solution_figure
+from mixadv.report.solve import solution_sentences
 from oracles_game import full_linear_program
 
 FACTORY = """
@@ -130,7 +131,7 @@ def test_the_figure_shows_rounds_weights_and_everybody(solved):
     axes = {axes.get_label(): axes for axes in figure.axes}
     assert len(axes["weights"].lines) == 4
     limit = axes["rounds"].lines[0].get_ydata()
-    np.testing.assert_allclose(limit, [100 * (1 - v) for v in run.get("solve", "history")["lower_bound"]])
+    np.testing.assert_allclose(limit, [100 * (1 - v) for v in run.results.solve.history.lower_bound])
     assert len(axes["accuracy"].get_yticks()) == 6
 
 

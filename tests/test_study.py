@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -12,38 +13,36 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mixadv.report.comparison import paired
-from mixadv.report.differences import (
-    BEST_MEMBER,
-    EQUAL_COMPUTING,
-    EQUAL_EPOCHS,
-    LEARNED,
-    MEASURED,
-    MEASURED_SINGLE,
-    SCHEDULES,
-    Difference,
-    differences_table,
-    write_differences_csv,
-)
-from mixadv.report.study import (
-    accuracies_on_test,
-    accuracy_figure,
-    cost_figure,
-    learned_weights,
-    study_figures,
-    timed_runs,
-    training_figure,
-    validation_curves,
-    weights_figure,
-)
 from rich.console import Console
 from scipy import stats
 
-from mixadv.report import compare_settings, find_runs, report, sweep_table, write_table_csv
+from evaluated_run import write_results
+from mixadv.report import find_runs, report, sweep_table, write_table_csv
+from mixadv.report.cells import on_console
+from mixadv.report.compare import Difference, paired
+from mixadv.report.figures.sweep import sweep_figure
 from mixadv.report.files import read_run
 from mixadv.report.names import number
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
-from mixadv.report.settings import grouped, headline, names_of, setting_of
+from mixadv.report.settings import grouped, names_of, setting_of
+
+SCRIPT = Path(__file__).resolve().parents[1] / "studies" / "figures.py"
+
+
+def script() -> Any:
+    """studies/figures.py as a module."""
+    spec = importlib.util.spec_from_file_location("study_figures", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+figures = script()
+BEST_MEMBER, EQUAL_COMPUTING, EQUAL_EPOCHS = figures.BEST_MEMBER, figures.EQUAL_COMPUTING, figures.EQUAL_EPOCHS
+LEARNED, MEASURED, MEASURED_SINGLE = figures.LEARNED, figures.MEASURED, figures.MEASURED_SINGLE
+SCHEDULES, answers_of = figures.SCHEDULES, figures.answers_of
 
 COUNT = 60
 PASSES = ("pgd-20", "apgd-ce", "apgd-dlr", "arc", "apgd-ce on member 0")
@@ -101,6 +100,7 @@ def write(
         **(extra or {}),
     }
     results = {
+        "schema": 2,
         "task": task,
         "seed": seed,
         "config": config,
@@ -113,10 +113,10 @@ def write(
         "clean": {"expected_accuracy": float((lam @ clean).mean()), "ensemble_accuracy": 0.9},
         "robust": {"expected_accuracy": float(robust.mean())},
         "attacks": {"pgd-20": {"settings": {"num_steps": 20, "restarts": restarts}}},
-        "members": [{"weight": w} for w in weights],
+        "members": [{"clean": float(right.mean())} for right in clean],
         "seconds": {"train": 1.0},
     }
-    (path / "results.json").write_text(json.dumps(results))
+    write_results(path / "results.json", results)
     header = ["epoch", "seconds", "val/robust_accuracy", *(f"lambda/{k}" for k in range(size))]
     if task == "train":
         rows = [[t, 7.0 * t * size, 0.2 + 0.01 * t + 0.001 * noise, *weights] for t in range(1, epochs + 1)]
@@ -153,17 +153,17 @@ def records(path: Path) -> dict[str, np.ndarray]:
 def look_at(root: Path) -> None:
     """All that the report of `root` consists of, but for the writing of pictures, which takes seconds."""
     runs, console = find_runs(root), Console(file=io.StringIO(), width=170)
-    for build in study_figures(runs).values():
+    for build in figures.study_figures(runs).values():
         build()
-    answers, _ = compare_settings(runs)
+    answers, _ = answers_of(runs)
     console.print(sweep_table(runs))
-    console.print(differences_table(answers))
-    write_differences_csv(answers, root / "differences.csv")
+    console.print(on_console(figures.answers_table(answers)))
+    figures.write_answers(answers, root / "differences.csv")
     write_table_csv(runs, root / "report.csv")
 
 
 def test_what_is_compared_and_what_is_not(study: Path) -> None:
-    answers, notes = compare_settings(find_runs(study))
+    answers, notes = answers_of(find_runs(study))
     assert notes == []
     pairs: dict[str, set[tuple[str, str]]] = {}
     for answer in answers:
@@ -189,17 +189,17 @@ def test_what_is_compared_and_what_is_not(study: Path) -> None:
     # Seeds meet themselves; what was measured once meets every seed.
     seeds = {(a.question, a.first, a.second): set() for a in answers}
     for a in answers:
-        seeds[a.question, a.first, a.second].add(a.seeds)
+        seeds[a.question, a.first, a.second].add(a.difference.seeds)
     assert seeds[EQUAL_EPOCHS, three, one] == {(0,), (1,), (0, 1)}
     assert seeds[LEARNED, three, equal] == {(1,)}
     assert seeds[MEASURED, "apart", three] == {(0,), (1,), (0, 1)}
 
 
 def test_differences_against_numbers_worked_out_from_the_records(study: Path) -> None:
-    answers, _ = compare_settings(find_runs(study))
+    answers, _ = answers_of(find_runs(study))
     ones, threes = ([records(study / f"{name},seed={s}") for s in (0, 1)] for name in ("one", "three"))
     got = {
-        (a.seeds, a.measure): a.comparison
+        (a.difference.seeds, a.difference.measure): a.difference.comparison
         for a in answers
         if a.question == EQUAL_EPOCHS and a.first.startswith("AT, L = 3, oracle")
     }
@@ -240,7 +240,7 @@ def test_differences_against_numbers_worked_out_from_the_records(study: Path) ->
 def test_a_verdict_is_where_the_whole_interval_lies(differing: list[float], verdict: str) -> None:
     noisy = np.array(differing) + np.linspace(-0.1, 0.1, 30)
     for measure, said in ((PGD, verdict), (ALL, verdict), (GAP, ""), (MEMBERS, "")):
-        assert Difference(LEARNED, "a", "b", (0,), measure, paired(noisy)).verdict == said
+        assert Difference((0,), measure, paired(noisy)).verdict == said
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_verdict_is_where_the_whole_interval_lies(differing: list[float], verd
 def test_what_was_made_otherwise_is_another_setting_and_not_compared(tmp_path: Path, other: dict[str, Any]) -> None:
     write(tmp_path, "one", [1.0])
     write(tmp_path, "three", THREE, noise=1, **other)
-    answers, notes = compare_settings(find_runs(tmp_path))
+    answers, notes = answers_of(find_runs(tmp_path))
     assert {answer.question for answer in answers} == {BEST_MEMBER}
     assert notes == []
     assert len({setting_of(read_run(write(tmp_path, name, THREE, **k))) for name, k in (("a", {}), ("b", other))}) == 2
@@ -266,7 +266,7 @@ def test_what_was_measured_by_other_attacks_is_not_compared(tmp_path: Path) -> N
     write(tmp_path, "one", [1.0])
     write(tmp_path, "three", THREE, noise=1, restarts=5)
     write(tmp_path, "apart", THREE, noise=2, restarts=5, task="evaluate")
-    answers, notes = compare_settings(find_runs(tmp_path))
+    answers, notes = answers_of(find_runs(tmp_path))
     assert {answer.question for answer in answers} == {BEST_MEMBER, MEASURED}
     assert len(notes) == 2
     assert all("other images or by other attacks" in note for note in notes)
@@ -275,17 +275,17 @@ def test_what_was_measured_by_other_attacks_is_not_compared(tmp_path: Path) -> N
 def test_a_baseline_is_the_one_model(tmp_path: Path) -> None:
     run = write(tmp_path, "three", THREE, noise=1, extra={"baseline": True})
     write(run, "baseline", [1.0])
-    answers, notes = compare_settings(find_runs(tmp_path))
-    one = next(a for a in answers if (a.question, a.measure) == (EQUAL_EPOCHS, ALL))
+    answers, notes = answers_of(find_runs(tmp_path))
+    one = next(a for a in answers if (a.question, a.difference.measure) == (EQUAL_EPOCHS, ALL))
     expected = records(run)["robust"] - records(run / "baseline")["robust"]
-    assert one.comparison.difference == pytest.approx(expected.mean())
+    assert one.difference.comparison.difference == pytest.approx(expected.mean())
     assert notes == []
 
 
 def test_repetitions_of_one_seed_are_told(tmp_path: Path) -> None:
     write(tmp_path, "a", THREE)
     write(tmp_path, "b", THREE, noise=1)
-    _, notes = compare_settings(find_runs(tmp_path))
+    _, notes = answers_of(find_runs(tmp_path))
     assert len(notes) == 1
     assert "repeats setting and seed" in notes[0]
 
@@ -293,15 +293,15 @@ def test_repetitions_of_one_seed_are_told(tmp_path: Path) -> None:
 def test_runs_on_other_images_are_not_compared(study: Path) -> None:
     other = records(study / "two")
     np.savez(study / "two" / "records.npz", **{**other, "labels": other["labels"][::-1]})
-    answers, notes = compare_settings(find_runs(study))
+    answers, notes = answers_of(find_runs(study))
     assert not [a for a in answers if a.first == "AT, L = 2, oracle" and a.question == EQUAL_EPOCHS]
     assert any("AT, L = 2, oracle and AT, L = 1, seed 0: measured on other images" in note for note in notes)
     # Seeds that were measured on different images have no mean.
     for name in ("one", "three"):
         arrays = records(study / f"{name},seed=1")
         np.savez(study / f"{name},seed=1" / "records.npz", **{**arrays, "labels": arrays["labels"][::-1]})
-    answers, notes = compare_settings(find_runs(study))
-    seeds = {a.seeds for a in answers if (a.question, a.first) == (EQUAL_EPOCHS, "AT, L = 3, oracle")}
+    answers, notes = answers_of(find_runs(study))
+    seeds = {a.difference.seeds for a in answers if (a.question, a.first) == (EQUAL_EPOCHS, "AT, L = 3, oracle")}
     assert seeds == {(0,)}
 
 
@@ -323,9 +323,9 @@ def test_runs_on_other_images_are_not_compared(study: Path) -> None:
 def test_damaged_records_are_told_and_cost_nothing_else(study: Path, change: Any, said: str) -> None:
     arrays = records(study / "three,seed=0")
     np.savez(study / "three,seed=0" / "records.npz", **change(arrays))
-    answers, notes = compare_settings(find_runs(study))
+    answers, notes = answers_of(find_runs(study))
     assert [said in note for note in notes] == [True] * bool(said)
-    assert any(a.seeds == (1,) and a.first == "AT, L = 3, oracle" for a in answers)
+    assert any(a.difference.seeds == (1,) and a.first == "AT, L = 3, oracle" for a in answers)
     look_at(study)
 
 
@@ -353,8 +353,8 @@ def test_no_damaged_results_keep_the_others_from_being_reported(study: Path, cha
     path = study / "three,seed=0" / "results.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     look_at(study)
-    answers, _ = compare_settings(find_runs(study))
-    assert any(a.seeds == (1,) and a.first == "AT, L = 3, oracle" for a in answers)
+    answers, _ = answers_of(find_runs(study))
+    assert any(a.difference.seeds == (1,) and a.first == "AT, L = 3, oracle" for a in answers)
 
 
 def test_histories_of_killed_runs_are_drawn_as_far_as_they_go(study: Path) -> None:
@@ -366,7 +366,7 @@ def test_histories_of_killed_runs_are_drawn_as_far_as_they_go(study: Path) -> No
     config = json.loads((study / "three,seed=1" / "results.json").read_text())["config"]
     (path / "config.yaml").write_text(json.dumps({**config, "seed": 0, "eps": 8 / 255}))
     groups = grouped(find_runs(study))
-    at = training_figure(groups, validation_curves(groups)).axes[0]
+    at = figures.training_figure(groups, figures.validation_curves(groups)).axes[0]
     line = next(line for line in at.lines if line.get_label() == "L = 3, oracle (2 seeds)")
     means = [np.mean([0.2 + 0.01 * t + 0.001 * noise for noise in ((20, 21) if t < 4 else (21,))]) for t in range(1, 7)]
     np.testing.assert_allclose(line.get_ydata(), means)
@@ -395,8 +395,8 @@ def test_settings_leave_out_what_changes_no_number(tmp_path: Path) -> None:
 def test_figures_hold_the_numbers_of_the_files(study: Path) -> None:
     runs = find_runs(study)
     groups = grouped(runs)
-    assert headline(groups) == "Digits · ℓ∞, ε = 8/255"
-    figure = accuracy_figure(groups, accuracies_on_test(groups))
+    assert figures.headline(groups) == "Digits · ℓ∞, ε = 8/255"
+    figure = figures.accuracy_figure(groups, figures.accuracies_on_test(groups))
     axes = {str(a.get_label()): a for a in figure.axes}
     assert list(axes) == [CLEAN, PGD, APGD, ALL]
     for measure, panel in axes.items():
@@ -422,7 +422,7 @@ def test_figures_hold_the_numbers_of_the_files(study: Path) -> None:
             np.testing.assert_allclose(lines[label].get_ydata(), means)
             np.testing.assert_allclose(lines[label].get_xdata(), list(by_size), atol=0.25)
 
-    figure = training_figure(groups, validation_curves(groups))
+    figure = figures.training_figure(groups, figures.validation_curves(groups))
     at, trades = figure.axes
     assert (at.get_title(), trades.get_title()) == ("AT", "TRADES")
     line = next(line for line in at.lines if line.get_label() == "L = 3, oracle (2 seeds)")
@@ -430,13 +430,13 @@ def test_figures_hold_the_numbers_of_the_files(study: Path) -> None:
     np.testing.assert_allclose(line.get_ydata(), 0.2 + 0.01 * np.arange(1, 7) + 0.001 * 20.5)
     assert "trainings of 18 epochs are not shown" in " ".join(text.get_text() for text in figure.texts)
 
-    figure = weights_figure(groups, learned_weights(groups))
+    figure = figures.weights_figure(groups, figures.learned_weights(groups))
     titles = [panel.get_title() for panel in figure.axes]
     assert titles == ["AT, L = 2, oracle", "AT, L = 2, oracle, sampled", "AT, L = 3, oracle", "TRADES, L = 3, oracle"]
     three = figure.axes[2]
     assert sorted({float(line.get_ydata()[-1]) for line in three.lines[:-1]}) == sorted(THREE)
 
-    figure = cost_figure(groups, timed_runs(groups))
+    figure = figures.cost_figure(groups, figures.timed_runs(groups))
     cost = figure.axes[0]
     labels = [tick.get_text() for tick in cost.get_yticklabels()]
     widths = dict(zip(labels, [bar.get_width() for bar in cost.patches], strict=True))
@@ -447,19 +447,20 @@ def test_figures_hold_the_numbers_of_the_files(study: Path) -> None:
 
 def test_the_report_of_a_study(study: Path) -> None:
     console = Console(width=250, record=True, file=io.StringIO())
-    written = report(study, console)
-    names = ["report.png", "training.png", "weights.png", "cost.png", "differences.csv", "report.csv"]
-    assert written == [study / name for name in names]
+    assert report(study, console) == [study / "report.png", study / "report.csv"]
+    names = ["accuracy.png", "training.png", "weights.png", "cost.png", "differences.csv"]
+    assert figures.main(study, console) == [study / name for name in names]
     text = " ".join(console.export_text().split())
     assert "mixture or one model of L times the epochs" in text
     with open(study / "differences.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    answers, _ = compare_settings(find_runs(study))
+    answers, _ = answers_of(find_runs(study))
     assert len(rows) == len(answers)
-    for row, answer in zip(rows, answers, strict=True):
-        assert (row["question"], row["measure"], row["verdict"]) == (answer.question, answer.measure, answer.verdict)
-        assert float(row["difference"]) == answer.comparison.difference
-        assert row["seeds"] == " ".join(map(str, answer.seeds))
+    for row, (question, first, second, one) in zip(rows, answers, strict=True):
+        assert (row["question"], row["first"], row["second"]) == (question, first, second)
+        assert (row["measure"], row["verdict"]) == (one.measure, one.verdict)
+        assert float(row["difference"]) == one.comparison.difference
+        assert row["seeds"] == " ".join(map(str, one.seeds))
     with open(study / "report.csv", newline="") as file:
         of_runs = {row["run"]: row for row in csv.DictReader(file) if row["who"] == "mixture"}
     three = measured(read_run(study / "three,seed=1")).accuracies
@@ -469,20 +470,38 @@ def test_the_report_of_a_study(study: Path) -> None:
         assert float(row[key]) == pytest.approx(three[measure].mean())
 
 
+def test_the_figure_of_runs_of_one_eps_is_over_their_sizes(study: Path) -> None:
+    robust = sweep_figure(find_runs(study)).axes[1]
+    assert (robust.get_label(), robust.get_xlabel()) == ("robust", "L (number of members)")
+    assert [tick.get_text() for tick in robust.get_xticklabels()] == ["1", "2", "3"]
+    lines = {str(line.get_label()): line for line in robust.lines}
+    line = lines["AT, oracle, schedule.kind=shared, trainer.max_epochs=6 (1–2 seeds)"]
+    means = [
+        np.mean([records(study / name)["robust"].mean() for name in names])
+        for names in (("one,seed=0", "one,seed=1"), ("two",), ("three,seed=0", "three,seed=1"))
+    ]
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    np.testing.assert_allclose(line.get_ydata(), means)
+    assert lines["only measured"].get_ydata() == pytest.approx([records(study / "apart")["robust"].mean()])
+
+
 def test_a_study_that_has_only_begun_is_reported_too(study: Path) -> None:
     for path, name in itertools.product(study.iterdir(), ("results.json", "records.npz", "DONE")):
         (path / name).unlink()
     (study / "one,seed=0" / "config.yaml").write_text("L: 1\neps: 8/255\n")
-    written = report(study, Console(width=170, file=io.StringIO()))
-    assert [path.name for path in written] == ["training.png", "report.csv"]
+    console = Console(width=170, file=io.StringIO())
+    assert [path.name for path in [*report(study, console), *figures.main(study, console)]] == [
+        "report.csv",
+        "training.png",
+    ]
 
 
 def test_the_table_of_differences_shows_the_mean_over_seeds(study: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    answers, _ = compare_settings(find_runs(study))
-    console.print(differences_table(answers))
+    answers, _ = answers_of(find_runs(study))
+    console.print(on_console(figures.answers_table(answers)))
     lines = [line for line in console.export_text().splitlines() if "0, 1" in line]
-    chosen = [a for a in answers if a.measure == ALL and a.seeds == (0, 1)]
+    chosen = [a.difference for a in answers if a.difference.measure == ALL and a.difference.seeds == (0, 1)]
     for line, answer in zip(lines, chosen, strict=True):
         points, low, high = answer.comparison.in_points()
         assert f"{points} [{low}, {high}]" in line
@@ -491,7 +510,7 @@ def test_the_table_of_differences_shows_the_mean_over_seeds(study: Path) -> None
 
 def test_no_column_of_the_differences_is_lost_on_a_narrow_console(study: Path) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    report(study, console)
+    figures.main(study, console)
     text = console.export_text()
     for heading in ("question", "first minus second", "seeds", "PGD-20", "all points", "members + gap", "ahead"):
         assert heading in text
@@ -503,13 +522,13 @@ STORED = sorted(path.parent for path in (Path(__file__).resolve().parents[1] / "
 
 @pytest.mark.parametrize("root", STORED, ids=lambda root: root.name)
 def test_stored_tables_are_those_of_the_stored_runs(root: Path, tmp_path: Path) -> None:
-    """results/NAME is what task=report makes of the per-run files beside it."""
+    """results/NAME is what task=report and studies/figures.py make of the per-run files beside it."""
     runs = find_runs(root)
     assert all(run.state == "done" and not run.notes for run in runs)
-    answers, notes = compare_settings(runs)
+    answers, notes = answers_of(runs)
     assert notes == []
     write_table_csv(runs, tmp_path / "report.csv")
-    write_differences_csv(answers, tmp_path / "differences.csv")
+    figures.write_answers(answers, tmp_path / "differences.csv")
     for name in ("report.csv", "differences.csv"):
         made, stored = ([*csv.reader((folder / name).read_text().splitlines())] for folder in (tmp_path, root))
         assert len(made) == len(stored)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import fnmatch
 import gc
 import io
@@ -33,13 +34,14 @@ from mixadv.loggers.csv import CSVLogger
 from mixadv.loggers.metrics_file import MetricsFile
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE, SUPERSEDED
+from mixadv.results import Accuracy, Attack, Classifier, Results
 from mixadv.training import MixtureTraining
 from wandb_service import BLOCK, Offline, Service
 
 SECRET = "0123456789abcdef" * 2 + "01234567"
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = np.zeros((1, 1, 4, 4), np.float32)
-RESULTS = {part: {"expected_accuracy": 0.5, "ensemble_accuracy": 0.5} for part in ("clean", "robust")}
+RESULTS = Results(clean=Accuracy(0.5), ensemble_accuracy=0.5, robust=Accuracy(0.5))
 
 
 @pytest.fixture
@@ -289,14 +291,13 @@ def test_a_failing_service_stops_nothing_at_the_end_either(mirror, monkeypatch, 
     def gone(*_, **__):
         raise OSError("no space left on device")
 
-    results = {part: {"expected_accuracy": 0.5, "ensemble_accuracy": 0.5} for part in ("clean", "robust")}
     images = np.zeros((2, 1, 8, 8), np.float32)
     with monkeypatch.context() as patch:
         patch.setattr(type(made.run.summary), "update", gone)
         patch.setattr(wandb, "Image", gone)
         patch.setattr(made.run, "finish", gone)
         if call == "summary":
-            made.summary(results)
+            made.summary(RESULTS)
         elif call == "images":
             made.images(images, images, ["a", "b"], ["none", "0"], 0.1)
         else:
@@ -882,12 +883,12 @@ def test_results_are_tables_and_figures(mirror, tmp_path):
     made = mirror("results", config={"eps": 0.1})
     picture = tmp_path / "curves.png"
     PIL.Image.new("RGB", (4, 4)).save(picture)
-    results = {
-        **RESULTS,
-        "members": [{"clean": 0.75, "robust": 0.25}, {"clean": 0.5, "robust": 0.125}],
-        "averaged_twin": {"clean": 0.8, "robust": 0.2},
-        "attacks": {"pgd-20": {"expected_accuracy": 0.6, "settings": {}}},
-    }
+    results = dataclasses.replace(
+        RESULTS,
+        members=(Classifier(0.75, Accuracy(0.25)), Classifier(0.5, Accuracy(0.125))),
+        averaged_twin=Classifier(0.8, Accuracy(0.2)),
+        attacks={"pgd-20": Attack(0.6)},
+    )
     made.summary(results)
     made.log_results(results, [picture, tmp_path / "missing.png"])
     made.images(IMAGE, IMAGE, ["cat"], ["none"], 0.1)

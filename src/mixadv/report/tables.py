@@ -107,8 +107,8 @@ RESULTS: tuple[Column[Line], ...] = (
 def everybody(run: Run, name: str = "") -> dict[str, Line]:
     """All that were measured, by their `Line.who`: the members, the mixture, its averaged twin and the baseline."""
     found, results = {}, run.results
-    weights: Sequence[float | None] = results.weights or [None] * len(results.members)
-    for k, (member, weight) in enumerate(zip(results.members, weights, strict=True)):
+    for k, member in enumerate(results.members):
+        weight = results.weights[k] if results.weights else None
         label = ": ".join(part for part in (f"member {k}", member.name) if part)
         found[f"member {k}"] = Line(run, f"member {k}", label, Accuracy(member.clean), member.robust, weight, name)
     found["mixture"] = Line(run, "mixture", classifiers(run)[0], run.clean, run.robust, name=name)
