@@ -313,7 +313,8 @@ def _plain(value: Any) -> Any:
 
 
 def _put(content: dict[str, Any], keys: tuple[str, ...], value: Any, null: bool = False) -> None:
-    if value is None and not null:
+    # What says nothing is left out.
+    if (value is None and not null) or (is_dataclass(value) and not _plain(value)):
         return
     *folders, last = keys
     for key in folders:
