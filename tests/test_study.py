@@ -24,7 +24,7 @@ from mixadv.report.figures.sweep import sweep_figure
 from mixadv.report.files import read_run
 from mixadv.report.names import number
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
-from mixadv.report.settings import grouped, names_of, setting_of
+from mixadv.report.settings import grouped, setting_of
 
 SCRIPT = Path(__file__).resolve().parents[1] / "studies" / "figures.py"
 
@@ -42,7 +42,7 @@ def script() -> Any:
 figures = script()
 BEST_MEMBER, EQUAL_COMPUTING, EQUAL_EPOCHS = figures.BEST_MEMBER, figures.EQUAL_COMPUTING, figures.EQUAL_EPOCHS
 LEARNED, MEASURED, MEASURED_SINGLE = figures.LEARNED, figures.MEASURED, figures.MEASURED_SINGLE
-SCHEDULES, answers_of = figures.SCHEDULES, figures.answers_of
+SCHEDULES, answers_of, names_of = figures.SCHEDULES, figures.answers_of, figures.names_of
 
 COUNT = 60
 PASSES = ("pgd-20", "apgd-ce", "apgd-dlr", "arc", "apgd-ce on member 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,38 +127,3 @@ def grouped(runs: Sequence[Run]) -> dict[Setting, list[Run]]:
         if (setting := setting_of(run)) is not None:
             groups[setting].append(run)
     return {setting: groups[setting] for setting in sorted(groups, key=lambda setting: setting.order)}
-
-
-def usual_epochs(settings: Sequence[Setting]) -> float | None:
-    """The length that most of the trained settings have; of equally many the first."""
-    lengths = Counter(setting.epochs for setting in settings if not setting.origin)
-    return lengths.most_common(1)[0][0] if lengths else None
-
-
-def names_of(settings: Sequence[Setting], with_size: bool = True) -> dict[Setting, str]:
-    """A name for each setting that tells it from the others and says no more than that.
-
-    Without `with_size` mixtures that differ in L alone have one name.
-    """
-    trained = [setting for setting in settings if not setting.origin]
-    usual = usual_epochs(settings)
-    losses, schedules = {s.loss for s in trained}, {s.schedule for s in trained if s.schedule}
-    # A loss and a solver have settings that others do not have: those are told where they differ within one.
-    varied = set()
-    for loss in losses:
-        varied |= {key for key, _ in _differing([s.rest for s in trained if s.loss == loss])}
-    for solver in {s.solver for s in trained}:
-        varied |= {key for key, _ in _differing([s.weighing for s in trained if s.solver == solver])}
-    names = {}
-    for s in settings:
-        size = f"L = {s.num_members}" if with_size else "one model" if s.is_single else ""
-        parts = [s.loss if len(losses) > 1 else "", size, s.solver]
-        parts.append(s.schedule if len(schedules) > 1 and s.schedule == SAMPLED else "")
-        parts.append(f"{s.epochs:g} epochs" if s.epochs is not None and s.epochs != usual else "")
-        parts += [f"{key}={value}" for key, value in sorted(s.weighing | s.rest) if key in varied]
-        names[s] = s.origin or ", ".join(part for part in parts if part) or s.loss
-    return names
-
-
-def _differing(sets: Sequence[frozenset[tuple[str, str]]]) -> set[tuple[str, str]]:
-    return set().union(*sets) - set(sets[0]).intersection(*sets[1:]) if sets else set()

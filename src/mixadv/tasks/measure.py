@@ -94,7 +94,8 @@ def measure(
     if not first:
         return None
     flags: list[Flag] = []
-    checks, drawn = None, None
+    checks: tuple[str, ...] = ()
+    drawn = None
     count = cfg.protocol.get("diagnosed", 0)
     if count:
         x, y = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))

@@ -46,7 +46,7 @@ FRESH = 100_003
 
 
 @dataclass(frozen=True)
-class Session:
+class Weighing:
     """What the steps of the task share."""
 
     cfg: DictConfig
@@ -82,12 +82,12 @@ def solve_weights(
     if len(members) < 2:
         raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
     mixture = Mixture([member.module for member in members]).to(device)
-    session = Session(cfg, mixture, threat_model, attacks, device, console)
+    weighing = Weighing(cfg, mixture, threat_model, attacks, device, console)
     write_config(run_dir, cfg)
     choices = Choices(run_dir)
     speed.settle_evaluation(cfg, data, mixture, device, choices, console)
 
-    solution, game, seconds = _play(session, solver, x, y, data.eval_batch_size)
+    solution, game, seconds = _play(weighing, solver, x, y, data.eval_batch_size)
     mixture.set_weights(solution.weights)
     other = [uniform(len(members)).tolist()]
     console.print("Attacking the weights anew on the images that chose them, then on the test set", highlight=False)
@@ -147,24 +147,24 @@ def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.dev
 
 
 def _play(
-    session: Session, solver: LambdaSolver, x: Tensor, y: Tensor, batch_size: int
+    weighing: Weighing, solver: LambdaSolver, x: Tensor, y: Tensor, batch_size: int
 ) -> tuple[Equilibrium, FiniteGame, float]:
     """The solver's answer, all points that it provoked, and seconds."""
     started = time.perf_counter()
     columns = (TextColumn("Weighing {task.fields[members]} members on {task.fields[images]} validation images"),)
     progress = Progress(
-        *columns, BarColumn(), TextColumn("{task.completed} attacked"), TimeElapsedColumn(), console=session.console
+        *columns, BarColumn(), TextColumn("{task.completed} attacked"), TimeElapsedColumn(), console=weighing.console
     )
     with progress:
-        task = progress.add_task("", members=session.mixture.num_members, images=len(y), total=None)
+        task = progress.add_task("", members=weighing.mixture.num_members, images=len(y), total=None)
         game = MixtureGame(
-            session.mixture,
+            weighing.mixture,
             x,
             y,
-            session.threat_model,
-            list(session.attacks.values()),
+            weighing.threat_model,
+            list(weighing.attacks.values()),
             ZeroOne(),
-            torch.Generator(session.device).manual_seed(session.cfg.seed),
+            torch.Generator(weighing.device).manual_seed(weighing.cfg.seed),
             batch_size=batch_size,
             on_attack=lambda images: progress.advance(task, images),
         )

@@ -32,19 +32,16 @@ def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
     Raises:
         UserError: no run has results, or `path` cannot be written.
     """
-    if not any(_plottable(run) for run in runs):
+    if not any(run.robust.value is not None for run in runs):
         raise UserError(f"nothing to draw: none of the {len(runs)} runs has a robust accuracy in its results yet")
     return save(lambda: sweep_figure(runs), Path(path))
 
 
-def _plottable(run: Run) -> bool:
-    return run.robust.value is not None and run.eps is not None
-
-
 def sweep_figure(runs: Sequence[Run]) -> Figure:
     """The figure of `draw_sweep`; its axes are labelled "clean" and "robust"."""
-    shown = [run for run in runs if _plottable(run)]
-    over_eps = len({run.eps for run in shown}) > 1
+    shown = [run for run in runs if run.robust.value is not None]
+    over_eps = len({run.eps for run in shown} - {None}) > 1
+    shown = [run for run in shown if run.eps is not None or not over_eps]
     x_of = _eps if over_eps else _size
     lines: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run, extra in zip(shown, _extras(shown), strict=True):
