@@ -104,7 +104,7 @@ def measure(
         drawn = Curves(found["num_examples"], Curve(**found["eps"]), Curve(**found["steps"]))
     results = replace(
         with_header(record.results(settings_of(cfg)), cfg, threat_model, device),
-        game=Game(**equilibrium_of(pool_of(record), mixture.weights)),
+        game=Game(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
         checks=checks,
         curves=drawn,
         flags=tuple(flags),

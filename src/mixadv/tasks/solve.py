@@ -97,6 +97,8 @@ def solve_weights(
     limit = limited(cfg.trainer.limit_test_batches, len(loader))
     batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
     test = evaluate(mixture, batches, attacks, threat_model, seed=cfg.seed, other_weights=other)
+    # As the solver gave them: the mixture's own may be rounded.
+    test.weights = solution.weights.numpy()
 
     fit = Fit(
         num_examples=len(y),
@@ -112,7 +114,6 @@ def solve_weights(
     )
     results = replace(
         found,
-        weights=tuple(solution.weights.tolist()),
         members=named_results(found.members, members),
         game=Game(**equilibrium_of(pool_of(test), solution.weights)),
         flags=tuple(doubts),
