@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from attack_problems import networks
+from builders.networks import disagreeing_mixture
 from mixadv.attacks import PGD
 from mixadv.attacks.suite import Pass
 from mixadv.evaluation.curves import curves
@@ -173,7 +173,7 @@ def test_no_images_are_refused():
 
 
 def test_pgd_begins_where_it_is_told_to():
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     ball = ThreatModel("linf", 8 / 255)
     start = ball.sample(x, torch.Generator().manual_seed(1))
     stayed = PGD(num_steps=0, keep="last")(mixture, x, y, ball, start_at=start)
@@ -186,7 +186,7 @@ def test_pgd_begins_where_it_is_told_to():
 
 @pytest.mark.parametrize("keep", ["accuracy", "objective"])
 def test_pgd_never_loses_the_point_that_it_began_at(keep):
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     ball = ThreatModel("linf", 16 / 255)
     start = PGD(num_steps=10, restarts=3)(mixture, x, y, ball, torch.Generator().manual_seed(2))
     found = PGD(num_steps=1, step_size=2.0, keep=keep)(mixture, x, y, ball, start_at=start)
@@ -203,7 +203,7 @@ def test_pgd_never_loses_the_point_that_it_began_at(keep):
 
 
 def test_only_the_first_start_is_told():
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     ball = ThreatModel("linf", 8 / 255)
     generator = torch.Generator().manual_seed(3)
     PGD(num_steps=1, restarts=2, keep="objective")(mixture, x, y, ball, generator, start_at=x)
@@ -213,6 +213,6 @@ def test_only_the_first_start_is_told():
 
 
 def test_starts_of_another_shape_are_refused():
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     with pytest.raises(ValueError, match="start_at has shape"):
         PGD()(mixture, x, y, ThreatModel("linf", 0.1), start_at=x[:2])

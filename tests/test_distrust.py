@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from attack_problems import Step
 from broken_defences import (
     BALL,
     BROKEN,
@@ -22,6 +21,7 @@ from broken_defences import (
     natural,
     robust,
 )
+from builders.networks import Step
 from mixadv.evaluation import EvaluationRecord
 from mixadv.evaluation.distrust import FLAGS, distrust
 from mixadv.mixture import Mixture

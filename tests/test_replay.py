@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from attack_problems import Failing
+from builders.networks import Failing
 from mixadv import load_mixture
 from mixadv.attacks import ARC, PGD, AttackSuite, ExpectedLoss, Square, SubsetAttack
 from mixadv.data.digits import Digits
