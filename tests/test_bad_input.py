@@ -27,6 +27,8 @@ from omegaconf import OmegaConf, open_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from builders.cifar10_archive import BASE, small_archive
+from builders.files import Bomb, contents
 from conftest import TINY, run_command
 from mixadv import config
 from mixadv.attacks.pgd import PGD
@@ -36,15 +38,9 @@ from mixadv.errors import UserError
 from mixadv.members.source import Source
 from mixadv.models import build_member
 from mixadv.tasks import run_task
-from test_data_cifar10 import BASE, synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} - {"hydra"}
-
-
-def contents(root):
-    """Path -> content of every file below `root`."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -107,7 +103,7 @@ def changed(compose):
     return change
 
 
-def refused(cfg, overrides=()):
+def refused_command(cfg, overrides=()):
     """The one line with which a composed command is refused; nothing of it is left on the disk."""
     here = Path.cwd()
     before = contents(here)
@@ -296,7 +292,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("words", "start", "remedy"), SETTINGS, ids=[words for words, _, _ in SETTINGS])
 def test_a_setting_that_cannot_work_is_refused_before_long_work(place, changed, words, start, remedy):
-    message = refused(changed(words))
+    message = refused_command(changed(words))
     assert message.startswith(start), message
     assert remedy in message
 
@@ -469,7 +465,7 @@ def test_a_folder_of_images_that_cannot_be_used_is_refused(images, changed, dama
     command = partial(changed, tiny=(*tiny, "data=image_folder", "data.num_val=2", "data.channels=1"))
     spoil(images)
     (images / ".mixadv-cache").write_text("in the way: no cache")
-    message = refused(command(f"data.root={images}"))
+    message = refused_command(command(f"data.root={images}"))
     assert said in message, message
     assert remedy in message
 
@@ -486,7 +482,7 @@ def test_a_folder_of_images_that_cannot_be_used_is_refused(images, changed, dama
 )
 def test_what_is_not_the_archive_is_refused_and_kept(place, changed, content, said):
     (place / "cifar-10-python.tar.gz").write_bytes(content)
-    message = refused(changed(f"data=cifar10 data.root={place}"))
+    message = refused_command(changed(f"data=cifar10 data.root={place}"))
     assert said in message
     for part in ("instead of c58f30108f718f92721af3b95e74349a", "Delete it and run again", "data.root=PATH"):
         assert part in message
@@ -515,7 +511,7 @@ def archive_of(official, extra):
 
 @pytest.fixture(scope="module")
 def official():
-    return synthetic()
+    return small_archive()
 
 
 def test_an_archive_writes_nothing_outside_its_folder(official, place):
@@ -733,7 +729,7 @@ def test_a_damaged_mixture_is_refused(mixture, changed, damage):
     spoil(mixture)
     cfg = changed("task=evaluate", tiny=("data=digits", "logger=csv", "trainer.accelerator=cpu"))
     cfg.mixture = str(mixture)
-    message = refused(cfg, ["task=evaluate", f"mixture={mixture}"])
+    message = refused_command(cfg, ["task=evaluate", f"mixture={mixture}"])
     assert said in message, message
     assert len(message) < 700
 
@@ -753,7 +749,7 @@ def test_an_evaluation_that_is_refused_leaves_no_directory_behind(mixture, chang
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = changed(f"task=evaluate {words}", tiny=("data=digits", "logger=csv", "trainer.accelerator=cpu"))
     cfg.mixture = str(mixture)
-    assert refused(cfg, ["task=evaluate", "mixture=x", *words.split()]).startswith(start)
+    assert refused_command(cfg, ["task=evaluate", "mixture=x", *words.split()]).startswith(start)
 
 
 def test_a_recipe_does_not_say_whom_to_ask_for_data(mixture, changed, monkeypatch):
@@ -780,7 +776,7 @@ def test_members_that_hold_no_numbers_are_refused(mixture, changed, place):
         members = ["good.pt", member]
         cfg = changed("task=solve lambda_solver=lp", tiny=("data=digits", "model=linear", "logger=csv"))
         cfg.members = members
-        message = refused(cfg, ["task=solve", "members=[...]", "data=digits", "model=linear"])
+        message = refused_command(cfg, ["task=solve", "members=[...]", "data=digits", "model=linear"])
         assert said in message, message
 
 
@@ -803,16 +799,6 @@ def test_a_normalisation_that_is_none_is_refused(place, settings, said):
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 @pytest.fixture
@@ -866,10 +852,10 @@ def test_what_is_no_checkpoint_is_refused_wherever_one_is_read(checkpoints, chan
     path.write_bytes(NO_CHECKPOINTS[kind])
     cfg = changed("task=evaluate", tiny=("data=digits", "logger=csv"))
     cfg.mixture = str(path)
-    assert refused(cfg, ["task=evaluate", "mixture=x"]).startswith(str(path))
+    assert refused_command(cfg, ["task=evaluate", "mixture=x"]).startswith(str(path))
     cfg = changed("task=solve lambda_solver=lp", tiny=("data=digits", "model=linear", "logger=csv"))
     cfg.members = [str(path), str(path)]
-    assert refused(cfg, ["task=solve", "members=[...]"]).startswith(str(path))
+    assert refused_command(cfg, ["task=solve", "members=[...]"]).startswith(str(path))
 
 
 @pytest.mark.parametrize("kind", ["random bytes", "a bomb", "another run"])
@@ -907,7 +893,7 @@ def test_a_run_whose_settings_cannot_be_read_is_left_alone(place, changed, text)
     run = place / "outputs" / "train" / "bad"
     run.mkdir()
     (run / "config.yaml").write_bytes(text)
-    message = refused(changed("L=3"))
+    message = refused_command(changed("L=3"))
     assert str(run) in message
     assert "resume=never" in message
 

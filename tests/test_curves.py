@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from builders.networks import disagreeing_mixture
+from builders.networks import WEIGHTS, disagreeing_mixture
 from mixadv.attacks import PGD
 from mixadv.attacks.suite import Pass
 from mixadv.evaluation.curves import curves
@@ -15,7 +15,6 @@ from mixadv.losses import cross_entropy
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
-WEIGHTS = [0.5, 0.2, 0.3]
 FACTORS = np.array([0, 0.25, 0.5, 0.75, 1, 1.5, 2])
 STEPS = [0, 1, 2, 5, 10, 20, 50]
 
@@ -49,7 +48,7 @@ def small():
         return mixture, x, mixture(x).argmax(-1)
 
 
-def linear_mixture():
+def mixture_of_lines():
     return Mixture([linear(w, b) for w, b in zip(NORMALS, OFFSETS, strict=True)], WEIGHTS)
 
 
@@ -57,7 +56,7 @@ def linear_mixture():
 def test_linear_members_follow_the_closed_form(norm):
     """A linear member survives eps where its distance to the boundary, in the dual norm, is larger."""
     x, y = plane()
-    found = curves(linear_mixture(), x, y, ThreatModel(norm, 0.3, None))
+    found = curves(mixture_of_lines(), x, y, ThreatModel(norm, 0.3, None))
     assert found["num_examples"] == 50
     np.testing.assert_allclose(found["eps"]["eps"], 0.3 * FACTORS)
     for k, (w, b) in enumerate(zip(NORMALS, OFFSETS, strict=True)):
@@ -131,7 +130,7 @@ def test_steps_are_the_iterates_of_one_run():
 @pytest.mark.parametrize(("norm", "last"), [("linf", [0.8, 1.0, 1.0]), ("l2", [0.8, 1.2, 1.6])])
 def test_linf_ends_with_the_box(norm, last):
     x, y = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1])
-    found = curves(linear_mixture(), x, y, ThreatModel(norm, 0.8))
+    found = curves(mixture_of_lines(), x, y, ThreatModel(norm, 0.8))
     np.testing.assert_allclose(found["eps"]["eps"][4:], last)
 
 
@@ -145,7 +144,7 @@ def test_a_single_model_is_its_own_member_and_twin():
 
 def test_no_ball_no_fall():
     x, y = plane(20)
-    found = curves(linear_mixture(), x, y, ThreatModel("linf", 0.0, None))
+    found = curves(mixture_of_lines(), x, y, ThreatModel("linf", 0.0, None))
     assert found["eps"]["eps"] == [0.0] * 7
     assert len(set(found["eps"]["mixture"])) == len(set(found["steps"]["mixture"])) == 1
 
@@ -166,7 +165,7 @@ def test_the_seed_decides_and_nothing_is_left_behind():
 def test_no_images_are_refused():
     x, y = plane(2)
     with pytest.raises(ValueError, match="at least one image"):
-        curves(linear_mixture(), x[:0], y[:0], ThreatModel("l2", 0.2, None))
+        curves(mixture_of_lines(), x[:0], y[:0], ThreatModel("l2", 0.2, None))
 
 
 # --- where PGD may begin ---------------------------------------------------------------------------------------

@@ -6,13 +6,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from builders.data import digits_module
+from builders.networks import untrained_mixture
 from conftest import QUIET
 from mixadv.attacks import PGD
-from mixadv.data.digits import Digits
 from mixadv.lambda_solvers import OracleSubgradient
 from mixadv.losses import TRADES
-from mixadv.mixture import Mixture
-from mixadv.models import build_member
 from mixadv.tasks import estimate
 from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.threat_model import ThreatModel
@@ -23,10 +22,8 @@ SHAPE = (1, 8, 8)
 
 
 def training(kind="shared"):
-    torch.manual_seed(1)
-    members = [build_member("small_resnet", num_classes=10, image_shape=SHAPE, width=2) for _ in range(3)]
     return MixtureTraining(
-        Mixture(members, [0.5, 0.2, 0.3]),
+        untrained_mixture("small_resnet", seed=1, width=2),
         loss=TRADES(),
         threat_model=ThreatModel("linf", 0.1),
         attack=PGD(num_steps=2),
@@ -53,7 +50,7 @@ def everything(module):
 
 
 def fit(module):
-    data = Digits(batch_size=16, num_train=96, num_val=20, num_test=20, seed=2)
+    data = digits_module(seed=2)
     trainer = pl.Trainer(max_epochs=1, **QUIET, limit_train_batches=3, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     return everything(module) | {"noise": module.attack_generator.get_state()}

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from builders.networks import WEIGHTS, untrained_mixture
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.models import build_member
-
-WEIGHTS = [0.5, 0.2, 0.3]
 
 
 class Table(nn.Module):
@@ -32,10 +31,8 @@ def tables():
     return Mixture([Table(z) for z in logits], WEIGHTS), x, logits
 
 
-def networks(**kwargs):
-    torch.manual_seed(2)
-    build = {"num_classes": 4, "image_shape": (3, 8, 8), **kwargs}
-    return Mixture([build_member("small_resnet", width=4, **build) for _ in range(3)], WEIGHTS)
+def mixture_of_resnets(**kwargs):
+    return untrained_mixture("small_resnet", seed=2, width=4, **{"num_classes": 4, "image_shape": (3, 8, 8), **kwargs})
 
 
 def test_member_logits_and_forward(tables):
@@ -224,7 +221,7 @@ def mixed(mixture):
 
 
 def test_attack_mode_restores_everything():
-    mixture = mixed(networks())
+    mixture = mixed(mixture_of_resnets())
     x = torch.rand(6, 3, 8, 8)
     before = state_of(mixture)
     with mixture.attack_mode():
@@ -239,7 +236,7 @@ def test_attack_mode_restores_everything():
 
 
 def test_attack_mode_restores_what_the_code_inside_disturbs():
-    mixture = mixed(networks())
+    mixture = mixed(mixture_of_resnets())
     x = torch.rand(6, 3, 8, 8)
     before = state_of(mixture)
     with mixture.attack_mode():
@@ -256,7 +253,7 @@ def test_attack_mode_restores_what_the_code_inside_disturbs():
 
 
 def test_attack_mode_restores_after_an_exception():
-    mixture = mixed(networks())
+    mixture = mixed(mixture_of_resnets())
     before = state_of(mixture)
     with pytest.raises(KeyError), mixture.attack_mode():
         raise_from_train_mode(mixture)
@@ -271,7 +268,7 @@ def raise_from_train_mode(mixture):
 
 def test_attack_mode_does_not_undo_new_weights():
     """Lambda is not a statistic: a weights phase inside keeps its result."""
-    mixture = networks()
+    mixture = mixture_of_resnets()
     with mixture.attack_mode():
         mixture.set_weights([0, 0, 1])
     assert mixture.weights.tolist() == [0, 0, 1]
@@ -324,8 +321,8 @@ def test_compiled_members_stay_compiled_in_every_mode():
 
 
 def test_state_travels_in_the_state_dict():
-    mixture = networks()
-    other = networks()
+    mixture = mixture_of_resnets()
+    other = mixture_of_resnets()
     other.set_weights([0, 1, 0])
     other.load_state_dict(mixture.state_dict())
     assert other.weights.tolist() == pytest.approx(WEIGHTS)
@@ -333,7 +330,7 @@ def test_state_travels_in_the_state_dict():
 
 
 def test_as_mixture():
-    mixture = networks()
+    mixture = mixture_of_resnets()
     assert as_mixture(mixture) is mixture
     member = mixture.members[0].eval()
     wrapped = as_mixture(member)

@@ -24,7 +24,7 @@ from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
 from mixadv.tasks import build
 
 
-def snapshot(root):
+def times_and_sizes(root):
     """Path -> (modification time, size) of every file below `root`."""
     files = [path for path in root.rglob("*") if path.is_file()]
     return {str(path.relative_to(root)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
@@ -459,13 +459,13 @@ def test_a_finished_run_is_shown_and_not_touched(trained, tmp_path):
 
     cwd = tmp_path / "copy"
     shutil.copytree(trained.cwd, cwd)
-    before = snapshot(cwd)
+    before = times_and_sizes(cwd)
     again = run_command(cwd, *TINY, "L=3", "seed=5", "name=tiny")
     assert again.rc == 0
     assert again.err == ""
     assert "outputs/train/tiny is done" in again.out
     assert "mixture" in again.out
-    after = snapshot(cwd)
+    after = times_and_sizes(cwd)
     # The figure is drawn from the same files again.
     curves = os.path.join("outputs", "train", "tiny", "curves.png")
     assert {k: v for k, v in after.items() if k != curves} == {k: v for k, v in before.items() if k != curves}
@@ -473,7 +473,7 @@ def test_a_finished_run_is_shown_and_not_touched(trained, tmp_path):
     other = run_command(cwd, *TINY, "L=3", "seed=6", "name=tiny")
     assert "holds a run with other settings (" in other.refusal()
     assert "seed: 5 there, 6 here" in other.err
-    kept = snapshot(cwd)
+    kept = times_and_sizes(cwd)
     assert {k: v for k, v in kept.items() if k != curves} == {k: v for k, v in before.items() if k != curves}
 
     beside = run_command(cwd, *TINY, "L=1", "seed=6", "name=tiny", "resume=never", "trainer.max_epochs=1")

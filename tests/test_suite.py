@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from builders.networks import WEIGHTS
 from mixadv.attacks import APGD, ARC, PGD, AttackSuite, Square, SubsetAttack, UniformNoise
 from mixadv.attacks.suite import passes_of
 from mixadv.errors import UserError
@@ -14,7 +15,6 @@ from mixadv.shipped import protocols
 from mixadv.threat_model import ThreatModel
 
 BALL = ThreatModel("linf", 0.15)
-WEIGHTS = [0.5, 0.2, 0.3]
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def complaints(finished):
     return {name.split(",")[0]: reason for name, _, reason in lines}
 
 
-def snapshot(path):
+def times_in(path):
     return {entry: entry.stat().st_mtime_ns for entry in path.rglob("*")}
 
 
@@ -123,7 +123,7 @@ def test_failures_do_not_stop_the_others_and_only_they_are_run_again(command, tm
     assert first.err.count("Traceback") == 1
     assert "Error executing job" not in first.err
 
-    before = {name: snapshot(path) for name, path in folders(sweep).items()}
+    before = {name: times_in(path) for name, path in folders(sweep).items()}
     monkeypatch.setattr(train, "measure", real)
     # How jobs are launched does not name them.
     second = command(*argv, "launch=serial")
@@ -134,7 +134,7 @@ def test_failures_do_not_stop_the_others_and_only_they_are_run_again(command, tm
     assert concluded(second) == "3 jobs, 3 done (2 before)"
     assert set(states(sweep).values()) == {"DONE"}
     for name in ("seed=0", "seed=2"):
-        assert snapshot(folders(sweep)[name]) == before[name]
+        assert times_in(folders(sweep)[name]) == before[name]
     assert not [path for path in sweep.rglob(".*") if path.name.startswith((".jobs", ".lock"))]
 
 
@@ -170,11 +170,11 @@ def test_a_refused_job_does_not_mark_the_run_of_another(command, tmp_path):
     text = (path / "config.yaml").read_text()
     (path / "config.yaml").write_text(text.replace("momentum: 0.9", "momentum: 0.8"))
     (path / "DONE").write_text("")
-    before = snapshot(path)
+    before = times_in(path)
     finished = command(*argv)
     assert finished.rc == 1
     assert "optimizer.momentum: 0.8 there, 0.9 here" in complaints(finished)["seed=0"]
-    assert snapshot(path) == before
+    assert times_in(path) == before
 
 
 def test_what_another_process_works_on_is_passed_over_and_is_no_failure(command, tmp_path):
@@ -705,7 +705,7 @@ def test_of_24_jobs_four_fail_at_run_time_and_exactly_these_are_run_again(comman
     assert {name for name, state in states(sweep).items() if state == "FAILED"} == set(bad)
     table = command("task=report", "runs=outputs/sweeps/s")
     assert all(reason in " ".join(table.out.split()) for reason in reasons.values())
-    before = {name: snapshot(path) for name, path in folders(sweep).items() if name not in bad}
+    before = {name: times_in(path) for name, path in folders(sweep).items() if name not in bad}
     assert len(before) == 20
 
     torn.write_bytes(whole)
@@ -715,6 +715,6 @@ def test_of_24_jobs_four_fail_at_run_time_and_exactly_these_are_run_again(comman
     assert len(passed_over(second)) == 20
     assert concluded(second) == "24 jobs, 24 done (20 before)"
     assert set(states(sweep).values()) == {"DONE"}
-    assert {name: snapshot(folders(sweep)[name]) for name in before} == before
+    assert {name: times_in(folders(sweep)[name]) for name in before} == before
     numbers = {name: json.loads((path / "results.json").read_text())["seed"] for name, path in folders(sweep).items()}
     assert numbers == {f"seed={seed}": seed for seed in range(24)}

@@ -26,6 +26,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from builders.runs import read_metrics
 from conftest import OUTSIDE, QUIET, TINY
 from mixadv.errors import UserError
 from mixadv.loggers import wandb_link
@@ -753,7 +754,7 @@ def test_behind_the_csv_logger_a_stock_trainer_sends_each_row_once_whatever_othe
     made.finish(0)
     offline = Offline(folder)
     same_rows(offline, folder)
-    count = len(rows_of(folder))
+    count = len(read_metrics(folder))
     assert offline.numbers == list(range(count))
     assert offline.column("theirs") == [0, 1, 2, 3] * 2
     assert (offline.column("early"), offline.column("other")) == ([1], [5, 5])
@@ -825,7 +826,7 @@ def test_a_watched_module_trains_on_where_the_background_process_dies(mirror, tm
     trainer = fit([CSVLogger(folder), made], Kill(), Chatty(), epochs=40)
     made.finish(0)
     assert trainer.global_step == 160
-    assert len(rows_of(folder)) == 160
+    assert len(read_metrics(folder)) == 160
     assert len(warnings_of(made)) == 1, said(made)
     assert capfd.readouterr().out == ""
 
@@ -959,16 +960,11 @@ STOPPED = (
 )
 
 
-def rows_of(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
-
-
 def same_rows(offline, folder, prefix=""):
     """The rows sent are those of metrics.csv, in their order."""
     rows = [row for row in offline.history if f"{prefix}step" in row and not any("examples" in key for key in row)]
     found = [{key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)} for row in rows]
-    kept = rows_of(folder)
+    kept = read_metrics(folder)
     assert len(found) == len(kept)
     for one, other in zip(found, kept, strict=True):
         assert {key: one[key] for key in other} == pytest.approx(other, rel=1e-6)

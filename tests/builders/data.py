@@ -19,8 +19,13 @@ def digits_tensors():
 
 
 def digits_module(build=Digits, **settings):
-    """A small data module, set up: batches of 16, 96 images to train on, 40 to validate on, 20 to test on."""
+    """A small data module, not set up: batches of 16, 96 images to train on, 40 to validate on, 20 to test on."""
     small = {"batch_size": 16, "eval_batch_size": 16, "num_train": 96, "num_val": 40, "num_test": 20}
-    data = build(**small | settings)
+    return build(**small | settings)
+
+
+def set_up(data):
+    """The data module after what a trainer does with it first."""
+    data.prepare_data()
     data.setup()
     return data

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import pytest
 import torch
 from torch import nn
 
@@ -98,3 +99,91 @@ class Failing(nn.Module):
         if not self.left:
             raise RuntimeError("out of order")
         return self.member(x)
+
+
+class Watched(nn.Module):
+    """Counts its forward passes, and notes whether any of them was in train mode or with parameters to train."""
+
+    def __init__(self, member):
+        super().__init__()
+        self.member, self.passes, self.undisturbed = member, 0, True
+
+    def forward(self, x):
+        self.passes += 1
+        self.undisturbed &= not self.training and not any(p.requires_grad for p in self.parameters())
+        return self.member(x)
+
+
+class InFloat64(nn.Module):
+    """Computes in float64, so that sign() of a gradient does not depend on rounding; notes its largest batch."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net.double()
+        self.most = 0
+
+    def forward(self, x):
+        self.most = max(self.most, len(x))
+        return self.net(x.double())
+
+
+def patchwork_mixture(member_of):
+    """For digits, in train mode: batch norm, dropout, and a member made of the third one.
+
+    Modes, frozen parameters and gradients differ from module to module, so that a change of any of them shows.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        first = nn.Sequential(nn.Conv2d(1, 3, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 10))
+        second = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Dropout(0.5), nn.BatchNorm1d(12), nn.Linear(12, 10))
+        third = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10))
+    mixture = Mixture([first, second, member_of(third)], WEIGHTS).train()
+    second[3].eval()
+    second[1].weight.requires_grad_(False)
+    third[3].bias.requires_grad_(False)
+    third[3].weight.grad = torch.full_like(third[3].weight, 0.5)
+    return mixture
+
+
+def assert_left_as_found(mixture_of, call):
+    """call(mixture) changes nothing of the mixture nor of torch's global state, also when a member raises in it.
+
+    Args:
+        mixture_of: a function of one that wraps a member; returns a mixture whose last member is wrapped.
+        call: makes at least 4 passes through the last member; the same number each time.
+    """
+    mixture = mixture_of(Watched)
+    before = _everything(mixture)
+    call(mixture)
+    _assert_same(_everything(mixture), before)
+    watched = mixture.members[-1]
+    assert watched.undisturbed
+    assert watched.passes >= 4
+    for fatal in (1, watched.passes // 2, watched.passes):
+        broken = mixture_of(lambda member, fatal=fatal: Failing(member, fatal))
+        before = _everything(broken)
+        with pytest.raises(RuntimeError, match="out of order"):
+            call(broken)
+        _assert_same(_everything(broken), before)
+
+
+def _everything(mixture):
+    return (
+        [module.training for module in mixture.modules()],
+        [p.requires_grad for p in mixture.parameters()],
+        [id(t) for t in (*mixture.parameters(), *mixture.buffers())],
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        {key: value.clone() for key, value in mixture.state_dict().items()},
+        [None if p.grad is None else p.grad.clone() for p in mixture.parameters()],
+        torch.get_rng_state(),
+    )
+
+
+def _assert_same(after, before):
+    assert after[:4] == before[:4]
+    torch.testing.assert_close(after[4:], before[4:], rtol=0, atol=0)
+
+
+def same_tensors(one, two):
+    """Whether two state dicts are equal bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
