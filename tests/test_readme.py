@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -233,6 +234,15 @@ def learned(network, path):
     torch.save(network.state_dict(), path)
 
 
+@pytest.fixture
+def fresh_nets():
+    """The module `nets` of the README is imported anew, and forgotten afterwards."""
+    sys.modules.pop("nets", None)
+    yield
+    sys.modules.pop("nets", None)
+
+
+@pytest.mark.usefixtures("fresh_nets")
 def test_the_second_door_weighs_and_measures_two_files(command, tmp_path):
     for seed, name in enumerate(("a.pt", "b.pt")):
         torch.manual_seed(seed)
@@ -392,6 +402,14 @@ def test_the_readme_shows_the_game_and_stays_narrow():
 def test_the_index_lists_every_page():
     listed = re.findall(r"^\d+\. \[[^]]+\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE)
     assert sorted([*listed, "README.md"]) == [path.name for path in PAGES]
+
+
+def test_the_house_of_the_contributors_names_every_module_and_room():
+    house = blocks("CONTRIBUTING.md", "")[1]
+    entries = [path for path in (ROOT / "src" / "mixadv").iterdir() if not path.name.startswith("__")]
+    names = {f"{path.name}/" if path.is_dir() else path.name for path in entries}
+    assert len(names) > 20
+    assert [name for name in sorted(names) if name not in re.split(r"[\s,]+", house)] == []
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in PAGES)])
