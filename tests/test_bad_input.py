@@ -608,7 +608,7 @@ def test_a_disk_that_is_full_while_training_is_told_and_the_same_command_goes_on
     argv = (*TINY, "L=3", "name=full", f"hydra.run.dir={run}")
     refusal = run_command(tmp_path, *argv).refusal()
     assert refusal.startswith(f"the disk of {run} is full")
-    assert "the same command goes on" in refusal
+    assert "the same command continues" in refusal
     assert not list(run.rglob("*.tmp"))
     kept = [path for path in (run / "checkpoints").iterdir() if path.suffix == ".ckpt"]
     assert kept
