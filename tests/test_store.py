@@ -616,7 +616,7 @@ def test_the_record_of_a_mixture_names_data_of_mixadv_alone(command, trained, tm
     record = json.loads((tmp_path / "mixture" / "config.json").read_text())
     change(tmp_path / "mixture", data={**record["data"], "_target_": target})
     assert command("task=evaluate", "mixture=mixture", "name=x").refusal() == (
-        f"the record of mixture names data of {target!r}, which is not part of mixadv: say data=... (or "
+        f"the record of mixture names data of {target!r}, which is not part of mixadv: give data=... (or "
         f"data._target_={target}) on the command line"
     )
     assert not (tmp_path / "executed").exists()

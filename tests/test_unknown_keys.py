@@ -121,7 +121,7 @@ def test_what_hydra_knows_is_left_to_it(words):
         # What is wrong beside it does not hide it.
         (["optimzer.lr=0.1", "hydra/launcher=basic"], "optimzer.lr: there is no such key, did you mean optimizer.lr?"),
         (["--eps", "0.1"], "--eps: there is no such flag; settings have no dashes, write eps=0.1"),
-        (["evaluate"], "evaluate stands alone: write task=evaluate"),
+        (["evaluate"], "evaluate is not KEY=VALUE: write task=evaluate"),
     ],
 )
 def test_a_command_with_a_slip_is_answered_with_the_remedy(command, tmp_path, argv, answer):
