@@ -225,12 +225,10 @@ def main() -> None:
     sys.argv[1:] = map(_quoted, sys.argv[1:])
 
     import hydra
-    from hydra._internal.utils import get_args_parser
 
     from mixadv.runs.sweep import Sweep
 
-    flags = {flag: action.nargs != 0 for action in get_args_parser()._actions for flag in action.option_strings}
-    if message := misplaced_word(sys.argv[1:], flags, config.TASKS):
+    if message := misplaced_word(sys.argv[1:], config.TASKS):
         _exit_with(message)
     Sweep.current = None
     try:
@@ -270,10 +268,12 @@ def _refusing(application: Callable[[], Any]) -> None:
             "Choose a writable place with hydra.run.dir=DIR (a sweep: hydra.sweep.dir=DIR)"
         )
     except ValueError as error:
-        # Hydra raises this for GROUP=null and GROUP=3.
-        if not str(error).startswith("Config group override must be"):
-            raise
-        _exit_with("a group takes a name: write GROUP=CHOICE, as loss=at; --help lists the groups")
+        # Hydra raises these for GROUP=null or GROUP=3, and for -m --cfg.
+        if str(error).startswith("Config group override must be"):
+            _exit_with("a group takes a name: write GROUP=CHOICE, as loss=at; --help lists the groups")
+        if str(error).startswith("Only one of --run"):
+            _exit_with(str(error))
+        raise
     except KeyboardInterrupt:
         _refuse("interrupted; the same command continues the run")
         sys.exit(INTERRUPTED)

@@ -1,7 +1,7 @@
 """Messages for unknown keys and words of the command line: the new name of a key, or the most similar one."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 # Keys of version 0.1 -> their new names. Some new names are groups: precision=16 but scheduler=cosine.
 RENAMED = {
@@ -88,42 +88,28 @@ def _likely(key: str, known: Collection[str]) -> list[str]:
     return difflib.get_close_matches(key, others, n=1, cutoff=ALIKE)
 
 
-def misplaced_word(words: list[str], flags: Mapping[str, bool], tasks: Collection[str]) -> str | None:
+def misplaced_word(words: list[str], tasks: Collection[str]) -> str | None:
     """The message for the first word in the style of other programs, such as ``--eps 0.1`` or ``evaluate``.
 
     Args:
         words: the command line without the program's name.
-        flags: Hydra's flags with their dashes -> whether a value follows.
         tasks: the values of ``task=``.
 
     Returns:
         One line with the right spelling; None if there is no such word.
     """
-    todo = list(words)
-    while todo:
-        word = todo.pop(0)
-        if word == "--":
-            return None
-        flag = _flag(word, flags)
-        if flag is not None:
-            # The value is the next word, unless it is part of this one.
-            if flags[flag] and word == flag and todo:
-                todo.pop(0)
-        elif word.startswith("-") and word.strip("-"):
+    from hydra._internal.utils import get_args_parser
+
+    known, unknown = get_args_parser().parse_known_args(words)
+    for word in unknown:
+        if word.startswith("-"):
             key, equals, value = word.lstrip("-").partition("=")
             if not equals:
-                value = todo[0] if todo and "=" not in todo[0] and not todo[0].startswith("-") else "VALUE"
+                following = words[words.index(word) + 1 :][:1]
+                value = next((text for text in following if "=" not in text and not text.startswith("-")), "VALUE")
             return f"{word}: there is no such flag; settings have no dashes, write {key.replace('-', '_')}={value}"
-        elif word in tasks:
+    for word in [*known.overrides, *unknown]:
+        if word in tasks:
             return f"{word} is not KEY=VALUE: write task={word}"
-    return None
-
-
-def _flag(word: str, flags: Mapping[str, bool]) -> str | None:
-    """The flag in `word`: in full, shortened (``--multi``), or with its value (``--cfg=job``, ``-cjob``)."""
-    if word in flags:
-        return word
-    if word.startswith("--"):
-        name = word.partition("=")[0]
-        return next((flag for flag in flags if flag.startswith(name)), None)
-    return next((flag for flag in flags if word.startswith("-") and flag == word[:2]), None)
+    # Hydra's parser accepts settings in one place only.
+    return f"{unknown[0]}: write flags such as -m before or after all settings, not between them" if unknown else None
