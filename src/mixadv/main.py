@@ -173,7 +173,7 @@ def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str], number: 
     if Sweep.of_job is not None:
         Sweep.of_job.leave(number, outcome)
         if Sweep.of_job.searches and outcome.state in (FAILED, ELSEWHERE):
-            # Sweepers that search know what to do about a job that raised; nan ends some of them (Optuna's).
+            # Optimising sweepers handle a job that raises; some of them (Optuna's) end the search at nan.
             raise UserError(f"{name}: {outcome.reason}")
     return score
 
