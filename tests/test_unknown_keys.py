@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 import mixadv
@@ -80,7 +81,7 @@ def test_new_names_are_no_old_ones():
     ],
 )
 def test_words_of_other_programs_are_answered_with_ours(words, remedy):
-    assert misplaced_word(words.split(), config.TASKS).endswith(remedy)
+    assert misplaced_word(words.split(), get_args_parser(), config.TASKS).endswith(remedy)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_words_of_other_programs_are_answered_with_ours(words, remedy):
     ],
 )
 def test_what_hydra_knows_is_left_to_it(words):
-    assert misplaced_word(words.split(), config.TASKS) is None
+    assert misplaced_word(words.split(), get_args_parser(), config.TASKS) is None
 
 
 # --- commands ----------------------------------------------------------------------------------------------

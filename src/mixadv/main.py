@@ -225,10 +225,11 @@ def main() -> None:
     sys.argv[1:] = map(_quoted, sys.argv[1:])
 
     import hydra
+    from hydra._internal.utils import get_args_parser
 
     from mixadv.runs.sweep import Sweep
 
-    if message := misplaced_word(sys.argv[1:], config.TASKS):
+    if message := misplaced_word(sys.argv[1:], get_args_parser(), config.TASKS):
         _exit_with(message)
     Sweep.current = None
     try:

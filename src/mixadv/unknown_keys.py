@@ -1,6 +1,7 @@
 """Messages for unknown keys and words of the command line: the new name of a key, or the most similar one."""
 
 import difflib
+from argparse import ArgumentParser
 from collections.abc import Collection
 
 # Keys of version 0.1 -> their new names. Some new names are groups: precision=16 but scheduler=cosine.
@@ -88,19 +89,18 @@ def _likely(key: str, known: Collection[str]) -> list[str]:
     return difflib.get_close_matches(key, others, n=1, cutoff=ALIKE)
 
 
-def misplaced_word(words: list[str], tasks: Collection[str]) -> str | None:
+def misplaced_word(words: list[str], parser: ArgumentParser, tasks: Collection[str]) -> str | None:
     """The message for the first word in the style of other programs, such as ``--eps 0.1`` or ``evaluate``.
 
     Args:
         words: the command line without the program's name.
+        parser: Hydra's parser of the command line.
         tasks: the values of ``task=``.
 
     Returns:
         One line with the right spelling; None if there is no such word.
     """
-    from hydra._internal.utils import get_args_parser
-
-    known, unknown = get_args_parser().parse_known_args(words)
+    known, unknown = parser.parse_known_args(words)
     for word in unknown:
         if word.startswith("-"):
             key, equals, value = word.lstrip("-").partition("=")
