@@ -219,7 +219,7 @@ def test_the_first_candidate_is_the_point_itself_and_all_lie_in_the_ball(problem
         assert candidates.shape == (200, 81, 2)
         assert torch.equal(candidates[:, 0], problem.x)
         flat, centres = candidates.reshape(-1, 2), problem.x.repeat_interleave(81, 0)
-        assert bool(ThreatModel("l2", eps, bounds=None).check(flat, centres).all())
+        assert bool(ThreatModel("l2", eps, bounds=None).contains(flat, centres).all())
         distances = (flat - centres).square().sum(1).sqrt()
         assert distances.max() <= eps + 1e-12
         if eps:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -30,20 +30,20 @@ def _labels(logits: Tensor, y: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(z)_y."""
-    log_p = _at_least_float32(logits).log_softmax(-1)
+    log_p = at_least_float32(logits).log_softmax(-1)
     return -log_p.gather(-1, _labels(logits, y)).squeeze(-1)
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) = sum_c p_c (log p_c - log q_c) p and q the softmax of the logits; natural logarithm."""
-    log_p = _at_least_float32(p_logits).log_softmax(-1)
-    log_q = _at_least_float32(q_logits).log_softmax(-1)
+    log_p = at_least_float32(p_logits).log_softmax(-1)
+    log_q = at_least_float32(q_logits).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """max_{j != y} z_j - z_y: positive exactly where the classifier errs."""
-    z = _at_least_float32(logits)
+    z = at_least_float32(logits)
     index = _labels(z, y)
     if z.shape[-1] < 2:
         raise ValueError("the margin needs at least 2 classes")
@@ -58,13 +58,13 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """
     if logits.shape[-1] < 3:
         raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[-1]}: use the margin instead")
-    top = _at_least_float32(logits).topk(3, dim=-1).values
+    top = at_least_float32(logits).topk(3, dim=-1).values
     return margin(logits, y) / (top[..., 0] - top[..., 2] + 1e-12)
 
 
 def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """z_t - z_y for the classes t of `target` [B]: positive only where t beats y."""
-    z = _at_least_float32(logits)
+    z = at_least_float32(logits)
     return (z.gather(-1, _labels(z, target)) - z.gather(-1, _labels(z, y))).squeeze(-1)
 
 
@@ -78,7 +78,7 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             f"targeted DLR needs at least 4 classes, got {logits.shape[-1]}: use the targeted margin instead"
         )
-    top = _at_least_float32(logits).topk(4, dim=-1).values
+    top = at_least_float32(logits).topk(4, dim=-1).values
     return margin_targeted(logits, y, target) / (top[..., 0] - (top[..., 2] + top[..., 3]) / 2 + 1e-12)
 
 
