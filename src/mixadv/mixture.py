@@ -1,6 +1,4 @@
-"""A finite mixture of classifiers: the randomized ensemble that answers with member k with probability
-lambda_k.
-"""
+"""A finite mixture of classifiers: a randomized ensemble that answers with member k with probability lambda_k."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from mixadv.simplex import is_distribution
 
-# Below this, PyTorch's convolutions on CPUs choose other kernels, and compiled graphs of any size are not for them.
+# In smaller batches PyTorch's convolutions on CPUs choose other kernels, which need compiled graphs of their own.
 SMALL_BATCH = 16
 
 
@@ -24,14 +22,13 @@ class Mixture(nn.Module):
     members: modules that map a batch x `[B, ...]` to logits `[B, C]`, all with the same C.
     weights: lambda, a distribution over the members; uniform by default. Kept as a float32 buffer `[L]`.
 
-    Two classifiers live here. The *randomized* one draws a member per answer; its accuracy on an example is
-    the finite sum `expected_accuracy`. The *ensemble* answers with the argmax of the averaged probabilities
-    (`forward`, `ensemble_accuracy`). Attacks on one say little about the other.
+    A mixture defines two classifiers. The *randomized* one draws a member for each answer; its accuracy on an example
+    is the finite sum `expected_accuracy`. The *ensemble* answers with the argmax of the averaged probabilities
+    (`forward`, `ensemble_accuracy`). An attack on one of them says little about the other.
 
-    None of the methods changes train or eval mode: measure in eval mode, or inside `attack_mode()`.
+    No method changes train or eval mode: measure in eval mode, or inside `attack_mode()`.
 
-    Raises ValueError where there are no members, a member is no module, or the weights are no distribution
-    over them.
+    Raises ValueError if there are no members, a member is no module, or the weights are no distribution over them.
     """
 
     weights: Tensor
@@ -48,7 +45,7 @@ class Mixture(nn.Module):
         device = next((p.device for p in self.members.parameters()), None)
         uniform = torch.full((len(members),), 1.0 / len(members), dtype=torch.float32, device=device)
         self.register_buffer("weights", uniform)
-        # The positive weights' numbers, and the tensor and its version that they were read from.
+        # The members of positive weight, and the tensor and its version from which they were read.
         self._drawn: tuple[list[int], Tensor, int] | None = None
         if weights is not None:
             self.set_weights(weights)
@@ -59,8 +56,7 @@ class Mixture(nn.Module):
         return len(self.members)
 
     def set_weights(self, lam: Tensor | Sequence[float]) -> None:
-        """Replace lambda in place (dtype and device stay); ValueError unless it is a distribution over the
-        members."""
+        """Replace lambda in place (dtype and device stay); ValueError unless it is a distribution over the members."""
         new = torch.as_tensor(lam, dtype=torch.float64).detach()
         if new.shape != (self.num_members,):
             raise ValueError(f"expected {self.num_members} weights, one per member, got shape {tuple(new.shape)}")
@@ -72,7 +68,7 @@ class Mixture(nn.Module):
 
     @contextmanager
     def using_weights(self, lam: Tensor | Sequence[float]) -> Iterator[None]:
-        """Other weights for the length of a `with` block; the old ones return bit for bit."""
+        """Other weights inside a `with` block; afterwards the old ones are restored bit for bit."""
         before = self.weights.clone()
         self.set_weights(lam)
         try:
@@ -82,10 +78,10 @@ class Mixture(nn.Module):
                 self.weights.copy_(before)
 
     def support(self) -> Mixture:
-        """The mixture of the members that may be drawn, those of positive weight; the mixture itself if all may be.
+        """The mixture of the members of positive weight; the mixture itself if these are all members.
 
-        Modules and weights are the same, and so is everything the mixture answers. The device is waited for only
-        where the weights have changed since the last call.
+        It shares modules and weights, and gives the same answers. A call waits for the device only if the weights have
+        changed since the last call.
         """
         drawn = self._positive()
         if len(drawn) == self.num_members:
@@ -95,12 +91,12 @@ class Mixture(nn.Module):
         return part
 
     def __getstate__(self) -> dict[str, Any]:
-        # The versions of a copy's tensors begin anew.
+        # Version counters of a copy's tensors start at 0 again.
         return super().__getstate__() | {"_drawn": None}
 
     def _positive(self) -> list[int]:
         weights = self.weights
-        # Looking is cheap where no device has to be waited for, and inference tensors do not tell of changes.
+        # Reading is cheap on the CPU, and inference tensors have no version counter.
         if weights.device.type == "cpu" or weights.is_inference():
             return weights.nonzero().flatten().tolist()
         if self._drawn is None or self._drawn[1] is not weights or self._drawn[2] != weights._version:
@@ -108,11 +104,11 @@ class Mixture(nn.Module):
         return self._drawn[0]
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """The logits of every member, [L, B, C]; ValueError where they do not agree in shape."""
+        """The logits of every member, [L, B, C]; ValueError if their shapes differ."""
         return self.stack_logits([self.logits_of(k, x) for k in range(self.num_members)])
 
     def logits_of(self, k: int, x: Tensor) -> Tensor:
-        """The logits of member k, [B, C]; ValueError where it returns another shape."""
+        """The logits of member k, [B, C]; ValueError if it returns another shape."""
         z: Tensor = self.members[k](x)
         if z.ndim != 2 or z.shape[0] != x.shape[0]:
             raise ValueError(f"member {k} returns {tuple(z.shape)} for {x.shape[0]} inputs: expected [batch, classes]")
@@ -120,7 +116,7 @@ class Mixture(nn.Module):
 
     @staticmethod
     def stack_logits(logits: Sequence[Tensor]) -> Tensor:
-        """The logits [B, C] of L members as one tensor [L, B, C]; ValueError where they differ in classes."""
+        """The logits [B, C] of L members as one tensor [L, B, C]; ValueError if their numbers of classes differ."""
         for k, z in enumerate(logits):
             if z.shape[1] != logits[0].shape[1]:
                 raise ValueError(
@@ -151,7 +147,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def expected_accuracy(self, x: Tensor, y: Tensor) -> Tensor:
-        """sum_k lambda_k 1[f_k(x) = y] per example, [B]: the chance that the drawn member is right."""
+        """sum_k lambda_k 1[f_k(x) = y] per example, [B]: the probability that the drawn member is right."""
         return self.expectation(self.member_logits(x).argmax(-1) == y)
 
     @torch.no_grad()
@@ -166,9 +162,9 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The randomized classifier's answers, [B] labels: a member is drawn for each example on its own.
+        """The randomized classifier's answers, [B] labels: a member is drawn independently for each example.
 
-        Each member sees only the examples that drew it, so the cost is that of one network.
+        A member is evaluated only on the examples that drew it, so the cost is that of one network.
         """
         drawn = self.sample_members(len(x), generator).to(x.device)
         labels = torch.empty(len(x), dtype=torch.long, device=x.device)
@@ -180,14 +176,15 @@ class Mixture(nn.Module):
 
     @contextmanager
     def attack_mode(self, plain: bool = False) -> Iterator[None]:
-        """Eval mode and frozen parameters for the length of a `with` block.
+        """Eval mode and frozen parameters inside a `with` block.
 
-        plain: the reference too, in which correctness is recorded: compiled members run as they were written, in the
-        precision of their parameters, without autocast, TF32 or the bf16 of the CPU's library.
+        On exit the `training` flag of every submodule, `requires_grad` of every parameter and every buffer of the
+        members (batch-norm statistics) are restored, whatever the code inside did to them; also after an exception,
+        and in nested blocks.
 
-        Afterwards the `training` flag of every submodule, `requires_grad` of every parameter and every buffer
-        of the members (batch-norm statistics) are as they were on entry, also after an exception, also
-        nested, and whatever the code inside did to them.
+        Args:
+            plain: also the reference precision, in which correctness is recorded: compiled members run without their
+                compiled graphs, in the precision of their parameters, without autocast, TF32 or the CPU library's bf16.
         """
         flags = [(module, module.training) for module in self.modules()]
         gradients = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
@@ -199,7 +196,7 @@ class Mixture(nn.Module):
         try:
             self.eval()
             self.requires_grad_(False)
-            with _as_written(self.weights.device) if plain else nullcontext():
+            with _reference_precision(self.weights.device) if plain else nullcontext():
                 yield
         finally:
             for module, training in flags:
@@ -215,27 +212,27 @@ class Mixture(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the forward of each member in place with `torch.compile(*args, **kwargs)`.
 
-        Only the members are compiled: lambda, the draws and `attack_mode` stay ordinary Python, and the keys
-        of the state dict do not change. Members of one architecture share their graphs. There is a graph for
-        each of train or eval, frozen or not, with or without gradient, full or another size of batch, so PyTorch's
-        recompile limit (8 by default, silently eager beyond) is raised to 16 per member, for the whole
-        process. On the CPU batches of less than 16, what attacks come down to, run as the members were
-        written: convolutions would want graphs of their own for them.
+        Only the members are compiled: lambda, the draws and `attack_mode` stay ordinary Python, and the keys of the
+        state dict do not change. Members of one architecture share their graphs. Train or eval mode, frozen or not,
+        with or without gradient, full or other batch size: each combination needs a graph. So PyTorch's recompile
+        limit (8 by default; beyond it members run eagerly without a warning) is raised to 16 per member, for the whole
+        process. On the CPU, batches of fewer than 16 images, as they occur late in an attack, run without compiled
+        graphs, because convolutions would need further graphs for them.
         """
         import torch._dynamo.config as dynamo
         import torch._functorch.config as functorch
 
-        # Else the first backward pass frees what further ones through the same graph need, as ARC's.
+        # Otherwise the first backward pass frees buffers that a second one through the same graph needs, as in ARC.
         functorch.donated_buffer = False
         dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * self.num_members)
         for member in self.members:
-            # What torch.nn.Module.compile sets.
+            # The attribute that torch.nn.Module.compile sets.
             member._compiled_call_impl = _unless_small(
                 torch.compile(member._call_impl, *args, **kwargs), member._call_impl
             )
 
     def uncompile(self) -> None:
-        """Run the members as they were written again."""
+        """Run the members without compiled graphs again."""
         for member in self.members:
             member._compiled_call_impl = None
 
@@ -249,29 +246,29 @@ def _unless_small(compiled: Callable[..., Tensor], plain: Callable[..., Tensor])
 
 
 @contextmanager
-def _as_written(device: torch.device) -> Iterator[None]:
-    """Neither compiled graphs, nor autocast, nor float32 that is less than that (TF32, bf16 in the CPU's library)."""
+def _reference_precision(device: torch.device) -> Iterator[None]:
+    """No compiled graphs, no autocast, and full float32 products (no TF32, no bf16 in the CPU's library)."""
     libraries: Any = torch.backends
-    own = libraries.cuda.matmul, libraries.cudnn.conv, libraries.mkldnn.matmul, libraries.mkldnn.conv
-    before = [place.fp32_precision for place in own]
-    for place in own:
-        place.fp32_precision = "ieee"
+    switches = libraries.cuda.matmul, libraries.cudnn.conv, libraries.mkldnn.matmul, libraries.mkldnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     try:
-        # Where the compiler was never loaded nothing is compiled; loading it takes a second.
+        # If the compiler is not loaded, nothing is compiled; loading it takes a second.
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         with torch.autocast(device.type, enabled=False), eager:
             yield
     finally:
-        for place, precision in zip(own, before, strict=True):
-            place.fp32_precision = precision
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def log_average(logits: Tensor, weights: Tensor) -> Tensor:
-    """log sum_k lambda_k softmax(logits_k) for weights [L]: [L, B, C] -> [B, C], in float32 at least."""
+    """log sum_k lambda_k softmax(logits_k) for weights [L]: [L, B, C] -> [B, C], at least float32."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return torch.logsumexp(logits.log_softmax(-1) + weights.to(logits).log()[:, None, None], dim=0)
 
 
 def as_mixture(model: nn.Module) -> Mixture:
-    """The model itself where it is a `Mixture`, else a mixture whose only member it is."""
+    """The model itself if it is a `Mixture`, else a mixture with the model as its only member."""
     return model if isinstance(model, Mixture) else Mixture([model])
