@@ -181,5 +181,5 @@ class ZeroOne(RobustLoss):
 
 def _required(clean_logits: Tensor | None) -> Tensor:
     if clean_logits is None:
-        raise ValueError("TRADES needs the logits at the clean input: pass clean_logits")
+        raise ValueError("TRADES needs the logits at the clean input: pass the clean logits")
     return clean_logits
