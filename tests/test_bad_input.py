@@ -345,15 +345,15 @@ def corpus(**change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"train_images": 255 * torch.rand(6, 3, 4, 5)}, "torch.float32 (6, 3, 4, 5), not uint8 [N,C,H,W]: bring them"),
-        ({"train_images": torch.full((6, 3, 4, 5), float("nan"))}, "to whole numbers 0..255"),
+        ({"train_images": 255 * torch.rand(6, 3, 4, 5)}, "torch.float32 (6, 3, 4, 5), not uint8 [N,C,H,W]: convert"),
+        ({"train_images": torch.full((6, 3, 4, 5), float("nan"))}, "convert them to whole numbers 0..255"),
         ({"test_images": torch.zeros(3, 3, 4, 5, dtype=torch.int64)}, "test images are torch.int64"),
         ({"train_images": torch.zeros(6, 4, 5, dtype=torch.uint8)}, "(6, 4, 5), not uint8 [N,C,H,W]"),
         (
             {"test_images": torch.zeros(3, 1, 4, 5, dtype=torch.uint8)},
             "test images are (1, 4, 5), training images (3, 4",
         ),
-        ({"train_images": torch.zeros(6, 3, 0, 5, dtype=torch.uint8)}, "0 values each: there must be"),
+        ({"train_images": torch.zeros(6, 3, 0, 5, dtype=torch.uint8)}, "0 values each: give every image"),
         ({"train_labels": torch.tensor([0, 1, 2, 0, 1])}, "6 train images with 5 labels"),
         ({"train_labels": torch.tensor([0.0, 1, 2, 0, 1, 2])}, "train labels are torch.float32, not whole numbers"),
         ({"train_labels": torch.tensor([float("nan")] * 6)}, "not whole numbers"),
@@ -366,14 +366,14 @@ def corpus(**change):
         (
             {k: torch.zeros(n, dtype=torch.long) for k, n in (("train_labels", 6), ("test_labels", 3))}
             | {"class_names": ("ant",)},
-            "1 class: there is nothing to tell apart",
+            "1 class: a classifier needs two classes or more",
         ),
     ],
 )
 def test_a_corpus_that_is_none_is_refused(change, said):
-    corpus().check("made")
+    corpus().validate("made")
     with pytest.raises(UserError) as error:
-        corpus(**change).check("made")
+        corpus(**change).validate("made")
     assert said in str(error.value)
     assert str(error.value).startswith("made: ")
 

@@ -503,7 +503,7 @@ def test_published_labels_and_shapes_are_checked():
         }
         return ImageCorpus(**{**fields, **change}, class_names=("a", "b"))
 
-    corpus().check("made")
+    corpus().validate("made")
     for change, message in (
         (
             {"test_labels": torch.tensor([0, 1, 2, 1])},
@@ -515,7 +515,7 @@ def test_published_labels_and_shapes_are_checked():
         ({"test_images": torch.zeros(4, 1, 2, 2)}, "test images are torch.float32"),
     ):
         with pytest.raises(UserError, match=message):
-            corpus(**change).check("made")
+            corpus(**change).validate("made")
 
 
 # --- under Lightning -------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ ALLOWED = {
     "threat_model": set(),
     "losses": set(),
     "models": set(),
-    "data": set(),
+    "data": {"files"},
     "mixture": {"simplex"},
     "attacks": {"mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
     # Where they meet.
