@@ -624,7 +624,7 @@ def test_members_without_gradient_are_refused():
         ({"momentum": float("nan")}, "momentum"),
         ({"targets": 3}, "use loss=dlr-targeted"),
         ({"targets": 0, "loss": "dlr-targeted"}, "targets"),
-        ({"objective": AveragedLoss(), "loss": "dlr"}, "give either"),
+        ({"objective": AveragedLoss(), "loss": "dlr"}, "give only one"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

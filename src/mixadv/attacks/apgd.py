@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective, TargetedLoss
-from mixadv.attacks.search import Climb, SearchAttack, WorstPoints
+from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
 
@@ -109,19 +109,17 @@ class APGD(SearchAttack):
         with torch.no_grad():
             clean = mixture.member_logits(x)
         objectives = self.objectives(clean.shape[-1])
-        climb, worst = Climb.begin(mixture, objectives[0], x, y, clean=clean)
+        climb = Climb.begin(mixture, objectives[0], x, y, clean=clean)
         # Restarts are the outer loop, so that more restarts begin with the same runs as fewer.
         for _ in range(1 if self.start == "none" else self.restarts):
             for objective in objectives:
-                self._climb(replace(climb, objective=objective), worst, threat_model, generator)
+                self._climb(replace(climb, objective=objective), threat_model, generator)
         self.warn_of_nan_gradients(climb.blind, "climb")
-        return worst.x
+        return climb.worst.x
 
-    def _climb(
-        self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, generator: torch.Generator | None
-    ) -> None:
-        """One start; its points are offered to `worst`."""
-        rows = worst.unfinished()
+    def _climb(self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None) -> None:
+        """One start; its points are offered to `climb.worst`."""
+        rows = climb.worst.unfinished()
         if not len(rows):
             return
         origin = climb.x[rows]
@@ -133,7 +131,7 @@ class APGD(SearchAttack):
         state = _State.begin(rows, origin, x, grad, value, 2 * threat_model.eps)
         reviews, reviewed = checkpoints(self.num_steps), 0
         for step in range(1, self.num_steps + 1):
-            unfinished = worst.accuracy[state.rows] > 0
+            unfinished = climb.worst.accuracy[state.rows] > 0
             if not bool(unfinished.all()):
                 state.keep(unfinished)
                 if not len(state.rows):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixadv.attacks.boundaries import Boundary, inner, members_with_gradient, nearest_boundary
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import Climb, SearchAttack, WorstPoints
+from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
 
@@ -73,13 +73,13 @@ class ARC(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        climb = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
         turnable = members_with_gradient(mixture, x)
-        search = _Search(self, climb, worst, threat_model, generator, turnable)
+        search = _Search(self, climb, threat_model, generator, turnable)
         for restart in range(self.restarts):
             search.run(from_x=restart == 0)
         self.warn_of_nan_gradients(climb.blind, "move")
-        return worst.x
+        return climb.worst.x
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,6 @@ class _Search:
 
     settings: ARC
     climb: Climb
-    worst: WorstPoints
     threat_model: ThreatModel
     generator: torch.Generator | None
     turnable: list[int]
@@ -100,12 +99,12 @@ class _Search:
 
     def run(self, from_x: bool) -> None:
         """One start and K steps, for the examples that can still get worse."""
-        rows = self.worst.unfinished()
+        rows = self.climb.worst.unfinished()
         if not len(rows):
             return
         x = self.climb.x[rows]
         if from_x:
-            points, accuracy = x, self.worst.accuracy[rows]
+            points, accuracy = x, self.climb.worst.accuracy[rows]
         else:
             points = self.threat_model.sample(x, self.generator)
             accuracy = self.accuracy_at(points, rows)

@@ -33,10 +33,10 @@ class UniformNoise(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        climb, worst = Climb.begin(mixture, self.objective, x, y)
+        climb = Climb.begin(mixture, self.objective, x, y)
         for _ in range(self.num_samples):
-            rows = worst.unfinished()
+            rows = climb.worst.unfinished()
             if not len(rows):
                 break
             climb.score(threat_model.sample(x[rows], generator), rows)
-        return worst.x
+        return climb.worst.x

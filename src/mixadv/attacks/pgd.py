@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import Climb, SearchAttack
+from mixadv.attacks.search import Climb, SearchAttack, value_and_gradient
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -74,42 +74,55 @@ class PGD(SearchAttack):
                 raise ValueError(f"start_at has shape {tuple(start_at.shape)}, x has {tuple(x.shape)}")
             start_at = start_at.detach().to(x.dtype, copy=True)
         if self.keep == "last":
-            with torch.no_grad():
-                clean = mixture.member_logits(x) if self.objective.needs_clean else None
-            blind = torch.zeros(0, dtype=torch.bool, device=x.device)
-            climb = Climb(mixture, self.objective, x, y, clean, None, blind)
-            return self._run(climb, threat_model, generator, start_at)
-        climb, worst = Climb.begin(mixture, self.objective, x, y, self.keep == "accuracy")
+            return self._last_iterate(mixture, x, y, threat_model, generator, start_at)
+        climb = Climb.begin(mixture, self.objective, x, y, self.keep == "accuracy")
         for run in range(1 if self.start == "none" else self.restarts):
-            self._run(climb, threat_model, generator, start_at if run == 0 else None)
+            self._climb(climb, threat_model, generator, start_at if run == 0 else None)
         self.warn_of_nan_gradients(climb.blind, "climb")
-        return worst.x
+        return climb.worst.x
 
-    def _run(
-        self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None, first: Tensor | None
+    def _last_iterate(
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None,
+        first: Tensor | None,
     ) -> Tensor:
-        """The last iterate of one start."""
+        """The last iterate of one start, without a pass that the steps do not need."""
+        clean: Tensor | None = None
+        if self.objective.needs_clean:
+            with torch.no_grad():
+                clean = mixture.member_logits(x)
+        x_adv = self.starting_points(x, threat_model, generator) if first is None else first
+        for _ in range(self.num_steps):
+            grad = value_and_gradient(mixture, self.objective, x_adv, y, clean)[2]
+            x_adv = self._step(x_adv, grad, x, threat_model)
+        return x_adv
+
+    def _climb(
+        self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None, first: Tensor | None
+    ) -> None:
+        """One start; its points are offered to `climb.worst`."""
         x, worst = climb.x, climb.worst
-        # A slice takes all examples without a copy; an index takes those that can still get worse.
-        rows: Any = slice(None) if worst is None else torch.arange(len(x), device=x.device)
-        x_adv: Tensor | None = None
-        for step in range(self.num_steps + 1):
-            if worst is not None and self.keep == "accuracy":
+        rows = worst.unfinished() if self.keep == "accuracy" else torch.arange(len(x), device=x.device)
+        x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
+        for _ in range(self.num_steps):
+            if not len(rows):
+                return
+            grad = climb.score_with_gradient(x_adv, rows)[1]
+            x_adv = self._step(x_adv, grad, x[rows], threat_model)
+            if self.keep == "accuracy":
                 unfinished = worst.accuracy[rows] > 0
                 if not bool(unfinished.all()):
-                    rows = rows[unfinished]
-                    x_adv = None if x_adv is None else x_adv[unfinished]
-                if not len(rows):
-                    break
-            if x_adv is None:
-                x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
-            if step < self.num_steps:
-                grad = climb.score_with_gradient(x_adv, rows)[1]
-                x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
-                x_adv = threat_model.project(x_adv, x[rows])
-            elif worst is not None:
-                climb.score(x_adv, rows)
-        return x if x_adv is None else x_adv
+                    rows, x_adv = rows[unfinished], x_adv[unfinished]
+        if len(rows):
+            climb.score(x_adv, rows)
+
+    def _step(self, x_adv: Tensor, grad: Tensor, x: Tensor, threat_model: ThreatModel) -> Tensor:
+        x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
+        return threat_model.project(x_adv, x)
 
     def starting_points(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
         """Points of the ball where a run begins, drawn as `start` says: [B, ...]."""

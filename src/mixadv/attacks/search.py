@@ -221,8 +221,8 @@ class Climb:
     """One search: the objective, the mixture and the batch, and what has been found so far.
 
     Attributes:
-        clean: [L, B, C], the members' logits at x; None if they are not needed.
-        worst: the worst points; None if only the last iterate is wanted.
+        clean: [L, B, C], the members' logits at x.
+        worst: the worst points so far.
         blind: [B] bool, the examples on which a gradient was NaN.
     """
 
@@ -230,8 +230,8 @@ class Climb:
     objective: Objective
     x: Tensor
     y: Tensor
-    clean: Tensor | None
-    worst: WorstPoints | None
+    clean: Tensor
+    worst: WorstPoints
     blind: Tensor
 
     @classmethod
@@ -243,7 +243,7 @@ class Climb:
         y: Tensor,
         by_accuracy: bool = True,
         clean: Tensor | None = None,
-    ) -> tuple[Climb, WorstPoints]:
+    ) -> Climb:
         """Start with x as the first of the worst points; clean: the members' logits at x, if they are known."""
         if clean is None:
             with torch.no_grad():
@@ -251,7 +251,7 @@ class Climb:
         worst = WorstPoints(mixture, x, y, by_accuracy)
         worst.offer(x, clean, objective(clean, y, mixture.weights, clean))
         blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return cls(mixture, objective, x, y, clean, worst, blind), worst
+        return cls(mixture, objective, x, y, clean, worst, blind)
 
     def score(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Offer one point of each example `rows` [R]; the members' logits [L, R, C] and the objective [R] there."""
@@ -262,21 +262,19 @@ class Climb:
     def offer(self, points: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
         """Compare points whose logits [L, R, C] are known with the worst ones; the objective [R] there."""
         value = self.objective(logits, self.y[rows], self.mixture.weights, self._clean(rows))
-        if self.worst is not None:
-            self.worst.offer(points, logits, value, rows)
+        self.worst.offer(points, logits, value, rows)
         return value
 
     def score_with_gradient(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `score`, but returns the objective [R] (NaN counts as -inf) and its gradient [R, ...]."""
         clean = self._clean(rows)
         logits, value, grad = value_and_gradient(self.mixture, self.objective, points, self.y[rows], clean)
-        if self.worst is not None:
-            self.worst.offer(points, logits, value, rows)
-            self.blind[rows] |= grad.flatten(1).isnan().any(1)
+        self.worst.offer(points, logits, value, rows)
+        self.blind[rows] |= grad.flatten(1).isnan().any(1)
         return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
 
     def _clean(self, rows: Tensor) -> Tensor | None:
-        return self.clean[:, rows] if self.clean is not None and self.objective.needs_clean else None
+        return self.clean[:, rows] if self.objective.needs_clean else None
 
 
 def check_points(name: str, x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> None:

@@ -63,21 +63,21 @@ class Square(SearchAttack):
     ) -> Tensor:
         if x.ndim > 4:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, H, W], [B, H, W] or [B, d]")
-        climb, worst = Climb.begin(mixture, self.objective, x, y)
+        climb = Climb.begin(mixture, self.objective, x, y)
         dice = _Dice(generator, x.device)
         for _ in range(self.restarts):
-            self._walk(climb, worst, threat_model, dice)
-        return worst.x
+            self._walk(climb, threat_model, dice)
+        return climb.worst.x
 
-    def _walk(self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, dice: _Dice) -> None:
-        """One restart; its points are offered to `worst`."""
+    def _walk(self, climb: Climb, threat_model: ThreatModel, dice: _Dice) -> None:
+        """One restart; its points are offered to `climb.worst`."""
         x = climb.x
         images = x.reshape(len(x), *[1] * (4 - x.ndim), *x.shape[1:])
         moves: _Linf | _L2 = (_Linf if threat_model.norm == "linf" else _L2)(threat_model, dice)
         # A walk that put the accuracy first would never give up one fooled member to fool two others.
         walk = WorstPoints(climb.mixture, x, climb.y, by_accuracy=False)
         for query in range(self.num_queries):
-            rows = worst.unfinished()
+            rows = climb.worst.unfinished()
             if not len(rows):
                 return
             if query == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import Climb, SearchAttack, WorstPoints
+from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
 
@@ -74,14 +74,14 @@ class SubsetAttack(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        climb = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
         weights, turnable = mixture.weights / mixture.weights.sum(), members_with_gradient(mixture, x)
-        search = _Search(self, climb, worst, threat_model, generator, weights, turnable)
+        search = _Search(self, climb, threat_model, generator, weights, turnable)
         sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
         for restart, members in itertools.product(range(self.restarts), sets):
             search.run(members, from_x=restart == 0)
         self.warn_of_nan_gradients(climb.blind, "move")
-        return worst.x
+        return climb.worst.x
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,6 @@ class _Search:
 
     settings: SubsetAttack
     climb: Climb
-    worst: WorstPoints
     threat_model: ThreatModel
     generator: torch.Generator | None
     weights: Tensor
@@ -100,7 +99,7 @@ class _Search:
         """One start for one set, for the examples that it can make worse."""
         pulling = [k for k in members if k in self.turnable]
         rest = 1.0 - float(self.weights[list(members)].sum())
-        rows = (self.worst.accuracy > rest + TOLERANCE).nonzero().flatten()
+        rows = (self.climb.worst.accuracy > rest + TOLERANCE).nonzero().flatten()
         if not pulling or not len(rows):
             return
         x = self.climb.x[rows]

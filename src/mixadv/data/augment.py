@@ -18,14 +18,7 @@ def random_crop_flip(x: Tensor, padding: int, flip: bool, generator: torch.Gener
         flip: whether images are mirrored.
         generator: source of all randomness. The numbers are drawn on its device, so that a CPU generator gives the
             same crops on every device. None uses torch's global generator.
-
-    Raises:
-        ValueError: x is not four-dimensional, or padding < 0.
     """
-    if x.ndim != 4:
-        raise ValueError(f"images must be [B, C, H, W], got {tuple(x.shape)}")
-    if padding < 0:
-        raise ValueError(f"padding must be >= 0, got {padding}")
     if padding == 0 and not flip:
         return x
     count, channels, height, width = x.shape

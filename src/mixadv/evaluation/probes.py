@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from math import prod, sqrt
 
 import torch
@@ -116,7 +116,8 @@ class OwnAttacks:
     """Small attacks on one target after the other; see `distrust` for the arguments."""
 
     def __init__(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch_size: int) -> None:
-        self.x, self.y, self.threat_model, self.seed, self.batch_size = x, y, threat_model, seed, batch_size
+        self.x, self.y, self.threat_model, self.seed = x, y, threat_model, seed
+        self.batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
     def symptoms(self, one: Pass) -> dict[str, str]:
         """Flag -> evidence, from attacks on the target of a pass that a stronger attack or radius should beat."""
@@ -143,8 +144,8 @@ class OwnAttacks:
         low, high = self.threat_model.bounds
         ball = ThreatModel("linf", (high - low) / 2, (low, high))
         attack = PGD(num_steps=NUM_STEPS, restarts=RESTARTS, objective=ExpectedLoss("margin"))
-        attacked = float(self._at(one, self._points(one, attack, ball))[0].mean())
-        grey = float(self._at(one, torch.full_like(self.x, (low + high) / 2).split(self.batch_size))[0].mean())
+        attacked = float(self._attacked(one, attack, ball)[0].mean())
+        grey = float(self._at(one, [torch.full_like(x, (low + high) / 2) for x, _ in self.batches])[0].mean())
         share = int(self.y.bincount().max()) / len(self.y)
         if max(attacked, grey) <= confidence_interval(share, len(self.y))[1]:
             return {}
@@ -156,16 +157,16 @@ class OwnAttacks:
 
     def _last(self, one: Pass, ball: ThreatModel, steps: int) -> tuple[Tensor, Tensor]:
         attack = PGD(num_steps=steps, objective=ExpectedLoss("margin"), keep="last")
-        return self._at(one, self._points(one, attack, ball))
+        return self._attacked(one, attack, ball)
 
-    def _points(self, one: Pass, attack: PGD, ball: ThreatModel) -> Iterator[Tensor]:
-        for i, (x, y) in enumerate(zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)):
-            yield attack(one.target, x, y, ball, torch.Generator(x.device).manual_seed(one.seed(self.seed, i)))
+    def _attacked(self, one: Pass, attack: PGD, ball: ThreatModel) -> tuple[Tensor, Tensor]:
+        one = one._replace(attack=attack)
+        return self._at(one, (one.points(x, y, ball, self.seed, i) for i, (x, y) in enumerate(self.batches)))
 
-    def _at(self, one: Pass, points: Iterator[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _at(self, one: Pass, points: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Expected accuracy and expected margin of the target at one point of each image: [N], [N]."""
         accuracy, margin = [], []
-        for part, labels in zip(points, self.y.split(self.batch_size), strict=True):
+        for part, (_, labels) in zip(points, self.batches, strict=True):
             with torch.no_grad():
                 logits = one.target.member_logits(part)
             accuracy.append(one.target.expectation(logits.argmax(-1) == labels))
