@@ -125,7 +125,7 @@ class PGD(SearchAttack):
         return threat_model.project(x_adv, x)
 
     def starting_points(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
-        """Points of the ball where a run begins, drawn as `start` says: [B, ...]."""
+        """The points of the ball at which a run begins, drawn according to `start`: [B, ...]."""
         if self.start == "none":
             return x.clone()
         if self.start == "uniform":

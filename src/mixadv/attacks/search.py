@@ -189,7 +189,7 @@ def value_and_gradient(
     the activations of one member at a time are held. The result is bit for bit that of all members at once.
 
     Args:
-        mixture: in attack mode. x: [R, ...]; y: [R]; clean_logits: [L, R, C] where the objective needs them.
+        mixture: in attack mode. x: [R, ...]; y: [R]; clean_logits: [L, R, C] if the objective needs them.
 
     Raises:
         ValueError: no member is differentiable, or as `Mixture.member_logits`.

@@ -81,7 +81,7 @@ class SuiteRecord:
 
 @dataclass(frozen=True)
 class AttackSuite:
-    """Named attacks, each run on the mixture and, where it `transfers`, on every member alone and on the averaged twin.
+    """Named attacks, each run on the mixture and, if it `transfers`, on every member alone and on the averaged twin.
 
     The result of an example is the minimum over all points that any attack found, so adding an attack never raises it.
     Every pass draws from a generator of its own, so the points of an attack do not depend on the other attacks.

@@ -95,7 +95,7 @@ class ImageDataModule(LightningDataModule):
     Args:
         batch_size: training images per batch. It changes the result (steps per epoch, noise of the gradient).
         eval_batch_size: validation and test images per batch.
-        val_fraction: v in (0, 1); ignored where `num_val` is given.
+        val_fraction: v in (0, 1); ignored if `num_val` is given.
         num_val: number of validation images, at least 1.
         seed: of the order of the batches and of the augmentation; the splits do not depend on it.
         num_train: number of training images, None for all.
@@ -251,7 +251,7 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> BatchStream:
         """The endless training stream; every call during one fit returns the same object, which keeps its position.
 
-        Its epochs have `batches_per_epoch` batches; with `overfit_batches` it repeats the first so many batches.
+        Its epochs have `batches_per_epoch` batches; with `overfit_batches` = n it repeats the first n batches.
         """
         if self._stream is None or self._stream.device != self.device:
             self._stream = BatchStream(

@@ -115,10 +115,10 @@ def _accuracies(mixture: Mixture, passes: list[Pass], x: Tensor, y: Tensor) -> l
     with torch.no_grad(), mixture.attack_mode(plain=True):
         logits = mixture.member_logits(x)
     members = logits.argmax(-1) == y
-    everybody = {MIXTURE: mixture.expectation(members), TWIN: mixture.log_average(logits).argmax(-1) == y}
-    everybody |= {f"member {k}": right for k, right in enumerate(members)}
-    expected = everybody[MIXTURE]
-    return [everybody[one.against].to(expected) for one in passes]
+    answers = {MIXTURE: mixture.expectation(members), TWIN: mixture.log_average(logits).argmax(-1) == y}
+    answers |= {f"member {k}": right for k, right in enumerate(members)}
+    expected = answers[MIXTURE]
+    return [answers[one.against].to(expected) for one in passes]
 
 
 def _named(names: list[str], values: np.ndarray) -> dict[str, Any]:

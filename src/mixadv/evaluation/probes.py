@@ -16,7 +16,7 @@ from mixadv.intervals import confidence_interval, paired_interval
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
-# A gradient counts as 0 if it changes the objective by at most so many rounding errors of the numbers behind it.
+# A gradient counts as 0 if it changes the objective by at most this many rounding errors of the numbers behind it.
 NOISE = 8
 # Tolerance on the sum of probabilities in float32 or float16; logits do not sum to 1 on all images.
 PROBABILITY_TOLERANCE = 1e-3

@@ -132,14 +132,14 @@ class MixtureEvaluation(pl.LightningModule):
             ranks.stop_together(self.device)
 
     def _finish(self, key: str, ranks: Ranks) -> None:
-        everybody = ranks.gather_objects((self._parts, self._seconds))
-        parts = {number: part for theirs, _ in everybody for number, part in theirs.items()}
+        gathered = ranks.gather_objects((self._parts, self._seconds))
+        parts = {number: part for theirs, _ in gathered for number, part in theirs.items()}
         in_order = [parts[number] for number in range(self.num_batches)]
         arrays = {
             "correct": np.concatenate([part["correct"] for part in in_order], axis=-1),
             "ensemble": np.concatenate([part["ensemble"] for part in in_order], axis=-1),
             "images": np.concatenate([part["images"] for part in in_order]),
-            "seconds": np.asarray(max(seconds for _, seconds in everybody)),
+            "seconds": np.asarray(max(seconds for _, seconds in gathered)),
         }
         self.state.save(key, arrays, write=ranks.rank == 0)
         self._parts, self._seconds, self._seen = {}, 0.0, 0
