@@ -115,29 +115,26 @@ class FiniteGame:
             Losses at masked entries are never read, and may be NaN.
         masses: [N], the probabilities of the examples; None means 1/N each.
 
+    Attributes:
+        num_examples, num_perturbations, num_members: N, m, L.
+        max_loss: max |A[i, j, k]| over the allowed entries.
+        exact: True, because a best response compares all perturbations.
+
     Raises:
         ValueError: a wrong shape or dtype, an empty dimension, a loss that is NaN or infinite, an example without an
             allowed perturbation, masses that are negative, not finite, or do not sum to 1.
     """
 
+    exact = True
+
     def __init__(self, losses: Tensor, mask: Tensor | None = None, masses: Tensor | None = None) -> None:
         self.losses = _checked_losses(torch.as_tensor(losses).detach())
-        self.num_examples, self.num_perturbations, self._num_members = self.losses.shape
+        self.num_examples, self.num_perturbations, self.num_members = self.losses.shape
         self.mask = None if mask is None else _checked_mask(torch.as_tensor(mask), self.losses)
         self.masses = _checked_masses(None if masses is None else torch.as_tensor(masses), self.losses)
         self.max_loss = 0.0
         for rows, chunk, _ in self._chunks():
             self.max_loss = max(self.max_loss, _largest_loss(chunk, rows.start))
-
-    @property
-    def num_members(self) -> int:
-        """L."""
-        return self._num_members
-
-    @property
-    def exact(self) -> bool:
-        """True: a best response compares all perturbations."""
-        return True
 
     def pool(
         self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None

@@ -8,7 +8,7 @@ expectation over members is the finite sum, never a sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -44,15 +44,13 @@ def _expectation(losses: Tensor, weights: Tensor) -> Tensor:
 class ExpectedLoss:
     """sum_k lambda_k loss(f_k(x'), y), loss one of "ce", "margin", "dlr"; ValueError for another name."""
 
+    needs_clean: ClassVar[bool] = False
+
     loss: str = "ce"
 
     def __post_init__(self) -> None:
         if self.loss not in ATTACK_LOSSES:
             raise ValueError(f"unknown attack loss {self.loss!r}: choose one of {', '.join(ATTACK_LOSSES)}")
-
-    @property
-    def needs_clean(self) -> bool:
-        return False
 
     def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         """loss(f_k(x'), y): see `ExpectedObjective`."""
@@ -71,15 +69,13 @@ class AveragedLoss:
     (Jensen). The objective measures the ensemble, not the randomized classifier.
     """
 
+    needs_clean: ClassVar[bool] = False
+
     loss: str = "ce"
 
     def __post_init__(self) -> None:
         if self.loss not in ATTACK_LOSSES:
             raise ValueError(f"unknown attack loss {self.loss!r}: choose one of {', '.join(ATTACK_LOSSES)}")
-
-    @property
-    def needs_clean(self) -> bool:
-        return False
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         return ATTACK_LOSSES[self.loss](log_average(logits, weights), y)
@@ -96,6 +92,8 @@ class TargetedLoss:
     Raises ValueError for unknown names, a rank below 1 or beyond the wrong classes, missing clean logits.
     """
 
+    needs_clean: ClassVar[bool] = True
+
     loss: str = "dlr"
     rank: int = 1
 
@@ -104,10 +102,6 @@ class TargetedLoss:
             raise ValueError(f"unknown targeted loss {self.loss!r}: choose one of {', '.join(TARGETED_LOSSES)}")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}: 1 is the most probable wrong class")
-
-    @property
-    def needs_clean(self) -> bool:
-        return True
 
     def target(self, clean_logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """t(x): [L, B, C], [B], [L] -> [B] long."""
