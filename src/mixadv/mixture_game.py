@@ -66,17 +66,13 @@ class MixtureGame:
         on_attack: Callable[[int], None] | None = None,
     ) -> None:
         self.mixture, self.x, self.y = mixture, x, y
+        self.num_members = mixture.num_members
         self.threat_model, self.attacks, self.loss = threat_model, tuple(attacks), loss
         self.generator, self.on_attack = generator, on_attack
         self._batch_size = batch_size or max(1, len(x))
         self._clean_logits: Tensor | None = None
         self._moves: list[Tensor] = [self.member_losses(x).T.cpu()]
         self._recent = [self._payoffs_of(batch) for batch in recent]
-
-    @property
-    def num_members(self) -> int:
-        """L."""
-        return self.mixture.num_members
 
     def member_losses(self, x_adv: Tensor) -> Tensor:
         """Losses l_k(x', y) of every member at `x_adv` [B, ...] -> float64 [L, B]."""
