@@ -19,7 +19,7 @@ from mixadv.threat_model import ThreatModel
 
 # The last step relative to the first; between them the steps fall geometrically.
 LAST_STEP = 0.02
-# Sums of float32 weights are compared up to this.
+# Sums of weights are compared up to this.
 TOLERANCE = 1e-6
 
 
@@ -75,7 +75,7 @@ class SubsetAttack(SearchAttack):
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
         climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
-        weights, turnable = mixture.weights / mixture.weights.sum(), members_with_gradient(mixture, x)
+        weights, turnable = mixture.weights, members_with_gradient(mixture, x)
         search = _Search(self, climb, worst, threat_model, generator, weights, turnable)
         sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
         for restart, members in itertools.product(range(self.restarts), sets):

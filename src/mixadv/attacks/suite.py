@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
 from mixadv.mixture import Mixture, as_mixture
-from mixadv.seeding import derive_seed
+from mixadv.seeding import generator_for
 from mixadv.shipped import shipped_protocol
 from mixadv.threat_model import ThreatModel
 
@@ -36,14 +36,13 @@ class Pass(NamedTuple):
         """The attack's name, followed by " on " and whom it is against unless that is the mixture."""
         return self.name if self.against == MIXTURE else f"{self.name} on {self.against}"
 
-    def seed(self, seed: int, batch: int) -> int:
-        """Of the pass on one batch: the same whatever other passes there are."""
-        return derive_seed(seed, self.name, self.against, batch)
+    def generator(self, seed: int, batch: int, device: torch.device) -> torch.Generator:
+        """For the pass on one batch: the same whatever other passes there are."""
+        return generator_for(seed, self.name, self.against, batch, device=device)
 
     def points(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int) -> Tensor:
         """What the pass finds on a batch of this number, checked; see `check_points`."""
-        generator = torch.Generator(x.device).manual_seed(self.seed(seed, batch))
-        points = self.attack(self.target, x, y, threat_model, generator)
+        points = self.attack(self.target, x, y, threat_model, self.generator(seed, batch, x.device))
         check_points(self.name, points, x, threat_model)
         return points
 

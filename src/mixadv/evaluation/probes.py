@@ -16,6 +16,7 @@ from mixadv.attacks.search import gradient
 from mixadv.attacks.suite import Pass
 from mixadv.intervals import confidence_interval, paired_interval
 from mixadv.mixture import Mixture
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 
 # In roundings of the numbers that an objective is the difference of: a change of a few of them is not measured.
@@ -90,7 +91,7 @@ def gradients(
         logits are not differentiable at all.
     """
     width = 1.0 if threat_model.bounds is None else threat_model.bounds[1] - threat_model.bounds[0]
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = generator_for(seed, "gradients", device=x.device)
     vanishing: dict[str, list[list[Tensor]]] = {loss: [[] for _ in mixture.members] for loss in ("margin", "ce")}
     blind: set[int] = set()
     for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -160,7 +161,7 @@ class OwnAttacks:
 
     def _points(self, one: Pass, attack: PGD, ball: ThreatModel) -> Iterator[Tensor]:
         for i, (x, y) in enumerate(zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)):
-            yield attack(one.target, x, y, ball, torch.Generator(x.device).manual_seed(one.seed(self.seed, i)))
+            yield attack(one.target, x, y, ball, one.generator(self.seed, i, x.device))
 
     def _at(self, one: Pass, points: Iterator[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Expected accuracy and expected margin of the target at one point of each image: [N], [N]."""

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from mixadv.errors import UserError
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS, build_member
+from mixadv.seeding import seeded
 
 # How many times as many numbers as a file holds its recipe may ask for, before anything is built.
 MAX_EXCESS = 4
@@ -91,12 +92,13 @@ def member_recipes(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(recipe) for recipe in recipes]
 
 
-def build_mixture(config: Mapping[str, Any], factories: Sequence[str] = ()) -> Mixture:
+def build_mixture(config: Mapping[str, Any], factories: Sequence[str] = (), *, seed: int = 0) -> Mixture:
     """A freshly initialised mixture as a recipe says.
 
     Args:
         config: ``L`` and ``model`` or ``models``, see `member_recipes`.
         factories: the import paths that a recipe may name; no other code is imported.
+        seed: of the initial parameters. Member k of one seed is the same whatever L is.
 
     Raises:
         ValueError: unknown model or arguments that it does not take.
@@ -104,7 +106,11 @@ def build_mixture(config: Mapping[str, Any], factories: Sequence[str] = ()) -> M
     """
     recipes = member_recipes(config)
     check_factories("the recipe", recipes, factories)
-    return Mixture([build_recipe(recipe) for recipe in recipes])
+    members = []
+    for k, recipe in enumerate(recipes):
+        with seeded(seed, "member", k):
+            members.append(build_recipe(recipe))
+    return Mixture(members)
 
 
 def build_recipe(recipe: Mapping[str, Any]) -> nn.Module:

@@ -242,10 +242,9 @@ def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: t
             f"{free / 2**30:.1f} GiB are free on the {device.type}: choose "
             + (f"at most L={fit}, or a smaller model=..." if fit else "a smaller model=... or model.width=...")
         )
-    torch.manual_seed(seed)
     config = {"L": num_members, "model": recipe}
     # The user's own command has named the factory.
-    return build_mixture(config, factories_of(config)).train()
+    return build_mixture(config, factories_of(config), seed=seed).train()
 
 
 def build_attack(node: Any, key: str) -> PGD:

@@ -82,8 +82,7 @@ def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None
             f"weights=[...] has {len(given)} numbers, but members=[...] holds {len(members)}: {found}; give one for "
             "each in this order, or leave it out for 1/L each"
         )
-    # They sum to 1 within a tolerance, which must not be judged a second time.
-    return [weight / sum(given) for weight in given]
+    return given
 
 
 def _evaluate(

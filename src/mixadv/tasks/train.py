@@ -30,6 +30,7 @@ from mixadv.report import draw_curves
 from mixadv.runs import processes
 from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
+from mixadv.seeding import derive_seed
 from mixadv.signals import Signals
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import model_card
@@ -330,7 +331,7 @@ def _fit(session: Session, module: MixtureTraining, trainer: pl.Trainer, run_dir
         _announce(session, module)
     if session.compiled:
         _compile(session, module)
-    pl.seed_everything(cfg.seed, verbose=False)
+    pl.seed_everything(derive_seed(cfg.seed, "training") % 2**32, verbose=False)
     signals = Signals.active
     assert signals is not None
     try:

@@ -33,7 +33,7 @@ from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch
 from mixadv.models import MODELS
 from mixadv.ranks import Ranks
-from mixadv.seeding import derive_seed
+from mixadv.seeding import generator_for
 from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
 from mixadv.training import generators, learning_rate
@@ -44,7 +44,7 @@ from mixadv.training.schedule import Schedule
 from mixadv.training.shared_attack import DividedGame, SharedAttack
 from mixadv.training.update import add_gradient, running_statistics
 
-STATE_SCHEMA = 4
+STATE_SCHEMA = 5
 # Arguments of `MixtureTraining` that a checkpoint records; the members are recorded by their recipe.
 RECORDED = (
     *("loss", "threat_model", "attack", "validation_attack", "solver", "kind", "T_theta", "optimizer", "scheduler"),
@@ -176,8 +176,8 @@ class MixtureTraining(pl.LightningModule):
         """Nothing is done yet; members and weights are what they are."""
         self.t = 0
         self.member_updates = [0] * self.mixture.num_members
-        self.member_generator = torch.Generator().manual_seed(self.seed)
-        self.attack_generator = torch.Generator(device).manual_seed(self.seed + 1)
+        self.member_generator = generator_for(self.seed, "members")
+        self.attack_generator = generator_for(self.seed, "attacks", device=device)
         self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
         self._bad_step: Tensor | None = None
 
@@ -364,7 +364,7 @@ class MixtureTraining(pl.LightningModule):
                 f"the members' losses are not finite at step {self.t}: stopped, the last good checkpoint is kept. "
                 f"Lower {self._rate()}"
             ) from error
-        lam0 = self.mixture.weights.double().cpu()
+        lam0 = self.mixture.weights.to("cpu", torch.float64, copy=True)
         with self._interruptible():
             solution = self.solver.solve(game, lam0=lam0, generator=self.attack_generator)
         self._before_batch = None
@@ -499,9 +499,9 @@ class MixtureTraining(pl.LightningModule):
         Of several processes each takes whole batches: the numbers are those of one.
         """
         x, y = self._own(batch, batch_idx)
-        generator = torch.Generator(x.device).manual_seed(self.seed + 2 + batch_idx)
+        draws = generator_for(self.seed, "validation", batch_idx, device=x.device)
         with self._interruptible(), torch.inference_mode(False), torch.enable_grad():
-            x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, generator)
+            x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, draws)
         # However training and attack compute, correctness is that of the plain float32 model.
         with torch.inference_mode(False), self.mixture.attack_mode(plain=True):
             robust = self.mixture.expected_accuracy(x_adv, y)
@@ -533,8 +533,7 @@ class MixtureTraining(pl.LightningModule):
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         if self.predict == "probabilities":
             return self.mixture(x).exp()
-        generator = torch.Generator(x.device).manual_seed(derive_seed(self.seed, "predict", batch_idx))
-        return self.mixture.predict(x, generator)
+        return self.mixture.predict(x, generator_for(self.seed, "predict", batch_idx, device=x.device))
 
     def _own(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         """The batch, or none of it where another process has it; tensors that attacks can differentiate."""
