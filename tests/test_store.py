@@ -608,7 +608,7 @@ def test_a_nested_target_is_held_to_the_same_rule():
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "mine.Data", "mixadv.members.store.Path", "mixadv.data.download.fetch"]
+    "target", ["os.system", "mine.Data", "mixadv.members.store.Path", "mixadv.data.cifar10.Reader"]
 )
 def test_the_record_of_a_mixture_names_data_of_mixadv_alone(command, trained, tmp_path, target):
     shutil.copytree(trained.path / "mixture", tmp_path / "mixture")
