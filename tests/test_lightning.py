@@ -372,7 +372,7 @@ FOREIGN = [
     "mixadv.main.os.system",
     "subprocess.Popen",
     "mixadv.training.recorded.importlib.import_module",
-    "mixadv.members.recipe.build_factory",
+    "mixadv.members.factory.build_factory",
     "mixadv.loggers.csv.CSVLogger",
     "mixadv.losses.Path",
     "torch.optim.lr_scheduler.types.FunctionType",

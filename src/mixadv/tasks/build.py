@@ -24,7 +24,7 @@ from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss, ZeroOne
 from mixadv.members.checks import check_members
-from mixadv.members.recipe import are_plain, build_mixture, build_recipe, factories_of, recipe_name
+from mixadv.members.recipe import Recipe, are_plain, build_mixture
 from mixadv.members.source import LoadedMember
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS
@@ -155,8 +155,8 @@ def build_threat_model(norm: str, eps: Any, image_shape: tuple[int, int, int]) -
     return ThreatModel(norm, radius)
 
 
-def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> dict[str, Any]:
-    """What it takes to build one member: the model's own settings and what the data fixes; see `member_recipes`.
+def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> Recipe:
+    """What builds one member: the model's own settings, and what the data fixes.
 
     A factory of the user's own gets what the data fixes where it has an argument of that name, and the settings do not
     say otherwise: num_classes, image_shape (C, H, W), in_channels, mean and std (one number for each channel).
@@ -178,7 +178,7 @@ def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> 
     target = settings.pop("_target_")
     if factory in MODELS.values():
         name = next(name for name, ours in MODELS.items() if ours is factory)
-        return {"name": name, **fixed, **settings}
+        return Recipe(name, {**fixed, **settings})
     for key, value in settings.items():
         if key.startswith("_") or not are_plain({key: value}):
             raise UserError(f"model.{key}={value}: models of your own take plain values (text, numbers, lists) alone")
@@ -188,21 +188,21 @@ def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> 
     building.check_arguments(factory, arguments, "model", given_later=not statistics)
     parts = target.split(".")
     depth = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in sys.modules)
-    return {"factory": f"{'.'.join(parts[:depth])}:{'.'.join(parts[depth:])}", "arguments": arguments}
+    return Recipe(f"{'.'.join(parts[:depth])}:{'.'.join(parts[depth:])}", arguments)
 
 
-def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
+def check_own_model(recipe: Recipe, data: ImageDataModule) -> None:
     """Try a model of the user's own out on two images, each twice, before it is trained; mixadv's are known to work.
 
     Raises:
         UserError: it cannot be built, or is no classifier of these images; see `mixadv.members.checks.check_members`.
     """
-    if "factory" not in recipe:
+    if not recipe.is_factory:
         return
-    name = recipe_name(recipe)
+    name = recipe.name
     # Pairs of the same image are another batch than all four.
     images = data.train_images[[0, 0, -1, -1]] / 255
-    count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], images)
+    count = check_members([LoadedMember(recipe.build(), name, name, recipe, "")], images)
     if count != data.num_classes:
         raise UserError(f"model: {name} tells {count} classes apart, but {data.name} has {data.num_classes}")
 
@@ -221,7 +221,7 @@ def available_memory(device: torch.device) -> int | None:
     return None
 
 
-def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: torch.device) -> Mixture:
+def build_members(recipe: Recipe, num_members: int, seed: int, device: torch.device) -> Mixture:
     """A mixture of `num_members` fresh members, each initialised differently, as `seed` says.
 
     Raises:
@@ -229,8 +229,8 @@ def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: t
     """
     try:
         # Code of others need not work without numbers.
-        with nullcontext() if "factory" in recipe else torch.device("meta"):
-            member = build_recipe(recipe)
+        with nullcontext() if recipe.is_factory else torch.device("meta"):
+            member = recipe.build()
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     needed = num_members * BYTES_PER_PARAMETER * sum(p.numel() for p in member.parameters())
@@ -238,13 +238,12 @@ def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: t
     if free is not None and needed > free:
         fit = num_members * free // needed
         raise UserError(
-            f"L={num_members} members of model={recipe_name(recipe)} need {needed / 2**30:.1f} GiB to train, but only "
+            f"L={num_members} members of model={recipe.name} need {needed / 2**30:.1f} GiB to train, but only "
             f"{free / 2**30:.1f} GiB are free on the {device.type}: choose "
             + (f"at most L={fit}, or a smaller model=..." if fit else "a smaller model=... or model.width=...")
         )
-    config = {"L": num_members, "model": recipe}
     # The user's own command has named the factory.
-    return build_mixture(config, factories_of(config), seed=seed).train()
+    return build_mixture({"L": num_members, "model": recipe.record()}, [recipe.name], seed=seed).train()
 
 
 def build_attack(node: Any, key: str) -> PGD:

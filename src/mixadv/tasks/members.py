@@ -57,7 +57,7 @@ def named_members(
     # The statistics of these images need not be those that a foreign network was trained with: only what was said.
     recipe = build.model_recipe(cfg.model, data, statistics=False)
     # A factory among the members is called without arguments; one that needs some is named as the model.
-    factories = [*(source.name for source in sources), *factories_of({"model": recipe})]
+    factories = [*(source.name for source in sources), *factories_of([recipe])]
     members = with_unique_names([m for source in sources for m in source.members(recipe, device, factories)])
     num_classes = check_members(members, x)
     if num_classes != data.num_classes:

@@ -205,7 +205,7 @@ def _rows(
 def _mixture_config(cfg: DictConfig, data: ImageDataModule, members: list[LoadedMember]) -> dict[str, Any]:
     return {
         "L": len(members),
-        "models": [member.recipe for member in members],
+        "models": [member.recipe.record() for member in members],
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},

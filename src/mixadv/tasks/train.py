@@ -24,7 +24,7 @@ from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
 from mixadv.lambda_solvers import Uniform
-from mixadv.members.recipe import factories_of
+from mixadv.members.recipe import Recipe
 from mixadv.members.store import load_mixture, save_mixture
 from mixadv.report import draw_curves
 from mixadv.runs import processes
@@ -70,7 +70,7 @@ class Session:
     data: ImageDataModule
     device: torch.device
     threat_model: ThreatModel
-    recipe: dict[str, Any]
+    recipe: Recipe
     console: Console
     precision: str
     # What the module is made of beside its members.
@@ -184,7 +184,7 @@ def _train_and_measure(session: Session, module: MixtureTraining, trainer: pl.Tr
     measured_before = read_results(run_dir)
     if measured_before is not None:
         log_accuracies(loggers, measured_before, module.t)
-        mixture = load_mixture(run_dir / "mixture", factories_of({"model": session.recipe}))
+        mixture = load_mixture(run_dir / "mixture", [session.recipe.name])
         log_examples(loggers, cfg, mixture, data, session.threat_model, device)
         return
     started = time.perf_counter()
@@ -244,7 +244,7 @@ def _module(session: Session) -> MixtureTraining:
     cfg, data = session.cfg, session.data
     recipe = {
         "L": cfg.L,
-        "model": session.recipe,
+        "model": session.recipe.record(),
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
         "eps": str(cfg.eps),
         "loss": build.as_dict(cfg.loss),
