@@ -21,6 +21,7 @@ from mixadv.callbacks import Checkpoints
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
+from mixadv.games.base import Playable
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss, ZeroOne
 from mixadv.members.checks import check_members
@@ -39,6 +40,7 @@ KINDS: dict[str, type] = {
     "loss": RobustLoss,
     "lambda_solver": LambdaSolver,
     "attack": Attack,
+    "game": Playable,
     "protocol.": Attack,
     "callbacks.": Callback,
     "logger.": Logger,
