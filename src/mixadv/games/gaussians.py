@@ -68,7 +68,7 @@ class GaussianProblem:
         return _risks(self.x, self.y, self.normals, self.offsets)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gaussians(Playable):
     """D, V_rand and V_det for several seeds and radii, and how close the iterative solvers come to V_rand.
 

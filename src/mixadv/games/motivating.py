@@ -7,6 +7,15 @@ et al., "Mixed Nash Equilibria in the Adversarial Examples Game", ICML 2021).
 
 The 0/1 losses are constant on the cells that the thresholds cut the line into, so finitely many perturbations of a
 point stand for its whole ball: the point, the ends of the ball, the thresholds inside it, a point of every open cell.
+
+At a point the attacker can fool both classifiers by one move, or either of them but not both, or only the first, or
+only the second, or neither. With the masses of the points of each kind
+
+    R(lam) = both + max(lam_1, lam_2) either + lam_1 first + lam_2 second,
+
+which is linear on 0 <= lam_1 <= 1/2 and on 1/2 <= lam_1 <= 1, so it is least at lam_1 = 0, 1/2 or 1. The attacker's
+optimal strategy fools f1 with probability q, else f2, where it can fool either: both + q either + first is the expected
+loss of f1 and both + (1 - q) either + second that of f2, and the q in [0, 1] that brings them closest is optimal.
 """
 
 from __future__ import annotations
@@ -15,6 +24,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +36,9 @@ from mixadv.games.base import TOLERANCE, Playable, Played, exact_radius, solve_v
 from mixadv.lambda_solvers import AcceleratedEntropic, LambdaSolver, LinearProgram, OracleSubgradient
 
 HALF = Fraction(1, 2)
+# The 0/1 losses of f1 and f2 at one place, and the kinds of points: both, either, first, second, neither.
+Losses = tuple[int, int]
+KINDS: tuple[tuple[Losses, ...], ...] = (((1, 1),), ((1, 0), (0, 1)), ((1, 0),), ((0, 1),), ((0, 0),))
 
 
 class Threshold(NamedTuple):
@@ -118,16 +131,11 @@ class LineGame:
         between = {(a + b) / 2 for a, b in itertools.pairwise(marks)}
         return sorted({*marks, *between}, key=lambda place: (abs(place - x), place))
 
-    def losses(self, i: int) -> list[tuple[int, int]]:
+    def losses(self, i: int) -> list[Losses]:
         """The 0/1 losses of both classifiers at each of the candidates of point i."""
         first, second = self.classifiers
         label = self.labels[i]
         return [(int(first.predict(x) != label), int(second.predict(x) != label)) for x in self.candidates(i)]
-
-    def risk(self, first: Fraction) -> Fraction:
-        """R(lam) = sum_i mass_i max_j (lam_1 l_1 + lam_2 l_2) at lam = (first, 1 - first)."""
-        worst = (max(first * a + (1 - first) * b for a, b in self.losses(i)) for i in range(len(self.points)))
-        return sum((mass * loss for mass, loss in zip(self.masses, worst, strict=True)), Fraction(0))
 
     def finite_game(self) -> FiniteGame:
         """The same game as losses [N, m, 2] uint8 with a mask [N, m], perturbations in the order of `candidates`."""
@@ -136,48 +144,47 @@ class LineGame:
         masses = torch.tensor([float(mass) for mass in self.masses], dtype=torch.float64)
         return FiniteGame(pad_sequence(rows, batch_first=True), mask, masses)
 
-    def solve(self) -> ExactSolution:
-        """The equilibrium.
+    @cached_property
+    def _threats(self) -> list[dict[Losses, Fraction]]:
+        """For each point the losses of its kind, each with the nearest place where the classifiers have them."""
+        threats = []
+        for i in range(len(self.points)):
+            places = dict(reversed(list(zip(self.losses(i), self.candidates(i), strict=True))))
+            kind = next(kind for kind in KINDS if set(kind) <= set(places))
+            threats.append({losses: places[losses] for losses in kind})
+        return threats
 
-        The best response to lam costs 0, lam_1, 1 - lam_1, max(lam_1, 1 - lam_1) or 1 at a point, so R is linear on
-        [0, 1/2] and on [1/2, 1], and its minimum is at 0, 1/2 or 1.
-        """
-        curve = tuple((first, self.risk(first)) for first in (Fraction(0), HALF, Fraction(1)))
+    @cached_property
+    def _kinds(self) -> tuple[Fraction, ...]:
+        """The masses (both, either, first, second, neither)."""
+        points = list(zip(self.masses, map(tuple, self._threats), strict=True))
+        return tuple(sum((mass for mass, threats in points if threats == kind), Fraction(0)) for kind in KINDS)
+
+    def risk(self, weight: Fraction) -> Fraction:
+        """R(lam) at lam = (weight, 1 - weight)."""
+        both, either, first, second, _ = self._kinds
+        return both + max(weight, 1 - weight) * either + weight * first + (1 - weight) * second
+
+    def solve(self) -> ExactSolution:
+        """The equilibrium, as the head of this module derives it."""
+        _, either, first, second, _ = self._kinds
+        curve = tuple((weight, self.risk(weight)) for weight in (Fraction(0), HALF, Fraction(1)))
         value = min(risk for _, risk in curve)
-        optimal = [first for first, risk in curve if risk == value]
-        first = (optimal[0] + optimal[-1]) / 2
-        attack = self._best_attack(first)
+        optimal = [weight for weight, risk in curve if risk == value]
+        weight = (optimal[0] + optimal[-1]) / 2
+        q = min(max((second - first + either) / (2 * either), Fraction(0)), Fraction(1)) if either else Fraction(0)
+        attack = []
+        for threats in self._threats:
+            chances = (q, 1 - q) if len(threats) == 2 else (Fraction(1),)
+            attack.append(tuple(Move(to, p) for to, p in zip(threats.values(), chances, strict=True) if p))
         return ExactSolution(
-            deterministic_risks=(curve[-1][1], curve[0][1]),
-            weights=(first, 1 - first),
+            deterministic_risks=(self.risk(Fraction(1)), self.risk(Fraction(0))),
+            weights=(weight, 1 - weight),
             value=value,
-            attack=attack,
+            attack=tuple(attack),
             dual=min(self._expected_loss(classifier, attack) for classifier in self.classifiers),
             pure_attacker=self._pure_attacker(),
             curve=curve,
-        )
-
-    def _best_attack(self, first: Fraction) -> tuple[tuple[Move, ...], ...]:
-        """A strategy on best responses to lam under which no other lam does better.
-
-        As a function of lam_1 the expected loss under a strategy is linear; its slope lies between that of the
-        flattest and that of the steepest best responses, and mixing the two with one share for all points makes it 0
-        (or as near to 0 as it can be, where lam is an end).
-        """
-        flat, steep = [], []
-        for i in range(len(self.points)):
-            scored = [(first * a + (1 - first) * b, a - b) for a, b in self.losses(i)]
-            top = max(score for score, _ in scored)
-            best = [(slope, x) for (score, slope), x in zip(scored, self.candidates(i), strict=True) if score == top]
-            # Of equally good places the nearest one, which comes first.
-            flat.append(min(best, key=lambda pair: pair[0]))
-            steep.append(max(best, key=lambda pair: pair[0]))
-        low, high = (sum(m * slope for m, (slope, _) in zip(self.masses, end, strict=True)) for end in (flat, steep))
-        share = Fraction(min(max(-low / (high - low), 0), 1)) if high > low else Fraction(0)
-        moves = [(Move(a, 1 - share), Move(b, share)) for (_, a), (_, b) in zip(flat, steep, strict=True)]
-        return tuple(
-            (Move(a.to, Fraction(1)),) if a.to == b.to else tuple(move for move in (a, b) if move.probability)
-            for a, b in moves
         )
 
     def _expected_loss(self, classifier: Threshold, attack: Sequence[Sequence[Move]]) -> Fraction:
@@ -191,12 +198,12 @@ class LineGame:
         return sum(losses, Fraction(0))
 
     def _pure_attacker(self) -> Fraction:
-        """See `ExactSolution.pure_attacker`; every combination of distinct losses is tried."""
-        choices = [sorted(set(self.losses(i))) for i in range(len(self.points))]
-        return max(
-            min(sum((m * loss[k] for m, loss in zip(self.masses, chosen, strict=True)), Fraction(0)) for k in (0, 1))
-            for chosen in itertools.product(*choices)
-        )
+        """See `ExactSolution.pure_attacker`; at every point of the kind `either` one of the two is fooled for sure."""
+        both, either, first, second, _ = self._kinds
+        parts = {Fraction(0)}  # of `either`, on which f1 is fooled
+        for mass, threats in zip(self.masses, self._threats, strict=True):
+            parts |= {part + mass for part in parts if len(threats) == 2}
+        return both + max(min(first + part, second + either - part) for part in parts)
 
 
 class Motivating(Playable):

@@ -78,32 +78,42 @@ def _draw_line(axes: Axes, game: dict[str, Any], thresholds: np.ndarray) -> None
             words: Any = {"ha": ha, "va": "center", "color": colour, "fontweight": "bold"}
             axes.text(x, y + 0.18, f"f{k + 1} predicts {sign}", transform=axes.get_yaxis_transform(), **words)
         axes.plot([at, at], [y, 0.12], color=GREY, linestyle=DASHES[2], linewidth=1.3, zorder=0)
-    for i, (point, x) in enumerate(zip(points, places, strict=True)):
-        colour, sign = _look(point["label"])
+    for i, point in enumerate(points):
         # Neighbouring balls may overlap: each has a height of its own.
-        axes.plot([x - eps, x + eps], [-0.27 - 0.14 * i] * 2, color=colour, marker="|", markersize=9, linewidth=1.6)
-        axes.scatter(
-            [x], [0], s=1000 * _number(point["mass"]), color=colour, marker="o" if sign == "+1" else "s", zorder=3
-        )
-        lines = [f"label {sign}, {point['mass']} of the data"]
-        for move in point["moves"]:
-            to = _number(move["to"])
-            wrong = [k for k, (at, side) in enumerate(thresholds) if (side * (to - at) >= 0) != (sign == "+1")]
-            where = "stays" if to == x else f"to {_text(move['to'])}"
-            chance = "" if move["probability"] == "1" else f" (p = {move['probability']})"
-            lines.append(f"{where}, fools {' and '.join(f'f{k + 1}' for k in wrong) or 'neither'}{chance}")
-            if to != x:
-                turn = 0.55 if to < x else -0.55
-                look: Any = {"arrowstyle": "-|>", "mutation_scale": 18, "color": ATTACK, "linewidth": 2, "shrinkA": 8}
-                look["connectionstyle"] = f"arc3,rad={turn}"
-                axes.annotate("", xy=(to, 0.04), xytext=(x, 0.04), arrowprops=look)
-        words = {"ha": "center", "va": "top", "color": colour, "fontsize": 12}
-        axes.text((i + 0.5) / len(points), 0.99, "\n".join(lines), transform=axes.transAxes, **words)
+        _draw_point(axes, point, eps, -0.27 - 0.14 * i)
+        words = {"ha": "center", "va": "top", "color": _look(point["label"])[0], "fontsize": 12}
+        lines = "\n".join(_what_happens(point, thresholds))
+        axes.text((i + 0.5) / len(points), 0.99, lines, transform=axes.transAxes, **words)
     ticks = sorted({0.0, *places, *thresholds[:, 0]})
     axes.set_xticks(ticks, [_text(Fraction(tick)) for tick in ticks])
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_title("Points, how far the attacker can move them (bars), its best moves (arrows)")
+
+
+def _draw_point(axes: Axes, point: dict[str, Any], eps: float, height: float) -> None:
+    """A point, its ball at a height of its own, and arrows to where the attacker sends it."""
+    x, (colour, sign) = _number(point["point"]), _look(point["label"])
+    axes.plot([x - eps, x + eps], [height, height], color=colour, marker="|", markersize=9, linewidth=1.6)
+    shape: Any = {"marker": "o" if sign == "+1" else "s", "s": 1000 * _number(point["mass"])}
+    axes.scatter([x], [0], color=colour, zorder=3, **shape)
+    for to in (_number(move["to"]) for move in point["moves"]):
+        if to != x:
+            arrow: Any = {"arrowstyle": "-|>", "mutation_scale": 18, "color": ATTACK, "linewidth": 2, "shrinkA": 8}
+            arrow["connectionstyle"] = f"arc3,rad={0.55 if to < x else -0.55}"
+            axes.annotate("", xy=(to, 0.04), xytext=(x, 0.04), arrowprops=arrow)
+
+
+def _what_happens(point: dict[str, Any], thresholds: np.ndarray) -> list[str]:
+    """The point in words, and for each of its moves the classifiers that are wrong there."""
+    lines = [f"label {_look(point['label'])[1]}, {point['mass']} of the data"]
+    for move in point["moves"]:
+        positive = thresholds[:, 1] * (_number(move["to"]) - thresholds[:, 0]) >= 0
+        fooled = [f"f{k + 1}" for k, says in enumerate(positive) if says != (point["label"] > 0)]
+        where = "stays" if move["to"] == point["point"] else f"to {_text(move['to'])}"
+        chance = "" if move["probability"] == "1" else f" (p = {move['probability']})"
+        lines.append(f"{where}, fools {' and '.join(fooled) or 'neither'}{chance}")
+    return lines
 
 
 def _draw_risk(axes: Axes, exact: dict[str, Any], curve: np.ndarray) -> None:
@@ -159,9 +169,7 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
 
     Its axes are labelled "plane", "convergence" and "values".
     """
-    figure = new_figure(
-        6.6, f"{game['num_classifiers']} random linear classifiers, and the mixture that is hardest to fool"
-    )
+    figure = new_figure(6.8, f"The best mixture of {game['num_classifiers']} random linear classifiers under attack")
     found, count = game["convergence"], len(game["seeds"])
     _draw_plane(figure, figure.add_axes((0.035, 0.335, 0.3, 0.535), label="plane"), game, arrays)
     _draw_convergence(figure.add_axes((0.405, 0.335, 0.255, 0.535), label="convergence"), game, arrays)
@@ -215,13 +223,13 @@ def _draw_convergence(axes: Axes, game: dict[str, Any], arrays: dict[str, np.nda
     for k, alpha in enumerate(arrays["alphas"]):
         axes.plot(at, entropic[k, 1:], color=MEMBERS[k % len(MEMBERS)], label=f"entropic, α = {alpha:g}")
     top = float(np.nanmax([*oracle, *entropic.ravel(), 10 * _FLOOR]))
+    low = float(np.nanmin([*oracle, *entropic.ravel(), top / 100]))
     end = max(len(at), 2)
     axes.plot([1, end], [3 * top, 3 * top * end**-0.5], color="#999999", linestyle=DASHES[1], zorder=0)
     axes.text(1.2, 3.6 * top, "$T^{-1/2}$", color=GREY, fontsize=13)
-    axes.set(
-        xscale="log", yscale="log", ylim=(_FLOOR, 8 * top), xlim=(1, end), ylabel="R(best weights so far) − V_rand"
-    )
+    axes.set(xscale="log", yscale="log", xlim=(1, end), ylim=(low / 3, 8 * top))
     axes.set_xlabel("steps T", labelpad=1)
+    axes.set_ylabel("R(best weights so far) − V_rand")
     axes.set_title(f"Solvers at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
     axes.legend(ncols=-(-(1 + len(arrays["alphas"])) // 4), **_LEGEND)
 
