@@ -86,14 +86,14 @@ class Gaussians(Playable):
         max_risk: in (0, 1].
         alphas: one temperature of the entropic solver or several, in units of the 0/1 loss.
         num_steps: of Algorithm 1 and of the entropic solver.
-        convergence_samples: the iterative solvers play on the first so many of the points per ball.
+        convergence_samples: how many points per ball the iterative solvers use, the first ones; at most num_samples.
 
     Raises:
         ValueError: an argument is outside its range, or for some seed fewer than L of 20,000 random classifiers are
             good enough; the message says how good the best one was.
     """
 
-    eps: Sequence[float | str] | float | str = (0, 0.5, 1, 1.5, 2, 2.5, 3)
+    eps: Sequence[float | str] | float | str = tuple(quarters / 4 for quarters in range(13))
     show_eps: float | str = 2
     seed: int = 0
     seeds: int = 3
