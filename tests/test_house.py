@@ -44,7 +44,7 @@ ALLOWED = {
     "intervals": set(),
     "game": {"simplex"},
     "lambda_solvers": {"simplex", "game"},
-    "games": {"simplex", "game", "lambda_solvers", "threat_model"},
+    "games": {"simplex", "game", "lambda_solvers", "seeding", "threat_model"},
     # The network wing.
     "threat_model": set(),
     "losses": set(),

@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 from mixadv.game import FiniteGame
 from mixadv.games.base import TOLERANCE, Playable, Played, exact_radius, solve_values
 from mixadv.lambda_solvers import AcceleratedEntropic, OracleSubgradient
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 
 CENTRE = 3.0
@@ -125,7 +126,7 @@ class Gaussians(Playable):
         _ = self._radii, self._entropic, OracleSubgradient(num_steps=self.num_steps)
         # No seed may turn out to be impossible after others have been solved.
         for seed in self._seeds:
-            self._draw_classifiers(seed, Generator().manual_seed(seed))
+            self._draw_classifiers(seed, generator_for(seed, "gaussians"))
 
     @cached_property
     def _radii(self) -> list[float]:
@@ -141,7 +142,7 @@ class Gaussians(Playable):
 
     def draw(self, seed: int) -> GaussianProblem:
         """Draw the points, then the classifiers, then the directions of attack, all from one generator."""
-        generator = Generator().manual_seed(seed)
+        generator = generator_for(seed, "gaussians")
         x, y, normals, offsets = self._draw_classifiers(seed, generator)
         steps = torch.zeros(self.num_points, 1 + self.num_samples, 2, dtype=torch.float64)
         flat = torch.zeros(self.num_points * self.num_samples, 2, dtype=torch.float64)
