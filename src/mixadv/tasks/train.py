@@ -32,7 +32,7 @@ from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
 from mixadv.seeding import derive_seed
 from mixadv.signals import Signals
-from mixadv.tasks import build, speed
+from mixadv.tasks import build, models, speed
 from mixadv.tasks.card import model_card
 from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.tasks.logging_to import (
@@ -100,8 +100,8 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     choices = Choices(run_dir, processes.rank(cfg))
-    precision, recipe = speed.settle_precision(cfg, device, choices), build.model_recipe(cfg.model, data)
-    build.check_own_model(recipe, data)
+    precision, recipe = speed.settle_precision(cfg, device, choices), models.model_recipe(cfg.model, data)
+    models.check_own_model(recipe, data)
     session = Session(cfg, data, device, threat_model, recipe, console, precision, parts)
     _check_division(cfg, data)
     with _memory_errors(cfg):
@@ -253,7 +253,7 @@ def _module(session: Session) -> MixtureTraining:
         "class_names": list(data.class_names),
         "seed": cfg.seed,
     }
-    mixture = build.build_members(session.recipe, cfg.L, cfg.seed, session.device)
+    mixture = models.build_members(session.recipe, cfg.L, cfg.seed, session.device)
     try:
         module = MixtureTraining(
             mixture,
