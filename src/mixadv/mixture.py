@@ -20,7 +20,8 @@ class Mixture(nn.Module):
     """Members f_1..f_L and a distribution lambda over them.
 
     members: modules that map a batch x `[B, ...]` to logits `[B, C]`, all with the same C.
-    weights: lambda, a distribution over the members; uniform by default. Kept as a float32 buffer `[L]`.
+    weights: lambda, a distribution over the members; uniform by default. Kept as a buffer `[L]` in float64 (float32
+        on devices without float64), whatever precision the members have.
 
     A mixture defines two classifiers. The *randomized* one draws a member for each answer; its accuracy on an example
     is the finite sum `expected_accuracy`. The *ensemble* answers with the argmax of the averaged probabilities
@@ -43,8 +44,8 @@ class Mixture(nn.Module):
                 raise ValueError(f"member {k} is a {type(member).__name__}, not a torch.nn.Module")
         self.members = nn.ModuleList(members)
         device = next((p.device for p in self.members.parameters()), None)
-        uniform = torch.full((len(members),), 1.0 / len(members), dtype=torch.float32, device=device)
-        self.register_buffer("weights", uniform)
+        uniform = torch.full((len(members),), 1.0 / len(members), dtype=torch.float64)
+        self.register_buffer("weights", _on_device(uniform, device or torch.device("cpu")))
         # The members of positive weight, and the tensor and its version from which they were read.
         self._drawn: tuple[list[int], Tensor, int] | None = None
         if weights is not None:
@@ -56,15 +57,23 @@ class Mixture(nn.Module):
         return len(self.members)
 
     def set_weights(self, lam: Tensor | Sequence[float]) -> None:
-        """Replace lambda in place (dtype and device stay); ValueError unless it is a distribution over the members."""
+        """Replace lambda in place; the one place where it is normalised.
+
+        Raises:
+            ValueError: `lam` is no distribution over the members, up to 1e-6.
+        """
         new = torch.as_tensor(lam, dtype=torch.float64).detach()
         if new.shape != (self.num_members,):
             raise ValueError(f"expected {self.num_members} weights, one per member, got shape {tuple(new.shape)}")
         if not is_distribution(new):
             raise ValueError(f"weights {new.tolist()} are no distribution: give numbers >= 0 that sum to 1")
         new = new.clamp_min(0)
+        total = float(new.sum())
+        # Weights that sum to 1 up to rounding stay bit for bit what they are.
+        if abs(total - 1) > 1e-15 * self.num_members:
+            new = new / total
         with torch.no_grad():
-            self.weights.copy_(new / new.sum())
+            self.weights.copy_(new)
 
     @contextmanager
     def using_weights(self, lam: Tensor | Sequence[float]) -> Iterator[None]:
@@ -89,6 +98,15 @@ class Mixture(nn.Module):
         part = Mixture(self.members[k] for k in drawn)
         part.weights = self.weights[drawn]
         return part
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
+        # Lambda goes to the device of the members, but not to their precision.
+        lam = self.weights
+        # Some devices have no float64.
+        self.weights = lam.float()
+        super()._apply(fn, recurse)
+        self.weights = _on_device(lam, self.weights.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Version counters of a copy's tensors start at 0 again.
@@ -136,14 +154,12 @@ class Mixture(nn.Module):
     def expectation(self, values: Tensor) -> Tensor:
         """sum_k lambda_k values_k, exactly the expectation over the draw of a member: [L, ...] -> [...].
 
-        Computed in float64, with lambda scaled to sum to 1 in float64 too (devices without float64: float32).
+        Computed in float64 (devices without float64: float32).
         """
         if values.ndim == 0 or values.shape[0] != self.num_members:
             raise ValueError(f"expected values [{self.num_members}, ...], got shape {tuple(values.shape)}")
-        dtype = torch.float32 if values.device.type == "mps" else torch.float64
-        lam = self.weights.to(values.device, dtype)
-        lam = (lam / lam.sum()).reshape(-1, *[1] * (values.ndim - 1))
-        return (lam * values.to(dtype)).sum(0)
+        lam = _on_device(self.weights, values.device).reshape(-1, *[1] * (values.ndim - 1))
+        return (lam * values.to(lam.dtype)).sum(0)
 
     @torch.no_grad()
     def expected_accuracy(self, x: Tensor, y: Tensor) -> Tensor:
@@ -267,6 +283,10 @@ def log_average(logits: Tensor, weights: Tensor) -> Tensor:
     """log sum_k lambda_k softmax(logits_k) for weights [L]: [L, B, C] -> [B, C], at least float32."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return torch.logsumexp(logits.log_softmax(-1) + weights.to(logits).log()[:, None, None], dim=0)
+
+
+def _on_device(lam: Tensor, device: torch.device) -> Tensor:
+    return lam.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def as_mixture(model: nn.Module) -> Mixture:

@@ -19,7 +19,7 @@ from mixadv.threat_model import ThreatModel, per_example
 
 # The step size falls geometrically to this share of the first step.
 LAST_STEP = 0.02
-# Tolerance for comparing sums of float32 weights.
+# Tolerance for comparing sums of weights.
 TOLERANCE = 1e-6
 
 
@@ -75,7 +75,7 @@ class SubsetAttack(SearchAttack):
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
         climb = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
-        weights, turnable = mixture.weights / mixture.weights.sum(), members_with_gradient(mixture, x)
+        weights, turnable = mixture.weights, members_with_gradient(mixture, x)
         search = _Search(self, climb, threat_model, generator, weights, turnable)
         sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
         for restart, members in itertools.product(range(self.restarts), sets):

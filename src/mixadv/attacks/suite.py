@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
 from mixadv.mixture import Mixture, as_mixture
-from mixadv.seeding import derive_seed
+from mixadv.seeding import generator_for
 from mixadv.shipped import shipped_protocol
 from mixadv.threat_model import ThreatModel
 
@@ -36,14 +36,10 @@ class Pass(NamedTuple):
         """NAME for the attack on the mixture, "NAME on AGAINST" for the others."""
         return self.name if self.against == MIXTURE else f"{self.name} on {self.against}"
 
-    def seed(self, seed: int, batch: int) -> int:
-        """The seed of this pass on one batch; it does not depend on other passes."""
-        return derive_seed(seed, self.name, self.against, batch)
-
     def points(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int) -> Tensor:
-        """The attacked images of batch number `batch`, checked by `check_points`."""
-        generator = torch.Generator(x.device).manual_seed(self.seed(seed, batch))
-        points = self.attack(self.target, x, y, threat_model, generator)
+        """The attacked images of batch number `batch`, checked by `check_points`. They do not depend on other passes."""
+        draws = generator_for(seed, self.name, self.against, batch, device=x.device)
+        points = self.attack(self.target, x, y, threat_model, draws)
         check_points(self.name, points, x, threat_model)
         return points
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mixadv.attacks.pgd import PGD
@@ -20,6 +19,7 @@ from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named
 from mixadv.evaluation.record import ON, EvaluationRecord
 from mixadv.intervals import paired_interval
 from mixadv.mixture import Mixture
+from mixadv.seeding import seeded
 from mixadv.threat_model import ThreatModel
 
 # Gradient attacks fail on images without a gradient. Up to this share of such images they overstate the accuracy by no
@@ -99,8 +99,7 @@ def distrust(
     if not len(x):
         raise ValueError("there are no images to check")
     x = x.detach()
-    with torch.random.fork_rng([x.device] if x.is_cuda else []), mixture.attack_mode(plain=True):
-        torch.manual_seed(seed)
+    with seeded(seed, "distrust", device=x.device), mixture.attack_mode(plain=True):
         found = answers(mixture, x)
         shares, blind = gradients(mixture, x, y, threat_model, seed, batch_size)
         found |= _no_gradients(shares, record)

@@ -14,6 +14,7 @@ from mixadv.attacks.search import gradient
 from mixadv.attacks.suite import Pass
 from mixadv.intervals import confidence_interval, paired_interval
 from mixadv.mixture import Mixture
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 
 # A gradient counts as 0 if it changes the objective by at most this many rounding errors of the numbers behind it.
@@ -90,7 +91,7 @@ def gradients(
         logits are not differentiable at all.
     """
     width = 1.0 if threat_model.bounds is None else threat_model.bounds[1] - threat_model.bounds[0]
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = generator_for(seed, "gradients", device=x.device)
     vanishing: dict[str, list[list[Tensor]]] = {loss: [[] for _ in mixture.members] for loss in ("margin", "ce")}
     blind: set[int] = set()
     for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):

@@ -68,10 +68,10 @@ def evaluate(
         loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), keep_images, state, on_progress)
         _test(loop, batches, processes)
     found = {key: state.load(key) or {} for key in passes}
-    weights = mixture.weights.double().cpu().numpy()
+    weights = mixture.weights.to("cpu", torch.float64, copy=True).numpy()
     attacked = {key: arrays for key, arrays in found.items() if key != CLEAN}
     return EvaluationRecord(
-        weights=weights / weights.sum(),
+        weights=weights,
         labels=torch.cat([y for _, y in batches]).cpu().numpy(),
         clean=found[CLEAN]["correct"],
         ensemble_clean=found[CLEAN]["ensemble"],
