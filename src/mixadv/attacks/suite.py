@@ -37,7 +37,7 @@ class Pass(NamedTuple):
         return self.name if self.against == MIXTURE else f"{self.name} on {self.against}"
 
     def points(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int) -> Tensor:
-        """The attacked images of batch number `batch`, checked by `check_points`. They do not depend on other passes."""
+        """The attacked images of batch number `batch`, checked by `check_points`; other passes do not matter."""
         draws = generator_for(seed, self.name, self.against, batch, device=x.device)
         points = self.attack(self.target, x, y, threat_model, draws)
         check_points(self.name, points, x, threat_model)
