@@ -171,10 +171,10 @@ def test_a_run_that_goes_on_appends_and_a_defect_keeps_its_traceback(command, tm
 
 
 def test_a_defect_before_anything_is_written_is_kept(command, tmp_path, monkeypatch):
-    def broken(cfg):
+    def broken(cfg, key):
         raise ZeroDivisionError("at once")
 
-    monkeypatch.setattr(game, "game_settings", broken)
+    monkeypatch.setattr(game, "instantiate", broken)
     with pytest.raises(ZeroDivisionError):
         command(*GAME)
     (path,) = (tmp_path / "outputs" / "game" / "g").iterdir()

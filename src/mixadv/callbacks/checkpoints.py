@@ -94,6 +94,8 @@ class Checkpoints(ModelCheckpoint):
         kept = {here(name): score for name, score in state_dict["best_k_models"].items()}
         paths = {key: here(state_dict[key]) for key in PATHS}
         super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
+        # Lightning saves this score and does not load it.
+        self.current_score = state_dict["current_score"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse modules other than `MixtureTraining`."""

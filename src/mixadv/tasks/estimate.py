@@ -6,6 +6,7 @@ import time
 import torch
 from torch import Tensor
 
+from mixadv import seeding
 from mixadv.mixture import Mixture
 from mixadv.training import MixtureTraining
 
@@ -48,7 +49,7 @@ def seconds_per_batch(
         device: where the training runs.
     """
     mixture = copy.deepcopy(module.mixture).to(device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = seeding.generator_for(0, "estimate", device=device)
 
     def timed(count: int) -> float:
         x = torch.rand(count, *image_shape, generator=generator, device=device)
