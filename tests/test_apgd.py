@@ -366,7 +366,7 @@ def test_results_are_feasible_and_never_worse_than_the_input(attack, threat_mode
     mixture, x, y = networks()
     for start in ("uniform", "none"):
         found = replace(attack, start=start)(mixture, x, y, threat_model, seeded())
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
         assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
         before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
         assert (after <= before).all()
@@ -512,7 +512,7 @@ def test_few_classes(num_classes):
     before = mixture.expected_accuracy(x, y).sum()
     for loss in ("ce", "dlr", "dlr-targeted"):
         found = APGD(10, loss=loss)(mixture, x, y, LINF, seeded())
-        assert LINF.check(found, x).all()
+        assert LINF.contains(found, x).all()
         assert mixture.expected_accuracy(found, y).sum() < before - 1
     if num_classes == 2:
         runs = [APGD(10, loss=loss)(mixture, x, y, LINF, seeded()) for loss in ("dlr", "margin", "dlr-targeted")]
@@ -560,7 +560,7 @@ def test_it_works_under_autocast(attack):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = attack(mixture, x, y, L2, seeded())
     assert found.dtype == torch.float32
-    assert L2.check(found, x).all()
+    assert L2.contains(found, x).all()
     assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum() - 1
 
 
@@ -592,7 +592,7 @@ def test_nan_gradients_are_reported():
     y, threat_model = torch.ones(3, dtype=torch.long), ThreatModel("linf", 0.05)
     with pytest.warns(UserWarning, match="APGD met NaN gradients on 1 of 3 examples"):
         found = APGD(5)(Fragile(), x, y, threat_model)
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
     assert torch.allclose(found[1:, 0], x[1:, 0] - 0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -624,7 +624,7 @@ def test_members_without_gradient_are_refused():
         ({"momentum": float("nan")}, "momentum"),
         ({"targets": 3}, "use loss=dlr-targeted"),
         ({"targets": 0, "loss": "dlr-targeted"}, "targets"),
-        ({"objective": AveragedLoss(), "loss": "dlr"}, "give either"),
+        ({"objective": AveragedLoss(), "loss": "dlr"}, "give only one"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -690,7 +690,7 @@ def test_as_strong_as_autoattack(digits, norm, eps, loss):
         warnings.simplefilter("ignore")  # it warns of zero gradients
         theirs = (net(peer.perturb(x, y)).argmax(-1) == y).float().mean().item()
     found = APGD(steps, loss=loss, targets=targets)(net, x, y, ThreatModel(norm, eps), seeded())
-    assert ThreatModel(norm, eps).check(found, x).all()
+    assert ThreatModel(norm, eps).contains(found, x).all()
     ours = (net(found).argmax(-1) == y).float().mean().item()
     assert 0.3 < theirs < 0.7
     assert ours <= theirs + 0.005

@@ -215,7 +215,7 @@ def test_a_linear_member_in_linf_has_a_closed_form(bounds, variant):
     threat_model = ThreatModel("linf", 0.2, bounds)
     mixture, x, y = linear_mixture(W, b), torch.as_tensor(x), torch.as_tensor(y)
     found = ARC(num_steps=3, variant=variant)(mixture, x, y, threat_model, seeded())
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
     np.testing.assert_array_equal(mixture.expected_accuracy(found, y) > 0.5, right)
     assert 20 < right.sum() < 180
 
@@ -274,7 +274,7 @@ def test_results_are_feasible_and_never_better_for_the_mixture(attack, threat_mo
     mixture, x, y = networks()
     x[0, 0], x[1, 1] = 0.0, 1.0
     found = attack(mixture, x, y, threat_model, seeded())
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
     assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
     before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
     assert (after <= before).all()
@@ -378,7 +378,7 @@ def test_it_works_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = ARC(num_steps=2)(mixture, x, y, LINF, seeded())
     assert found.dtype == torch.float32
-    assert LINF.check(found, x).all()
+    assert LINF.contains(found, x).all()
     assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum()
 
 
@@ -424,7 +424,7 @@ def test_nan_gradients_are_reported():
     threat_model = ThreatModel("linf", 0.05)
     with pytest.warns(UserWarning, match="ARC met NaN gradients on 1 of 3 examples"):
         found = ARC(num_steps=3)(Fragile(), x, torch.ones(3, dtype=torch.long), threat_model)
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
 
 
 @pytest.mark.parametrize(

@@ -38,18 +38,18 @@ ALLOWED = {
     "intervals": set(),
     "game": {"simplex"},
     "lambda_solvers": {"simplex", "game"},
-    "games": {"simplex", "game", "lambda_solvers", "threat_model"},
+    "games": {"simplex", "game", "lambda_solvers", "seeding", "threat_model"},
     # The network wing.
     "threat_model": set(),
     "losses": set(),
     "models": set(),
-    "data": set(),
+    "data": {"files", "seeding"},
     "mixture": {"simplex"},
     "attacks": {"mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
-    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "signals", "threat_model"}
-    | {"checkpoint_files", "console", "files", "intervals"},
+    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "seeding", "signals"}
+    | {"checkpoint_files", "console", "files", "intervals", "threat_model"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         *("checkpoint_files", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
@@ -58,7 +58,7 @@ ALLOWED = {
     "checkpoint_files": {"files"},
     "callbacks": {"training", "checkpoint_files", "files", "signals"},
     "loggers": {"redaction", "console", "files"},
-    "members": {"evaluation", "mixture", "models", "checkpoint_files", "files"},
+    "members": {"evaluation", "mixture", "models", "checkpoint_files", "files", "seeding"},
     "runs": {"config", "console", "files", "setting_keys", "shipped"},
     "report": {"files", "intervals", "runs", "redaction", "setting_keys", "shipped", "unknown_keys"},
     # The shell.

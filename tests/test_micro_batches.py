@@ -188,7 +188,7 @@ def test_out_of_memory_names_the_remedy(command, monkeypatch):
     def starved(*args, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(PGD, "_run", starved)
+    monkeypatch.setattr(PGD, "search", starved)
     refusal = command(*TINY).refusal()
     assert refusal.startswith("out of memory with L=2 and data.batch_size=20: set micro_batch_size")
 

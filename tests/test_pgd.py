@@ -169,7 +169,7 @@ def test_results_are_feasible_and_never_worse_than_the_input(objective, threat_m
     ]:
         attack = PGD(3, objective=objective, start=start, keep=keep)
         found = attack(mixture, x, y, threat_model, generator)
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
         assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
         if keep == "objective":
             assert (score(found) >= score(x) - 1e-6).all()
@@ -315,7 +315,7 @@ def test_gaussian_start_is_a_little_noise():
     found = attack(mixture, x, y, LINF, torch.Generator().manual_seed(0))
     assert (found - x).std().item() == pytest.approx(1e-3, rel=0.05)
     small = ThreatModel("linf", 5e-4)
-    assert small.check(attack(mixture, x, y, small), x).all()
+    assert small.contains(attack(mixture, x, y, small), x).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -361,7 +361,7 @@ def test_it_works_under_autocast(threat_model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = PGD(3, keep=keep)(mixture, x, y, threat_model, torch.Generator().manual_seed(0))
         assert found.dtype == torch.float32
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
     assert set(seen) == {torch.bfloat16}
     plain = PGD(3, keep=keep)(mixture, x, y, threat_model, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -406,7 +406,7 @@ def test_nan_gradients_are_reported():
     y = torch.ones(3, dtype=torch.long)
     with pytest.warns(UserWarning, match="NaN gradients on 1 of 3 examples"):
         found = PGD(3)(Fragile(), x, y, ThreatModel("linf", 0.05))
-    assert ThreatModel("linf", 0.05).check(found, x).all()
+    assert ThreatModel("linf", 0.05).contains(found, x).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = PGD(3, keep="last")(Fragile(), x, y, ThreatModel("linf", 0.05))

@@ -94,7 +94,7 @@ def test_it_is_at_least_as_strong_as_the_reference(digits, norm, eps, queries, s
     ours, peer = [], []
     for seed in range(seeds):
         found = Square(queries)(mixture, x, y, threat_model, seeded(seed))
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
         ours.append(mixture.expected_accuracy(found, y).mean().item())
         # It counts the start apart.
         reference = SquareAttack(
@@ -320,7 +320,7 @@ def test_any_image_is_searched_inside_ball_and_box(norm, shape, bounds):
     threat_model = ThreatModel(norm, 0.4, bounds)
     found = Square(60, p_init=1.0)(watch, x, torch.zeros(20, dtype=torch.long), threat_model, seeded())
     assert len(watch.asked) == 61
-    assert all(threat_model.check(asked, x).all() for asked in watch.asked)
+    assert all(threat_model.contains(asked, x).all() for asked in watch.asked)
     assert (found.shape, found.dtype) == (x.shape, x.dtype)
     changed = torch.stack([(asked != watch.asked[1])[1:].any(1).any(0) for asked in watch.asked[2:]]).any(0)
     assert changed.all(), "some pixel is never tried"
@@ -333,7 +333,7 @@ def test_any_image_is_searched_inside_ball_and_box(norm, shape, bounds):
 def test_results_are_feasible_and_never_worse_than_the_input(threat_model):
     mixture, x, y = networks()
     found = Square(60)(mixture, x, y, threat_model, seeded())
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
     assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
     before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
     assert (after <= before).all()
@@ -408,7 +408,7 @@ def test_members_need_no_gradient(hard):
     with torch.enable_grad():
         found = Square(200)(mixture, x, y, LINF, seeded())
     before, after = mixture.expected_accuracy(x, y).mean(), mixture.expected_accuracy(found, y).mean()
-    assert LINF.check(found, x).all()
+    assert LINF.contains(found, x).all()
     assert after < before - 0.1
     assert not found.requires_grad
 
@@ -498,7 +498,7 @@ def test_it_works_in_inference_mode_and_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = Square(10)(mixture, x, y, L2, seeded())
     assert half.dtype == torch.float32
-    assert L2.check(half, x).all()
+    assert L2.contains(half, x).all()
 
 
 def test_other_objectives_and_plain_modules():
@@ -528,7 +528,7 @@ class NotANumber(nn.Module):
 def test_answers_that_are_not_numbers_stop_nothing():
     x = torch.full((8, 1, 4, 4), 0.5)
     found = Square(40)(NotANumber(0.5), x, torch.zeros(8, dtype=torch.long), LINF, seeded())
-    assert LINF.check(found, x).all()
+    assert LINF.contains(found, x).all()
 
 
 @pytest.mark.parametrize(

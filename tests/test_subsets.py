@@ -115,7 +115,7 @@ def test_a_linear_member_in_linf_has_a_closed_form(bounds):
     threat_model = ThreatModel("linf", 0.2, bounds)
     mixture, x, y = linear_mixture(W, b), torch.as_tensor(x), torch.as_tensor(y)
     found = SubsetAttack(num_steps=3)(mixture, x, y, threat_model)
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
     np.testing.assert_array_equal(mixture.expected_accuracy(found, y) > 0.5, right)
     assert 20 < right.sum() < 180
 
@@ -164,7 +164,7 @@ def test_results_are_feasible_and_never_better_for_the_mixture(threat_model):
     mixture, x, y = networks()
     x[0, 0], x[1, 1] = 0.0, 1.0
     found = SubsetAttack(num_steps=3, restarts=2)(mixture, x, y, threat_model, seeded())
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
     assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
     before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
     assert (after <= before).all()
@@ -200,7 +200,7 @@ def robust_accuracies(mixture, x, y, threat_model, attacks):
     found = {}
     for name, attack in attacks.items():
         points = attack(mixture, x, y, threat_model, seeded())
-        assert threat_model.check(points, x).all()
+        assert threat_model.contains(points, x).all()
         found[name] = mixture.expected_accuracy(points, y).mean().item()
     print(threat_model.norm, {name: f"{100 * value:.2f} %" for name, value in found.items()})
     return found
@@ -350,7 +350,7 @@ def test_it_works_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = SubsetAttack(num_steps=2)(mixture, x, y, LINF, seeded())
     assert found.dtype == torch.float32
-    assert LINF.check(found, x).all()
+    assert LINF.contains(found, x).all()
     assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum()
 
 
@@ -395,7 +395,7 @@ def test_nan_gradients_are_reported():
     threat_model = ThreatModel("linf", 0.05)
     with pytest.warns(UserWarning, match="SubsetAttack met NaN gradients on 1 of 3 examples"):
         found = SubsetAttack(num_steps=3)(Fragile(), x, torch.ones(3, dtype=torch.long), threat_model)
-    assert threat_model.check(found, x).all()
+    assert threat_model.contains(found, x).all()
 
 
 @pytest.mark.parametrize(
