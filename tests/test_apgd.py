@@ -351,7 +351,7 @@ def test_results_are_feasible_and_never_worse_than_the_input(attack, threat_mode
     mixture, x, y = nearly_equal_members()
     for start in ("uniform", "none"):
         found = replace(attack, start=start)(mixture, x, y, threat_model, seeded())
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
         assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
         before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
         assert (after <= before).all()
@@ -443,7 +443,7 @@ def test_few_classes(num_classes):
     before = mixture.expected_accuracy(x, y).sum()
     for loss in ("ce", "dlr", "dlr-targeted"):
         found = APGD(10, loss=loss)(mixture, x, y, LINF, seeded())
-        assert LINF.check(found, x).all()
+        assert LINF.contains(found, x).all()
         assert mixture.expected_accuracy(found, y).sum() < before - 1
     if num_classes == 2:
         runs = [APGD(10, loss=loss)(mixture, x, y, LINF, seeded()) for loss in ("dlr", "margin", "dlr-targeted")]
@@ -496,7 +496,7 @@ def test_nan_objectives_never_win():
         ({"momentum": float("nan")}, "momentum"),
         ({"targets": 3}, "use loss=dlr-targeted"),
         ({"targets": 0, "loss": "dlr-targeted"}, "targets"),
-        ({"objective": AveragedLoss(), "loss": "dlr"}, "give either"),
+        ({"objective": AveragedLoss(), "loss": "dlr"}, "give only one"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -526,7 +526,7 @@ def test_as_strong_as_autoattack(norm, eps, loss):
             warnings.simplefilter("ignore")  # it warns of zero gradients
             theirs.append((net(peer.perturb(x, y)).argmax(-1) == y).float().mean().item())
         found = APGD(steps, loss=loss, targets=targets)(net, x, y, ThreatModel(norm, eps), seeded(seed))
-        assert ThreatModel(norm, eps).check(found, x).all()
+        assert ThreatModel(norm, eps).contains(found, x).all()
         ours.append((net(found).argmax(-1) == y).float().mean().item())
     assert 0.3 < np.mean(theirs) < 0.7
     assert np.mean(ours) <= np.mean(theirs) + 0.005

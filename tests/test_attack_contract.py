@@ -91,7 +91,7 @@ def test_results_lie_in_ball_and_box(case, ball):
     mixture, x, y = disagreeing_mixture("linear")
     x[0, 0], x[1, 1] = 0.0, 1.0
     found = case.attack(mixture, x, y, ball, seeded())
-    assert ball.check(found, x).all()
+    assert ball.contains(found, x).all()
     assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
     assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum()
 
@@ -120,7 +120,7 @@ def test_nothing_is_found_below_the_exact_optimum_of_linear_members(case, norm):
     points, labels = torch.as_tensor(x), torch.as_tensor(y)
     ball = ThreatModel(norm, eps, None)
     found = case.attack(mixture, points, labels, ball, seeded())
-    assert ball.check(found, points).all()
+    assert ball.contains(found, points).all()
     accuracy, clean = (mixture.expected_accuracy(at, labels).numpy() for at in (found, points))
     assert (accuracy >= best - 1e-6).all()
     assert accuracy.mean() < clean.mean()
@@ -143,7 +143,7 @@ def test_a_single_linear_member_is_fooled_exactly_where_it_can_be(case, norm, bo
     ball, mixture = ThreatModel(norm, eps, bounds), linear_mixture(W, b)
     points, labels = torch.as_tensor(x), torch.as_tensor(y)
     found = replace(case.attack, num_steps=case.steps)(mixture, points, labels, ball, seeded())
-    assert ball.check(found, points).all()
+    assert ball.contains(found, points).all()
     np.testing.assert_array_equal(mixture.expected_accuracy(found, labels) > 0.5, margin > 0)
     left = sign * (found.numpy() @ W[0] + b[0])
     np.testing.assert_allclose(left[margin > 0], margin[margin > 0], atol=1e-6)
@@ -186,7 +186,7 @@ def test_an_example_is_attacked_alone_as_in_its_batch(case, norm):
     x, y = torch.as_tensor(random.uniform(size=(12, 6))), torch.as_tensor(random.integers(0, 2, 12))
     attack, ball = replace(case.attack, **case.fixed), ThreatModel(norm, 0.2)
     together = attack(mixture, x, y, ball, seeded())
-    assert ball.check(together, x).all()
+    assert ball.contains(together, x).all()
     assert not torch.equal(together, x)
     for i in range(12):
         alone = attack(mixture, x[i : i + 1], y[i : i + 1], ball, seeded())
@@ -305,7 +305,7 @@ def test_it_works_under_autocast(case, ball):
         found = case.attack(mixture, x, y, ball, seeded())
     assert seen == {torch.bfloat16}
     assert found.dtype == torch.float32
-    assert ball.check(found, x).all()
+    assert ball.contains(found, x).all()
     assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum()
 
 
@@ -348,7 +348,7 @@ def test_nan_gradients_are_reported(case):
     y, ball = torch.ones(3, dtype=torch.long), ThreatModel("linf", 0.05)
     with pytest.warns(UserWarning, match=f"{type(case.attack).__name__} met NaN gradients on 1 of 3 examples"):
         found = case.attack(Fragile(), x, y, ball)
-    assert ball.check(found, x).all()
+    assert ball.contains(found, x).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         case.attack(Fragile(), x[1:], y[1:], ball)
@@ -368,7 +368,7 @@ def test_wrong_batches_are_refused(case):
         (x, y.float(), "labels"),
         (x, y > 1, "labels"),
         # For training it is not asked, because the answer would wait for the device.
-        *([(255 * x, y, "outside the box"), (x / 0, y, "not finite")] if case.attack.asks_for_box else []),
+        *([(255 * x, y, "outside the box"), (x / 0, y, "not finite")] if case.attack.checks_box else []),
     ]:
         assert message in refusal(case.attack, mixture, bad_x, bad_y, LINF, error=ValueError)
 

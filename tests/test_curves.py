@@ -9,10 +9,10 @@ from torch import nn
 
 from builders.networks import WEIGHTS, disagreeing_mixture
 from mixadv.attacks import PGD
-from mixadv.attacks.suite import Pass
 from mixadv.evaluation.curves import curves
 from mixadv.losses import cross_entropy
 from mixadv.mixture import Mixture
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 
 FACTORS = np.array([0, 0.25, 0.5, 0.75, 1, 1.5, 2])
@@ -115,8 +115,7 @@ def test_steps_are_the_iterates_of_one_run():
             attack = PGD(steps, keep="last")
             losses = []
             for i, (images, labels) in enumerate(zip(x.split(10), y.split(10), strict=True)):
-                seed = Pass("steps", attack, against, target).seed(5, i)
-                last = attack(target, images, labels, ball, torch.Generator().manual_seed(seed))
+                last = attack(target, images, labels, ball, generator_for(5, "steps", against, i))
                 with torch.no_grad():
                     each = [cross_entropy(member(last), labels) for member in target.members]
                 losses.append(sum(w * loss for w, loss in zip(target.weights, each, strict=True)))

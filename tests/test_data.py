@@ -354,13 +354,6 @@ def test_offsets_and_flips_are_uniform():
     assert counts.sum() == counts[1:4].sum()
 
 
-def test_augmentation_refuses_nonsense():
-    with pytest.raises(ValueError, match="padding must be >= 0"):
-        random_crop_flip(torch.zeros(1, 1, 2, 2), -1, False)
-    with pytest.raises(ValueError, match=r"must be \[B, C, H, W\]"):
-        random_crop_flip(torch.zeros(1, 2, 2), 1, False)
-
-
 # --- splits and statistics -------------------------------------------------------------------------------
 
 
@@ -498,7 +491,7 @@ def test_published_labels_and_shapes_are_checked():
         }
         return ImageCorpus(**{**fields, **change}, class_names=("a", "b"))
 
-    corpus().check("made")
+    corpus().validate("made")
     for change, message in (
         (
             {"test_labels": torch.tensor([0, 1, 2, 1])},
@@ -510,7 +503,7 @@ def test_published_labels_and_shapes_are_checked():
         ({"test_images": torch.zeros(4, 1, 2, 2)}, "test images are torch.float32"),
     ):
         with pytest.raises(UserError, match=message):
-            corpus(**change).check("made")
+            corpus(**change).validate("made")
 
 
 # --- under Lightning -------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_random_and_batch_dependent_members_are_named():
     noisy.f.train = lambda mode=True: noisy.f
     found = flags(Mixture([robust(), nn.Sequential(natural(), Centred()), noisy], [0.3, 0.3, 0.4]))
     assert found["random-outputs"].startswith("member 2: ")
-    assert "in train mode although asked to leave it: 2.f" in found["random-outputs"]
+    assert "still in train mode: 2.f" in found["random-outputs"]
     assert found["batch-dependent"].startswith("member 1: ")
 
 
@@ -325,7 +325,7 @@ def test_nothing_is_left_behind_and_only_the_seed_counts():
 
 def test_no_images_are_refused():
     x, y = points(12)
-    with pytest.raises(ValueError, match="no images to judge by"):
+    with pytest.raises(ValueError, match="no images to check"):
         distrust(Mixture([Linear()]), x[:0], y[:0], BALL)
 
 

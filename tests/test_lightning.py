@@ -36,8 +36,10 @@ from mixadv.errors import UserError
 from mixadv.evaluation import evaluate
 from mixadv.lambda_solvers import OracleSubgradient, Uniform
 from mixadv.losses import AT, TRADES
+from mixadv.members.recipe import build_mixture
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS, build_member
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.learning_rate import constant, cosine, piecewise
@@ -95,10 +97,9 @@ def test_ten_lines_of_python_train_what_the_command_trains(tmp_path, kind):
     data = Digits(num_train=200, num_test=50, batch_size=20, padding=0, flip=False, seed=4)
     data.prepare_data()
     data.setup()
-    torch.manual_seed(4)
     settings = {"num_classes": 10, "image_shape": (1, 8, 8), "mean": data.mean, "std": data.std, "width": 3}
     module = MixtureTraining(
-        Mixture([build_member("small_cnn", **settings) for _ in range(3)]),
+        build_mixture({"L": 3, "model": {"name": "small_cnn", **settings}}, seed=4),
         ThreatModel("linf", 0.05),
         solver=OracleSubgradient(num_steps=2),
         kind=kind,
@@ -170,7 +171,7 @@ def test_validation_alone_gives_the_numbers_of_the_fit(learnt, inference_mode):
     trained, data = learnt
     module = training(copy.deepcopy(trained.mixture))
     (found,) = stock(inference_mode=inference_mode).validate(module, datamodule=data, verbose=False)
-    generator = [torch.Generator().manual_seed(3 + 2 + number) for number in range(3)]
+    generator = [generator_for(3, "validation", number) for number in range(3)]
     robust = clean = 0.0
     for (x, y), draws in zip(data.val_dataloader(), generator, strict=True):
         x_adv = PGD(num_steps=2)(module.mixture, x, y, BALL, draws)
@@ -361,7 +362,7 @@ FOREIGN = [
     "mixadv.main.os.system",
     "subprocess.Popen",
     "mixadv.training.recorded.importlib.import_module",
-    "mixadv.members.recipe.build_factory",
+    "mixadv.members.factory.build_factory",
     "mixadv.loggers.csv.CSVLogger",
     "mixadv.losses.Path",
     "torch.optim.lr_scheduler.types.FunctionType",
@@ -601,7 +602,7 @@ def test_the_gradient_of_each_member_is_clipped_alone(algorithm):
     fitted(plain, 1, data, [free])
 
     nets = untrained_members()
-    noise = torch.Generator().manual_seed(3 + 1)
+    noise = generator_for(3, "attacks")
     for (x, y), (before, after) in zip(epoch_of(data), watch.steps, strict=True):
         low, high = (x - 0.1).clamp(0, 1), (x + 0.1).clamp(0, 1)
         x_adv = low + (high - low) * torch.rand(x.shape, generator=noise)
@@ -683,7 +684,7 @@ def test_adamw_trains_as_written_out():
         Mixture([net]), optimizer=partial(AdamW, lr=0.01, weight_decay=0.1), scheduler=constant, attack=PGD(0)
     )
     fitted(module, 1, data)
-    optimizer, noise = AdamW(plain.parameters(), lr=0.01, weight_decay=0.1), torch.Generator().manual_seed(3 + 1)
+    optimizer, noise = AdamW(plain.parameters(), lr=0.01, weight_decay=0.1), generator_for(3, "attacks")
     for x, y in epoch_of(data):
         low, high = (x - 0.1).clamp(0, 1), (x + 0.1).clamp(0, 1)
         optimizer.zero_grad()

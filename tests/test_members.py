@@ -20,7 +20,7 @@ from mixadv import Mixture, models
 from mixadv.errors import UserError
 from mixadv.evaluation import distrust
 from mixadv.members.checks import check_members
-from mixadv.members.recipe import build_mixture
+from mixadv.members.recipe import Recipe, build_mixture
 from mixadv.members.source import LoadedMember, Source, with_unique_names
 from mixadv.members.store import save_mixture
 from mixadv.models import build_member
@@ -67,16 +67,16 @@ def here(own_modules, monkeypatch):
 
 
 def one(source, recipe=RECIPE, **kwargs):
-    (member,) = Source(str(source)).members(recipe, **kwargs)
+    (member,) = Source(str(source)).members(recipe and Recipe.of(recipe), **kwargs)
     assert isinstance(member, LoadedMember)
     assert member.source == str(source)
     assert not any(module.training for module in member.module.modules())
-    assert json.loads(json.dumps(member.recipe)) == member.recipe
+    assert json.loads(json.dumps(member.recipe.record())) == member.recipe.record()
     return member
 
 
 def refused_source(source, recipe=RECIPE, **kwargs):
-    return refusal(lambda: Source(str(source)).members(recipe, **kwargs))
+    return refusal(lambda: Source(str(source)).members(recipe and Recipe.of(recipe), **kwargs))
 
 
 def answers_as(member, expected, x):
@@ -99,7 +99,7 @@ def test_every_nesting_and_prefix_gives_the_logits_of_the_original(tmp_path, net
     torch.save(content, tmp_path / "mine.pt")
     member = one(tmp_path / "mine.pt")
     assert answers_as(member, net, images(2, 8, 8))
-    assert (member.name, member.recipe) == ("mine", RECIPE)
+    assert (member.name, member.recipe.record()) == ("mine", RECIPE)
     assert member.note == "no normalisation" + (f"; from {'.'.join(nest)}" if nest else "")
 
 
@@ -175,7 +175,7 @@ def test_torchvisions_network_answers_as_torchvisions(tmp_path, torchvision_net,
     assert answers_as(one(path, recipe), torchvision_net, x)
     asked = one(path, {**recipe, "mean": [0.4, 0.5, 0.6], "std": (0.2, 0.3, 0.25)})
     assert asked.note.startswith("normalised as asked")
-    assert asked.recipe["std"] == [0.2, 0.3, 0.25]
+    assert asked.recipe.arguments["std"] == [0.2, 0.3, 0.25]
     mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]
     with torch.no_grad():
         assert torch.allclose(asked.module(x), torchvision_net((x - mean) / std), rtol=1e-4, atol=1e-5)
@@ -196,7 +196,7 @@ def test_a_member_of_ours_brings_its_own_normalisation(tmp_path, net, prefix, as
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     assert answers_as(member, lambda x: net((x - mean) / std), x)
     # The recipe alone says the normalisation, to the bit.
-    again = build_member(**member.recipe)
+    again = build_member(**member.recipe.record())
     assert torch.equal(again.normalize.mean, member.module.normalize.mean)
     assert torch.equal(again.normalize.std, member.module.normalize.std)
 
@@ -485,7 +485,7 @@ def test_all_members_of_a_mixture_come_back(tmp_path, mixture, form):
         torch.save({"mixture_config": {"L": 3, "models": MODELS}, "state_dict": state, "epoch": 2}, source)
     members = Source(str(source)).members(None)
     assert [member.name for member in members] == [f"{name}#0", f"{name}#1", f"{name}#2"]
-    assert [member.recipe for member in members] == MODELS
+    assert [member.recipe.record() for member in members] == MODELS
     assert {(member.source, member.note) for member in members} == {(str(source), "as exported")}
     assert Source(str(source)).record["models"] == MODELS
     x = images(2, 8, 8)
@@ -512,7 +512,7 @@ def test_a_mixture_with_code_is_loaded_only_where_the_code_is_named(here):
     assert Source("my_nets:wide").record is None
     assert "my_nets" not in sys.modules
     members = Source("saved").members(None, factories=["my_nets:wide"])
-    assert [member.recipe for member in members] == [{"factory": "my_nets:wide"}] * 2
+    assert [member.recipe.record() for member in members] == [{"factory": "my_nets:wide"}] * 2
 
 
 def test_only_mixtures_record_something(here, net):
@@ -539,7 +539,7 @@ def test_a_factory_is_imported_from_the_working_directory(here):
         here, "own.nets", "class Nets:\n    @staticmethod\n    def wide(): return nn.Dropout(0.5)\nmake = nn.Identity"
     )
     member = one("own.nets:Nets.wide", None)
-    assert (member.name, member.recipe) == ("own.nets:Nets.wide", {"factory": "own.nets:Nets.wide"})
+    assert (member.name, member.recipe.record()) == ("own.nets:Nets.wide", {"factory": "own.nets:Nets.wide"})
     assert member.note == "as the factory built it"
     assert isinstance(member.module, nn.Dropout)
     assert isinstance(one("own.nets:make", None).module, nn.Identity)

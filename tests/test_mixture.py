@@ -141,11 +141,37 @@ def test_weights_are_replaced_in_place(tables):
     buffer = mixture.weights
     mixture.set_weights(torch.tensor([0.0, 0.25, 0.75], dtype=torch.float64))
     assert mixture.weights is buffer
-    assert buffer.dtype == torch.float32
+    assert buffer.dtype == torch.float64
     assert buffer.tolist() == [0, 0.25, 0.75]
     mixture.set_weights(np.array([1.0, 0.0, 0.0]))
     assert buffer.tolist() == [1, 0, 0]
     assert Mixture(list(mixture.members)).weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_lambda_stays_in_float64_whatever_the_members_are_in(tables):
+    lam = [0.1, 0.2, 0.7]
+    mixture = Mixture([nn.Linear(2, 3) for _ in range(3)], lam)
+    for change in (nn.Module.half, nn.Module.float, lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu")):
+        change(mixture)
+        assert mixture.weights.dtype == torch.float64
+        assert mixture.weights.tolist() == lam
+    assert next(mixture.parameters()).dtype == torch.bfloat16
+    again = Mixture([nn.Linear(2, 3) for _ in range(3)])
+    again.load_state_dict(mixture.state_dict())
+    assert again.weights.tolist() == lam
+
+
+def test_weights_are_normalised_once(tables):
+    """What sums to 1 up to rounding is kept bit for bit; what misses 1 by more is divided by its sum."""
+    mixture, _, _ = tables
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        lam = torch.rand(3, generator=generator, dtype=torch.float64)
+        lam /= lam.sum()
+        mixture.set_weights(lam)
+        assert torch.equal(mixture.weights, lam)
+    mixture.set_weights([0.2, 0.3, 0.5 + 5e-7])
+    assert mixture.weights.tolist() == pytest.approx([w / (1 + 5e-7) for w in (0.2, 0.3, 0.5 + 5e-7)], abs=1e-15)
 
 
 def test_other_weights_for_a_while(tables):

@@ -156,7 +156,7 @@ def test_own_data_are_said_again_when_a_mixture_is_read(own):
     assert len(read_results(path)["weights"]) == 2
     refused = run_command(own, "task=evaluate", f"mixture={path}", "logger=csv", "name=x").refusal()
     assert refused == (
-        f"the record of {path} names data of 'mine.Stripes', which is not part of mixadv: say data=... (or "
+        f"the record of {path} names data of 'mine.Stripes', which is not part of mixadv: give data=... (or "
         "data._target_=mine.Stripes) on the command line"
     )
     assert read_results(page(own, "again-data"))["clean"] == read_results(path)["clean"]

@@ -141,7 +141,7 @@ def test_results_are_feasible_and_never_worse_than_the_input(objective, threat_m
     ]:
         attack = PGD(3, objective=objective, start=start, keep=keep)
         found = attack(mixture, x, y, threat_model, generator)
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
         assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
         if keep == "objective":
             assert (score(found) >= score(x) - 1e-6).all()
@@ -257,7 +257,7 @@ def test_gaussian_start_is_a_little_noise():
     assert torch.equal(found, attack(mixture, x, y, LINF, seeded(0)))
     assert not torch.equal(found, attack(mixture, x, y, LINF, seeded(1)))
     small = ThreatModel("linf", 5e-4)
-    assert small.check(attack(mixture, x, y, small), x).all()
+    assert small.contains(attack(mixture, x, y, small), x).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -277,7 +277,7 @@ def test_it_works_under_autocast(threat_model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = PGD(3, keep=keep)(mixture, x, y, threat_model, seeded(0))
         assert found.dtype == torch.float32
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
     assert set(seen) == {torch.bfloat16}
     plain = PGD(3, keep=keep)(mixture, x, y, threat_model, seeded(0))
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixadv import config
-from mixadv.attacks import search
+from mixadv.attacks import pgd, search
 from mixadv.callbacks import Checkpoints
 from mixadv.checkpoint_files import digest_of, newest, read_checkpoint
 from mixadv.errors import UserError
@@ -331,7 +331,8 @@ def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
         return gradient(*arguments)
 
-    monkeypatch.setattr(search, "value_and_gradient", and_a_signal)
+    for module in (search, pgd):
+        monkeypatch.setattr(module, "value_and_gradient", and_a_signal)
     # Its trial step attacks too, before there is anything to keep.
     monkeypatch.setattr(task, "_announce", lambda *_: None)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]

@@ -21,7 +21,7 @@ from mixadv.runs import directory as rd
 from mixadv.runs import locks
 from mixadv.runs.directory import State, claimed, mark_done, read_results, write_config, write_results
 from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
-from mixadv.tasks import build
+from mixadv.tasks import models
 
 
 def times_and_sizes(root):
@@ -517,13 +517,13 @@ def test_unwritable_output_is_one_message_with_the_remedy(command, tmp_path, blo
 
 def test_more_members_than_memory_holds_are_refused_with_what_would_fit(command, tmp_path, monkeypatch):
     # A linear digit classifier has 650 parameters of 12 bytes in training.
-    monkeypatch.setattr(build, "available_memory", lambda device: 3 * 650 * 12 + 100)
+    monkeypatch.setattr(models, "available_memory", lambda device: 3 * 650 * 12 + 100)
     whole = "micro_batch_size=null"  # auto would count what a step needs beside the members, and refuse too
     refusal = command(*TINY, "L=4", "name=big", whole).refusal()
     assert refusal.startswith("L=4 members of model=linear need")
     assert "at most L=3" in refusal
     assert not (tmp_path / "outputs" / "train" / "big").exists()
-    monkeypatch.setattr(build, "available_memory", lambda device: 4 * 650 * 12)
+    monkeypatch.setattr(models, "available_memory", lambda device: 4 * 650 * 12)
     fits = command(*TINY, "L=4", "name=big", "trainer.max_epochs=1", whole)
     assert fits.rc == 0, fits.err
 
@@ -531,7 +531,7 @@ def test_more_members_than_memory_holds_are_refused_with_what_would_fit(command,
 def test_available_memory_is_asked_of_the_system():
     import torch
 
-    free = build.available_memory(torch.device("cpu"))
+    free = models.available_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
 
 

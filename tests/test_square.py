@@ -54,7 +54,7 @@ def test_it_is_at_least_as_strong_as_the_reference(norm, eps, queries, seeds):
     ours, peer = [], []
     for seed in range(seeds):
         found = Square(queries)(mixture, x, y, threat_model, seeded(seed))
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
         ours.append(mixture.expected_accuracy(found, y).mean().item())
         # It counts the start apart.
         reference = SquareAttack(
@@ -279,7 +279,7 @@ def test_any_image_is_searched_inside_ball_and_box(norm, shape, bounds):
     threat_model = ThreatModel(norm, 0.4, bounds)
     found = Square(60, p_init=1.0)(watch, x, torch.zeros(20, dtype=torch.long), threat_model, seeded())
     assert len(watch.asked) == 61
-    assert all(threat_model.check(asked, x).all() for asked in watch.asked)
+    assert all(threat_model.contains(asked, x).all() for asked in watch.asked)
     assert (found.shape, found.dtype) == (x.shape, x.dtype)
     changed = torch.stack([(asked != watch.asked[1])[1:].any(1).any(0) for asked in watch.asked[2:]]).any(0)
     assert changed.all(), "some pixel is never tried"
@@ -351,7 +351,7 @@ def test_members_need_no_gradient(hard):
     with torch.enable_grad():
         found = Square(200)(mixture, x, y, LINF, seeded())
     before, after = mixture.expected_accuracy(x, y).mean(), mixture.expected_accuracy(found, y).mean()
-    assert LINF.check(found, x).all()
+    assert LINF.contains(found, x).all()
     assert after < before - 0.1
     assert not found.requires_grad
 
@@ -390,7 +390,7 @@ class NotANumber(nn.Module):
 def test_answers_that_are_not_numbers_stop_nothing():
     x = torch.full((8, 1, 4, 4), 0.5)
     found = Square(40)(NotANumber(0.5), x, torch.zeros(8, dtype=torch.long), LINF, seeded())
-    assert LINF.check(found, x).all()
+    assert LINF.contains(found, x).all()
 
 
 @pytest.mark.parametrize(

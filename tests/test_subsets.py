@@ -126,7 +126,7 @@ def robust_accuracies(mixture, x, y, threat_model, attacks):
     found = {}
     for name, attack in attacks.items():
         points = attack(mixture, x, y, threat_model, seeded())
-        assert threat_model.check(points, x).all()
+        assert threat_model.contains(points, x).all()
         found[name] = mixture.expected_accuracy(points, y).mean().item()
     print(threat_model.norm, {name: f"{100 * value:.2f} %" for name, value in found.items()})
     return found

@@ -50,7 +50,7 @@ def test_the_result_is_the_minimum_over_all_points_of_all_passes(problem):
     table = torch.stack(list(values.values()))
     torch.testing.assert_close(record.expected_accuracy, table.amin(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(accuracy(mixture, record.x_adv, y), record.expected_accuracy, rtol=0, atol=1e-6)
-    assert BALL.check(record.x_adv, x).all()
+    assert BALL.contains(record.x_adv, x).all()
     names = list(values)
     for i, name in enumerate(record.found_by):
         first = next(key for key in names if abs(values[key][i] - table[:, i].min()) < 1e-6)

@@ -188,7 +188,7 @@ def test_what_another_process_works_on_is_passed_over_and_is_no_failure(command,
     (line,) = [line for line in finished.out.splitlines() if "running elsewhere, pid" in line]
     assert line.startswith("  seed=0,")
     assert f"pid {os.getpid()} on " in line
-    assert "passed over, another process is working in" in finished.err
+    assert "skipped: another process is working in" in finished.err
     again = command(*argv)
     assert started(again) == ["seed=0"]
     assert concluded(again) == "1 job, 1 done"
@@ -206,7 +206,7 @@ def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(command, tmp_path, 
     monkeypatch.setattr(train, "measure", interrupted)
     first = command(*argv)
     assert first.rc == 130
-    assert first.err.splitlines() == ["mixadv: interrupted; the same command goes on with what it has"]
+    assert first.err.splitlines() == ["mixadv: interrupted; the same command continues the run"]
     sweep = tmp_path / "outputs" / "sweeps" / "s"
     assert states(sweep) == {"seed=1": ""}
     monkeypatch.setattr(train, "measure", real)
@@ -426,7 +426,7 @@ def test_without_slurm_the_launcher_says_so(command, tmp_path):
     finished = command("-m", "launch=slurm", "seed=0,1", *DIGITS, "name=s", PATH="/nowhere")
     assert finished.rc == 1
     assert "Traceback" not in finished.err
-    assert finished.err.startswith('mixadv: the launcher gave up, RuntimeError: Could not detect "srun"')
+    assert finished.err.startswith('mixadv: the launcher failed, RuntimeError: Could not detect "srun"')
     assert concluded(finished) == "2 jobs, 0 done, 2 unfinished"
     assert set(complaints(finished)) == {"seed=0", "seed=1"}
 
@@ -495,7 +495,7 @@ def test_in_parallel_failures_and_a_killed_process_are_told_and_the_rest_is_run_
     os.kill(worker(sweep, "seed=10"), signal.SIGKILL)
     killed = Ended(process)
     assert killed.rc == 1
-    assert "mixadv: the launcher gave up, TerminatedWorkerError" in killed.err
+    assert "mixadv: the launcher failed, TerminatedWorkerError" in killed.err
     assert "Traceback" not in killed.err
     assert "seed=10" in complaints(killed)
     assert not list(sweep.glob(".jobs*"))

@@ -30,6 +30,7 @@ from mixadv.loggers.metrics_file import MetricsFile, standard_columns
 from mixadv.losses import AT, TRADES
 from mixadv.members.store import load_mixture
 from mixadv.mixture import Mixture
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.learning_rate import constant, cosine, piecewise
@@ -126,7 +127,7 @@ def pgd_by_hand(models, weights, x, y, generator, trades):
 
 def plain_training(model, batches, rates, trades):
     """Adversarial training as in Madry et al., and TRADES as in Zhang et al., of one network."""
-    generator = torch.Generator().manual_seed(7 + 1)
+    generator = generator_for(7, "attacks")
     optimizer = SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     for (x, y), rate in zip(batches, rates, strict=True):
         x_adv = pgd_by_hand([model], [1.0], x, y, generator, trades)
@@ -177,7 +178,7 @@ def test_three_members_follow_algorithm_2_written_out(digits, kind):
     weights = [float(w) for w in mixture.weights]
     fit(training(mixture, kind=kind), digits, 6)
 
-    noise, draws = torch.Generator().manual_seed(7 + 1), torch.Generator().manual_seed(7)
+    noise, draws = generator_for(7, "attacks"), generator_for(7, "members")
     optimizers = [SGD(member.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for member in plain]
     drawn = []
     for x, y in batches_of(digits, 6):
@@ -267,7 +268,7 @@ def test_phases_of_a_training(watched):
     assert "".join(outputs["phase"][0].upper() for outputs, *_ in steps) == by_hand[kind]
     assert module.t == 20
     if kind == "sampled":
-        draws = torch.Generator().manual_seed(7)
+        draws = generator_for(7, "members")
         wanted = [[int(torch.randint(3, (), generator=draws))] for _ in range(18)]
     else:
         wanted = 14 * [[0, 1, 2]]
@@ -500,7 +501,7 @@ def validation_by_hand(module, data, attack_steps, seed):
     for number, start in enumerate(range(0, 40, 16)):
         x = data.val_images[start : start + 16].float() / 255
         y = data.val_labels[start : start + 16]
-        generator = torch.Generator().manual_seed(seed + number)
+        generator = generator_for(seed, "validation", number)
         if attack_steps:
             x_adv = pgd_by_hand(nets, weights, x, y, generator, trades=False)
         else:
@@ -527,7 +528,7 @@ def accuracies(trainer):
 def test_validation_is_the_exact_expectation_under_attack(digits):
     module = training(Mixture([InFloat64(m) for m in normalising_members(3, width=3)], WEIGHTS), kind="shared", lr=0.05)
     fit(module, digits, 12, validate=True)
-    by_hand = validation_by_hand(module, digits, NUM_STEPS, seed=7 + 2)
+    by_hand = validation_by_hand(module, digits, NUM_STEPS, seed=7)
     assert accuracies(module.trainer) == pytest.approx(by_hand, abs=1e-12)
     assert 0.05 < by_hand["val/robust_accuracy"] < by_hand["val/clean_accuracy"]
     assert len({round(value, 6) for value in by_hand.values()}) == 3
@@ -551,7 +552,7 @@ def test_every_epoch_meets_the_same_random_starts_and_a_tie_keeps_the_first_epoc
     validations = Validations()
     fit(module, digits, 2, epochs=3, validate=True, callbacks=[validations, Checkpoints(tmp_path)])
     assert [t for t, _ in validations.seen] == [2, 4, 6]
-    by_hand = validation_by_hand(module, digits, 0, seed=7 + 2)
+    by_hand = validation_by_hand(module, digits, 0, seed=7)
     for _, seen in validations.seen:
         assert seen == pytest.approx(by_hand, abs=1e-12)
     other = [validation_by_hand(module, digits, 0, seed=seed) for seed in range(100, 110)]

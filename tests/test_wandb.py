@@ -86,7 +86,9 @@ def said(made):
 
 
 def warnings_of(made):
-    return [line for line in said(made).splitlines() if "local files are complete" in line or "going on off" in line]
+    return [
+        line for line in said(made).splitlines() if "local files are complete" in line or "continuing offline" in line
+    ]
 
 
 def play(made, folder, rows):
@@ -265,7 +267,7 @@ def test_a_failing_service_warns_once_and_never_stops_the_run(mirror, monkeypatc
 
     monkeypatch.setattr(made.run, "log", gone)
     play(made, tmp_path / "lost", losses(0, 3))
-    assert said(made).count("stopped taking values") == 1
+    assert said(made).count("stopped accepting values") == 1
     assert "ConnectionResetError: the service went away" in said(made)
     assert "local files are complete" in said(made)
 
@@ -280,7 +282,7 @@ def test_a_service_lost_for_the_mixture_is_lost_for_its_baseline_too(mirror, mon
     monkeypatch.setattr(made.run, "log", gone)
     play(made, tmp_path / "lost", losses(0, 1))
     play(view, tmp_path / "lost" / "baseline", losses(0, 1))
-    assert said(made).count("stopped taking values") == 1
+    assert said(made).count("stopped accepting values") == 1
 
 
 @pytest.mark.parametrize("call", ["summary", "images", "finish"])
@@ -392,7 +394,7 @@ def test_a_service_that_cannot_be_had_goes_on_offline_with_one_line(mirror, serv
     assert made.mode == "offline"
     (line,) = said(made).splitlines()
     assert line.startswith("Weights & Biases cannot be reached (")
-    assert line.endswith("); going on offline")
+    assert line.endswith("); continuing offline")
     assert reason in line
     play(made, tmp_path / "cut", losses(0, 3))
     made.finish(0)
@@ -914,7 +916,7 @@ def test_results_that_cannot_be_sent_stop_nothing(mirror, monkeypatch):
     made = mirror("results")
     monkeypatch.setattr(wandb, "Table", lambda **_: 1 / 0)
     made.log_results(RESULTS)
-    assert "did not take the tables (ZeroDivisionError" in said(made)
+    assert "did not accept the tables (ZeroDivisionError" in said(made)
     made.summary(RESULTS)
     made.finish(0)
 

@@ -77,7 +77,7 @@ class LinearProblem:
         """The expected accuracy [N] at the points found; nobody finds less than the exact minimum."""
         mixture = self.mixture
         found = attack(mixture, self.x, self.y, self.threat_model, torch.Generator().manual_seed(seed))
-        assert self.threat_model.check(found, self.x).all()
+        assert self.threat_model.contains(found, self.x).all()
         assert torch.equal(found[:, 2], self.x[:, 2])
         accuracy = mixture.expected_accuracy(found, self.y).numpy()
         assert (accuracy >= self.best - 1e-6).all()
