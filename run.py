@@ -1,4 +1,4 @@
-"""Run mixadv from a checkout: ``python run.py loss=trades lambda_solver=entropic L=3``."""
+"""Run mixadv from a checkout, without installing it: ``python run.py loss=trades lambda_solver=entropic L=3``."""
 
 import sys
 from pathlib import Path

@@ -164,7 +164,7 @@ def compare(target: str, model: nn.Module, data: tuple[Tensor, Tensor], args: ar
     ball = ThreatModel("linf", args.eps)
     rows = []
     for name in attacks:
-        if not bool(ball.check(points[name], x).all()):
+        if not bool(ball.contains(points[name], x).all()):
             raise SystemExit(f"{name} left the ball")
         rows.append(
             {

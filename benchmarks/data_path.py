@@ -17,7 +17,8 @@ from harness import describe, interleaved, save, summary, table
 from training_job import FAST, PLAIN, SHAPE, Job, images
 
 from mixadv.data.augment import random_crop_flip
-from mixadv.data.stream import BatchStream, seeded_generator
+from mixadv.data.stream import BatchStream
+from mixadv.seeding import generator_for
 
 IMAGES = 50_000
 
@@ -28,9 +29,9 @@ def pieces(stream: BatchStream, batch: int, repeats: int, device: torch.device) 
     chosen = stream.images[rows]
     runs = {
         "select": lambda: stream.images[rows],
-        "augment": lambda: random_crop_flip(chosen, 4, True, seeded_generator(0, "augment", 1)),
+        "augment": lambda: random_crop_flip(chosen, 4, True, generator_for(0, "augment", 1)),
         "scale": lambda: chosen.float().div_(255),
-        "order": lambda: torch.randperm(len(stream.images), generator=seeded_generator(0, "order", 1)).to(device),
+        "order": lambda: torch.randperm(len(stream.images), generator=generator_for(0, "order", 1)).to(device),
     }
     found = {name: one["median"] for name, one in summary(interleaved(runs, repeats, 2, device)).items()}
     # One permutation serves all batches of a pass.

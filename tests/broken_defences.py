@@ -5,11 +5,11 @@ from functools import cache
 import torch
 from torch import nn
 
+from builders.data import digits_tensors
+from builders.networks import trained_member, untrained_members
 from mixadv.attacks import APGD, PGD, Square, UniformNoise
-from mixadv.data.digits import Digits
 from mixadv.evaluation import evaluate
 from mixadv.mixture import Mixture
-from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 
 BALL = ThreatModel("linf", 0.1)
@@ -26,49 +26,30 @@ SUITE = {
 CARELESS = {"pgd-20": PGD(num_steps=20)}
 
 
-@cache
-def digits():
-    """Training images and labels, test images and labels."""
-    corpus = Digits().load()
-
-    def scaled(images):
-        return images.float() / 255
-
-    x, y = scaled(corpus.test_images[:NUM_IMAGES]), corpus.test_labels[:NUM_IMAGES]
-    return scaled(corpus.train_images), corpus.train_labels, x, y
+def measured_on():
+    """The images that defences are measured on, and their labels."""
+    return tuple(part[:NUM_IMAGES] for part in digits_tensors()[2:])
 
 
-def trained(name="small_cnn", seed=0, epochs=12, attack=None, **build):
+def small_network(name="small_cnn", seed=0, epochs=12, attack=None, **build):
     """A network after a few passes over the training images, in eval mode; `attack` moves them first."""
     build = build or ({"width": 6, "hidden": 32} if name == "small_cnn" else {})
-    images, labels, _, _ = digits()
+    x, y, _, _ = digits_tensors()
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        member = build_member(name, num_classes=10, image_shape=(1, 8, 8), **build)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(member.parameters(), lr=5e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(96):
-            x, y = images[rows], labels[rows]
-            if attack is not None:
-                x = attack(member, x, y, BALL, generator)
-            loss = nn.functional.cross_entropy(member(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return member.eval()
+        (member,) = untrained_members(1, name, seed=seed, **build)
+    return trained_member(member, x, y, epochs, seed=seed, batch_size=96, attack=attack, ball=BALL)
 
 
 @cache
 def natural(seed=0):
     """A small network trained as usual."""
-    return trained(seed=seed)
+    return small_network(seed=seed)
 
 
 @cache
 def robust():
     """A small network trained against PGD."""
-    return trained(attack=PGD(num_steps=2, step_size=0.7, keep="last"), epochs=8)
+    return small_network(attack=PGD(num_steps=2, step_size=0.7, keep="last"), epochs=8)
 
 
 class Then(nn.Module):
@@ -94,7 +75,7 @@ class StaysInTraining(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        images = digits()[0]
+        images = digits_tensors()[0]
         self.norm = nn.BatchNorm2d(1)
         self.net = net
         # On a large batch the network sees the images that it was trained on.
@@ -162,7 +143,7 @@ BROKEN = {
 }
 
 SOUND = {
-    "linear": lambda: Mixture([trained("linear", epochs=30)]),
+    "linear": lambda: Mixture([small_network("linear", epochs=30)]),
     "natural": lambda: Mixture([natural()]),
     "adversarially trained": lambda: Mixture([robust()]),
     "mixture of three": lambda: Mixture([natural(), robust(), natural(1)], [0.25, 0.45, 0.3]),
@@ -172,11 +153,11 @@ SOUND = {
 
 def images_for(name):
     """Test images and labels as a defence of that name meets them."""
-    _, _, x, y = digits()
+    x, y = measured_on()
     return (marked(x, y), y) if name == "label in the margin" else (x, y)
 
 
-def evaluated(mixture, images=None, attacks=None, seed=0):
+def evaluated_defence(mixture, images=None, attacks=None, seed=0):
     """What the attacks (the careful ones) find on the images (the test set's)."""
-    images = digits()[2:] if images is None else images
+    images = measured_on() if images is None else images
     return evaluate(mixture, [images], SUITE if attacks is None else attacks, BALL, seed=seed)

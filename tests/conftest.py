@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+pytest.register_assert_rewrite("builders")
+
 # Seconds on one core, but with weights phases, several batches per epoch and numbers that are not all zero.
 TINY = (
     "data=digits",
@@ -109,6 +111,18 @@ def command(tmp_path: Path) -> Callable[..., Finished]:
         return run_command(tmp_path, *argv, **environment)
 
     return run
+
+
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh directory for modules of a user's own: sys.path is restored, and what came from there is forgotten."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def compose_shipped(*overrides: str) -> DictConfig:

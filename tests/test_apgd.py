@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from builders.data import digits_tensors, seeded
+from builders.networks import WEIGHTS, network_on_digits
 from mixadv.attacks import APGD, PGD, AveragedLoss, ExpectedLoss, InnerLoss, TargetedLoss
 from mixadv.attacks.apgd import checkpoints
 from mixadv.losses import TRADES, dlr_targeted, margin_targeted
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
+from oracles_linear import Affine
 
-WEIGHTS = [0.5, 0.2, 0.3]
 LINF, L2 = ThreatModel("linf", 0.02), ThreatModel("l2", 0.2)
 EVERYTHING = [
     *(APGD(loss=loss, num_steps=6) for loss in ("ce", "margin", "dlr", "dlr-targeted")),
@@ -35,7 +37,7 @@ class Small(nn.Module):
         return self.head(self.norm(self.conv(x)).relu().flatten(1))
 
 
-def networks(num_classes=5, members=3):
+def nearly_equal_members(num_classes=5, members=3):
     """Members that mostly agree (one network, with noise on the weights of the others), and 12 inputs.
 
     Logits are centred over the batch, so that all classes occur.
@@ -44,8 +46,8 @@ def networks(num_classes=5, members=3):
         torch.manual_seed(5)
         first = Small(num_classes)
     mixture = Mixture([copy.deepcopy(first) for _ in range(members)], WEIGHTS if members == 3 else None).eval()
-    x = torch.rand(12, 3, 6, 6, generator=torch.Generator().manual_seed(6))
-    noise = torch.Generator().manual_seed(7)
+    x = torch.rand(12, 3, 6, 6, generator=seeded(6))
+    noise = seeded(7)
     with torch.no_grad():
         for k, member in enumerate(mixture.members):
             for own in member.parameters():
@@ -54,10 +56,6 @@ def networks(num_classes=5, members=3):
             member.head.bias -= member(x).mean(0)
         y = mixture(x).argmax(-1)
     return mixture, x, y
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @contextlib.contextmanager
@@ -169,7 +167,7 @@ def test_every_example_has_its_own_schedule():
 
 
 def test_no_pass_is_wasted():
-    mixture, x, y = networks()
+    mixture, x, y = nearly_equal_members()
     forwards, backwards = [0, 0, 0], [0, 0, 0]
 
     def count(k):
@@ -196,7 +194,7 @@ def test_no_pass_is_wasted():
 
 
 def test_examples_that_cannot_get_worse_are_left_alone():
-    mixture, x, y = networks(members=1)
+    mixture, x, y = nearly_equal_members(members=1)
     y = y.clone()
     y[1] = (y[1] + 1) % 5
     with points_of(mixture.members[0]) as seen:
@@ -214,19 +212,6 @@ def test_examples_that_cannot_get_worse_are_left_alone():
 
 
 # Closed forms.
-
-
-class Affine(nn.Module):
-    """Two classes with logits (0, w.x + b): margin of label 1 is -(w.x + b), of label 0 it is w.x + b."""
-
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.as_tensor(weight))
-        self.bias = nn.Parameter(torch.as_tensor(bias))
-
-    def forward(self, x):
-        score = x @ self.weight + self.bias
-        return torch.stack([torch.zeros_like(score), score], dim=1)
 
 
 def affine(members):
@@ -307,7 +292,7 @@ def test_objectives_by_hand():
 
 
 def test_the_averaged_loss_is_that_of_the_mixture_as_a_single_model():
-    mixture, x, y = networks()
+    mixture, x, y = nearly_equal_members()
     twin = Mixture([mixture])
     with torch.no_grad():
         inside, outside = mixture.member_logits(x), twin.member_logits(x)
@@ -363,10 +348,10 @@ def test_settings_come_from_yaml():
 @pytest.mark.parametrize("attack", EVERYTHING, ids=lambda attack: f"{attack.loss}-{attack.objective}")
 @pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)
 def test_results_are_feasible_and_never_worse_than_the_input(attack, threat_model):
-    mixture, x, y = networks()
+    mixture, x, y = nearly_equal_members()
     for start in ("uniform", "none"):
         found = replace(attack, start=start)(mixture, x, y, threat_model, seeded())
-        assert threat_model.check(found, x).all()
+        assert threat_model.contains(found, x).all()
         assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
         before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
         assert (after <= before).all()
@@ -376,7 +361,7 @@ def test_results_are_feasible_and_never_worse_than_the_input(attack, threat_mode
 @pytest.mark.parametrize("threat_model", [ThreatModel("linf", 2e-4), ThreatModel("l2", 2e-3)], ids=str)
 def test_where_nobody_is_fooled_the_objective_is_kept(threat_model):
     """In so small a ball no answer changes, and the point returned is at least as good as that of PGD."""
-    mixture, x, y = networks()
+    mixture, x, y = nearly_equal_members()
     with torch.no_grad():
         clean = mixture.member_logits(x)
     for objective in (ExpectedLoss("dlr"), AveragedLoss("margin"), TargetedLoss("dlr", 2)):
@@ -394,7 +379,7 @@ def test_where_nobody_is_fooled_the_objective_is_kept(threat_model):
 
 @pytest.mark.parametrize(("loss", "num_steps", "eps"), [("ce", 0, 0.03), ("dlr-targeted", 2, 0.015)])
 def test_more_restarts_never_help_the_defender(loss, num_steps, eps):
-    mixture, x, y = networks()
+    mixture, x, y = nearly_equal_members()
     threat_model = ThreatModel("linf", eps)
     accuracies, points = [], []
     for restarts in (1, 2, 6):
@@ -413,7 +398,7 @@ def test_more_restarts_never_help_the_defender(loss, num_steps, eps):
 
 @pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
 def test_one_member_however_often_it_is_named(loss):
-    mixture, x, y = networks()
+    mixture, x, y = nearly_equal_members()
     member = mixture.members[1].train()
     y = member.eval()(x).argmax(-1)
     member.train()
@@ -431,17 +416,6 @@ def test_one_member_however_often_it_is_named(loss):
         assert torch.equal(member.eval()(other).argmax(-1) == y, accuracies[0] == 1)
 
 
-@pytest.mark.parametrize("attack", EVERYTHING, ids=lambda attack: f"{attack.loss}-{attack.objective}")
-def test_a_member_without_weight_does_not_matter(attack):
-    mixture, x, y = networks()
-    mixture.set_weights([0.7, 0.0, 0.3])
-    pair = Mixture([mixture.members[0], mixture.members[2]], [0.7, 0.3]).eval()
-    small = ThreatModel("l2", 0.02)
-    both = [replace(attack, num_steps=3)(m, x, y, small, seeded()) for m in (mixture, pair)]
-    torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-5)
-    assert (both[0] != x).any()
-
-
 def test_dlr_does_not_see_the_scale_of_a_member():
     """The expected cross-entropy is ruled by the loudest member; DLR takes the same way at any scale."""
 
@@ -453,7 +427,7 @@ def test_dlr_does_not_see_the_scale_of_a_member():
         def forward(self, x):
             return self.factor * self.member(x)
 
-    mixture, x, y = networks()
+    mixture, x, y = nearly_equal_members()
     factors = [2.0**20, 2.0**3, 1.0]
     scaled = Mixture([Scaled(m, c) for m, c in zip(mixture.members, factors, strict=True)], WEIGHTS).eval()
     small = ThreatModel("linf", 0.004)
@@ -463,56 +437,13 @@ def test_dlr_does_not_see_the_scale_of_a_member():
     assert (plain - loud).abs().max() > 1e-3
 
 
-def test_all_randomness_comes_from_the_generator():
-    mixture, x, y = networks()
-    before = torch.get_rng_state()
-    attack = APGD(2, restarts=2)
-    first, same, other = (attack(mixture, x, y, L2, seeded(s)) for s in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_mixture_is_left_as_found(fails):
-    mixture, x, y = networks()
-    mixture.train()
-    mixture.members[1].eval()
-    mixture.members[0].head.requires_grad_(False)
-    gradient = torch.ones_like(mixture.members[2].head.weight)
-    mixture.members[2].head.weight.grad = gradient
-    flags = [module.training for module in mixture.modules()]
-    frozen = [p.requires_grad for p in mixture.parameters()]
-    state = {k: v.clone() for k, v in mixture.state_dict().items()}
-    random = torch.get_rng_state()
-    calls = []
-
-    def hook(module, inputs, output):
-        calls.append(module.training)
-        if fails and len(calls) == 3:
-            raise RuntimeError("the member fails")
-
-    handle = mixture.members[0].register_forward_hook(hook)
-    with pytest.raises(RuntimeError, match="the member fails") if fails else contextlib.nullcontext():
-        APGD(3)(mixture, x, y, ThreatModel("linf", 1e-4), seeded())
-    handle.remove()
-    assert calls == [False] * (3 if fails else 5)
-    assert [module.training for module in mixture.modules()] == flags
-    assert [p.requires_grad for p in mixture.parameters()] == frozen
-    assert all(torch.equal(v, state[k]) for k, v in mixture.state_dict().items())
-    assert torch.equal(mixture.members[2].head.weight.grad, gradient)
-    assert sum(p.grad is not None for p in mixture.parameters()) == 1
-    assert torch.equal(torch.get_rng_state(), random)
-    assert torch.is_grad_enabled()
-
-
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_few_classes(num_classes):
-    mixture, x, y = networks(num_classes)
+    mixture, x, y = nearly_equal_members(num_classes)
     before = mixture.expected_accuracy(x, y).sum()
     for loss in ("ce", "dlr", "dlr-targeted"):
         found = APGD(10, loss=loss)(mixture, x, y, LINF, seeded())
-        assert LINF.check(found, x).all()
+        assert LINF.contains(found, x).all()
         assert mixture.expected_accuracy(found, y).sum() < before - 1
     if num_classes == 2:
         runs = [APGD(10, loss=loss)(mixture, x, y, LINF, seeded()) for loss in ("dlr", "margin", "dlr-targeted")]
@@ -527,51 +458,14 @@ def test_a_single_class_has_no_target():
             APGD(loss=loss)(nn.Linear(4, 1), x, y, LINF)
 
 
-def test_zero_steps_eps_zero_and_empty_batches():
-    mixture, x, y = networks()
-    found = APGD(3)(mixture, x, y, ThreatModel("linf", 0.0))
-    assert torch.equal(found, x)
-    assert found.data_ptr() != x.data_ptr()
-    assert APGD(2, loss="dlr-targeted")(mixture, x[:0], y[:0], LINF).shape == (0, 3, 6, 6)
+def test_without_steps_the_starts_count():
+    mixture, x, y = nearly_equal_members()
     start = LINF.sample(x[mixture.expected_accuracy(x, y) > 0], seeded())
     found = APGD(0)(mixture, x, y, LINF, seeded())
     assert ((found == x).flatten(1).all(1) | (found == start).flatten(1).all(1)).all()
-    x.requires_grad_(True)
-    assert not APGD(2)(mixture, x, y, LINF).requires_grad
-    assert x.grad is None
     # Wrong on every example from the start: nothing to do.
     wrong = APGD(2)(Mixture([mixture.members[0]]), x, (mixture.members[0](x).argmax(-1) + 1) % 5, LINF)
     assert torch.equal(wrong, x)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_climbs_where_gradients_are_switched_off(mode):
-    mixture, x, y = networks()
-    outside = APGD(3)(mixture, x, y, LINF, seeded())
-    with mode():
-        inside = APGD(3)(mixture, x.clone(), y.clone(), LINF, seeded())
-    assert torch.equal(inside, outside)
-    assert not torch.equal(inside, x)
-
-
-@pytest.mark.parametrize("attack", [APGD(4), APGD(4, loss="dlr-targeted")], ids=["ce", "targeted"])
-def test_it_works_under_autocast(attack):
-    mixture, x, y = networks()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = attack(mixture, x, y, L2, seeded())
-    assert found.dtype == torch.float32
-    assert L2.check(found, x).all()
-    assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum() - 1
-
-
-class Fragile(nn.Module):
-    """Logits finite everywhere, gradient NaN for the examples whose first number is below one half."""
-
-    def forward(self, x):
-        u = x[:, 0]
-        bit = torch.where(u < 0.5, 0 * u, 0 * u + 1)
-        score = u + bit.sqrt() - bit
-        return torch.stack([torch.zeros_like(u), score], dim=1)
 
 
 class Hole(nn.Module):
@@ -582,33 +476,11 @@ class Hole(nn.Module):
         return torch.stack([torch.zeros_like(u), 1 - u + torch.where(u > 0.6, float("nan"), 0.0)], dim=1)
 
 
-class Step(nn.Module):
-    def forward(self, x):
-        return torch.nn.functional.one_hot((x[:, 0] > 0.5).long(), 2).float()
-
-
-def test_nan_gradients_are_reported():
-    x = torch.tensor([[0.2, 0.5], [0.8, 0.5], [0.9, 0.3]])
-    y, threat_model = torch.ones(3, dtype=torch.long), ThreatModel("linf", 0.05)
-    with pytest.warns(UserWarning, match="APGD met NaN gradients on 1 of 3 examples"):
-        found = APGD(5)(Fragile(), x, y, threat_model)
-    assert threat_model.check(found, x).all()
-    assert torch.allclose(found[1:, 0], x[1:, 0] - 0.05)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        APGD(5)(Fragile(), x[1:], y[1:], threat_model)
-
-
 def test_nan_objectives_never_win():
     x, y = torch.full((4, 1), 0.5), torch.ones(4, dtype=torch.long)
     with pytest.warns(UserWarning, match="NaN gradients"):
         found = APGD(40, start="none")(Hole(), x, y, ThreatModel("linf", 0.2))
     assert ((found > 0.57) & (found <= 0.6)).all()
-
-
-def test_members_without_gradient_are_refused():
-    with pytest.raises(ValueError, match="no gradient"):
-        APGD(1)(Step(), torch.rand(2, 3) / 2, torch.zeros(2, dtype=torch.long), LINF)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +496,7 @@ def test_members_without_gradient_are_refused():
         ({"momentum": float("nan")}, "momentum"),
         ({"targets": 3}, "use loss=dlr-targeted"),
         ({"targets": 0, "loss": "dlr-targeted"}, "targets"),
-        ({"objective": AveragedLoss(), "loss": "dlr"}, "give either"),
+        ({"objective": AveragedLoss(), "loss": "dlr"}, "give only one"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -632,65 +504,29 @@ def test_wrong_settings_are_refused(settings, message):
         APGD(**settings)
 
 
-def test_wrong_batches_are_refused():
-    mixture, x, y = networks()
-    for bad_x, bad_y, message in [
-        (x.half(), y, "float32"),
-        (x, y[:-1], "do not match"),
-        (x, y.float(), "labels"),
-        (255 * x, y, "outside the box"),
-        (x / 0, y, "not finite"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            APGD(1)(mixture, bad_x, bad_y, LINF)
-
-
 # The peer.
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """A small network trained for a second or two on scikit-learn's digits, and 300 images that it has not seen."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    x, y = torch.tensor(data.images / 16, dtype=torch.float32).unsqueeze(1), torch.tensor(data.target)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(256, 10)),
-        )
-        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-        for _ in range(4):
-            for batch in torch.randperm(1297).split(64):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
-                optimizer.step()
-    yield net.eval(), x[1497:], y[1497:]
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("l2", 0.5)])
 @pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
-def test_as_strong_as_autoattack(digits, norm, eps, loss):
-    """At equal steps and targets: robust accuracy at most half a point above that of AutoAttack's APGD."""
+def test_as_strong_as_autoattack(norm, eps, loss):
+    """At equal steps and targets, over three starts: at most half a point of accuracy more than AutoAttack's APGD."""
     from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
-    net, x, y = digits
+    net, (x, y) = network_on_digits(), (part[:300] for part in digits_tensors()[2:])
     steps, targets = (20, 3) if loss == "dlr-targeted" else (50, None)
-    settings = {"n_iter": steps, "norm": norm.capitalize(), "eps": eps, "device": "cpu"}
-    if targets is None:
-        peer = APGDAttack(net, loss=loss, **settings)
-    else:
-        peer = APGDAttack_targeted(net, n_target_classes=targets, **settings)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of zero gradients
-        theirs = (net(peer.perturb(x, y)).argmax(-1) == y).float().mean().item()
-    found = APGD(steps, loss=loss, targets=targets)(net, x, y, ThreatModel(norm, eps), seeded())
-    assert ThreatModel(norm, eps).check(found, x).all()
-    ours = (net(found).argmax(-1) == y).float().mean().item()
-    assert 0.3 < theirs < 0.7
-    assert ours <= theirs + 0.005
+    ours, theirs = [], []
+    for seed in range(3):
+        settings = {"n_iter": steps, "norm": norm.capitalize(), "eps": eps, "device": "cpu", "seed": seed}
+        if targets is None:
+            peer = APGDAttack(net, loss=loss, **settings)
+        else:
+            peer = APGDAttack_targeted(net, n_target_classes=targets, **settings)
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of zero gradients
+            theirs.append((net(peer.perturb(x, y)).argmax(-1) == y).float().mean().item())
+        found = APGD(steps, loss=loss, targets=targets)(net, x, y, ThreatModel(norm, eps), seeded(seed))
+        assert ThreatModel(norm, eps).contains(found, x).all()
+        ours.append((net(found).argmax(-1) == y).float().mean().item())
+    assert 0.3 < np.mean(theirs) < 0.7
+    assert np.mean(ours) <= np.mean(theirs) + 0.005

@@ -1,4 +1,3 @@
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -6,19 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from attack_problems import Failing, Fragile, LinearProblem, Step, linear_problems, networks
-from mixadv.attacks import ARC, PGD, ExpectedLoss, arc
+from builders.data import seeded
+from builders.linear_problems import LinearProblem, linear_problems
+from mixadv.attacks import ARC, PGD, arc
 from mixadv.attacks.boundaries import Boundary, nearest_boundary
-from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 from oracles_linear import linear_mixture
 
-LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.3)
 ONE_STEP = ARC(num_steps=1, num_runner_ups=1, order="weights")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # --- boundaries --------------------------------------------------------------------------------------------
@@ -201,39 +195,6 @@ def test_it_finds_most_exact_optima_of_two_thousand():
     assert shares["ARC"][0] > shares["ARC of constant step"][0] > shares["published"][0] > shares["PGD"][0]
 
 
-@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
-@pytest.mark.parametrize("variant", ["exact", "published"])
-def test_a_linear_member_in_linf_has_a_closed_form(bounds, variant):
-    """Fooled exactly where the corner of ball and box that its weights point to is beyond the boundary."""
-    random = np.random.default_rng(0)
-    W, b = random.normal(size=(1, 6)), np.array([0.3])
-    x, y = random.uniform(size=(200, 6)), random.integers(0, 2, 200)
-    sign = np.where(y == 1, 1.0, -1.0)
-    corner = x - 0.2 * sign[:, None] * np.sign(W)
-    corner = corner if bounds is None else corner.clip(0, 1)
-    right = sign * (corner @ W[0] + b[0]) >= 0
-    threat_model = ThreatModel("linf", 0.2, bounds)
-    mixture, x, y = linear_mixture(W, b), torch.as_tensor(x), torch.as_tensor(y)
-    found = ARC(num_steps=3, variant=variant)(mixture, x, y, threat_model, seeded())
-    assert threat_model.check(found, x).all()
-    np.testing.assert_array_equal(mixture.expected_accuracy(found, y) > 0.5, right)
-    assert 20 < right.sum() < 180
-
-
-def test_a_linear_member_in_l2_has_a_closed_form():
-    random = np.random.default_rng(1)
-    W, b = random.normal(size=(1, 6)), np.array([0.3])
-    x, y = random.normal(size=(200, 6)), random.integers(0, 2, 200)
-    distance = np.where(y == 1, 1.0, -1.0) * (x @ W[0] + b[0]) / np.linalg.norm(W)
-    mixture, x, y = linear_mixture(W, b), torch.as_tensor(x), torch.as_tensor(y)
-    found = ARC(num_steps=1)(mixture, x, y, ThreatModel("l2", 0.8, None))
-    np.testing.assert_array_equal(mixture.expected_accuracy(found, y) > 0.5, distance > 0.8)
-    # Where nothing is to be had, the step went as far as it may, straight to the boundary.
-    beyond = torch.as_tensor(distance > 0.8)
-    to_boundary = mixture.member_logits(found)[0].diff(dim=1).squeeze(1).abs() / np.linalg.norm(W)
-    torch.testing.assert_close(to_boundary[beyond], torch.as_tensor(distance)[beyond] - 0.8)
-
-
 @pytest.mark.parametrize(("decay", "reach"), [(1, 1.2), (0.25, 0.7)])
 def test_steps_add_up_and_shrink(decay, reach):
     """Three steps of 0.4, or of 0.4, 0.2 and 0.1, each kept though the accuracy stays until the last."""
@@ -244,187 +205,6 @@ def test_steps_add_up_and_shrink(decay, reach):
         found = attack(mixture, x, y, ThreatModel("l2", 1.0, None))
         assert found.norm().item() == pytest.approx(min(reach, 1))
         assert (mixture.expected_accuracy(found, y).item() == 0) == (distance < min(reach, 1))
-
-
-@pytest.mark.parametrize("variant", ["exact", "published"])
-def test_identical_members_behave_as_one(variant):
-    problem = LinearProblem(60, [1.0], "l2", seed=3)
-    one = problem.mixture
-    three = Mixture([one.members[0]] * 3, [0.2, 0.5, 0.3])
-    attack = ARC(num_steps=5, variant=variant)
-    accuracies = [
-        mixture.expected_accuracy(attack(mixture, problem.x, problem.y, problem.threat_model, seeded()), problem.y)
-        for mixture in (one, three)
-    ]
-    torch.testing.assert_close(accuracies[0], accuracies[1])
-    np.testing.assert_allclose(accuracies[0], problem.best, atol=1e-6)
-
-
-# --- networks ----------------------------------------------------------------------------------------------
-
-EVERY = [
-    ARC(num_steps=3, variant=variant, order=order)
-    for variant, order in itertools.product(("exact", "published"), ("random", "weights"))
-]
-
-
-@pytest.mark.parametrize("attack", EVERY, ids=lambda a: f"{a.variant}-{a.order}")
-@pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)
-def test_results_are_feasible_and_never_better_for_the_mixture(attack, threat_model):
-    mixture, x, y = networks()
-    x[0, 0], x[1, 1] = 0.0, 1.0
-    found = attack(mixture, x, y, threat_model, seeded())
-    assert threat_model.check(found, x).all()
-    assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
-    before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
-    assert (after <= before).all()
-    assert after.sum() < before.sum()
-
-
-def test_more_restarts_never_help_the_defender():
-    problem = LinearProblem(100, [0.45, 0.35, 0.2], "linf", seed=4)
-    totals = [problem.attacked(ARC(num_steps=4, restarts=restarts)) for restarts in (1, 2, 6)]
-    assert (totals[0] >= totals[1]).all()
-    assert (totals[1] >= totals[2]).all()
-    assert totals[0].sum() > totals[1].sum() > totals[2].sum()
-
-
-def test_examples_that_cannot_get_worse_are_left_alone():
-    """Half the labels are wrong for all members: these examples are looked at once, and come back as they are."""
-    mixture, x, y = networks()
-    answers = mixture.member_logits(x).argmax(-1)
-    for i in (1, 3, 4):
-        y[i] = next(c for c in range(4) if c not in answers[:, i])
-    seen = []
-    mixture.members[0].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    found = ARC(num_steps=2, step_size=1e-4, restarts=2)(mixture, x, y, LINF, seeded())
-    assert torch.equal(found[[1, 3, 4]], x[[1, 3, 4]])
-    # All at x, one to see whether there is a gradient, and the others from there on.
-    assert seen[:2] == [6, 1]
-    assert len(seen) > 6
-    assert max(seen[2:]) == 3
-
-
-def test_members_without_weight_are_not_asked():
-    mixture, x, y = networks()
-    mixture.set_weights([0.7, 0.0, 0.3])
-    pair = Mixture([mixture.members[0], mixture.members[2]], [0.7, 0.3]).eval()
-    expected = ARC(num_steps=3)(pair, x, y, L2, seeded())
-
-    def refuse(module, inputs):
-        raise AssertionError("asked")
-
-    mixture.members[1].register_forward_pre_hook(refuse)
-    torch.testing.assert_close(ARC(num_steps=3)(mixture, x, y, L2, seeded()), expected, rtol=0, atol=1e-5)
-
-
-def state_of(mixture):
-    return (
-        [module.training for module in mixture.modules()],
-        [p.requires_grad for p in mixture.parameters()],
-        {name: value.clone() for name, value in mixture.state_dict().items()},
-        [None if p.grad is None else p.grad.clone() for p in mixture.parameters()],
-    )
-
-
-def assert_same(before, after):
-    assert before[:2] == after[:2]
-    torch.testing.assert_close(before[2:], after[2:], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("passes", [None, 1, 2, 4])
-def test_the_mixture_and_the_generator_are_left_as_found_also_after_an_exception(passes):
-    mixture, x, y = networks()
-    if passes is not None:
-        mixture = Mixture([mixture.members[0], Failing(mixture.members[1], passes)])
-    mixture.train()
-    mixture.members[1].eval()
-    next(mixture.members[0].parameters()).requires_grad_(False)
-    next(mixture.members[1].parameters()).grad = torch.ones_like(next(mixture.members[1].parameters()))
-    before, random = state_of(mixture), torch.get_rng_state()
-    if passes is None:
-        ARC(num_steps=2)(mixture, x, y, LINF, seeded())
-    else:
-        with pytest.raises(RuntimeError, match="out of order"):
-            ARC(num_steps=2)(mixture, x, y, LINF, seeded())
-    assert_same(before, state_of(mixture))
-    assert torch.equal(torch.get_rng_state(), random)
-    assert not torch.is_inference_mode_enabled()
-    assert torch.is_grad_enabled()
-
-
-def test_all_randomness_comes_from_the_generator():
-    mixture, x, y = networks()
-    attack = ARC(num_steps=2, restarts=2)
-    first, same, other = (attack(mixture, x, y, L2, seeded(s)) for s in (0, 0, 1))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_it_walks_where_gradients_are_switched_off_and_in_eval_mode():
-    mixture, x, y = networks()
-    outside = ARC(num_steps=2)(mixture, x, y, LINF, seeded())
-    assert not torch.equal(outside, x)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            assert torch.equal(ARC(num_steps=2)(mixture.train(), x.clone(), y.clone(), LINF, seeded()), outside)
-    x.requires_grad_(True)
-    assert torch.equal(ARC(num_steps=2)(mixture, x, y, LINF, seeded()), outside)
-    assert x.grad is None
-
-
-def test_it_works_under_autocast():
-    mixture, x, y = networks()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ARC(num_steps=2)(mixture, x, y, LINF, seeded())
-    assert found.dtype == torch.float32
-    assert LINF.check(found, x).all()
-    assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum()
-
-
-def test_a_plain_module_is_a_mixture_of_one():
-    mixture, x, y = networks()
-    member = mixture.members[1]
-    plain, single = (ARC(num_steps=2)(m, x, y, LINF, seeded()) for m in (member, Mixture([member])))
-    assert torch.equal(plain, single)
-
-
-def test_eps_zero_and_empty_batches():
-    mixture, x, y = networks()
-    found = ARC()(mixture, x, y, ThreatModel("linf", 0.0))
-    assert torch.equal(found, x)
-    assert found.data_ptr() != x.data_ptr()
-    assert ARC()(mixture, x[:0], y[:0], LINF).shape == (0, 3, 8, 8)
-
-
-def test_among_equals_the_highest_margin_is_kept():
-    """Out of reach of the boundary, no step counts for the accuracy; the point returned is the nearest to it."""
-    mixture = linear_mixture(np.array([[1.0, 2.0]]), np.array([50.0]))
-    x, y = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([1])
-    threat_model = ThreatModel("linf", 0.5, None)
-    found = ARC(num_steps=4, restarts=3)(mixture, x, y, threat_model, seeded())
-    torch.testing.assert_close(found, torch.tensor([[-0.5, -0.5]], dtype=torch.float64))
-    margins = ExpectedLoss("margin")(mixture.member_logits(found), y, mixture.weights)
-    assert margins.item() == pytest.approx(-48.5)
-
-
-def test_members_without_gradient_count_but_do_not_turn():
-    """The step member errs from one half on, and is fooled on the way that the linear one leads."""
-    linear = linear_mixture(np.array([[1.0, 0.2]]), np.array([-0.65])).members[0]
-    x, y = torch.tensor([[0.4, 0.5], [0.1, 0.5]], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
-    mixture = Mixture([Step(), linear], [0.6, 0.4])
-    found = ARC(num_steps=3)(mixture, x, y, ThreatModel("linf", 0.2), seeded())
-    torch.testing.assert_close(mixture.expected_accuracy(found, y), torch.tensor([0.0, 1.0], dtype=torch.float64))
-    with pytest.raises(ValueError, match="no member that may be drawn has a gradient"):
-        ARC()(Step(), x, y, LINF)
-
-
-def test_nan_gradients_are_reported():
-    x = torch.tensor([[0.2, 0.5], [0.8, 0.5], [0.9, 0.3]])
-    threat_model = ThreatModel("linf", 0.05)
-    with pytest.warns(UserWarning, match="ARC met NaN gradients on 1 of 3 examples"):
-        found = ARC(num_steps=3)(Fragile(), x, torch.ones(3, dtype=torch.long), threat_model)
-    assert threat_model.check(found, x).all()
 
 
 @pytest.mark.parametrize(
@@ -444,14 +224,3 @@ def test_nan_gradients_are_reported():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ARC(**settings)
-
-
-def test_wrong_batches_are_refused():
-    mixture, x, y = networks()
-    for bad_x, bad_y, message in [
-        (x.half(), y, "float32"),
-        (x, y[:-1], "do not match"),
-        (255 * x, y, "outside the box"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            ARC()(mixture, bad_x, bad_y, LINF)

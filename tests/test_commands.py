@@ -1,7 +1,6 @@
 """The commands of the contract, in process, on data that train in a second."""
 
 import csv
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
+from builders.cifar10_archive import small_archive
+from builders.runs import read_results
 from conftest import TINY, run_command
 from mixadv.data.cifar10 import CIFAR10
-from test_data_cifar10 import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -55,10 +55,6 @@ ONE_STEP = (
 )
 
 
-def read(path):
-    return json.loads((path / "results.json").read_text())
-
-
 def rows_of(path):
     with (path / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
@@ -75,7 +71,7 @@ def assert_contract(path, num_members, baseline=False, files=frozenset(FILES)):
     assert {entry.name for entry in (path / "mixture").iterdir()} == {"README.md", "config.json", "mixture.safetensors"}
     if "curves.png" in files:
         assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    results = read(path)
+    results = read_results(path)
     assert set(results) >= RESULTS
     assert results["L"] == len(results["weights"]) == len(results["members"]) == num_members
     assert sum(results["weights"]) == pytest.approx(1, abs=1e-6)
@@ -105,7 +101,7 @@ def assert_contract(path, num_members, baseline=False, files=frozenset(FILES)):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_one_step_and_keeps_the_contract(command, tmp_path, monkeypatch, experiment):
     if experiment.startswith("cifar10"):
-        official = synthetic()
+        official = small_archive()
         official.unpack(tmp_path / "data" / "cifar-10-batches-py")
         reader = official.module(tmp_path / "data").reader()
         monkeypatch.setattr(CIFAR10, "reader", classmethod(lambda cls: reader))
@@ -169,7 +165,7 @@ def test_a_run_says_what_came_out_and_where(trained):
 
 def test_the_members_intervals_are_those_of_the_results(trained):
     lines = trained.finished.out.splitlines()
-    for k, member in enumerate(read(trained.path)["members"]):
+    for k, member in enumerate(read_results(trained.path)["members"]):
         (line,) = [line for line in lines if line.startswith(f"│ member {k}")]
         low, high = (f"{100 * end:.1f}" for end in member["ci95"])
         assert f"[{low}, {high}]" in line
@@ -194,7 +190,7 @@ def test_the_history_counts_epochs_per_model_and_updates_lambda(trained):
 
 def test_the_same_seed_gives_the_same_numbers_elsewhere(trained, command, tmp_path):
     assert command(*TINY, "L=3", "seed=5", "hydra.run.dir=here").rc == 0
-    mine, theirs = read(tmp_path / "here"), read(trained.path)
+    mine, theirs = read_results(tmp_path / "here"), read_results(trained.path)
     for key in ("weights", "clean", "robust", "members"):
         assert mine[key] == theirs[key]
     with np.load(tmp_path / "here" / "records.npz") as a, np.load(trained.path / "records.npz") as b:
@@ -206,7 +202,7 @@ def test_seed_zero_is_a_seed_of_its_own(command, tmp_path):
     results = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert command(*TINY, f"seed={seed}", f"name={name}", "trainer.max_epochs=1").rc == 0
-        results[name] = read(tmp_path / "outputs" / "train" / name)
+        results[name] = read_results(tmp_path / "outputs" / "train" / name)
         assert results[name]["seed"] == seed
     assert results["a"]["weights"] == results["b"]["weights"]
     assert results["a"]["members"] == results["b"]["members"]
@@ -215,7 +211,7 @@ def test_seed_zero_is_a_seed_of_its_own(command, tmp_path):
 
 def test_at_radius_zero_robust_is_clean(command, tmp_path):
     assert command(*TINY, "eps=0", "name=zero", "trainer.max_epochs=1").rc == 0
-    results = read(tmp_path / "outputs" / "train" / "zero")
+    results = read_results(tmp_path / "outputs" / "train" / "zero")
     assert results["threat_model"]["eps"] == 0
     assert results["robust"]["expected_accuracy"] == results["clean"]["expected_accuracy"]
 
@@ -274,7 +270,7 @@ def test_a_sweep_keeps_runs_apart_survives_a_failure_and_is_reported(command, tm
     sweep = tmp_path / "outputs" / "sweeps" / "curve"
     done = sorted(path.parent for path in sweep.glob("*/results.json"))
     assert [path.name.split(",")[0:2] for path in done] == [["eps=0.05", "L=2"], ["eps=0.1", "L=2"]]
-    assert [read(path)["threat_model"]["eps"] for path in done] == [0.05, 0.1]
+    assert [read_results(path)["threat_model"]["eps"] for path in done] == [0.05, 0.1]
     for path in done:
         assert_contract(path, 2)
 
@@ -329,7 +325,7 @@ def test_an_exported_mixture_gives_the_numbers_of_its_training(trained, command,
     finished = command("task=evaluate", f"mixture={trained.path / place}", "seed=5", "name=again", *PROTOCOL)
     assert finished.rc == 0, finished.err
     path = tmp_path / "outputs" / "evaluate" / "again"
-    found, trained_results = read(path), read(trained.path)
+    found, trained_results = read_results(path), read_results(trained.path)
     assert found["task"] == "evaluate"
     for key in MEASURED:
         assert found[key] == trained_results[key], key
@@ -361,7 +357,7 @@ def test_an_evaluation_takes_what_the_command_says_over_what_was_trained(trained
     argv = ["task=evaluate", f"mixture={trained.path}", "eps=0.2", "data.num_test=20", "name=wider"]
     finished = command(*argv, "protocol.attacks.pgd-20.num_steps=3")
     assert finished.rc == 0, finished.err
-    found = read(tmp_path / "outputs" / "evaluate" / "wider")
+    found = read_results(tmp_path / "outputs" / "evaluate" / "wider")
     assert found["threat_model"] == {"norm": "linf", "eps": 0.2}
     assert found["num_examples"] == 20
     assert found["config"]["data"]["num_train"] == 200
@@ -384,7 +380,7 @@ def test_an_evaluation_takes_another_norm(trained, command, tmp_path):
     argv = ["task=evaluate", f"mixture={trained.path}", "threat_model=l2", "eps=0.3", "data.num_test=20", "name=l2"]
     finished = command(*argv)
     assert finished.rc == 0, finished.err
-    assert read(tmp_path / "outputs" / "evaluate" / "l2")["threat_model"] == {"norm": "l2", "eps": 0.3}
+    assert read_results(tmp_path / "outputs" / "evaluate" / "l2")["threat_model"] == {"norm": "l2", "eps": 0.3}
 
 
 def test_a_mixture_for_other_images_is_refused(trained, command, tmp_path):

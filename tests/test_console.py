@@ -8,7 +8,7 @@ import pytest
 import rich.console
 
 from conftest import TINY, run_command
-from mixadv.console import LIGHTNING, SAID, Console, RunLog, quiet_lightning, say
+from mixadv.console import LIGHTNING, TRANSCRIPT, Console, RunLog, quiet_lightning, say
 from mixadv.tasks import evaluate, game
 
 GAME = ("task=game", "game=motivating", "name=g")
@@ -24,10 +24,10 @@ def said(monkeypatch):
     records = []
     handler = logging.Handler()
     handler.emit = records.append
-    monkeypatch.setattr(SAID, "handlers", [handler])
-    monkeypatch.setattr(SAID, "propagate", False)
-    monkeypatch.setattr(SAID, "level", logging.INFO)
-    SAID.manager._clear_cache()
+    monkeypatch.setattr(TRANSCRIPT, "handlers", [handler])
+    monkeypatch.setattr(TRANSCRIPT, "propagate", False)
+    monkeypatch.setattr(TRANSCRIPT, "level", logging.INFO)
+    TRANSCRIPT.manager._clear_cache()
     return records
 
 
@@ -171,10 +171,10 @@ def test_a_run_that_goes_on_appends_and_a_defect_keeps_its_traceback(command, tm
 
 
 def test_a_defect_before_anything_is_written_is_kept(command, tmp_path, monkeypatch):
-    def broken(cfg):
+    def broken(cfg, key):
         raise ZeroDivisionError("at once")
 
-    monkeypatch.setattr(game, "game_settings", broken)
+    monkeypatch.setattr(game, "instantiate", broken)
     with pytest.raises(ZeroDivisionError):
         command(*GAME)
     (path,) = (tmp_path / "outputs" / "game" / "g").iterdir()
@@ -184,8 +184,8 @@ def test_a_defect_before_anything_is_written_is_kept(command, tmp_path, monkeypa
 
 def test_the_log_can_be_had_otherwise(command, tmp_path, monkeypatch):
     # As in a process of its own.
-    monkeypatch.setattr(SAID, "propagate", True)
-    monkeypatch.setattr(SAID, "handlers", [])
+    monkeypatch.setattr(TRANSCRIPT, "propagate", True)
+    monkeypatch.setattr(TRANSCRIPT, "handlers", [])
     for choice in ("none", "default", "mixadv"):
         finished = command(*GAME[:2], f"name={choice}", f"hydra/job_logging={choice}")
         assert (finished.rc, finished.err) == (0, "")

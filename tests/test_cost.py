@@ -8,14 +8,14 @@ import pytorch_lightning as pl
 import torch
 from torch.optim import SGD
 
+from builders.data import digits_module, set_up
+from builders.networks import untrained_members
 from conftest import QUIET
 from mixadv.attacks import PGD
-from mixadv.data.digits import Digits
 from mixadv.lambda_solvers import AcceleratedEntropic, LambdaSolver, LinearProgram, OracleSubgradient, Uniform
 from mixadv.losses import AT, TRADES
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch, MixtureGame
-from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.learning_rate import constant
@@ -47,15 +47,12 @@ class Passes:
 
 @pytest.fixture(scope="module")
 def digits():
-    data = Digits(batch_size=BATCH, eval_batch_size=BATCH, num_train=PER_PASS * BATCH, num_val=BATCH, num_test=20)
-    data.setup()
-    return data
+    return set_up(digits_module(batch_size=BATCH, eval_batch_size=BATCH, num_train=PER_PASS * BATCH, num_val=BATCH))
 
 
 def mixture_of(count):
-    torch.manual_seed(4)
     # Narrow networks that err on most images: the attacks of validation may stop early, but not those of training.
-    return Mixture([build_member("small_cnn", num_classes=10, image_shape=(1, 8, 8), width=2) for _ in range(count)])
+    return Mixture(untrained_members(count, "small_cnn", seed=4, width=2))
 
 
 def train_one_epoch(data, mixture, kind, loss, solver=None, validate=False):

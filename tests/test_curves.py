@@ -7,15 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from attack_problems import networks
+from builders.networks import WEIGHTS, disagreeing_mixture
 from mixadv.attacks import PGD
-from mixadv.attacks.suite import Pass
 from mixadv.evaluation.curves import curves
 from mixadv.losses import cross_entropy
 from mixadv.mixture import Mixture
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 
-WEIGHTS = [0.5, 0.2, 0.3]
 FACTORS = np.array([0, 0.25, 0.5, 0.75, 1, 1.5, 2])
 STEPS = [0, 1, 2, 5, 10, 20, 50]
 
@@ -49,7 +48,7 @@ def small():
         return mixture, x, mixture(x).argmax(-1)
 
 
-def linear_mixture():
+def mixture_of_lines():
     return Mixture([linear(w, b) for w, b in zip(NORMALS, OFFSETS, strict=True)], WEIGHTS)
 
 
@@ -57,7 +56,7 @@ def linear_mixture():
 def test_linear_members_follow_the_closed_form(norm):
     """A linear member survives eps where its distance to the boundary, in the dual norm, is larger."""
     x, y = plane()
-    found = curves(linear_mixture(), x, y, ThreatModel(norm, 0.3, None))
+    found = curves(mixture_of_lines(), x, y, ThreatModel(norm, 0.3, None))
     assert found["num_examples"] == 50
     np.testing.assert_allclose(found["eps"]["eps"], 0.3 * FACTORS)
     for k, (w, b) in enumerate(zip(NORMALS, OFFSETS, strict=True)):
@@ -116,8 +115,7 @@ def test_steps_are_the_iterates_of_one_run():
             attack = PGD(steps, keep="last")
             losses = []
             for i, (images, labels) in enumerate(zip(x.split(10), y.split(10), strict=True)):
-                seed = Pass("steps", attack, against, target).seed(5, i)
-                last = attack(target, images, labels, ball, torch.Generator().manual_seed(seed))
+                last = attack(target, images, labels, ball, generator_for(5, "steps", against, i))
                 with torch.no_grad():
                     each = [cross_entropy(member(last), labels) for member in target.members]
                 losses.append(sum(w * loss for w, loss in zip(target.weights, each, strict=True)))
@@ -131,7 +129,7 @@ def test_steps_are_the_iterates_of_one_run():
 @pytest.mark.parametrize(("norm", "last"), [("linf", [0.8, 1.0, 1.0]), ("l2", [0.8, 1.2, 1.6])])
 def test_linf_ends_with_the_box(norm, last):
     x, y = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0, 1])
-    found = curves(linear_mixture(), x, y, ThreatModel(norm, 0.8))
+    found = curves(mixture_of_lines(), x, y, ThreatModel(norm, 0.8))
     np.testing.assert_allclose(found["eps"]["eps"][4:], last)
 
 
@@ -145,7 +143,7 @@ def test_a_single_model_is_its_own_member_and_twin():
 
 def test_no_ball_no_fall():
     x, y = plane(20)
-    found = curves(linear_mixture(), x, y, ThreatModel("linf", 0.0, None))
+    found = curves(mixture_of_lines(), x, y, ThreatModel("linf", 0.0, None))
     assert found["eps"]["eps"] == [0.0] * 7
     assert len(set(found["eps"]["mixture"])) == len(set(found["steps"]["mixture"])) == 1
 
@@ -166,14 +164,14 @@ def test_the_seed_decides_and_nothing_is_left_behind():
 def test_no_images_are_refused():
     x, y = plane(2)
     with pytest.raises(ValueError, match="at least one image"):
-        curves(linear_mixture(), x[:0], y[:0], ThreatModel("l2", 0.2, None))
+        curves(mixture_of_lines(), x[:0], y[:0], ThreatModel("l2", 0.2, None))
 
 
 # --- where PGD may begin ---------------------------------------------------------------------------------------
 
 
 def test_pgd_begins_where_it_is_told_to():
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     ball = ThreatModel("linf", 8 / 255)
     start = ball.sample(x, torch.Generator().manual_seed(1))
     stayed = PGD(num_steps=0, keep="last")(mixture, x, y, ball, start_at=start)
@@ -186,7 +184,7 @@ def test_pgd_begins_where_it_is_told_to():
 
 @pytest.mark.parametrize("keep", ["accuracy", "objective"])
 def test_pgd_never_loses_the_point_that_it_began_at(keep):
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     ball = ThreatModel("linf", 16 / 255)
     start = PGD(num_steps=10, restarts=3)(mixture, x, y, ball, torch.Generator().manual_seed(2))
     found = PGD(num_steps=1, step_size=2.0, keep=keep)(mixture, x, y, ball, start_at=start)
@@ -203,7 +201,7 @@ def test_pgd_never_loses_the_point_that_it_began_at(keep):
 
 
 def test_only_the_first_start_is_told():
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     ball = ThreatModel("linf", 8 / 255)
     generator = torch.Generator().manual_seed(3)
     PGD(num_steps=1, restarts=2, keep="objective")(mixture, x, y, ball, generator, start_at=x)
@@ -213,6 +211,6 @@ def test_only_the_first_start_is_told():
 
 
 def test_starts_of_another_shape_are_refused():
-    mixture, x, y = networks()
+    mixture, x, y = disagreeing_mixture()
     with pytest.raises(ValueError, match="start_at has shape"):
         PGD()(mixture, x, y, ThreatModel("linf", 0.1), start_at=x[:2])

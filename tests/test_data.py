@@ -14,6 +14,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning import LightningModule, Trainer
 
+from builders.data import set_up
 from conftest import QUIET
 from mixadv.data.augment import random_crop_flip
 from mixadv.data.base import ImageCorpus, ImageDataModule
@@ -353,13 +354,6 @@ def test_offsets_and_flips_are_uniform():
     assert counts.sum() == counts[1:4].sum()
 
 
-def test_augmentation_refuses_nonsense():
-    with pytest.raises(ValueError, match="padding must be >= 0"):
-        random_crop_flip(torch.zeros(1, 1, 2, 2), -1, False)
-    with pytest.raises(ValueError, match=r"must be \[B, C, H, W\]"):
-        random_crop_flip(torch.zeros(1, 2, 2), 1, False)
-
-
 # --- splits and statistics -------------------------------------------------------------------------------
 
 
@@ -398,26 +392,20 @@ class Made(ImageDataModule):
         return ImageCorpus(images[:60], labels[:60], images[60:], labels[60:], ("a", "b", "c"))
 
 
-def contents(images):
+def bytes_of_each(images):
     return {image.numpy().tobytes() for image in images}
-
-
-def set_up(data):
-    data.prepare_data()
-    data.setup()
-    return data
 
 
 def test_splits_are_disjoint_and_complete():
     data = set_up(Made(val_fraction=0.2))
-    train, val, test = (contents(getattr(data, f"{split}_images")) for split in ("train", "val", "test"))
+    train, val, test = (bytes_of_each(getattr(data, f"{split}_images")) for split in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (48, 12, 30) == (data.num_train, data.num_val, data.num_test)
     assert not train & val
     assert not train & test
     assert not val & test
     everything, _ = numbered_images(90)
-    assert train | val == contents(everything[:60])
-    assert test == contents(everything[60:])
+    assert train | val == bytes_of_each(everything[:60])
+    assert test == bytes_of_each(everything[60:])
     assert torch.bincount(data.val_labels).tolist() == [6, 4, 2]
     assert torch.bincount(data.train_labels).tolist() == [24, 16, 8]
     assert (data.num_classes, data.image_shape, data.class_names) == (3, (3, 5, 7), ("a", "b", "c"))
@@ -437,7 +425,7 @@ def test_subsets_have_the_sizes_asked_for():
     data = set_up(Made(num_train=24, val_fraction=0.25, num_test=6))
     assert (data.num_train, data.num_val, data.num_test) == (24, 8, 6)
     assert torch.bincount(data.train_labels).tolist() == [12, 8, 4]
-    assert not contents(data.train_images) & contents(data.val_images)
+    assert not bytes_of_each(data.train_images) & bytes_of_each(data.val_images)
     data = set_up(Made(num_val=5))
     assert (data.num_train, data.num_val) == (55, 5)
     # A subset trains on images of the full training split, never on what was held out there.
@@ -503,7 +491,7 @@ def test_published_labels_and_shapes_are_checked():
         }
         return ImageCorpus(**{**fields, **change}, class_names=("a", "b"))
 
-    corpus().check("made")
+    corpus().validate("made")
     for change, message in (
         (
             {"test_labels": torch.tensor([0, 1, 2, 1])},
@@ -515,7 +503,7 @@ def test_published_labels_and_shapes_are_checked():
         ({"test_images": torch.zeros(4, 1, 2, 2)}, "test images are torch.float32"),
     ):
         with pytest.raises(UserError, match=message):
-            corpus(**change).check("made")
+            corpus(**change).validate("made")
 
 
 # --- under Lightning -------------------------------------------------------------------------------------
@@ -613,7 +601,7 @@ def test_digits_are_the_published_ones():
         for image, label in zip(published.images, published.target, strict=True)
     }
     splits = ("train", "val", "test")
-    found = [contents(getattr(data, f"{split}_images")) for split in splits]
+    found = [bytes_of_each(getattr(data, f"{split}_images")) for split in splits]
     assert sum(map(len, found)) == len(set().union(*found)) == 1797
     for split in splits:
         for image, label in zip(getattr(data, f"{split}_images"), getattr(data, f"{split}_labels"), strict=True):
@@ -625,7 +613,7 @@ def test_digits_are_the_published_ones():
 def test_digits_test_images_never_move():
     one, two = set_up(Digits(seed=0)), set_up(Digits(seed=1))
     assert torch.equal(one.test_images, two.test_images)
-    assert contents(one.val_images) == contents(two.val_images)
+    assert bytes_of_each(one.val_images) == bytes_of_each(two.val_images)
     # Written down: a change here moves images that earlier runs trained on into the test set.
     digest = hashlib.sha256(one.test_images.numpy().tobytes()).hexdigest()
     assert digest == "2b22a8be8ef98ec1181b77fa31966467500991e8c8546946ee3df1e36f3af6ef"

@@ -41,7 +41,7 @@ def folder(tmp_path):
     return root
 
 
-def set_up(root, **settings):
+def set_up_folder(root, **settings):
     data = ImageFolder(root, **{"num_val": 3, **settings})
     data.prepare_data()
     data.setup()
@@ -91,7 +91,7 @@ def test_images_and_labels(folder, monkeypatch, small):
     # Files below the limit are decoded in one thread, those above in several: same result.
     monkeypatch.setattr(image_folder, "_SMALL_FILE", small)
     monkeypatch.setattr(image_folder, "_CHUNK", 2)
-    data = set_up(folder)
+    data = set_up_folder(folder)
     assert (data.name, data.class_names, data.image_shape) == ("flowers", ("aster", "rose"), (3, 5, 7))
     assert (data.num_train, data.num_val, data.num_test) == (9, 3, 5)
     assert_complete(data, folder)
@@ -100,14 +100,14 @@ def test_images_and_labels(folder, monkeypatch, small):
 
 def test_val_stands_in_for_a_missing_test_split(folder):
     (folder / "test").rename(folder / "val")
-    assert_complete(set_up(folder), folder, test="val")
+    assert_complete(set_up_folder(folder), folder, test="val")
 
 
 def test_test_is_preferred_to_val_and_val_is_not_mixed_in(folder):
     for name in ("aster", "rose"):
         (folder / "val" / name).mkdir(parents=True)
         Image.fromarray(pixels(99)).save(folder / "val" / name / "0.png")
-    data = set_up(folder)
+    data = set_up_folder(folder)
     assert_complete(data, folder)
     assert data.num_train + data.num_val == 12
 
@@ -116,25 +116,25 @@ def test_what_is_not_an_image_is_passed_over(folder):
     for path in ("train/.hidden/0.png", "train/notes.txt", "train/rose/list.csv", "train/rose/._00.png"):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(b"x")
-    data = set_up(folder, name="Flowers")
+    data = set_up_folder(folder, name="Flowers")
     assert (data.num_train + data.num_val, data.num_classes, data.name) == (12, 2, "Flowers")
 
 
 def test_grey_and_colour(folder):
-    grey = set_up(folder, channels=1)
+    grey = set_up_folder(folder, channels=1)
     assert grey.image_shape == (1, 5, 7)
     path = folder / "test" / "aster" / "00.png"
     red, green, blue = np.array(Image.open(path)).transpose(2, 0, 1).astype(float)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     assert np.abs(grey.test_images[0, 0].numpy() - luma).max() <= 1
     Image.open(path).convert("L").save(path)
-    first = set_up(folder).test_images[0].numpy()
+    first = set_up_folder(folder).test_images[0].numpy()
     np.testing.assert_array_equal(first, np.broadcast_to(np.array(Image.open(path)), (3, 5, 7)))
 
 
 def test_image_size_resizes_all(folder):
     Image.fromarray(np.full((9, 4, 3), (10, 200, 30), dtype=np.uint8)).save(folder / "test" / "aster" / "00.png")
-    data = set_up(folder, image_size=6)
+    data = set_up_folder(folder, image_size=6)
     assert data.image_shape == (3, 6, 6)
     np.testing.assert_array_equal(data.test_images[0, :, 3, 2].numpy(), [10, 200, 30])
 
@@ -145,7 +145,7 @@ def test_recorded_orientation_is_applied(folder):
     exif[0x0112] = 6  # turned by 90 degrees: the file holds the image lying on its side
     lying = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
     lying.save(folder / "test" / "aster" / "00.png", exif=exif)
-    np.testing.assert_array_equal(set_up(folder).test_images[0].numpy(), upright.transpose(2, 0, 1))
+    np.testing.assert_array_equal(set_up_folder(folder).test_images[0].numpy(), upright.transpose(2, 0, 1))
 
 
 @pytest.mark.skipif(not JPEGS.exists(), reason=f"needs {JPEGS.name} beside the repository")
@@ -163,7 +163,7 @@ def test_real_jpegs(tmp_path):
                 path.write_bytes(tar.extractfile(member).read())
                 if not wanted:
                     break
-    data = set_up(tmp_path, name="CIFAR-10 (JPEG)")
+    data = set_up_folder(tmp_path, name="CIFAR-10 (JPEG)")
     assert (data.name, data.image_shape, data.class_names) == (
         "CIFAR-10 (JPEG)",
         (3, 32, 32),
@@ -181,25 +181,25 @@ def test_real_jpegs(tmp_path):
 
 def test_images_are_decoded_once(folder, monkeypatch):
     decoded = count_decodings(monkeypatch)
-    set_up(folder)
+    set_up_folder(folder)
     assert len(set(decoded)) == 17
     decoded.clear()
-    assert_complete(set_up(folder, seed=4), folder)
+    assert_complete(set_up_folder(folder, seed=4), folder)
     assert decoded == []
     (cache,) = (folder / ".mixadv-cache").iterdir()
     # Other settings have a cache of their own; changed files replace the old one.
-    set_up(folder, channels=1)
+    set_up_folder(folder, channels=1)
     assert len(set(decoded)) == 17
     assert len(list((folder / ".mixadv-cache").iterdir())) == 2
     decoded.clear()
-    set_up(folder)
+    set_up_folder(folder)
     assert decoded == []
     assert cache.exists()
 
 
 @pytest.mark.parametrize("change", ["content", "time", "added", "renamed", "moved to another class"])
 def test_a_changed_folder_is_decoded_again(folder, monkeypatch, change):
-    set_up(folder)
+    set_up_folder(folder)
     path = folder / "train" / "rose" / "00.png"
     if change == "content":
         # Same size in bytes and same name: only the time of change differs.
@@ -213,14 +213,14 @@ def test_a_changed_folder_is_decoded_again(folder, monkeypatch, change):
     else:
         path.rename(folder / "train" / "aster" / "zz.png")
     decoded = count_decodings(monkeypatch)
-    assert_complete(set_up(folder), folder)
+    assert_complete(set_up_folder(folder), folder)
     assert decoded
     assert len(list((folder / ".mixadv-cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
 def test_a_damaged_cache_is_made_anew(folder, monkeypatch, damage):
-    set_up(folder)
+    set_up_folder(folder)
     (cache,) = (folder / ".mixadv-cache").iterdir()
     content = bytearray(cache.read_bytes())
     if damage == "truncated":
@@ -234,10 +234,10 @@ def test_a_damaged_cache_is_made_anew(folder, monkeypatch, damage):
         content = b"PK but not a cache"
     cache.write_bytes(content)
     decoded = count_decodings(monkeypatch)
-    assert_complete(set_up(folder), folder)
+    assert_complete(set_up_folder(folder), folder)
     assert decoded
     decoded.clear()
-    set_up(folder)
+    set_up_folder(folder)
     assert decoded == []
 
 
@@ -245,10 +245,10 @@ def test_without_a_writable_root_the_user_cache_is_used(folder, monkeypatch, tmp
     # A file in the place of the folder stands for a read-only disk, which a test run by root cannot make.
     (folder / ".mixadv-cache").write_bytes(b"in the way")
     decoded = count_decodings(monkeypatch)
-    set_up(folder)
+    set_up_folder(folder)
     assert len(list((tmp_path / "user-cache").rglob("*.npz"))) == 1
     decoded.clear()
-    assert_complete(set_up(folder), folder)
+    assert_complete(set_up_folder(folder), folder)
     assert decoded == []
 
 
@@ -257,7 +257,7 @@ def test_without_any_cache_it_says_so_and_goes_on(folder, monkeypatch, tmp_path,
     (tmp_path / "user-cache").write_bytes(b"in the way")
     decoded = count_decodings(monkeypatch)
     with caplog.at_level(logging.WARNING, logger="mixadv"):
-        assert_complete(set_up(folder), folder)
+        assert_complete(set_up_folder(folder), folder)
     assert "could not be cached" in caplog.text
     # prepare_data and setup in one process share what was decoded.
     assert len(decoded) == 18
@@ -266,18 +266,18 @@ def test_without_any_cache_it_says_so_and_goes_on(folder, monkeypatch, tmp_path,
 # --- refusals --------------------------------------------------------------------------------------------
 
 
-def refused(root, message, **settings):
+def refused_folder(root, message, **settings):
     with pytest.raises(UserError, match=message) as raised:
-        set_up(root, **settings)
+        set_up_folder(root, **settings)
     return str(raised.value)
 
 
 def test_missing_folders(folder, tmp_path):
-    refused(tmp_path / "nowhere", r"there is no folder .*nowhere: set data\.root")
-    refused(folder / "train", "must hold the folders train/CLASS and test/CLASS")
+    refused_folder(tmp_path / "nowhere", r"there is no folder .*nowhere: set data\.root")
+    refused_folder(folder / "train", "must hold the folders train/CLASS and test/CLASS")
     (folder / "empty" / "train").mkdir(parents=True)
     (folder / "empty" / "test").mkdir()
-    refused(folder / "empty", "train holds no class folders: put the images into .*train/CLASS")
+    refused_folder(folder / "empty", "train holds no class folders: put the images into .*train/CLASS")
     with pytest.raises(ValueError, match=r"data\.root is empty"):
         ImageFolder("")
 
@@ -285,31 +285,31 @@ def test_missing_folders(folder, tmp_path):
 def test_an_unreadable_path(folder):
     loop = folder / "train" / "rose" / "loop.png"
     loop.symlink_to(loop)
-    refused(folder, r"cannot read the images below .*loop\.png")
+    refused_folder(folder, r"cannot read the images below .*loop\.png")
 
 
 def test_the_classes_of_both_splits_must_agree(folder):
     (folder / "test" / "tulip").mkdir()
-    refused(folder, "the class 'tulip' is in test/ but not in train/")
+    refused_folder(folder, "the class 'tulip' is in test/ but not in train/")
     (folder / "test" / "tulip").rmdir()
     (folder / "train" / "iris").mkdir()
-    refused(folder, "the class 'iris' is in train/ but not in test/")
+    refused_folder(folder, "the class 'iris' is in train/ but not in test/")
 
 
 def test_a_class_without_images(folder):
     for split in ("train", "test"):
         (folder / split / "tulip").mkdir()
         (folder / split / "tulip" / "photo.gif").write_bytes(b"x")
-    refused(folder, r"train/tulip holds no images \(\.png, .*\): add some, or remove")
+    refused_folder(folder, r"train/tulip holds no images \(\.png, .*\): add some, or remove")
 
 
 def test_mixed_sizes(folder):
     Image.fromarray(pixels(1, height=6)).save(folder / "train" / "rose" / "02.png")
-    message = refused(folder, r"data\.image_size=32")
+    message = refused_folder(folder, r"data\.image_size=32")
     assert "aster/00.png is 7x5" in message
     assert "rose/02.png is 7x6" in message
     assert not (folder / ".mixadv-cache").exists()
-    set_up(folder, image_size=5)
+    set_up_folder(folder, image_size=5)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not an image", "folder"])
@@ -321,14 +321,14 @@ def test_a_corrupt_image_is_named(folder, damage):
         path.mkdir()
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"<html>")
-    message = refused(folder, r"cannot read the image .*rose/02\.png .*: replace or remove it")
+    message = refused_folder(folder, r"cannot read the image .*rose/02\.png .*: replace or remove it")
     assert ("it is not an image" in message) == (damage == "not an image")
 
 
 def test_more_than_eight_bits_are_not_cut_off_silently(folder):
     deep = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000
     Image.fromarray(deep).save(folder / "train" / "rose" / "02.png")
-    refused(folder, r"rose/02\.png has more than 8 bits per channel .* convert it to 8 bits")
+    refused_folder(folder, r"rose/02\.png has more than 8 bits per channel .* convert it to 8 bits")
 
 
 @pytest.mark.parametrize(
@@ -343,4 +343,4 @@ def test_more_than_eight_bits_are_not_cut_off_silently(folder):
 )
 def test_bad_settings(folder, settings, message):
     with pytest.raises(ValueError, match=message):
-        set_up(folder, **settings)
+        set_up_folder(folder, **settings)

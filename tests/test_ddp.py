@@ -1,20 +1,16 @@
 """Two processes compute what one computes: real commands, processes started by Lightning on the CPU (gloo)."""
 
-import csv
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from builders.processes import started_process
+from builders.runs import read_metrics
 from mixadv.checkpoint_files import read_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 # No batch norm: each process would see the statistics of its own half. 30 test images in batches of 8: two rounds,
 # and a last batch of another size.
 COMMON = (
@@ -46,25 +42,6 @@ COMMON = (
 SAMPLED = ("schedule=sampled", "loss=trades", "lambda_solver=oracle", "lambda_solver.num_steps=4")
 REMEMBERING = ("schedule=shared", "lambda_solver=lp", "lambda_solver.num_rounds=2", "lambda_solver.recent_batches=2")
 ENTROPIC = ("schedule=shared", "lambda_solver=entropic", "lambda_solver.num_steps=3", "lambda_solver.num_samples=2")
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-
-
-def begun(cwd, *argv):
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
-    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *COMMON, *argv],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def rows_of(run):
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def assert_same_numbers(one, two, tolerance=2e-5):
@@ -77,7 +54,7 @@ def assert_same_numbers(one, two, tolerance=2e-5):
         for key in ("t", "member_updates"):
             assert states[0]["mixadv"][key] == states[1]["mixadv"][key]
         assert torch.equal(*(state["mixadv"]["attack_generator"] for state in states))
-    histories = [rows_of(run) for run in (one, two)]
+    histories = [read_metrics(run) for run in (one, two)]
     assert len(histories[0]) == len(histories[1]) > 10
     for ours, theirs in zip(*histories, strict=True):
         del ours["seconds"], theirs["seconds"]
@@ -101,8 +78,8 @@ def assert_same_numbers(one, two, tolerance=2e-5):
 )
 def test_two_processes_train_and_measure_what_one_does(tmp_path, setting):
     runs = [
-        begun(tmp_path, *setting, "trainer=cpu", "name=one"),
-        begun(tmp_path, *setting, "trainer=ddp_cpu", "name=two"),
+        started_process(tmp_path, *COMMON, *setting, "trainer=cpu", "name=one"),
+        started_process(tmp_path, *COMMON, *setting, "trainer=ddp_cpu", "name=two"),
     ]
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
@@ -111,15 +88,15 @@ def test_two_processes_train_and_measure_what_one_does(tmp_path, setting):
     # One process speaks and one writes.
     assert said[1].count("Measuring on 30 test images") == 1
     assert sorted(path.name for path in place.iterdir()) == ["one", "two"]
-    weights = [row["lambda/0"] for row in rows_of(place / "two")]
+    weights = [row["lambda/0"] for row in read_metrics(place / "two")]
     assert len(set(weights)) > 2
 
 
 @pytest.mark.slow
 def test_told_to_stop_all_processes_stop_together_and_go_on_together(tmp_path):
-    reference = begun(tmp_path, *SAMPLED, "trainer=ddp_cpu", "name=whole")
+    reference = started_process(tmp_path, *COMMON, *SAMPLED, "trainer=ddp_cpu", "name=whole")
     reference.communicate(timeout=300)
-    run = begun(tmp_path, *SAMPLED, "trainer=ddp_cpu", "name=stopped")
+    run = started_process(tmp_path, *COMMON, *SAMPLED, "trainer=ddp_cpu", "name=stopped")
     history = tmp_path / "outputs" / "train" / "stopped" / "metrics.csv"
     deadline = time.monotonic() + 120
     while not history.exists() or len(history.read_text().splitlines()) < 8:
@@ -129,7 +106,7 @@ def test_told_to_stop_all_processes_stop_together_and_go_on_together(tmp_path):
     said = run.communicate(timeout=120)[0]
     assert run.returncode == 143, said
     assert not (history.parent / "results.json").exists()
-    again = begun(tmp_path, *SAMPLED, "trainer=ddp_cpu", "name=stopped")
+    again = started_process(tmp_path, *COMMON, *SAMPLED, "trainer=ddp_cpu", "name=stopped")
     said = again.communicate(timeout=300)[0]
     assert again.returncode == 0, said
     assert "Continuing" in said

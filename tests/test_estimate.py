@@ -1,18 +1,19 @@
 """The time announced before training, and that asking for it changes nothing."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
+from builders.data import digits_module
+from builders.networks import untrained_mixture
 from conftest import QUIET
 from mixadv.attacks import PGD
-from mixadv.data.digits import Digits
 from mixadv.lambda_solvers import OracleSubgradient
 from mixadv.losses import TRADES
-from mixadv.mixture import Mixture
-from mixadv.models import build_member
 from mixadv.tasks import estimate
 from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.threat_model import ThreatModel
@@ -23,10 +24,8 @@ SHAPE = (1, 8, 8)
 
 
 def training(kind="shared"):
-    torch.manual_seed(1)
-    members = [build_member("small_resnet", num_classes=10, image_shape=SHAPE, width=2) for _ in range(3)]
     return MixtureTraining(
-        Mixture(members, [0.5, 0.2, 0.3]),
+        untrained_mixture("small_resnet", seed=1, width=2),
         loss=TRADES(),
         threat_model=ThreatModel("linf", 0.1),
         attack=PGD(num_steps=2),
@@ -53,7 +52,7 @@ def everything(module):
 
 
 def fit(module):
-    data = Digits(batch_size=16, num_train=96, num_val=20, num_test=20, seed=2)
+    data = digits_module(seed=2)
     trainer = pl.Trainer(max_epochs=1, **QUIET, limit_train_batches=3, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     return everything(module) | {"noise": module.attack_generator.get_state()}
@@ -77,37 +76,55 @@ def test_the_training_that_follows_is_the_same():
     assert [name for name in without if not torch.equal(with_estimate[name], without[name])] == []
 
 
-def test_a_step_is_timed_on_few_images_and_scaled_to_the_batch(monkeypatch):
+@dataclass
+class OnTheClock:
+    """An attack that takes the seconds that are given for its number of images, by a clock of its own."""
+
+    seconds: Callable[[int], float]
+    mixtures: list = field(default_factory=list)
+    shapes: list = field(default_factory=list)
+    labels: list = field(default_factory=list)
+    now: float = 0.0
+
+    def __call__(self, mixture, x, y, threat_model, generator=None):
+        self.mixtures.append(mixture)
+        self.shapes.append(tuple(x.shape))
+        self.labels.append(y)
+        self.now += self.seconds(len(x))
+        return x
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """timed(seconds): a training whose attack takes seconds(images), while nothing else takes any."""
+
+    def make(seconds):
+        module = training()
+        module.training_attack = attack = OnTheClock(seconds)
+        monkeypatch.setattr("time.perf_counter", lambda: attack.now)
+        return module, attack
+
+    return make
+
+
+def test_a_step_is_timed_on_few_images_and_scaled_to_the_batch(monkeypatch, timed):
     """Too short at 2 and 8 images, long enough (0.2 s) at 32: 0.3 s there, and 0.25 / 24 s for each image more."""
-    shapes = []
-
-    def timed(module, mixture, x, y, generator, device):
-        shapes.append(tuple(x.shape))
-        assert y.shape == x.shape[:1]
-        assert int(y.max()) < 7
-        assert mixture is not module.mixture
-        return {2: 0.01, 8: 0.05, 32: 0.3}[len(x)]
-
     monkeypatch.setattr(estimate, "ENOUGH_SECONDS", 0.2)
-    monkeypatch.setattr(estimate, "_timed", timed)
-    assert seconds_per_batch(training(), (3, 5, 4), 7, 128, CPU) == pytest.approx(0.3 + 96 * 0.25 / 24)
-    assert [shape[0] for shape in shapes][-1] == 32
-    assert {shape[1:] for shape in shapes} == {(3, 5, 4)}
-    assert all(count in (2, 8, 32) for count, *_ in shapes)
+    module, attack = timed({2: 0.01, 8: 0.05, 32: 0.3}.__getitem__)
+    assert seconds_per_batch(module, (1, 16, 12), 7, 128, CPU) == pytest.approx(0.3 + 96 * 0.25 / 24)
+    assert attack.shapes == [(count, 1, 16, 12) for count in (2, 2, 8, 8, 32, 32)]
+    assert all(
+        y.shape == (shape[0],) and int(y.max()) < 7 for y, shape in zip(attack.labels, attack.shapes, strict=True)
+    )
+    assert all(mixture is not module.mixture for mixture in attack.mixtures)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_a_small_batch_is_timed_whole(monkeypatch, batch_size):
-    counts = []
-
-    def timed(module, mixture, x, y, generator, device):
-        counts.append(len(x))
-        return 0.001 * len(x)
-
-    monkeypatch.setattr(estimate, "_timed", timed)
-    assert seconds_per_batch(training(), SHAPE, 10, batch_size, CPU) == pytest.approx(0.001 * batch_size)
-    assert counts[-1] == batch_size
-    assert max(counts) == batch_size
+def test_a_small_batch_is_timed_whole(timed, batch_size):
+    module, attack = timed(lambda count: 0.001 * count)
+    assert seconds_per_batch(module, (1, 16, 16), 10, batch_size, CPU) == pytest.approx(0.001 * batch_size)
+    counts = [shape[0] for shape in attack.shapes]
+    assert counts[-1] == max(counts) == batch_size
 
 
 def test_the_estimate_grows_with_the_steps_of_the_attack(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from builders.runs import read_results
 from conftest import run_command
 from mixadv import Mixture, load_mixture
 from mixadv.data.digits import Digits
@@ -60,8 +61,8 @@ def net_of(state, factor):
     }
 
 
-def results_of(cwd, name):
-    return json.loads((cwd / "outputs" / "evaluate" / name / "results.json").read_text())
+def results_named(cwd, name):
+    return read_results(cwd / "outputs" / "evaluate" / name)
 
 
 def records_of(cwd, name):
@@ -87,7 +88,7 @@ def test_a_mixture_and_its_members_with_its_weights_have_the_same_numbers(shelf)
     for name, argv in (("whole", ["mixture=three"]), ("parts", ["members=[three]", weights(EXACT)])):
         finished = run_command(shelf, "task=evaluate", *argv, f"name={name}", "data.num_test=20", "seed=5", *QUICK)
         assert finished.rc == 0, finished.err
-    whole, parts = results_of(shelf, "whole"), results_of(shelf, "parts")
+    whole, parts = results_named(shelf, "whole"), results_named(shelf, "parts")
     for key in ("L", "weights", "num_examples", "clean", "robust", "averaged_twin", "game", "threat_model", "data"):
         assert parts[key] == whole[key], key
     assert parts["weights"] == list(EXACT)
@@ -101,7 +102,7 @@ def test_a_mixture_and_its_members_with_its_weights_have_the_same_numbers(shelf)
 
 
 def test_every_member_is_counted_under_its_name_in_the_order_of_the_list(shelf, five):
-    results = results_of(shelf, "five")
+    results = results_named(shelf, "five")
     found = [(m["name"], m["source"], m["note"]) for m in results["members"]]
     assert found == [
         *((f"three#{k}", "three", "as exported") for k in range(3)),
@@ -139,7 +140,7 @@ def test_every_member_is_counted_under_its_name_in_the_order_of_the_list(shelf, 
 
 
 def test_the_number_is_the_worst_expectation_over_all_points_found(shelf, five):
-    results, records = results_of(shelf, "five"), records_of(shelf, "five")
+    results, records = results_named(shelf, "five"), records_of(shelf, "five")
     right = np.stack([value for key, value in records.items() if key.startswith("member_correct/")])
     worst = np.einsum("plN,l->pN", right.astype(float), np.array(FIVE)).min(0)
     assert results["robust"]["expected_accuracy"] == pytest.approx(worst.mean(), abs=1e-6)
@@ -149,7 +150,7 @@ def test_the_number_is_the_worst_expectation_over_all_points_found(shelf, five):
 
 
 def test_data_eps_and_norm_are_the_records_and_the_report_is_whole(shelf, five):
-    results = results_of(shelf, "five")
+    results = results_named(shelf, "five")
     assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
     assert results["data"] == {"name": "Digits (8x8)", "num_test": 50}
     assert results["config"]["data"]["num_train"] == 200
@@ -178,7 +179,7 @@ def test_without_weights_all_are_drawn_alike_and_members_of_another_split_are_fl
     argv = ("task=evaluate", "members=[three,old.pt]", "model=linear", "data.val_fraction=0.3", "name=even", *QUICK)
     finished = run_command(shelf, *argv, "data.num_test=20")
     assert finished.rc == 0, finished.err
-    results = results_of(shelf, "even")
+    results = results_named(shelf, "even")
     # Not the weights that the mixture brings.
     assert results["weights"] == pytest.approx([1 / 4] * 4, abs=1e-7)
     (flag,) = results["flags"]
@@ -192,7 +193,7 @@ def test_a_classifier_may_be_alone_and_so_may_an_image(shelf):
     argv = ("members=[old.pt]", "model=linear", "data=digits", "eps=0.05", "data.num_test=1", "name=alone")
     finished = run_command(shelf, "task=evaluate", *argv, *QUICK)
     assert finished.rc == 0, finished.err
-    results = results_of(shelf, "alone")
+    results = results_named(shelf, "alone")
     assert (results["L"], results["weights"], results["members"][0]["name"]) == (1, [1.0], "old")
     assert results["num_examples"] == 1
 
@@ -207,7 +208,7 @@ def test_a_mixture_with_code_needs_its_name_beside_it(shelf):
     argv = ("task=evaluate", "members=[coded,evaluated_models:wide]", "weights=[1,0]", *said)
     finished = run_command(shelf, *argv)
     assert finished.rc == 0, finished.err
-    results = results_of(shelf, "coded")
+    results = results_named(shelf, "coded")
     assert [member["source"] for member in results["members"]] == ["coded", "evaluated_models:wide"]
     assert results["weights"] == [1, 0]
 

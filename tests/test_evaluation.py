@@ -356,9 +356,9 @@ class Counted:
 
 
 def measured(state, limit=None, weights=WEIGHTS, seed=3):
-    x, y = examples()
+    x, y = random_examples()
     torch.manual_seed(4)
-    mixture = networks().eval()
+    mixture = mixture_with_batch_norm().eval()
     mixture.set_weights(weights)
     attacks = {"a": Counted(), "b": Counted(limit)}
     parts = [(x[:30], y[:30]), (x[30:], y[30:])]
@@ -402,7 +402,7 @@ def test_a_torn_state_file_is_named(tmp_path):
 # --- with networks -----------------------------------------------------------------------------------------
 
 
-def networks():
+def mixture_with_batch_norm():
     torch.manual_seed(4)
     return Mixture(
         [
@@ -413,24 +413,27 @@ def networks():
     )
 
 
-def examples(count=40):
+def random_examples(count=40):
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, 3, 2, 2, generator=generator), torch.randint(3, (count,), generator=generator)
 
 
 def test_a_deterministic_attack_gives_the_same_numbers_for_every_batch_size():
-    x, y = examples()
+    x, y = random_examples()
     attack = {"pgd": PGD(num_steps=3, start="none")}
-    found = [evaluate(networks().eval(), zip(x.split(n), y.split(n), strict=True), attack, BALL) for n in (40, 7, 16)]
+    found = [
+        evaluate(mixture_with_batch_norm().eval(), zip(x.split(n), y.split(n), strict=True), attack, BALL)
+        for n in (40, 7, 16)
+    ]
     for other in found[1:]:
         for name, array in found[0].arrays().items():
             np.testing.assert_array_equal(other.arrays()[name], array, err_msg=name)
 
 
 def test_evaluation_is_in_eval_mode_and_leaves_the_mixture_as_found():
-    mixture = networks().train()
+    mixture = mixture_with_batch_norm().train()
     before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
-    x, y = examples()
+    x, y = random_examples()
     found = evaluate(mixture, [(x, y)], {"pgd": PGD(num_steps=2)}, BALL)
     assert all(module.training for module in mixture.modules())
     assert all(p.requires_grad and p.grad is None for p in mixture.parameters())
@@ -442,7 +445,7 @@ def test_evaluation_is_in_eval_mode_and_leaves_the_mixture_as_found():
 
 
 def test_random_attacks_depend_on_the_seed_and_the_batch_alone():
-    x, y = examples()
+    x, y = random_examples()
 
     def points(seed, *others):
         found = []
@@ -456,7 +459,7 @@ def test_random_attacks_depend_on_the_seed_and_the_batch_alone():
 
         torch.manual_seed(100 + seed + len(others))
         attacks = {**{f"pgd-{k}": other for k, other in enumerate(others)}, "pgd": Kept()}
-        evaluate(networks().eval(), [(x[:20], y[:20]), (x[:20], y[:20])], attacks, BALL, seed=seed)
+        evaluate(mixture_with_batch_norm().eval(), [(x[:20], y[:20]), (x[:20], y[:20])], attacks, BALL, seed=seed)
         return found
 
     first = points(0)

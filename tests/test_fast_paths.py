@@ -9,6 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from builders.networks import WEIGHTS, trained_member, untrained_mixture
 from conftest import QUIET
 from mixadv.attacks import APGD, ARC, PGD, AttackSuite, AveragedLoss, ExpectedLoss, Square, SubsetAttack
 from mixadv.attacks.objectives import InnerLoss, TargetedLoss
@@ -19,20 +20,16 @@ from mixadv.lambda_solvers import Uniform
 from mixadv.losses import AT, TRADES, ZeroOne
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
-from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 
 BALL = ThreatModel("linf", 0.1)
-WEIGHTS = [0.5, 0.2, 0.3]
 # Compiled sums differ in their order: so far may losses differ over three steps, and points of accuracy at the end.
 LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-4, 0.005
 
 
-def networks(weights=WEIGHTS, width=4):
-    torch.manual_seed(2)
-    members = [build_member("small_cnn", num_classes=10, image_shape=(1, 8, 8), width=width) for _ in weights]
-    return Mixture(members, weights).eval().requires_grad_(False)
+def frozen_mixture(weights=WEIGHTS, width=4):
+    return untrained_mixture("small_cnn", weights=weights, seed=2, width=width).eval().requires_grad_(False)
 
 
 def batch(count=40):
@@ -58,7 +55,7 @@ def joint(mixture, objective, x, y, clean):
     ids=["ce", "dlr", "trades", "averaged", "targeted"],
 )
 def test_the_gradient_member_by_member_is_that_of_one_graph(objective):
-    mixture, (x, y) = networks(), batch()
+    mixture, (x, y) = frozen_mixture(), batch()
     clean = mixture.member_logits(x).detach() if objective.needs_clean else None
     for got, wanted in zip(
         value_and_gradient(mixture, objective, x + 0.01, y, clean),
@@ -87,7 +84,7 @@ class Noting(nn.Module):
 @pytest.mark.parametrize(("objective", "most"), [(ExpectedLoss(), 1), (AveragedLoss(), 3)])
 @pytest.mark.parametrize("attack", [PGD, APGD])
 def test_an_expectation_holds_the_graph_of_one_member(attack, objective, most):
-    mixture, (x, y) = networks(), batch(6)
+    mixture, (x, y) = frozen_mixture(), batch(6)
     notes = []
     wrapped = Mixture([Noting(member, notes) for member in mixture.members], WEIGHTS)
     attack(num_steps=2, objective=objective)(wrapped, x, y, BALL, torch.Generator().manual_seed(0))
@@ -96,7 +93,7 @@ def test_an_expectation_holds_the_graph_of_one_member(attack, objective, most):
 
 
 def test_members_without_gradient_do_not_pull_but_count():
-    mixture, (x, y) = networks(), batch(5)
+    mixture, (x, y) = frozen_mixture(), batch(5)
 
     class Step(nn.Module):
         def forward(self, x):
@@ -130,7 +127,7 @@ class Forbidden(nn.Module):
     ids=["pgd", "pgd-last", "apgd", "apgd-t", "arc", "subsets", "square"],
 )
 def test_members_that_cannot_be_drawn_are_not_asked(attack):
-    pair, (x, y) = networks([0.7, 0.3]), batch(12)
+    pair, (x, y) = frozen_mixture([0.7, 0.3]), batch(12)
     with_third = Mixture([pair.members[0], Forbidden(), pair.members[1]], [0.7, 0.0, 0.3])
     got = attack(with_third, x, y, BALL, torch.Generator().manual_seed(1))
     assert torch.equal(got, attack(pair, x, y, BALL, torch.Generator().manual_seed(1)))
@@ -150,7 +147,7 @@ def test_batches_of_many_sizes_take_few_graphs():
     """Examples leave the search one by one, the last batch is short, weights change and become 0."""
     from torch._dynamo.utils import counters
 
-    mixture = compiled_copy(networks(), backend="eager")
+    mixture = compiled_copy(frozen_mixture(), backend="eager")
     counters.clear()
     generator = torch.Generator().manual_seed(0)
     for count in (32, 32, 31, 17, 32, 9, 5, 3, 2, 28):
@@ -192,23 +189,17 @@ def test_every_attack_runs_on_compiled_members(attack):
     torch.testing.assert_close(found[1], found[0])
 
 
-def trained(mixture, x, y):
+def fit_members(mixture, x, y):
     """Fit every member to clean images, for a moment."""
     for member in mixture.members:
-        member.train().requires_grad_(True)
-        optimizer = torch.optim.Adam(member.parameters(), 0.01)
-        for _ in range(60):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(member(x), y).backward()
-            optimizer.step()
-        member.eval().requires_grad_(False)
+        trained_member(member.train().requires_grad_(True), x, y, 60, lr=0.01, batch_size=len(x)).requires_grad_(False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [[1.0], WEIGHTS, [0.6, 0.0, 0.4]], ids=["one", "three", "zero"])
 def test_compiled_members_attack_as_plain_ones(weights):
     """Losses over three steps; robust accuracy on 1,000 images; batches that are short."""
-    plain, (x, y) = networks(weights, width=8), batch(70)
+    plain, (x, y) = frozen_mixture(weights, width=8), batch(70)
     fast = compiled_copy(plain)
     for steps in (1, 2, 3):
         attack = PGD(steps, keep="last")
@@ -221,7 +212,7 @@ def test_compiled_members_attack_as_plain_ones(weights):
     digits = load_digits()
     images = torch.as_tensor(digits.images[:1200, None] / 16, dtype=torch.float32)
     labels = torch.as_tensor(digits.target[:1200])
-    trained(plain, images, labels)
+    fit_members(plain, images, labels)
     fast = compiled_copy(plain)
     batches = list(zip(images.split(250), labels.split(250), strict=True))
     attacks = {"pgd-10": PGD(10), "apgd-ce": APGD(10)}

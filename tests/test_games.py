@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mixadv.game import Equilibrium, FiniteGame
-from mixadv.games import values
-from mixadv.games.gaussians import draw_problem, entropic_trace, oracle_errors
-from mixadv.games.motivating import LineGame, Threshold
-from mixadv.games.values import solve_values
+from mixadv.games import base
+from mixadv.games.base import exact_radius, solve_values
+from mixadv.games.gaussians import Gaussians, entropic_errors, oracle_errors
+from mixadv.games.motivating import LineGame, Motivating, Threshold
+from mixadv.lambda_solvers import AcceleratedEntropic
 from mixadv.threat_model import ThreatModel
-from oracles_game import best_pure_attack, best_value, full_linear_program, random_losses, smoothed_minimum
+from oracles_game import best_pure_attack, best_value, full_linear_program, random_losses
 
 # --- the motivating example --------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ def test_a_solution_that_contradicts_the_theory_is_an_error(monkeypatch, wrong):
         def solve(self, game):
             return Equilibrium(lam, 0.0, 0.0, attack, "optimal", {}, 1, None, 0.0)
 
-    monkeypatch.setattr(values, "LinearProgram", Careless)
+    monkeypatch.setattr(base, "LinearProgram", Careless)
     with pytest.raises(RuntimeError, match=r"contradict D = V_rand|no strategy of the attacker"):
         solve_values(game)
 
@@ -192,8 +193,8 @@ def test_a_solution_that_contradicts_the_theory_is_an_error(monkeypatch, wrong):
 
 
 def drawn(seed=0, **settings):
-    settings = {"num_points": 60, "num_samples": 25, "num_classifiers": 4, **settings}
-    return draw_problem(torch.Generator().manual_seed(seed), **settings)
+    less = {"num_points": 60, "num_samples": 25, "num_classifiers": 4, "convergence_samples": 0}
+    return Gaussians(seed=seed, seeds=1, **{**less, **settings}).draw(seed)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_the_first_candidate_is_the_point_itself_and_all_lie_in_the_ball(problem
         assert candidates.shape == (200, 81, 2)
         assert torch.equal(candidates[:, 0], problem.x)
         flat, centres = candidates.reshape(-1, 2), problem.x.repeat_interleave(81, 0)
-        assert bool(ThreatModel("l2", eps, bounds=None).check(flat, centres).all())
+        assert bool(ThreatModel("l2", eps, bounds=None).contains(flat, centres).all())
         distances = (flat - centres).square().sum(1).sqrt()
         assert distances.max() <= eps + 1e-12
         if eps:
@@ -308,18 +309,42 @@ def test_one_seed_gives_one_problem():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("game", "settings", "said"),
     [
-        ({"num_points": 0}, "num_points is 0"),
-        ({"num_samples": -1}, "num_samples is -1"),
-        ({"num_classifiers": 0}, "num_classifiers is 0"),
-        ({"max_risk": 0.0}, "max_risk is 0.0"),
-        ({"max_risk": math.nan}, "max_risk is nan"),
+        (Gaussians, {"num_points": 0}, r"num_points=0 must be at least 1"),
+        (Gaussians, {"num_samples": -1}, "num_samples=-1 must be at least 0"),
+        (Gaussians, {"num_classifiers": 0}, "num_classifiers=0 must be"),
+        (Gaussians, {"seeds": 0}, "seeds=0 must be at least 1"),
+        (Gaussians, {"convergence_samples": -1}, "convergence_samples=-1 must be"),
+        (Gaussians, {"num_samples": 10}, "convergence_samples=30 exceeds num_samples=10, .*: lower it"),
+        (Gaussians, {"max_risk": 0.0}, r"max_risk=0.0 must be a risk in \(0, 1\]"),
+        (Gaussians, {"max_risk": math.nan}, "max_risk=nan must be"),
+        (Gaussians, {"max_risk": 0.05}, "max_risk=0.05: with seed 0 only 0 of 20,000 random"),
+        (Gaussians, {"eps": []}, r"eps=\[\] is empty: give at least one number, as eps="),
+        (Gaussians, {"eps": [0, -1]}, "eps=-1 is no radius"),
+        (Gaussians, {"eps": [1, "nan"]}, "eps=nan is no radius"),
+        (Gaussians, {"show_eps": -1}, "show_eps=-1 is no radius: .* show_eps=1/2"),
+        (Gaussians, {"alphas": []}, r"alphas=\[\] is empty"),
+        (Gaussians, {"alphas": [0.1, -1]}, "alpha must be positive and finite, got -1"),
+        (Gaussians, {"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
+        (Motivating, {"eps": math.nan}, "eps=nan is no radius"),
+        (Motivating, {"alpha": 0}, "alpha must be positive and finite, got 0"),
+        (Motivating, {"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, said):
+def test_settings_out_of_range_are_refused(game, settings, said):
     with pytest.raises(ValueError, match=said):
-        drawn(**settings)
+        game(**settings)
+
+
+def test_radii_are_read_as_they_are_written():
+    cases = {"21/40": F(21, 40), 0.525: F(21, 40), " 1 / 3 ": F(1, 3), "0.5/2": F(1, 4)}
+    for text, exact in {**cases, 0: F(0), "3.": F(3), "+.5": F(1, 2)}.items():
+        assert exact_radius("eps", text) == exact
+    assert float(exact_radius("eps", "1e-3")) == 1e-3
+    for text in ("-1", "nan", "inf", "1/0", "1/", "one", "1/2/3", "1e999", None, True, [1]):
+        with pytest.raises(ValueError, match=r"^eps=.* is no radius: .* eps=1/2"):
+            exact_radius("eps", text)
 
 
 def test_a_bound_that_nobody_keeps_is_refused_after_a_bounded_search():
@@ -349,17 +374,8 @@ def test_errors_are_measured_from_the_value(problem):
         assert -1e-12 <= error <= 2 * math.sqrt(5 / count)
     assert errors[-1] < errors[0] / 3
 
-    trace = entropic_trace(game, value, alpha=0.05, num_steps=300)
-    assert len(trace.value_errors) == len(trace.smoothed_errors) == 301
-    assert trace.value_errors[0] == pytest.approx(uniform, abs=1e-12)
-    assert min(trace.value_errors) >= -1e-9
-    assert trace.value_errors[-1] <= 0.05 * math.log(21) + 1e-9
-    least, _ = smoothed_minimum(game.losses.numpy().astype(float), 0.05)
-    start = game.smoothed_value(torch.full((5,), 0.2, dtype=torch.float64), 0.05) - least
-    assert trace.smoothed_errors[0] == pytest.approx(start, abs=1e-6)
-    assert min(trace.smoothed_errors) == 0
-    assert 0 <= trace.certificate < 1e-6
-    # A short run does not know min F, and says so.
-    short = entropic_trace(game, value, alpha=0.05, num_steps=5)
-    assert short.certificate > 1e-4
-    assert trace.smoothed_errors[0] <= short.smoothed_errors[0] + short.certificate + 1e-12
+    errors = entropic_errors(game, value, AcceleratedEntropic(alpha=0.05, num_steps=300))
+    assert len(errors) == 301
+    assert errors[0] == pytest.approx(uniform, abs=1e-12)
+    assert min(errors) >= -1e-9
+    assert errors[-1] <= 0.05 * math.log(21) + 1e-9

@@ -1,19 +1,13 @@
-"""The house rules: who may import whom, what starts fast, and that what the README says composes."""
+"""The house rules: who may import whom, what starts fast, and what files must have."""
 
 import ast
 import os
-import re
-import shlex
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-
-from mixadv import config
-from mixadv.unknown_keys import REFUSED, RENAMED
 
 try:
     import tomllib
@@ -30,6 +24,7 @@ ALLOWED = {
     "__init__": {"members", "mixture", "threat_model"},  # only when a name is first used
     "errors": set(),
     "files": set(),
+    "metrics_file": {"files"},
     "redaction": set(),
     "console": {"redaction"},
     "unknown_keys": set(),
@@ -47,18 +42,18 @@ ALLOWED = {
     "intervals": set(),
     "game": {"simplex"},
     "lambda_solvers": {"simplex", "game"},
-    "games": {"simplex", "game", "lambda_solvers", "threat_model"},
+    "games": {"simplex", "game", "lambda_solvers", "seeding", "threat_model"},
     # The network wing.
     "threat_model": set(),
     "losses": set(),
     "models": set(),
-    "data": set(),
+    "data": {"files", "seeding"},
     "mixture": {"simplex"},
     "attacks": {"mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
-    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "signals", "threat_model"}
-    | {"checkpoint_files", "console", "files", "intervals", "records", "results"},
+    "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "seeding", "signals"}
+    | {"checkpoint_files", "console", "files", "intervals", "records", "results", "threat_model"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         *("checkpoint_files", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
@@ -66,11 +61,10 @@ ALLOWED = {
     # What watches, keeps and shows.
     "checkpoint_files": {"files"},
     "callbacks": {"training", "checkpoint_files", "files", "signals"},
-    "loggers": {"redaction", "console", "files", "results"},
-    "loggers.metrics_file": {"files"},
-    "members": {"evaluation", "mixture", "models", "checkpoint_files", "files"},
+    "loggers": {"redaction", "console", "files", "metrics_file", "results"},
+    "members": {"evaluation", "mixture", "models", "checkpoint_files", "files", "seeding"},
     "runs": {"config", "console", "files", "records", "results", "setting_keys", "shipped"},
-    "report": {"files", "intervals", "loggers.metrics_file", "records", "redaction", "results", "runs"}
+    "report": {"files", "intervals", "metrics_file", "records", "redaction", "results", "runs"}
     | {"setting_keys", "shipped", "unknown_keys"},
     # The shell.
     "config": {"setting_keys", "unknown_keys"},
@@ -318,20 +312,6 @@ def test_every_configuration_file_says_what_it_is():
         assert any(line.lstrip().startswith("#") for line in first) or path.parent.name == "task", path
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_what_the_pages_point_to_exists(page):
-    text = page.read_text()
-    defined = {
-        name
-        for path in (ROOT / "tests").glob("*.py")
-        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
-    }
-    for name in re.findall(r"\btest_\w+(?:\.py)?", text):
-        assert (ROOT / "tests" / name).is_file() if name.endswith(".py") else name in defined, name
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (page.parent / target).exists(), target
-
-
 def test_ignored_folders_are_anchored():
     lines = [line.strip() for line in (ROOT / ".gitignore").read_text().splitlines()]
     entries = [line for line in lines if line and not line.startswith("#")]
@@ -356,169 +336,3 @@ def test_requirements_keep_the_malicious_releases_out():
     assert not {specifier.operator for specifier in wanted["torch"].specifier} & {"==", "~=", "==="}
     assert not {"optuna", "hydra-optuna-sweeper", "torchattacks", "auto-lirpa"} & {name.lower() for name in wanted}
     assert project["scripts"]["mixadv"] == "mixadv.main:main"
-
-
-# --- the README --------------------------------------------------------------------------------------------
-
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def blocks(page, *languages):
-    """The fenced blocks of a page in one of the languages."""
-    return [text for language, text in FENCE.findall((ROOT / page).read_text()) if language in languages]
-
-
-def readme_commands(page="README.md"):
-    """The arguments of every `python run.py` and `mixadv` line in the page's fenced blocks."""
-    found = []
-    for block in blocks(page, "", "bash", "sh", "shell", "console"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words = words[1:]
-            if words[:2] == ["python", "run.py"] or words[:1] == ["mixadv"]:
-                found.append(words[2 if words[0] == "python" else 1 :])
-    return found
-
-
-def filled(word, places):
-    """A placeholder in capitals, as DIR, PATH or PATH_OF_IMAGES, becomes a folder that exists."""
-    key, equals, value = word.partition("=")
-    if not equals:
-        return word
-    # L is no placeholder, and neither is a key.
-    value = re.sub(r"(?<![\w./-])[A-Z][A-Z_]*(?![\w./-])", lambda found: places(found[0]), value)
-    if key == "mixture":
-        value = places(value)
-    return f"{key}={value}"
-
-
-TOURS = ("README.md", "docs/configuration.md", "docs/sweeps.md")
-
-
-@pytest.mark.parametrize("words", [words for page in TOURS for words in readme_commands(page)], ids=" ".join)
-def test_every_command_of_the_readme_composes(words, compose, tmp_path, monkeypatch):
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    def places(name):
-        folder = Path(name) if Path(name).is_absolute() else tmp_path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder)
-
-    monkeypatch.chdir(tmp_path)
-    multirun = bool({"-m", "--multirun"} & set(words))
-    if {"--help", "--hydra-help", "--version"} & set(words):
-        return
-    flags = {"-m", "--multirun", "--cfg", "-c", "--resolve"}
-    values = {word for flag, word in pairwise(words) if flag in ("--cfg", "-c")}
-    overrides = [filled(word, places) for word in words if word not in flags | values]
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0] if multirun else [overrides]
-    assert not multirun or len(jobs) > 1
-    for job in jobs:
-        config.check(compose(*(text for text in job if not text.startswith("hydra."))))
-
-
-def test_the_readme_shows_the_commands_of_the_contract():
-    shown = [set(words) for words in readme_commands()]
-    assert any({"loss=trades", "lambda_solver=entropic", "L=3"} <= words for words in shown)
-    assert any("-m" in words or "--multirun" in words for words in shown)
-    assert any("task=report" in words for words in shown)
-    assert any("task=evaluate" in words for words in shown)
-
-
-def test_the_readme_is_finished_and_its_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    assert "docs/quickstart.png" in links
-    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
-    assert not re.search(r"\b(TODO|TBD|FIXME|XXX|RESULTS_HERE)\b", text)
-
-
-def test_the_python_of_the_readme_runs():
-    import torch
-
-    _, block = blocks("README.md", "python")
-    names = {}
-    exec(block, names)
-    assert names["x_adv"].shape == names["x"].shape
-    record, solution = names["record"], names["solution"]
-    assert {"apgd-ce", "arc", "subsets", "apgd-ce on member 1", "apgd-ce on averaged twin"} == {
-        key for key in record.by_attack if key != "apgd-ce on member 0"
-    }
-    torch.testing.assert_close(solution.weights, torch.tensor([0.4, 0.6], dtype=torch.float64), atol=1e-9, rtol=0)
-    assert solution.value == pytest.approx(0.6, abs=1e-9)
-    assert 0 <= solution.gap <= 1e-9 * 3
-
-
-# Lightning prints hints for authors of Python programs; which ones depends on the installed packages.
-@pytest.mark.filterwarnings("ignore")
-def test_the_training_of_the_readme_gives_the_members_of_its_command(tmp_path, monkeypatch):
-    import torch
-
-    from conftest import run_command
-    from mixadv.checkpoint_files import read_checkpoint
-
-    block, _ = blocks("README.md", "python")
-    first = block.splitlines()[0]
-    assert first.startswith("# python run.py ")
-    # Of the measurement at the end as little as possible: the members are known by then.
-    less = ["protocol.diagnosed=0", "data.num_test=1", "~protocol.attacks.arc", "~protocol.attacks.subsets"]
-    done = run_command(tmp_path, *first.split()[3:], *less, "trainer.accelerator=cpu", "logger=csv", "name=run")
-    assert done.rc == 0, done.err
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(block.replace("max_epochs=2", "max_epochs=2, accelerator='cpu'"), names)
-    last = read_checkpoint(tmp_path / "outputs" / "train" / "run" / "checkpoints" / "last.ckpt")
-    found = names["trainer"].lightning_module.state_dict()
-    assert found.keys() == last["state_dict"].keys()
-    assert all(torch.equal(found[name], last["state_dict"][name]) for name in found)
-    assert len(set(names["mixture"].weights.tolist())) == 3
-    assert 0.4 < names["trainer"].callback_metrics["test/robust_accuracy"] < 0.6
-    # Two epochs, and the file is that of the last.
-    loaded = names["module"]
-    assert loaded is not names["trainer"].lightning_module
-    assert all(torch.equal(value, last["state_dict"][name]) for name, value in loaded.state_dict().items())
-
-
-# --- the page of the configuration -------------------------------------------------------------------------
-
-PAGE = ROOT / "docs" / "configuration.md"
-
-
-def table(first, second):
-    """The rows of the page's table with these heads, as texts without back quotes around the first."""
-    rows = re.search(rf"^\| {first} \| {second}.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE.read_text(), re.MULTILINE)[1]
-    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows.splitlines()]
-    return {key.strip("| `"): [value.strip(" |") for value in values] for key, *values in cells}
-
-
-def test_the_page_lists_every_group_with_its_choices():
-    listed = {group: set(cells[0].split(", ")) for group, cells in table("group", "choices").items()}
-    folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"]
-    assert listed == {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in folders}
-
-
-def shown(value):
-    """A default as the page writes it."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
-
-
-def test_the_page_lists_every_key_and_every_argument_of_the_trainer_with_its_default():
-    import yaml
-
-    shipped = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
-    keys = {key: value for key, value in shipped.items() if key not in ("defaults", "hydra")}
-    assert {key: cells[0] for key, cells in table("key", "default").items()} == {
-        key: shown(value) for key, value in keys.items()
-    }
-    schema = config.TrainerConfig()
-    assert {key: cells[0] for key, cells in table("argument", "default").items()} == {
-        key: shown(value) for key, value in vars(schema).items()
-    }
-
-
-def test_the_page_says_what_is_refused_and_what_is_renamed():
-    assert {key: cells[0] for key, cells in table("argument", "why").items()} == REFUSED
-    assert {key: cells[0].strip("`") for key, cells in table("old", "new").items()} == RENAMED

@@ -388,7 +388,7 @@ def test_a_tolerance_below_rounding_stalls_and_says_so():
     assert max(found.num_attacks for found in endings) < 100
     assert len(caught) == len(stalled)
     assert "program stalled with a gap of" in str(caught[0].message)
-    assert "rounding allows no better" in str(caught[0].message)
+    assert "rounding errors allow no better" in str(caught[0].message)
 
 
 def test_a_looser_tolerance_ends_earlier():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from conftest import QUIET
 from mixadv.loggers.csv import CSVLogger
 from mixadv.loggers.hyperparameters import flat_config
-from mixadv.loggers.metrics_file import MetricsFile, RowReader, as_numbers, read_rows, standard_columns
+from mixadv.metrics_file import MetricsFile, RowReader, as_numbers, read_rows, standard_columns
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -259,7 +259,7 @@ PROBE = """
 import sys
 import mixadv.loggers
 print([name for name in ("torch", "pytorch_lightning", "wandb") if name in sys.modules])
-import mixadv.loggers.metrics_file, mixadv.loggers.hyperparameters
+import mixadv.metrics_file, mixadv.loggers.hyperparameters
 print([name for name in ("torch", "pytorch_lightning", "wandb") if name in sys.modules])
 import mixadv.loggers.csv, mixadv.loggers.wandb
 print([name for name in ("pytorch_lightning", "wandb") if name in sys.modules])

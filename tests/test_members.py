@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from builders.files import Bomb
+from builders.refusals import refusal
 from mixadv import Mixture, models
 from mixadv.errors import UserError
 from mixadv.evaluation import distrust
 from mixadv.members.checks import check_members
-from mixadv.members.recipe import build_mixture
+from mixadv.members.recipe import Recipe, build_mixture
 from mixadv.members.source import LoadedMember, Source, with_unique_names
 from mixadv.members.store import save_mixture
 from mixadv.models import build_member
@@ -57,35 +59,27 @@ def net():
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory; modules imported from it are forgotten afterwards."""
-    before = set(sys.modules)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield tmp_path
-    assert str(tmp_path) not in sys.path
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def here(own_modules, monkeypatch):
+    """An empty working directory, which nothing may add to the places that Python imports from."""
+    monkeypatch.chdir(own_modules)
+    yield own_modules
+    assert str(own_modules) not in sys.path
 
 
 def one(source, recipe=RECIPE, **kwargs):
-    (member,) = Source(str(source)).members(recipe, **kwargs)
+    (member,) = Source(str(source)).members(recipe and Recipe.of(recipe), **kwargs)
     assert isinstance(member, LoadedMember)
     assert member.source == str(source)
     assert not any(module.training for module in member.module.modules())
-    assert json.loads(json.dumps(member.recipe)) == member.recipe
+    assert json.loads(json.dumps(member.recipe.record())) == member.recipe.record()
     return member
 
 
-def refused(source, recipe=RECIPE, **kwargs):
-    with pytest.raises(UserError) as error:
-        Source(str(source)).members(recipe, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def refused_source(source, recipe=RECIPE, **kwargs):
+    return refusal(lambda: Source(str(source)).members(recipe and Recipe.of(recipe), **kwargs))
 
 
-def same(member, expected, x):
+def answers_as(member, expected, x):
     # Members of ours keep weights in channels_last, which rounds otherwise than the layout that was saved.
     with torch.no_grad():
         return torch.allclose(member.module(x), expected(x), rtol=1e-4, atol=1e-5)
@@ -104,8 +98,8 @@ def test_every_nesting_and_prefix_gives_the_logits_of_the_original(tmp_path, net
         content = {"epoch": 3, "arch": "small", "best_acc": torch.tensor(0.9), key: content}
     torch.save(content, tmp_path / "mine.pt")
     member = one(tmp_path / "mine.pt")
-    assert same(member, net, images(2, 8, 8))
-    assert (member.name, member.recipe) == ("mine", RECIPE)
+    assert answers_as(member, net, images(2, 8, 8))
+    assert (member.name, member.recipe.record()) == ("mine", RECIPE)
     assert member.note == "no normalisation" + (f"; from {'.'.join(nest)}" if nest else "")
 
 
@@ -116,7 +110,7 @@ def test_every_kind_of_file(tmp_path, net, suffix):
         save_file(net.state_dict(), path)
     else:
         torch.save({"state_dict": net.state_dict()}, path, _use_new_zipfile_serialization=suffix != ".bin")
-    assert same(one(path), net, images(2, 8, 8))
+    assert answers_as(one(path), net, images(2, 8, 8))
 
 
 def test_networks_as_wrappers_save_them(tmp_path, net):
@@ -129,7 +123,7 @@ def test_networks_as_wrappers_save_them(tmp_path, net):
     for name, wrapper in wrappers.items():
         torch.save(wrapper.state_dict(), tmp_path / f"{name}.pt")
         assert set(wrapper.state_dict()) != set(net.state_dict())
-        assert same(one(tmp_path / f"{name}.pt"), net, images(2, 8, 8)), name
+        assert answers_as(one(tmp_path / f"{name}.pt"), net, images(2, 8, 8)), name
 
 
 @pytest.mark.slow
@@ -137,16 +131,16 @@ def test_compiled_networks(tmp_path, net):
     for k, wrapper in enumerate((torch.compile(net), torch.optim.swa_utils.AveragedModel(torch.compile(net)))):
         torch.save(wrapper.state_dict(), tmp_path / f"{k}.pt")
         assert any("_orig_mod" in key for key in wrapper.state_dict())
-        assert same(one(tmp_path / f"{k}.pt"), net, images(2, 8, 8))
+        assert answers_as(one(tmp_path / f"{k}.pt"), net, images(2, 8, 8))
 
 
 def test_a_submodule_that_was_compiled(tmp_path, net):
     state = {key.replace("4.", "4._orig_mod."): value for key, value in net.state_dict().items()}
     assert "4._orig_mod.weight" in state
     torch.save(state, tmp_path / "inner.pt")
-    assert same(one(tmp_path / "inner.pt"), net, images(2, 8, 8))
+    assert answers_as(one(tmp_path / "inner.pt"), net, images(2, 8, 8))
     torch.save({**net.state_dict(), **state}, tmp_path / "both.pt")
-    assert "twice" in refused(tmp_path / "both.pt")
+    assert "twice" in refused_source(tmp_path / "both.pt")
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +172,10 @@ def test_torchvisions_network_answers_as_torchvisions(tmp_path, torchvision_net,
         save_file({key: value for key, value in state.items() if "num_batches" not in key}, path)
     recipe = {"name": "resnet18", "num_classes": 7, "image_shape": (3, 16, 16), "width": 64}
     x = images(3, 16, 16, n=3)
-    assert same(one(path, recipe), torchvision_net, x)
+    assert answers_as(one(path, recipe), torchvision_net, x)
     asked = one(path, {**recipe, "mean": [0.4, 0.5, 0.6], "std": (0.2, 0.3, 0.25)})
     assert asked.note.startswith("normalised as asked")
-    assert asked.recipe["std"] == [0.2, 0.3, 0.25]
+    assert asked.recipe.arguments["std"] == [0.2, 0.3, 0.25]
     mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]
     with torch.no_grad():
         assert torch.allclose(asked.module(x), torchvision_net((x - mean) / std), rtol=1e-4, atol=1e-5)
@@ -200,9 +194,9 @@ def test_a_member_of_ours_brings_its_own_normalisation(tmp_path, net, prefix, as
     assert member.note == "normalised as in the file"
     x = images(2, 8, 8)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    assert same(member, lambda x: net((x - mean) / std), x)
+    assert answers_as(member, lambda x: net((x - mean) / std), x)
     # The recipe alone says the normalisation, to the bit.
-    again = build_member(**member.recipe)
+    again = build_member(**member.recipe.record())
     assert torch.equal(again.normalize.mean, member.module.normalize.mean)
     assert torch.equal(again.normalize.std, member.module.normalize.std)
 
@@ -212,7 +206,7 @@ def test_other_precisions_become_float32(tmp_path, net, dtype):
     state = {key: value.to(dtype) for key, value in net.state_dict().items()}
     torch.save(state, tmp_path / "mine.pt")
     net.load_state_dict({key: value.float() for key, value in state.items()})
-    assert same(one(tmp_path / "mine.pt"), net, images(2, 8, 8))
+    assert answers_as(one(tmp_path / "mine.pt"), net, images(2, 8, 8))
 
 
 def test_of_several_state_dicts_the_first_is_taken_and_the_note_says_so(tmp_path, net):
@@ -220,19 +214,19 @@ def test_of_several_state_dicts_the_first_is_taken_and_the_note_says_so(tmp_path
     torch.save({"ema": other, "model_state_dict": net.state_dict()}, tmp_path / "mine.pt")
     member = one(tmp_path / "mine.pt")
     assert member.note == "no normalisation; from model_state_dict (not ema)"
-    assert same(member, net, images(2, 8, 8))
+    assert answers_as(member, net, images(2, 8, 8))
 
 
 def test_a_mapping_within_itself_ends(tmp_path):
     content = {}
     content["model"] = content
     torch.save(content, tmp_path / "loop.pt")
-    assert "save module.state_dict()" in refused(tmp_path / "loop.pt")
+    assert "save module.state_dict()" in refused_source(tmp_path / "loop.pt")
 
 
 def test_a_path_may_hold_a_colon_and_a_tilde(here, net, monkeypatch):
     torch.save(net.state_dict(), "os:getcwd")
-    assert same(one("os:getcwd"), net, images(2, 8, 8))
+    assert answers_as(one("os:getcwd"), net, images(2, 8, 8))
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.setenv("USERPROFILE", str(here))
     assert one("~/os:getcwd").note == "no normalisation"
@@ -266,7 +260,7 @@ def test_parameters_that_do_not_fit_are_named(tmp_path, net, change, said):
     state = dict(net.state_dict())
     change(state)
     torch.save({"state_dict": state}, tmp_path / "mine.pt")
-    message = refused(tmp_path / "mine.pt")
+    message = refused_source(tmp_path / "mine.pt")
     assert message.startswith(f"{tmp_path / 'mine.pt'} (its state_dict)")
     assert said in message
     assert REMEDY in message
@@ -274,12 +268,12 @@ def test_parameters_that_do_not_fit_are_named(tmp_path, net, change, said):
 
 def test_another_architecture_is_refused_with_the_remedy(tmp_path, torchvision_net, net):
     torch.save(torchvision_net.state_dict(), tmp_path / "resnet.pt")
-    message = refused(tmp_path / "resnet.pt")
+    message = refused_source(tmp_path / "resnet.pt")
     assert "does not fit model=small_cnn" in message
     known = ", ".join(models.MODELS)
     assert f"model=... ({known}), model.width=..." in message
     torch.save(net.state_dict(), tmp_path / "small.pt")
-    assert "'0.weight' has the shape (2, 2, 3, 3), the model (3, 2, 3, 3)" in refused(
+    assert "'0.weight' has the shape (2, 2, 3, 3), the model (3, 2, 3, 3)" in refused_source(
         tmp_path / "small.pt", {**RECIPE, "width": 3}
     )
 
@@ -287,7 +281,7 @@ def test_another_architecture_is_refused_with_the_remedy(tmp_path, torchvision_n
 def test_a_normalisation_that_divides_by_zero_is_refused(tmp_path):
     state = build_member(**RECIPE).state_dict()
     torch.save({**state, "normalize.std": torch.tensor([1.0, 0.0])[:, None, None]}, tmp_path / "mine.pt")
-    assert "every entry must be positive" in refused(tmp_path / "mine.pt")
+    assert "every entry must be positive" in refused_source(tmp_path / "mine.pt")
 
 
 @pytest.mark.parametrize(
@@ -303,20 +297,10 @@ def test_a_normalisation_that_divides_by_zero_is_refused(tmp_path):
 )
 def test_a_recipe_that_builds_nothing_is_refused(tmp_path, net, recipe, said):
     torch.save(net.state_dict(), tmp_path / "mine.pt")
-    assert said in refused(tmp_path / "mine.pt", recipe)
+    assert said in refused_source(tmp_path / "mine.pt", recipe)
 
 
 # --- files that are something else -------------------------------------------------------------------------
-
-
-class Bomb:
-    """Pickled, it creates a file when it is read."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.marker),))
 
 
 BOMBS = {
@@ -335,7 +319,7 @@ BOMBS = {
 def test_a_pickle_cannot_run_code(tmp_path, form, suffix):
     marker, path = tmp_path / "executed", tmp_path / f"evil{suffix}"
     BOMBS[form](Bomb(marker), path)
-    message = refused(path)
+    message = refused_source(path)
     assert not marker.exists()
     assert str(path) in message
     if suffix != ".safetensors":
@@ -349,15 +333,15 @@ def test_a_pickle_cannot_run_code(tmp_path, form, suffix):
 
 def test_harmless_objects_are_refused_by_their_name(tmp_path, net):
     torch.save({"state_dict": net.state_dict(), "args": Namespace(lr=0.1)}, tmp_path / "args.pt")
-    assert "holds objects other than tensors (argparse.Namespace)" in refused(tmp_path / "args.pt")
+    assert "holds objects other than tensors (argparse.Namespace)" in refused_source(tmp_path / "args.pt")
     torch.save(net, tmp_path / "whole.pt")
-    assert "holds objects other than tensors (torch.nn.modules" in refused(tmp_path / "whole.pt")
+    assert "holds objects other than tensors (torch.nn.modules" in refused_source(tmp_path / "whole.pt")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_a_torchscript_program_is_refused(tmp_path, net):
     torch.jit.trace(net, images(2, 8, 8)).save(str(tmp_path / "script.pt"))
-    message = refused(tmp_path / "script.pt")
+    message = refused_source(tmp_path / "script.pt")
     assert "holds objects other than tensors (a TorchScript program)" in message
     assert REMEDY in message
 
@@ -379,7 +363,7 @@ def test_a_torchscript_program_is_refused(tmp_path, net):
 def test_files_of_other_kinds_are_refused(tmp_path, suffix, content, said):
     path = tmp_path / f"mine{suffix}"
     path.write_bytes(content)
-    message = refused(path)
+    message = refused_source(path)
     assert message.startswith(str(path))
     assert said in message
 
@@ -393,7 +377,7 @@ def test_truncated_files_are_refused(tmp_path, net, form, share):
     else:
         torch.save(net.state_dict(), path, _use_new_zipfile_serialization=form == ".pt")
     os.truncate(path, max(1, int(share * path.stat().st_size)))
-    assert "cut short or something else): save or download it again" in refused(path)
+    assert "cut short or something else): save or download it again" in refused_source(path)
 
 
 def test_a_safetensors_header_may_begin_as_a_tag_does(tmp_path, net):
@@ -406,7 +390,7 @@ def test_a_safetensors_header_may_begin_as_a_tag_does(tmp_path, net):
     header = raw[8 : 8 + length].ljust(0x3C20)
     path.write_bytes((0x3C20).to_bytes(8, "little") + header + raw[8 + length :])
     assert path.read_bytes()[:2] == b" <"
-    assert same(one(path), net, images(2, 8, 8))
+    assert answers_as(one(path), net, images(2, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -421,7 +405,7 @@ def test_a_safetensors_header_may_begin_as_a_tag_does(tmp_path, net):
 )
 def test_content_of_other_kinds_is_refused(tmp_path, content, said):
     torch.save(content, tmp_path / "mine.pt")
-    assert said in refused(tmp_path / "mine.pt")
+    assert said in refused_source(tmp_path / "mine.pt")
 
 
 @pytest.mark.parametrize(
@@ -444,29 +428,29 @@ def test_content_of_other_kinds_is_refused(tmp_path, content, said):
 def test_what_is_not_there_is_refused(here, source):
     # An empty name would be the working directory.
     if source:
-        message = refused(source)
+        message = refused_source(source)
         assert message.startswith("there is nothing at ")
         assert "name an exported mixture, a run directory, a state dict" in message
     else:
-        assert "no mixture at" in refused(source)
+        assert "no mixture at" in refused_source(source)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
-    assert "neither a file nor a folder" in refused(tmp_path / "pipe.pt")
+    assert "neither a file nor a folder" in refused_source(tmp_path / "pipe.pt")
 
 
 def test_a_folder_without_a_mixture_is_refused(tmp_path, net):
     torch.save(net.state_dict(), tmp_path / "mine.pt")
-    assert "no mixture at" in refused(tmp_path)
+    assert "no mixture at" in refused_source(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, net):
     torch.save(net.state_dict(), tmp_path / "mine.pt")
     (tmp_path / "mine.pt").chmod(0)
-    assert "Permission denied" in refused(tmp_path / "mine.pt")
+    assert "Permission denied" in refused_source(tmp_path / "mine.pt")
 
 
 # --- mixtures ----------------------------------------------------------------------------------------------
@@ -501,7 +485,7 @@ def test_all_members_of_a_mixture_come_back(tmp_path, mixture, form):
         torch.save({"mixture_config": {"L": 3, "models": MODELS}, "state_dict": state, "epoch": 2}, source)
     members = Source(str(source)).members(None)
     assert [member.name for member in members] == [f"{name}#0", f"{name}#1", f"{name}#2"]
-    assert [member.recipe for member in members] == MODELS
+    assert [member.recipe.record() for member in members] == MODELS
     assert {(member.source, member.note) for member in members} == {(str(source), "as exported")}
     assert Source(str(source)).record["models"] == MODELS
     x = images(2, 8, 8)
@@ -520,7 +504,7 @@ def test_a_mixture_with_code_is_loaded_only_where_the_code_is_named(here):
     write_module(here, "my_nets", "def wide(): return nn.Linear(3, 4)")
     recipe = {"L": 2, "model": {"factory": "my_nets:wide"}}
     save_mixture(Mixture([nn.Linear(3, 4), nn.Linear(3, 4)]), Path("saved"), recipe, "")
-    message = refused("saved", None)
+    message = refused_source("saved", None)
     assert message == (
         "saved: member 0 is built by my_nets:wide (code that is not in this file): name it, members=[my_nets:wide]"
     )
@@ -528,7 +512,7 @@ def test_a_mixture_with_code_is_loaded_only_where_the_code_is_named(here):
     assert Source("my_nets:wide").record is None
     assert "my_nets" not in sys.modules
     members = Source("saved").members(None, factories=["my_nets:wide"])
-    assert [member.recipe for member in members] == [{"factory": "my_nets:wide"}] * 2
+    assert [member.recipe.record() for member in members] == [{"factory": "my_nets:wide"}] * 2
 
 
 def test_only_mixtures_record_something(here, net):
@@ -555,7 +539,7 @@ def test_a_factory_is_imported_from_the_working_directory(here):
         here, "own.nets", "class Nets:\n    @staticmethod\n    def wide(): return nn.Dropout(0.5)\nmake = nn.Identity"
     )
     member = one("own.nets:Nets.wide", None)
-    assert (member.name, member.recipe) == ("own.nets:Nets.wide", {"factory": "own.nets:Nets.wide"})
+    assert (member.name, member.recipe.record()) == ("own.nets:Nets.wide", {"factory": "own.nets:Nets.wide"})
     assert member.note == "as the factory built it"
     assert isinstance(member.module, nn.Dropout)
     assert isinstance(one("own.nets:make", None).module, nn.Identity)
@@ -594,7 +578,7 @@ def test_the_working_directory_comes_first_and_neighbours_can_be_imported(here, 
 )
 def test_a_factory_that_fails_is_refused_with_the_reason(here, text, source, said):
     write_module(here, "mod_a", text)
-    message = refused(source, None)
+    message = refused_source(source, None)
     assert said in message
     assert message.startswith(source)
 
@@ -605,8 +589,8 @@ def test_no_file_can_name_a_factory_by_being_a_source(here):
     weights = {"mixture.weights": torch.ones(1)}
     torch.save({"mixture_config": {"L": 1, "model": {"factory": "trap:f"}}, "state_dict": weights}, "evil.ckpt")
     torch.save({"factory": "trap:f", "state_dict": {"factory": "trap:f"}}, "evil.pt")
-    assert "members=[trap:f]" in refused("evil.ckpt", None)
-    refused("evil.pt")
+    assert "members=[trap:f]" in refused_source("evil.ckpt", None)
+    refused_source("evil.pt")
     assert not Path("executed").exists()
     one("trap:f", None)
     assert Path("executed").exists()

@@ -3,11 +3,7 @@
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,42 +12,26 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from builders.data import digits_module, set_up
+from builders.networks import WEIGHTS, InFloat64, untrained_members
+from builders.processes import started_process
 from conftest import QUIET, TINY
 from mixadv.attacks import PGD
 from mixadv.checkpoint_files import read_checkpoint
-from mixadv.data.digits import Digits
 from mixadv.errors import UserError
 from mixadv.lambda_solvers import OracleSubgradient
 from mixadv.losses import AT, TRADES
 from mixadv.mixture import Mixture
-from mixadv.models import build_member
 from mixadv.runs.choices import Choices
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.shared_attack import parts_of
 from recorded_rows import Rows
 
-WEIGHTS = [0.5, 0.2, 0.3]
-
 
 @pytest.fixture(scope="module")
 def digits():
-    data = Digits(batch_size=16, num_train=96, num_val=40, num_test=20, seed=3)
-    data.setup()
-    return data
-
-
-class InFloat64(nn.Module):
-    """Computes in float64, so that sign() of a gradient does not depend on rounding; notes how many images it saw."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net.double()
-        self.most = 0
-
-    def forward(self, x):
-        self.most = max(self.most, len(x))
-        return self.net(x.double())
+    return set_up(digits_module(seed=3))
 
 
 def group_norm_net():
@@ -60,13 +40,7 @@ def group_norm_net():
     )
 
 
-def members(name, wrap=InFloat64, count=3, **settings):
-    torch.manual_seed(5)
-    shipped = {"num_classes": 10, "image_shape": (1, 8, 8), **settings}
-    return [wrap(group_norm_net() if name == "group_norm" else build_member(name, **shipped)) for _ in range(count)]
-
-
-def trained(nets, data, loss, kind, micro, batches=4):
+def trained_in_parts(nets, data, loss, kind, micro, batches=4):
     module = MixtureTraining(
         Mixture(copy.deepcopy(nets), WEIGHTS[: len(nets)] if len(nets) > 1 else None),
         loss=loss,
@@ -96,8 +70,10 @@ def trained(nets, data, loss, kind, micro, batches=4):
 @pytest.mark.parametrize("name", ["small_cnn", "linear", "group_norm"])
 def test_parts_give_what_the_whole_batch_gives(digits, name, loss, kind):
     """Parameters, momentum, weights, generators and what is reported, over members phases and a weights phase."""
-    nets = members(name)
-    whole, said = trained(nets, digits, loss, kind, None)
+    torch.manual_seed(5)
+    nets = [group_norm_net() for _ in range(3)] if name == "group_norm" else untrained_members(3, name)
+    nets = [InFloat64(net) for net in nets]
+    whole, said = trained_in_parts(nets, digits, loss, kind, None)
     # The first row tells the start.
     assert ["weights/value" in row for row in said] == [False] + (
         [False, False, True, False] if kind == "shared" or len(nets) == 1 else [False, False, False, True]
@@ -105,7 +81,7 @@ def test_parts_give_what_the_whole_batch_gives(digits, name, loss, kind):
     assert sum("train/loss" in row for row in said) == 3
     assert max(net.most for net in whole.mixture.members) == 16
     for micro, largest in ((1, 1), (7, 6), (100, 16)):
-        parts, told = trained(nets, digits, loss, kind, micro)
+        parts, told = trained_in_parts(nets, digits, loss, kind, micro)
         assert max(net.most for net in parts.mixture.members) == largest
         exact = micro == 100
         for key, tensor in whole.state_dict().items():
@@ -118,10 +94,10 @@ def test_parts_give_what_the_whole_batch_gives(digits, name, loss, kind):
 
 
 def test_batch_norm_sees_each_part_alone(digits):
-    nets = members("small_resnet", wrap=lambda net: net, count=1, width=2)
+    nets = untrained_members(1, "small_resnet", width=2)
     counted = {}
     for micro in (None, 100, 6):
-        module, _ = trained(nets, digits, AT(), "shared", micro)
+        module, _ = trained_in_parts(nets, digits, AT(), "shared", micro)
         state = module.mixture.members[0].state_dict()
         counted[micro] = {int(value) for key, value in state.items() if key.endswith("num_batches_tracked")}
     assert counted == {None: {4}, 100: {4}, 6: {12}}
@@ -138,29 +114,16 @@ def test_parts_are_as_few_and_as_equal_as_can_be():
     assert parts_of(9, None) == [slice(0, 9)]
 
 
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-
-
-def begun(cwd, *argv):
-    """A command in a process of its own; of its model, batch norm would see the statistics of each part."""
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *TINY, "model=small_cnn", "model.width=3", "L=3", *argv],
-        cwd=cwd,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_take_parts_of_their_shares(tmp_path):
     setting = ("schedule=shared", "loss=trades", "optimizer.lr=0.02", "lambda_solver.num_steps=4")
+    # Batch norm would see the statistics of each part.
+    setting = (*TINY, "model=small_cnn", "model.width=3", "L=3", *setting)
     runs = [
-        begun(tmp_path, *setting, "name=one"),
-        begun(tmp_path, *setting, "trainer=ddp_cpu", "trainer.accelerator=cpu", "micro_batch_size=3", "name=two"),
+        started_process(tmp_path, *setting, "name=one"),
+        started_process(
+            tmp_path, *setting, "trainer=ddp_cpu", "trainer.accelerator=cpu", "micro_batch_size=3", "name=two"
+        ),
     ]
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
@@ -188,7 +151,7 @@ def test_out_of_memory_names_the_remedy(command, monkeypatch):
     def starved(*args, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(PGD, "_run", starved)
+    monkeypatch.setattr(PGD, "search", starved)
     refusal = command(*TINY).refusal()
     assert refusal.startswith("out of memory with L=2 and data.batch_size=20: set micro_batch_size")
 

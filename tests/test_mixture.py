@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from builders.networks import WEIGHTS, untrained_mixture
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.models import build_member
-
-WEIGHTS = [0.5, 0.2, 0.3]
 
 
 class Table(nn.Module):
@@ -32,10 +31,8 @@ def tables():
     return Mixture([Table(z) for z in logits], WEIGHTS), x, logits
 
 
-def networks(**kwargs):
-    torch.manual_seed(2)
-    build = {"num_classes": 4, "image_shape": (3, 8, 8), **kwargs}
-    return Mixture([build_member("small_resnet", width=4, **build) for _ in range(3)], WEIGHTS)
+def mixture_of_resnets(**kwargs):
+    return untrained_mixture("small_resnet", seed=2, width=4, **{"num_classes": 4, "image_shape": (3, 8, 8), **kwargs})
 
 
 def test_member_logits_and_forward(tables):
@@ -144,11 +141,37 @@ def test_weights_are_replaced_in_place(tables):
     buffer = mixture.weights
     mixture.set_weights(torch.tensor([0.0, 0.25, 0.75], dtype=torch.float64))
     assert mixture.weights is buffer
-    assert buffer.dtype == torch.float32
+    assert buffer.dtype == torch.float64
     assert buffer.tolist() == [0, 0.25, 0.75]
     mixture.set_weights(np.array([1.0, 0.0, 0.0]))
     assert buffer.tolist() == [1, 0, 0]
     assert Mixture(list(mixture.members)).weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_lambda_stays_in_float64_whatever_the_members_are_in(tables):
+    lam = [0.1, 0.2, 0.7]
+    mixture = Mixture([nn.Linear(2, 3) for _ in range(3)], lam)
+    for change in (nn.Module.half, nn.Module.float, lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu")):
+        change(mixture)
+        assert mixture.weights.dtype == torch.float64
+        assert mixture.weights.tolist() == lam
+    assert next(mixture.parameters()).dtype == torch.bfloat16
+    again = Mixture([nn.Linear(2, 3) for _ in range(3)])
+    again.load_state_dict(mixture.state_dict())
+    assert again.weights.tolist() == lam
+
+
+def test_weights_are_normalised_once(tables):
+    """What sums to 1 up to rounding is kept bit for bit; what misses 1 by more is divided by its sum."""
+    mixture, _, _ = tables
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        lam = torch.rand(3, generator=generator, dtype=torch.float64)
+        lam /= lam.sum()
+        mixture.set_weights(lam)
+        assert torch.equal(mixture.weights, lam)
+    mixture.set_weights([0.2, 0.3, 0.5 + 5e-7])
+    assert mixture.weights.tolist() == pytest.approx([w / (1 + 5e-7) for w in (0.2, 0.3, 0.5 + 5e-7)], abs=1e-15)
 
 
 def test_other_weights_for_a_while(tables):
@@ -224,7 +247,7 @@ def mixed(mixture):
 
 
 def test_attack_mode_restores_everything():
-    mixture = mixed(networks())
+    mixture = mixed(mixture_of_resnets())
     x = torch.rand(6, 3, 8, 8)
     before = state_of(mixture)
     with mixture.attack_mode():
@@ -239,7 +262,7 @@ def test_attack_mode_restores_everything():
 
 
 def test_attack_mode_restores_what_the_code_inside_disturbs():
-    mixture = mixed(networks())
+    mixture = mixed(mixture_of_resnets())
     x = torch.rand(6, 3, 8, 8)
     before = state_of(mixture)
     with mixture.attack_mode():
@@ -256,7 +279,7 @@ def test_attack_mode_restores_what_the_code_inside_disturbs():
 
 
 def test_attack_mode_restores_after_an_exception():
-    mixture = mixed(networks())
+    mixture = mixed(mixture_of_resnets())
     before = state_of(mixture)
     with pytest.raises(KeyError), mixture.attack_mode():
         raise_from_train_mode(mixture)
@@ -271,7 +294,7 @@ def raise_from_train_mode(mixture):
 
 def test_attack_mode_does_not_undo_new_weights():
     """Lambda is not a statistic: a weights phase inside keeps its result."""
-    mixture = networks()
+    mixture = mixture_of_resnets()
     with mixture.attack_mode():
         mixture.set_weights([0, 0, 1])
     assert mixture.weights.tolist() == [0, 0, 1]
@@ -324,8 +347,8 @@ def test_compiled_members_stay_compiled_in_every_mode():
 
 
 def test_state_travels_in_the_state_dict():
-    mixture = networks()
-    other = networks()
+    mixture = mixture_of_resnets()
+    other = mixture_of_resnets()
     other.set_weights([0, 1, 0])
     other.load_state_dict(mixture.state_dict())
     assert other.weights.tolist() == pytest.approx(WEIGHTS)
@@ -333,7 +356,7 @@ def test_state_travels_in_the_state_dict():
 
 
 def test_as_mixture():
-    mixture = networks()
+    mixture = mixture_of_resnets()
     assert as_mixture(mixture) is mixture
     member = mixture.members[0].eval()
     wrapped = as_mixture(member)

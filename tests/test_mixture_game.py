@@ -9,16 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from builders.networks import untrained_mixture
 from mixadv.attacks import PGD, InnerLoss
 from mixadv.lambda_solvers import AcceleratedEntropic, LinearProgram, OracleSubgradient
 from mixadv.losses import AT, TRADES, ZeroOne
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch, MixtureGame
-from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 from oracles_game import full_linear_program
 
-WEIGHTS = [0.5, 0.2, 0.3]
 LAM = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64)
 
 
@@ -35,13 +34,12 @@ class Recorder:
         return x_adv
 
 
-def networks():
+def mixture_in_train_mode():
     """Batch norm with statistics of its own, in train mode, so that a forward in the wrong mode shows."""
-    torch.manual_seed(3)
-    members = [build_member("small_resnet", num_classes=4, image_shape=(1, 8, 8), width=2) for _ in range(3)]
-    for member in members:
+    mixture = untrained_mixture("small_resnet", seed=3, num_classes=4, width=2).train()
+    for member in mixture.members:
         member(torch.rand(16, 1, 8, 8))
-    return Mixture(members, WEIGHTS).train()
+    return mixture
 
 
 def game_on(mixture, loss, seed=9, batch=5):
@@ -75,7 +73,7 @@ LOSSES = pytest.mark.parametrize("loss", [AT(), TRADES(beta=4.0)], ids=["at", "t
 
 @LOSSES
 def test_best_response_is_the_mean_member_loss_at_the_points_of_the_attack(loss):
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     game, attack = game_on(mixture, loss)
     state = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
     response = game.best_response(LAM)
@@ -97,7 +95,7 @@ def test_best_response_is_the_mean_member_loss_at_the_points_of_the_attack(loss)
 
 @LOSSES
 def test_pool_holds_x_uniform_points_and_the_responses_to_lam_and_to_every_member(loss):
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     game, attack = game_on(mixture, loss)
     weights = mixture.weights.clone()
     pool = game.pool(LAM, 2, True, torch.Generator().manual_seed(77))
@@ -113,7 +111,7 @@ def test_pool_holds_x_uniform_points_and_the_responses_to_lam_and_to_every_membe
 
 
 def test_pool_without_attack_points_is_pure_monte_carlo_from_the_games_own_generator():
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     game, attack = game_on(mixture, AT(), seed=21)
     pool = game.pool(LAM, 3, False)
     assert pool.losses.shape == (5, 4, 3)
@@ -126,7 +124,7 @@ def test_pool_without_attack_points_is_pure_monte_carlo_from_the_games_own_gener
 
 
 def test_a_failing_attack_leaves_the_weights():
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     game, attack = game_on(mixture, AT())
     before = mixture.weights.clone()
 
@@ -140,7 +138,7 @@ def test_a_failing_attack_leaves_the_weights():
 
 
 def test_trades_payoff_at_x_is_the_clean_cross_entropy():
-    game, _ = game_on(networks(), TRADES())
+    game, _ = game_on(mixture_in_train_mode(), TRADES())
     at, _ = game_on(game.mixture, AT())
     torch.testing.assert_close(game.member_losses(game.x), at.member_losses(game.x), rtol=1e-5, atol=1e-6)
 
@@ -240,7 +238,7 @@ def test_the_entropic_solver_plays_on_its_pool(lines):
 
 
 def test_x_is_known_from_the_start_and_every_move_stays_known():
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     game, attack = game_on(mixture, AT())
     assert game.known().losses.shape == (5, 1, 3)
     game.best_response(LAM)
@@ -253,7 +251,7 @@ def test_x_is_known_from_the_start_and_every_move_stays_known():
 
 
 def test_every_attack_makes_a_move_in_batches_of_any_size():
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     torch.manual_seed(1)
     x, y = torch.rand(5, 1, 8, 8), torch.arange(5) % 4
     attacks = [PGD(2, start="none", keep="last"), PGD(3, 0.5, start="none", keep="last")]
@@ -271,7 +269,7 @@ def test_every_attack_makes_a_move_in_batches_of_any_size():
 
 @LOSSES
 def test_recent_batches_join_with_the_payoffs_of_the_members_as_they_are(loss):
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     torch.manual_seed(6)
     recent = [AttackedBatch(torch.rand(n, 1, 8, 8), torch.rand(n, 1, 8, 8), torch.randint(4, (n,))) for n in (3, 2)]
     game, attack = game_on(mixture, loss)
@@ -299,7 +297,7 @@ def test_recent_batches_join_with_the_payoffs_of_the_members_as_they_are(loss):
 
 
 def test_before_any_attack_recent_batches_know_more_than_the_batch():
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     batch = AttackedBatch(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.tensor([1, 3]))
     game = MixtureGame(
         mixture, torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2]), ThreatModel("linf", 0.1), [], AT(), recent=[batch]
@@ -336,14 +334,14 @@ def test_the_double_oracle_solves_the_game_on_linear_members(lines):
 
 @pytest.mark.parametrize("value", [3.0, float("nan")])
 def test_points_outside_the_ball_prove_nothing(value):
-    game, _ = game_on(networks(), AT())
+    game, _ = game_on(mixture_in_train_mode(), AT())
     rogue = MixtureGame(game.mixture, game.x, game.y, game.threat_model, [lambda m, x, *_: x + value], AT())
     with pytest.raises(RuntimeError, match="left the threat model at example 0"):
         LinearProgram().solve(rogue)
 
 
 def test_zero_one_payoffs_count_the_members_that_err():
-    mixture = networks()
+    mixture = mixture_in_train_mode()
     game, attack = game_on(mixture, AT())
     game = MixtureGame(mixture, game.x, game.y, game.threat_model, [attack], ZeroOne())
     response = game.best_response(LAM)

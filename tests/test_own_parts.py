@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from builders.runs import read_results
 from conftest import TINY, run_command
 from mixadv import load_mixture
 from mixadv.checkpoint_files import read_checkpoint
@@ -30,20 +31,14 @@ COMMANDS = [line.removeprefix("mixadv ") for block in blocks("bash") for line in
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A working directory with the parts of the page; what was imported from there is forgotten again."""
-    (tmp_path / "mine.py").write_text("\n\n".join(blocks("python")))
+def own(own_modules):
+    """A working directory with the parts of the page."""
+    (own_modules / "mine.py").write_text("\n\n".join(blocks("python")))
     for text in blocks("yaml"):
-        path = tmp_path / text.splitlines()[0].removeprefix("# ")
+        path = own_modules / text.splitlines()[0].removeprefix("# ")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
+    return own_modules
 
 
 def small(words):
@@ -63,10 +58,6 @@ def run(cwd, text):
     name = re.search(r"name=(\S+)", text)[1]
     task = "evaluate" if "task=evaluate" in text else "train"
     return cwd / "outputs" / task / name
-
-
-def results_of(path):
-    return json.loads((path / "results.json").read_text())
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -105,8 +96,8 @@ def test_an_own_model_is_trained_exported_and_evaluated_again(own):
     refused = run_command(own, "task=evaluate", f"mixture={path}", "logger=csv", "name=x").refusal()
     assert "is built by mine:ConvNet (code that is not in this file): name it, members=[mine:ConvNet]" in refused
     again = page(own, "again")
-    assert results_of(again)["clean"] == results_of(path)["clean"]
-    assert results_of(again)["weights"] == results_of(path)["weights"]
+    assert read_results(again)["clean"] == read_results(path)["clean"]
+    assert read_results(again)["weights"] == read_results(path)["weights"]
 
 
 def test_mixtures_of_own_models_are_members_where_the_model_is_named(own):
@@ -147,28 +138,28 @@ def test_an_own_loss_from_an_own_configuration_directory(own):
 
 def test_an_own_solver(own):
     path = page(own, "own-solver")
-    weights = results_of(path)["weights"]
+    weights = read_results(path)["weights"]
     assert sum(weights) == pytest.approx(1)
     assert weights[0] != weights[1]
 
 
 def test_own_attacks_of_training_and_of_evaluation(own):
-    assert results_of(page(own, "own-training-attack"))["weights"]
-    found = results_of(page(own, "own-attack"))
+    assert read_results(page(own, "own-training-attack"))["weights"]
+    found = read_results(page(own, "own-attack"))
     assert "corners" in found["attacks"]
     assert {"pgd-20", "arc", "subsets"} <= set(found["attacks"])
 
 
 def test_own_data_are_said_again_when_a_mixture_is_read(own):
     path = page(own, "own-data")
-    assert results_of(path)["data"]["name"] == "Stripes"
-    assert len(results_of(path)["weights"]) == 2
+    assert read_results(path)["data"]["name"] == "Stripes"
+    assert len(read_results(path)["weights"]) == 2
     refused = run_command(own, "task=evaluate", f"mixture={path}", "logger=csv", "name=x").refusal()
     assert refused == (
-        f"the record of {path} names data of 'mine.Stripes', which is not part of mixadv: say data=... (or "
+        f"the record of {path} names data of 'mine.Stripes', which is not part of mixadv: give data=... (or "
         "data._target_=mine.Stripes) on the command line"
     )
-    assert results_of(page(own, "again-data"))["clean"] == results_of(path)["clean"]
+    assert read_results(page(own, "again-data"))["clean"] == read_results(path)["clean"]
 
 
 def rows(path):
@@ -261,7 +252,7 @@ def test_an_own_logger_beside_the_history(own):
         for name in ("train/loss", "val/robust_accuracy", "lambda/0"):
             assert (name in line) == bool(row[name])
             assert name not in line or line[name] == pytest.approx(float(row[name]), rel=1e-6)
-    assert measured["test/robust_accuracy"] == results_of(path)["robust"]["expected_accuracy"]
+    assert measured["test/robust_accuracy"] == read_results(path)["robust"]["expected_accuracy"]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
@@ -366,7 +357,7 @@ def test_parameters_alone_fit_an_own_model(own):
     words = "task=evaluate members=[member.pt] data=digits data.num_train=200 data.num_test=50 eps=0.05 name=alone"
     # Mean and deviation have no default; those of the file take their place.
     alone = run(own, f"{words} model=linear model._target_=mine.ConvNet +model.mean=[0.0] +model.std=[1.0]")
-    assert results_of(alone)["clean"]["expected_accuracy"] == results_of(path)["members"][1]["clean"]
+    assert read_results(alone)["clean"]["expected_accuracy"] == read_results(path)["members"][1]["clean"]
     record = json.loads((own / "outputs" / "evaluate" / "alone" / "results.json").read_text())
     assert record["members"][0]["note"].startswith("with the normalisation of its factory")
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from attack_problems import Failing
+from builders.data import digits_tensors, seeded
+from builders.networks import Watched, assert_left_as_found, patchwork_mixture, trained_member, untrained_members
 from mixadv import load_mixture
 from mixadv.attacks import ARC, PGD, AttackSuite, ExpectedLoss, Square, SubsetAttack
-from mixadv.data.digits import Digits
 from mixadv.evaluation import evaluate
 from mixadv.instantiate import instantiate
 from mixadv.mixture import Mixture
-from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.6)
@@ -26,10 +25,6 @@ BALLS = pytest.mark.parametrize("ball", [LINF, L2], ids=lambda ball: ball.norm)
 WEIGHTS = [0.45, 0.35, 0.2]
 # What the same set of members may differ by: rounding in float64.
 SLACK = 1e-9
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,45 +37,22 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def digits():
-    """Training images in [0, 1] and labels, test images and labels."""
-    corpus = Digits().load()
-    return corpus.train_images / 255, corpus.train_labels, corpus.test_images / 255, corpus.test_labels
-
-
-def trained(build, seed, epochs, x, y, ball=None):
-    """A network after a few passes over the images; where a ball is given, attacked from the second pass on."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        member = build()
-    generator = seeded(seed)
-    optimizer = torch.optim.Adam(member.parameters(), 4e-3)
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(64):
-            images = x[rows]
-            if ball is not None and epoch > 0:
-                images = PGD(2, 0.7, keep="last")(member, images, y[rows], ball, generator)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(member(images), y[rows]).backward()
-            optimizer.step()
-    return member.eval()
-
-
-@pytest.fixture(scope="module")
-def mixture(digits):
+def mixture():
     """Three members that err differently: trained against linf, against nothing (and smooth), against l2."""
 
-    def convolutional():
-        return build_member("small_cnn", num_classes=10, image_shape=(1, 8, 8), width=4, hidden=24)
-
-    def dense(hidden, activation):
+    def dense(seed, hidden, activation):
+        torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), activation, nn.Linear(hidden, 10))
 
-    x, y, _, _ = digits
+    x, y, _, _ = digits_tensors()
+    attacked = {"lr": 4e-3, "attack": PGD(2, 0.7, keep="last"), "clean_epochs": 1}
+    with torch.random.fork_rng([]):
+        (convolutional,) = untrained_members(1, "small_cnn", seed=0, width=4, hidden=24)
+        smooth, rough = dense(1, 48, nn.Tanh()), dense(2, 64, nn.ReLU())
     members = [
-        trained(convolutional, 0, 6, x, y, LINF),
-        trained(lambda: dense(48, nn.Tanh()), 1, 8, x, y),
-        trained(lambda: dense(64, nn.ReLU()), 2, 8, x, y, L2),
+        trained_member(convolutional, x, y, 6, ball=LINF, **attacked),
+        trained_member(smooth, x, y, 8, seed=1, lr=4e-3),
+        trained_member(rough, x, y, 8, seed=2, ball=L2, **attacked),
     ]
     return Mixture(members, WEIGHTS)
 
@@ -201,9 +173,9 @@ def assert_nobody_finds_more(name, mixture, x, y, ball, others):
 
 
 @BALLS
-def test_points_of_others_replayed(mixture, digits, ball):
+def test_points_of_others_replayed(mixture, ball):
     """The fast protocol against short runs of APGD, Square and PGD by others."""
-    x, y = digits[2][:40], digits[3][:40]
+    x, y = digits_tensors()[2][:40], digits_tensors()[3][:40]
     others = replayed(mixture, x, y, ball, steps=10, queries=40)
     record, lowest = assert_nobody_finds_more("fast", mixture, x, y, ball, others)
     assert 0.1 < lowest.mean() < record.clean.mean() - 0.2
@@ -213,8 +185,8 @@ def test_points_of_others_replayed(mixture, digits, ball):
 
 @pytest.mark.slow
 @BALLS
-def test_points_of_others_replayed_against_the_strict_protocol(mixture, digits, ball):
-    _, _, x, y = digits
+def test_points_of_others_replayed_against_the_strict_protocol(mixture, ball):
+    x, y = digits_tensors()[2:]
     others = replayed(mixture, x, y, ball, steps=100, queries=1000, restarts=2)
     assert_nobody_finds_more("strict", mixture, x, y, ball, others)
 
@@ -237,9 +209,12 @@ def test_points_of_others_replayed_on_the_quickstart(command, tmp_path):
 
 
 @BALLS
-def test_as_strong_as_foolbox_at_equal_steps(mixture, digits, ball):
+def test_as_strong_as_foolbox_at_equal_steps(mixture, ball):
     """PGD on single networks, equal steps of equal size: the same points from x, half a point at most from a start."""
-    x, y = torch.cat([digits[2], digits[0]])[:500], torch.cat([digits[3], digits[1]])[:500]
+    x, y = (
+        torch.cat([digits_tensors()[2], digits_tensors()[0]])[:500],
+        torch.cat([digits_tensors()[3], digits_tensors()[1]])[:500],
+    )
     ours, peer = [], []
     for member in mixture.members:
 
@@ -264,9 +239,9 @@ def test_as_strong_as_foolbox_at_equal_steps(mixture, digits, ball):
 # --- exact expectations -------------------------------------------------------------------------------------
 
 
-def test_expected_accuracy_is_the_frequency_of_a_million_draws(mixture, digits):
+def test_expected_accuracy_is_the_frequency_of_a_million_draws(mixture):
     """Within five standard deviations, for each example and in total; certain answers agree exactly."""
-    x, y = digits[2][:50], digits[3][:50]
+    x, y = digits_tensors()[2][:50], digits_tensors()[3][:50]
     x = PGD(5, restarts=2)(mixture, x, y, LINF, seeded())
     exact = mixture.expected_accuracy(x, y).numpy()
     variance = (exact * (1 - exact)).clip(min=0)  # of one draw; rounding may make 1 a little more
@@ -297,9 +272,9 @@ class Remembering:
         return self.points[-1]
 
 
-def test_a_mixture_is_worth_at_least_its_members_at_their_worst(mixture, digits):
+def test_a_mixture_is_worth_at_least_its_members_at_their_worst(mixture):
     """min_x' sum_k lambda_k c_k(x') >= sum_k lambda_k min_x' c_k(x') over one pool of points, per example."""
-    x, y = digits[2][:200], digits[3][:200]
+    x, y = digits_tensors()[2][:200], digits_tensors()[3][:200]
     attacks = {"pgd": Remembering(PGD(5)), "margin": Remembering(PGD(5, objective=ExpectedLoss("margin")))}
     record = evaluate(mixture, [(x, y)], attacks, LINF, other_weights=[[0.1, 0.8, 0.1]])
     pool = [x, *attacks["pgd"].points, *attacks["margin"].points]
@@ -364,9 +339,9 @@ MORE = {
 
 @BALLS
 @pytest.mark.parametrize("name", MORE)
-def test_more_never_helps_the_defender(mixture, digits, ball, name):
+def test_more_never_helps_the_defender(mixture, ball, name):
     """For each example: what is longer begins as what is shorter, with the same random numbers, and keeps the worst."""
-    x, y = digits[2][:40], digits[3][:40]
+    x, y = digits_tensors()[2][:40], digits_tensors()[3][:40]
     attack, setting, amounts = MORE[name]
     found = []
     for amount in amounts:
@@ -379,8 +354,8 @@ def test_more_never_helps_the_defender(mixture, digits, ball, name):
 
 
 @BALLS
-def test_more_steps_never_lower_the_objective(mixture, digits, ball):
-    x, y = digits[2][:40], digits[3][:40]
+def test_more_steps_never_lower_the_objective(mixture, ball):
+    x, y = digits_tensors()[2][:40], digits_tensors()[3][:40]
     values = []
     for steps in (2, 5, 15):
         points = PGD(steps, 0.1, keep="objective")(mixture, x, y, ball, seeded())
@@ -393,9 +368,9 @@ def test_more_steps_never_lower_the_objective(mixture, digits, ball):
 
 
 @BALLS
-def test_more_queries_find_more(mixture, digits, ball):
+def test_more_queries_find_more(mixture, ball):
     """Square plans its windows for the number of queries: more find more in total, not for each example."""
-    x, y = digits[2][:48], digits[3][:48]
+    x, y = digits_tensors()[2][:48], digits_tensors()[3][:48]
     means = [mixture.expected_accuracy(Square(n)(mixture, x, y, ball, seeded()), y).mean() for n in (8, 30, 120)]
     assert means[0] - 0.01 > means[1]
     assert means[1] - 0.01 > means[2]
@@ -412,82 +387,15 @@ def short(attack):
 
 STRICT = {name: short(attack) for name, attack in AttackSuite.from_protocol("strict").attacks.items()}
 SUITE = AttackSuite({name: STRICT[name] for name in ("noise", "pgd-50", "arc")})
-WHOLE = {**STRICT, "a suite": SUITE}
-
-
-class Watched(nn.Module):
-    """Counts its forward passes, and notes whether any of them was in train mode or with parameters to train."""
-
-    def __init__(self, member):
-        super().__init__()
-        self.member, self.passes, self.undisturbed = member, 0, True
-
-    def forward(self, x):
-        self.passes += 1
-        self.undisturbed &= not self.training and not any(p.requires_grad for p in self.parameters())
-        return self.member(x)
-
-
-def half_trained(member_of):
-    """Batch norm, dropout, and a member made of the third one; modes, freezing and gradients are a patchwork."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(3)
-        first = nn.Sequential(nn.Conv2d(1, 3, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 10))
-        second = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Dropout(0.5), nn.BatchNorm1d(12), nn.Linear(12, 10))
-        third = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10))
-    mixture = Mixture([first, second, member_of(third)], WEIGHTS).train()
-    second[3].eval()
-    second[1].weight.requires_grad_(False)
-    third[3].bias.requires_grad_(False)
-    third[3].weight.grad = torch.full_like(third[3].weight, 0.5)
-    return mixture
-
-
-def state_of(mixture):
-    """All that an attack may not change, copied."""
-    return (
-        [module.training for module in mixture.modules()],
-        [p.requires_grad for p in mixture.parameters()],
-        [id(t) for t in (*mixture.parameters(), *mixture.buffers())],
-        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        {key: value.clone() for key, value in mixture.state_dict().items()},
-        [None if p.grad is None else p.grad.clone() for p in mixture.parameters()],
-        torch.get_rng_state(),
-    )
-
-
-def assert_as_before(before, mixture):
-    after = state_of(mixture)
-    assert before[:4] == after[:4]
-    torch.testing.assert_close(after[4:], before[4:], rtol=0, atol=0)
 
 
 @BALLS
-@pytest.mark.parametrize("name", WHOLE)
-def test_an_attack_leaves_everything_as_it_was_also_when_a_member_fails(digits, ball, name):
-    """Every attack of the strict protocol: modes, parameters, gradients, batch norm, the global random numbers."""
-    x, ball = digits[2][:5].clone(), replace(ball, eps=ball.eps / 1000)  # too little to fool anybody and end the work
+def test_a_suite_leaves_everything_as_it_was_also_when_a_member_fails(ball):
+    """Modes, parameters, gradients, batch norm, the global random numbers; the ball is too small to end the work."""
+    x, ball = digits_tensors()[2][:5].clone(), replace(ball, eps=ball.eps / 1000)
     with torch.no_grad():
-        y = half_trained(Watched).eval().members[2](x).argmax(1)
-
-    def attack(mixture):
-        if name == "a suite":
-            SUITE(mixture, x, y, ball)
-        else:
-            WHOLE[name](mixture, x, y, ball, seeded())
-
-    mixture = half_trained(Watched)
-    before, images, labels = state_of(mixture), x.clone(), y.clone()
-    attack(mixture)
-    assert_as_before(before, mixture)
-    watched = mixture.members[2]
-    assert watched.undisturbed
-    assert watched.passes >= 4
-    for fatal in (1, watched.passes // 2, watched.passes):
-        broken = half_trained(lambda member, fatal=fatal: Failing(member, fatal))
-        before = state_of(broken)
-        with pytest.raises(RuntimeError, match="out of order"):
-            attack(broken)
-        assert_as_before(before, broken)
+        y = patchwork_mixture(Watched).eval().members[2](x).argmax(1)
+    images, labels = x.clone(), y.clone()
+    assert_left_as_found(patchwork_mixture, lambda mixture: SUITE(mixture, x, y, ball))
     assert torch.equal(x, images)
     assert torch.equal(y, labels)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixadv import config
-from mixadv.attacks import search
+from mixadv.attacks import pgd, search
 from mixadv.callbacks import Checkpoints
 from mixadv.checkpoint_files import digest_of, newest, read_checkpoint
 from mixadv.errors import UserError
@@ -331,7 +331,8 @@ def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
         return gradient(*arguments)
 
-    monkeypatch.setattr(search, "value_and_gradient", and_a_signal)
+    for module in (search, pgd):
+        monkeypatch.setattr(module, "value_and_gradient", and_a_signal)
     # Its trial step attacks too, before there is anything to keep.
     monkeypatch.setattr(task, "_announce", lambda *_: None)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
@@ -388,7 +389,7 @@ def test_a_second_interrupt_inside_an_update_keeps_the_last_checkpoint(train, wh
     assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
 
 
-def test_a_second_interrupt_while_a_checkpoint_is_loaded_keeps_it(train, whole, trained, monkeypatch):
+def test_a_second_interrupt_while_a_checkpoint_is_loaded_keeps_it(train, whole, unmeasured, monkeypatch):
     load = MixtureTraining.on_load_checkpoint
 
     def and_two_signals(self, checkpoint):
@@ -396,14 +397,14 @@ def test_a_second_interrupt_while_a_checkpoint_is_loaded_keeps_it(train, whole, 
         os.kill(os.getpid(), signal.SIGINT)
         load(self, checkpoint)
 
-    kept = {path.name: path.read_bytes() for path in (trained / "checkpoints").iterdir()}
+    kept = {path.name: path.read_bytes() for path in (unmeasured / "checkpoints").iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(MixtureTraining, "on_load_checkpoint", and_two_signals)
         with pytest.raises(ToldToStop):
-            train("at-oracle-shared", trained)
-    assert {path.name: path.read_bytes() for path in (trained / "checkpoints").iterdir()} == kept
-    train("at-oracle-shared", trained)
-    assert_same_run(whole("at-oracle-shared"), trained)
+            train("at-oracle-shared", unmeasured)
+    assert {path.name: path.read_bytes() for path in (unmeasured / "checkpoints").iterdir()} == kept
+    train("at-oracle-shared", unmeasured)
+    assert_same_run(whole("at-oracle-shared"), unmeasured)
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3, 4])
@@ -425,7 +426,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(train, whole, tmp_p
 
 
 @pytest.fixture
-def trained(whole, tmp_path):
+def unmeasured(whole, tmp_path):
     """A copy of a finished training that was stopped before it was measured."""
     directory = tmp_path / "run"
     shutil.copytree(whole("at-oracle-shared"), directory)
@@ -434,13 +435,13 @@ def trained(whole, tmp_path):
     return directory
 
 
-def test_a_finished_training_is_measured_without_training_again(train, whole, trained):
-    before = (trained / "metrics.csv").read_bytes()
-    checkpoint = (trained / "checkpoints" / "last.ckpt").read_bytes()
-    train("at-oracle-shared", trained)
-    assert (trained / "metrics.csv").read_bytes() == before
-    assert (trained / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
-    assert_same_run(whole("at-oracle-shared"), trained)
+def test_a_finished_training_is_measured_without_training_again(train, whole, unmeasured):
+    before = (unmeasured / "metrics.csv").read_bytes()
+    checkpoint = (unmeasured / "checkpoints" / "last.ckpt").read_bytes()
+    train("at-oracle-shared", unmeasured)
+    assert (unmeasured / "metrics.csv").read_bytes() == before
+    assert (unmeasured / "checkpoints" / "last.ckpt").read_bytes() == checkpoint
+    assert_same_run(whole("at-oracle-shared"), unmeasured)
 
 
 def test_an_early_stopped_training_does_not_train_on(train, whole, tmp_path, monkeypatch):
@@ -477,25 +478,25 @@ def test_measured_members_are_those_of_the_best_epoch(whole):
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
-def test_a_torn_checkpoint_is_named(train, trained, name):
-    path = trained / "checkpoints" / name
-    (trained / "checkpoints" / "previous.ckpt").unlink()
+def test_a_torn_checkpoint_is_named(train, unmeasured, name):
+    path = unmeasured / "checkpoints" / name
+    (unmeasured / "checkpoints" / "previous.ckpt").unlink()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="resume=never") as caught:
-        train("at-oracle-shared", trained)
+        train("at-oracle-shared", unmeasured)
     assert str(path) in str(caught.value)
-    assert (trained / "metrics.csv").exists()
+    assert (unmeasured / "metrics.csv").exists()
 
 
-def test_from_a_torn_checkpoint_the_run_goes_on_with_the_one_before(train, whole, trained, capsys):
-    path = trained / "checkpoints" / "last.ckpt"
+def test_from_a_torn_checkpoint_the_run_goes_on_with_the_one_before(train, whole, unmeasured, capsys):
+    path = unmeasured / "checkpoints" / "last.ckpt"
     torn = path.read_bytes()[:-100]
     path.write_bytes(torn)
-    train("at-oracle-shared", trained)
+    train("at-oracle-shared", unmeasured)
     said = " ".join(capsys.readouterr().out.split())
     assert "last.ckpt" in said
     assert "going on from previous.ckpt" in said
-    assert_same_run(whole("at-oracle-shared"), trained)
+    assert_same_run(whole("at-oracle-shared"), unmeasured)
     assert path.with_name("last.ckpt.torn").read_bytes() == torn
 
 
@@ -512,8 +513,8 @@ def test_what_a_killed_writer_left_is_removed(train, whole, tmp_path):
     assert_same_run(whole("at-oracle-shared"), directory)
 
 
-def test_a_changed_bit_is_found(trained):
-    path = trained / "checkpoints" / "last.ckpt"
+def test_a_changed_bit_is_found(unmeasured):
+    path = unmeasured / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
     assert content["digest"] == digest_of(content)
     name = next(iter(content["state_dict"]))
@@ -523,18 +524,18 @@ def test_a_changed_bit_is_found(trained):
         read_checkpoint(path)
 
 
-def test_a_run_goes_on_only_from_what_can_be_checked(trained):
-    path = trained / "checkpoints" / "last.ckpt"
+def test_a_run_goes_on_only_from_what_can_be_checked(unmeasured):
+    path = unmeasured / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
     del content["digest"]
     torch.save(content, path)
-    (trained / "checkpoints" / "previous.ckpt").unlink()
+    (unmeasured / "checkpoints" / "previous.ckpt").unlink()
     with pytest.raises(UserError, match="digest"):
-        newest(trained / "checkpoints", print)
+        newest(unmeasured / "checkpoints", print)
 
 
-def test_of_several_processes_the_first_alone_sets_a_torn_checkpoint_aside(trained):
-    directory = trained / "checkpoints"
+def test_of_several_processes_the_first_alone_sets_a_torn_checkpoint_aside(unmeasured):
+    directory = unmeasured / "checkpoints"
     (directory / "last.ckpt").write_bytes(b"torn")
     said = []
     assert newest(directory, said.append, first=False) == directory / "previous.ckpt"
@@ -562,16 +563,16 @@ def test_every_kind_of_content_is_in_the_digest():
     assert digest_of({**content, "digest": "itself is left out"}) in seen
 
 
-def test_without_any_checkpoint_that_can_be_read_the_last_is_named(trained):
+def test_without_any_checkpoint_that_can_be_read_the_last_is_named(unmeasured):
     for name in ("last.ckpt", "previous.ckpt"):
-        (trained / "checkpoints" / name).write_bytes(b"")
+        (unmeasured / "checkpoints" / name).write_bytes(b"")
     with pytest.raises(UserError, match=r"previous\.ckpt"):
-        newest(trained / "checkpoints", print)
-    (trained / "checkpoints" / "previous.ckpt").unlink()
+        newest(unmeasured / "checkpoints", print)
+    (unmeasured / "checkpoints" / "previous.ckpt").unlink()
     with pytest.raises(UserError, match=r"last\.ckpt"):
-        newest(trained / "checkpoints", print)
-    (trained / "checkpoints" / "last.ckpt").unlink()
-    assert newest(trained / "checkpoints", print) is None
+        newest(unmeasured / "checkpoints", print)
+    (unmeasured / "checkpoints" / "last.ckpt").unlink()
+    assert newest(unmeasured / "checkpoints", print) is None
 
 
 class Malice:
@@ -585,12 +586,12 @@ class Malice:
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
-def test_a_checkpoint_cannot_run_code(train, trained, tmp_path, name):
-    path, mark = trained / "checkpoints" / name, tmp_path / "executed"
-    (trained / "checkpoints" / "previous.ckpt").unlink()
+def test_a_checkpoint_cannot_run_code(train, unmeasured, tmp_path, name):
+    path, mark = unmeasured / "checkpoints" / name, tmp_path / "executed"
+    (unmeasured / "checkpoints" / "previous.ckpt").unlink()
     content = torch.load(path, weights_only=True)
     torch.save({**content, "callbacks": {"x": Malice(mark)}}, path)
-    for read in (read_checkpoint, load_mixture, lambda _: train("at-oracle-shared", trained)):
+    for read in (read_checkpoint, load_mixture, lambda _: train("at-oracle-shared", unmeasured)):
         with pytest.raises(UserError) as caught:
             read(path)
         assert str(path) in str(caught.value)

@@ -22,10 +22,10 @@ from mixadv.runs import directory as rd
 from mixadv.runs import locks
 from mixadv.runs.directory import State, claimed, mark_done, read_results, write_config, write_results
 from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
-from mixadv.tasks import build
+from mixadv.tasks import models
 
 
-def snapshot(root):
+def times_and_sizes(root):
     """Path -> (modification time, size) of every file below `root`."""
     files = [path for path in root.rglob("*") if path.is_file()]
     return {str(path.relative_to(root)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
@@ -460,13 +460,13 @@ def test_a_finished_run_is_shown_and_not_touched(trained, tmp_path):
 
     cwd = tmp_path / "copy"
     shutil.copytree(trained.cwd, cwd)
-    before = snapshot(cwd)
+    before = times_and_sizes(cwd)
     again = run_command(cwd, *TINY, "L=3", "seed=5", "name=tiny")
     assert again.rc == 0
     assert again.err == ""
     assert "outputs/train/tiny is done" in again.out
     assert "mixture" in again.out
-    after = snapshot(cwd)
+    after = times_and_sizes(cwd)
     # The figure is drawn from the same files again.
     curves = os.path.join("outputs", "train", "tiny", "curves.png")
     assert {k: v for k, v in after.items() if k != curves} == {k: v for k, v in before.items() if k != curves}
@@ -474,7 +474,7 @@ def test_a_finished_run_is_shown_and_not_touched(trained, tmp_path):
     other = run_command(cwd, *TINY, "L=3", "seed=6", "name=tiny")
     assert "holds a run with other settings (" in other.refusal()
     assert "seed: 5 there, 6 here" in other.err
-    kept = snapshot(cwd)
+    kept = times_and_sizes(cwd)
     assert {k: v for k, v in kept.items() if k != curves} == {k: v for k, v in before.items() if k != curves}
 
     beside = run_command(cwd, *TINY, "L=1", "seed=6", "name=tiny", "resume=never", "trainer.max_epochs=1")
@@ -518,13 +518,13 @@ def test_unwritable_output_is_one_message_with_the_remedy(command, tmp_path, blo
 
 def test_more_members_than_memory_holds_are_refused_with_what_would_fit(command, tmp_path, monkeypatch):
     # A linear digit classifier has 650 parameters of 12 bytes in training.
-    monkeypatch.setattr(build, "available_memory", lambda device: 3 * 650 * 12 + 100)
+    monkeypatch.setattr(models, "available_memory", lambda device: 3 * 650 * 12 + 100)
     whole = "micro_batch_size=null"  # auto would count what a step needs beside the members, and refuse too
     refusal = command(*TINY, "L=4", "name=big", whole).refusal()
     assert refusal.startswith("L=4 members of model=linear need")
     assert "at most L=3" in refusal
     assert not (tmp_path / "outputs" / "train" / "big").exists()
-    monkeypatch.setattr(build, "available_memory", lambda device: 4 * 650 * 12)
+    monkeypatch.setattr(models, "available_memory", lambda device: 4 * 650 * 12)
     fits = command(*TINY, "L=4", "name=big", "trainer.max_epochs=1", whole)
     assert fits.rc == 0, fits.err
 
@@ -532,7 +532,7 @@ def test_more_members_than_memory_holds_are_refused_with_what_would_fit(command,
 def test_available_memory_is_asked_of_the_system():
     import torch
 
-    free = build.available_memory(torch.device("cpu"))
+    free = models.available_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
 
 

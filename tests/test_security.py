@@ -24,6 +24,7 @@ import yaml
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from builders.files import Bomb
 from conftest import TINY
 from evaluated_run import write_evaluation
 from mixadv.checkpoint_files import read_checkpoint
@@ -67,7 +68,7 @@ ONLY_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", F
 # Methods that unpack what an archive says, wherever it says.
 METHODS = {"extractall", "extract"}
 # Who imports by name: what a person has named, names of a package's own, and what a checkpoint may name (ours alone).
-IMPORTERS = {"members/recipe.py", "instantiate.py", "__init__.py", "data/__init__.py"} | {"training/recorded.py"}
+IMPORTERS = {"members/factory.py", "instantiate.py", "__init__.py", "data/__init__.py"} | {"training/recorded.py"}
 # Who builds what settings name: those that a person gave, after a record was held to mixadv's own classes.
 BUILDERS = {"instantiate.py"}
 
@@ -205,7 +206,7 @@ print(json.dumps({"modules": len(modules), "left": left, "works": works, "target
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory):
+def everything_imported(tmp_path_factory):
     """What `PROGRAM` found, run in an empty folder."""
     home = tmp_path_factory.mktemp("home")
     (home / "here").mkdir()
@@ -222,31 +223,21 @@ def refused(tmp_path_factory):
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def test_importing_opens_no_connection_and_starts_no_process(refused):
-    assert refused["works"], refused["acts"]
-    assert refused["modules"] == len(FILES) - 1
-    assert refused["left"] == []
-    assert "import" not in refused["acts"]
+def test_importing_opens_no_connection_and_starts_no_process(everything_imported):
+    assert everything_imported["works"], everything_imported["acts"]
+    assert everything_imported["modules"] == len(FILES) - 1
+    assert everything_imported["left"] == []
+    assert "import" not in everything_imported["acts"]
 
 
-def test_building_any_class_of_ours_does_nothing_yet(refused):
+def test_building_any_class_of_ours_does_nothing_yet(everything_imported):
     """The record of a mixture may name all of them: a constructor writes nothing, starts nothing and asks nobody."""
-    assert refused["targets"] > 60
-    assert refused["built"] > 60
-    assert refused["acts"] == {}
+    assert everything_imported["targets"] > 60
+    assert everything_imported["built"] > 60
+    assert everything_imported["acts"] == {}
 
 
 # --- arrays, parameters, images ----------------------------------------------------------------------------
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.marker,))
 
 
 @pytest.fixture
@@ -711,7 +702,7 @@ SECRETS = {
 }
 
 
-def contents(root):
+def files_and_members_of_archives(root):
     """(place, bytes) of every file below `root` and of every member of the archives among them."""
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.name != ".env":
@@ -727,7 +718,7 @@ def no_secret(root, *texts):
     for name, secret in SECRETS.items():
         for text in texts:
             assert secret not in text, name
-        for place, content in contents(root):
+        for place, content in files_and_members_of_archives(root):
             assert secret.encode() not in content, (name, place)
 
 

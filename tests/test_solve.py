@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builders.runs import read_results
 from conftest import TINY, run_command
 from mixadv import load_mixture
 from mixadv.main import _quoted
@@ -60,13 +61,9 @@ def solved(shelf):
     return shelf / "outputs" / "solve" / "four", finished, argv
 
 
-def results_of(path):
-    return json.loads((path / "results.json").read_text())
-
-
 def test_the_weights_are_optimal_on_everything_that_was_found(solved):
     path, _, _ = solved
-    results = results_of(path)
+    results = read_results(path)
     solve = results["solve"]
     assert results["L"] == 4
     assert sum(results["weights"]) == pytest.approx(1)
@@ -88,7 +85,7 @@ def test_the_weights_are_optimal_on_everything_that_was_found(solved):
 
 def test_the_regret_on_the_test_points_is_that_of_the_full_linear_program(solved):
     path, _, _ = solved
-    results = results_of(path)
+    results = read_results(path)
     with np.load(path / "records.npz") as arrays:
         right = np.stack([arrays[name] for name in arrays.files if name.startswith("member_correct/")])
         robust, uniform = arrays["robust"], arrays["robust uniform"]
@@ -149,11 +146,11 @@ def test_the_exported_mixture_is_evaluated_by_name_only_where_it_needs_code(solv
         "trainer.accelerator=cpu",
     )
     assert named.rc == 0, named.err
-    again = results_of(shelf / "outputs" / "evaluate" / "yes")
+    again = read_results(shelf / "outputs" / "evaluate" / "yes")
     assert again["num_examples"] == 60
-    assert again["weights"] == pytest.approx(results_of(path)["weights"], abs=1e-7)
+    assert again["weights"] == pytest.approx(read_results(path)["weights"], abs=1e-7)
     assert again["clean"]["expected_accuracy"] == pytest.approx(
-        results_of(path)["clean"]["expected_accuracy"], abs=1e-6
+        read_results(path)["clean"]["expected_accuracy"], abs=1e-6
     )
     before = os.getcwd()
     os.chdir(shelf)
@@ -164,7 +161,7 @@ def test_the_exported_mixture_is_evaluated_by_name_only_where_it_needs_code(solv
     assert mixture.num_members == 4
     card = (path / "mixture" / "README.md").read_text()
     assert "factories=['shelf_models:wide']" in card
-    assert f"{results_of(path)['robust']['expected_accuracy']:.4f}" in card
+    assert f"{read_results(path)['robust']['expected_accuracy']:.4f}" in card
 
 
 def test_the_same_command_shows_what_it_found(solved, shelf):
@@ -192,7 +189,7 @@ def test_another_solver_may_play(shelf):
         "trainer.limit_val_batches=1",
     )
     assert finished.rc == 0, finished.err
-    results = results_of(shelf / "outputs" / "solve" / "oracle")
+    results = read_results(shelf / "outputs" / "solve" / "oracle")
     assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
     assert results["solve"]["certificate"]["gap"] >= 0
     assert results["solve"]["fit"]["num_attacks"] == 3
@@ -267,7 +264,7 @@ def test_a_safetensors_file_is_a_member(shelf):
         shelf, "task=solve", "members=[old.pt,new.safetensors]", "model=linear", "name=twins", *SETTINGS, *FAST
     )
     assert finished.rc == 0, finished.err
-    results = results_of(shelf / "outputs" / "solve" / "twins")
+    results = read_results(shelf / "outputs" / "solve" / "twins")
     # The same classifier twice: nothing to gain.
     rows = results["solve"]["rows"]
     assert len({row["pool"]["accuracy"] for row in rows}) == 1
@@ -279,7 +276,7 @@ def test_another_split_than_the_members_own_is_flagged(shelf):
     argv = ("task=solve", members, "name=leaky", "data.val_fraction=0.3", *FAST, "trainer.accelerator=cpu")
     finished = run_command(shelf, *argv)
     assert finished.rc == 0, finished.err
-    (first, second) = results_of(shelf / "outputs" / "solve" / "leaky")["flags"]
+    (first, second) = read_results(shelf / "outputs" / "solve" / "leaky")["flags"]
     assert first["name"] == second["name"] == "fitted-on-training-images"
     assert "val_fraction" in first["evidence"]
     assert "Flag: fitted-on-training-images" in finished.out

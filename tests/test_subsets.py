@@ -3,21 +3,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from attack_problems import WEIGHTS, Failing, Fragile, LinearByRow, LinearProblem, Step, linear_problems, networks
-from mixadv.attacks import ARC, PGD, ExpectedLoss, SubsetAttack
+from builders.data import digits_tensors, seeded
+from builders.linear_problems import LinearByRow, LinearProblem, linear_problems
+from builders.networks import WEIGHTS, trained_member, untrained_members
+from mixadv.attacks import ARC, PGD, SubsetAttack
 from mixadv.attacks.subsets import subsets_by_weight
 from mixadv.mixture import Mixture
-from mixadv.models import build_member
 from mixadv.threat_model import ThreatModel
 from oracles_linear import linear_mixture
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.3)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # --- which sets --------------------------------------------------------------------------------------------
@@ -102,47 +98,6 @@ def test_the_scale_of_a_members_logits_does_not_matter():
     np.testing.assert_allclose(problem.attacked(SubsetAttack()), plain)
 
 
-@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
-def test_a_linear_member_in_linf_has_a_closed_form(bounds):
-    """Fooled exactly where the corner of ball and box that its weights point to is beyond the boundary."""
-    random = np.random.default_rng(0)
-    W, b = random.normal(size=(1, 6)), np.array([0.3])
-    x, y = random.uniform(size=(200, 6)), random.integers(0, 2, 200)
-    sign = np.where(y == 1, 1.0, -1.0)
-    corner = x - 0.2 * sign[:, None] * np.sign(W)
-    corner = corner if bounds is None else corner.clip(0, 1)
-    right = sign * (corner @ W[0] + b[0]) >= 0
-    threat_model = ThreatModel("linf", 0.2, bounds)
-    mixture, x, y = linear_mixture(W, b), torch.as_tensor(x), torch.as_tensor(y)
-    found = SubsetAttack(num_steps=3)(mixture, x, y, threat_model)
-    assert threat_model.check(found, x).all()
-    np.testing.assert_array_equal(mixture.expected_accuracy(found, y) > 0.5, right)
-    assert 20 < right.sum() < 180
-
-
-def test_a_linear_member_in_l2_has_a_closed_form():
-    random = np.random.default_rng(1)
-    W, b = random.normal(size=(1, 6)), np.array([0.3])
-    x, y = random.normal(size=(200, 6)), random.integers(0, 2, 200)
-    distance = np.where(y == 1, 1.0, -1.0) * (x @ W[0] + b[0]) / np.linalg.norm(W)
-    mixture, x, y = linear_mixture(W, b), torch.as_tensor(x), torch.as_tensor(y)
-    found = SubsetAttack(num_steps=1)(mixture, x, y, ThreatModel("l2", 0.8, None))
-    np.testing.assert_array_equal(mixture.expected_accuracy(found, y) > 0.5, distance > 0.8)
-    # Where nothing is to be had, the step went as far as it may, straight to the boundary.
-    beyond = torch.as_tensor(distance > 0.8)
-    to_boundary = mixture.member_logits(found)[0].diff(dim=1).squeeze(1).abs() / np.linalg.norm(W)
-    torch.testing.assert_close(to_boundary[beyond], torch.as_tensor(distance)[beyond] - 0.8)
-
-
-def test_identical_members_behave_as_one():
-    problem = LinearProblem(60, [1.0], "l2", seed=3)
-    one = problem.mixture
-    three = Mixture([one.members[0]] * 3, [0.2, 0.5, 0.3])
-    for mixture in (one, three):
-        found = SubsetAttack()(mixture, problem.x, problem.y, problem.threat_model, seeded())
-        np.testing.assert_allclose(mixture.expected_accuracy(found, problem.y), problem.best, atol=1e-6)
-
-
 def test_fooled_members_stop_pulling():
     """Two opposite members, the narrow way between them just wide enough: pulled by both, the point stays in reach."""
     W = np.array([[[1.0, 0.0], [-1.0, 0.05]]])
@@ -159,59 +114,30 @@ def test_fooled_members_stop_pulling():
 # --- networks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)
-def test_results_are_feasible_and_never_better_for_the_mixture(threat_model):
-    mixture, x, y = networks()
-    x[0, 0], x[1, 1] = 0.0, 1.0
-    found = SubsetAttack(num_steps=3, restarts=2)(mixture, x, y, threat_model, seeded())
-    assert threat_model.check(found, x).all()
-    assert (found.shape, found.dtype, found.requires_grad) == (x.shape, x.dtype, False)
-    before, after = mixture.expected_accuracy(x, y), mixture.expected_accuracy(found, y)
-    assert (after <= before).all()
-    assert after.sum() < before.sum()
-
-
-def digits():
-    from mixadv.data.digits import Digits
-
-    corpus = Digits().load()
-    return [part.float() / 255 if part.ndim == 4 else part for part in (
-        corpus.train_images, corpus.train_labels, corpus.test_images, corpus.test_labels)]  # fmt: skip
-
-
-def trained_cnn(seed, x, y, epochs, threat_model=None):
-    """A small CNN; with a threat model, trained against PGD after three epochs on clean images."""
-    torch.manual_seed(seed)
-    net = build_member("small_cnn", num_classes=10, image_shape=(1, 8, 8), width=8, hidden=64)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    generator = seeded(seed)
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(64):
-            images = x[rows]
-            if threat_model is not None and epoch >= 3:
-                images = PGD(4, 0.5, keep="last")(net, images, y[rows], threat_model, generator)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(images), y[rows]).backward()
-            optimizer.step()
-    return net.eval()
+def trained_cnn(seed, epochs, ball=None):
+    """A small CNN on digits; with a ball, trained against PGD in it after three epochs on clean images."""
+    x, y, _, _ = digits_tensors()
+    (member,) = untrained_members(1, "small_cnn", seed=seed, width=8, hidden=64)
+    attack = None if ball is None else PGD(4, 0.5, keep="last")
+    return trained_member(member, x, y, epochs, seed=seed, attack=attack, ball=ball, clean_epochs=3)
 
 
 def robust_accuracies(mixture, x, y, threat_model, attacks):
     found = {}
     for name, attack in attacks.items():
         points = attack(mixture, x, y, threat_model, seeded())
-        assert threat_model.check(points, x).all()
+        assert threat_model.contains(points, x).all()
         found[name] = mixture.expected_accuracy(points, y).mean().item()
     print(threat_model.norm, {name: f"{100 * value:.2f} %" for name, value in found.items()})
     return found
 
 
 def test_on_networks_it_finds_more_than_pgd():
-    x, y, x_test, y_test = digits()
-    members = [trained_cnn(seed, x, y, epochs=3) for seed in (0, 1)]
+    x, y = digits_tensors()[2:]
+    members = [trained_cnn(seed, epochs=3) for seed in (0, 1)]
     mixture = Mixture(members, [0.6, 0.4])
     attacks = {"PGD-20": PGD(20), "ARC": ARC(num_steps=10), "subsets": SubsetAttack(num_steps=10)}
-    found = robust_accuracies(mixture, x_test[:60], y_test[:60], ThreatModel("linf", 0.05), attacks)
+    found = robust_accuracies(mixture, x[:60], y[:60], ThreatModel("linf", 0.05), attacks)
     assert 0.2 < found["PGD-20"] < 0.9
     assert found["subsets"] <= found["PGD-20"]
     assert found["ARC"] <= found["PGD-20"]
@@ -220,9 +146,9 @@ def test_on_networks_it_finds_more_than_pgd():
 @pytest.mark.slow
 @pytest.mark.parametrize("threat_model", [ThreatModel("linf", 0.15), ThreatModel("l2", 1.0)], ids=str)
 def test_on_robust_networks_it_finds_more_than_pgd(threat_model):
-    x, y, x_test, y_test = digits()
+    x, y = digits_tensors()[2:]
     half = ThreatModel(threat_model.norm, threat_model.eps / 2)
-    members = [trained_cnn(seed, x, y, 10, model) for seed, model in ((1, threat_model), (2, half), (3, None))]
+    members = [trained_cnn(seed, 10, model) for seed, model in ((1, threat_model), (2, half), (3, None))]
     mixture = Mixture(members, [0.45, 0.35, 0.2])
     attacks = {
         "clean": lambda mixture, x, y, threat_model, generator: x,
@@ -232,33 +158,9 @@ def test_on_robust_networks_it_finds_more_than_pgd(threat_model):
         "ARC": ARC(),
         "subsets": SubsetAttack(),
     }
-    found = robust_accuracies(mixture, x_test, y_test, threat_model, attacks)
+    found = robust_accuracies(mixture, x, y, threat_model, attacks)
     assert found["subsets"] <= found["PGD-20 x5"]
     assert found["ARC"] <= found["PGD-20"]
-
-
-def test_more_restarts_never_help_the_defender():
-    problem = LinearProblem(150, [0.45, 0.35, 0.2], "linf", seed=4)
-    totals = [problem.attacked(SubsetAttack(num_steps=4, restarts=restarts)) for restarts in (1, 2, 6)]
-    assert (totals[0] >= totals[1]).all()
-    assert (totals[1] >= totals[2]).all()
-    assert totals[0].sum() > totals[2].sum()
-
-
-def test_what_cannot_get_worse_is_left_alone():
-    """Half the labels are wrong for all members: these examples are looked at once, and come back as they are."""
-    mixture, x, y = networks()
-    answers = mixture.member_logits(x).argmax(-1)
-    for i in (1, 3, 4):
-        y[i] = next(c for c in range(4) if c not in answers[:, i])
-    seen = []
-    mixture.members[0].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    found = SubsetAttack(num_steps=2, step_size=1e-4)(mixture, x, y, LINF, seeded())
-    assert torch.equal(found[[1, 3, 4]], x[[1, 3, 4]])
-    # All at x, one to see whether there is a gradient, and the others from there on.
-    assert seen[:2] == [6, 1]
-    assert max(seen[2:]) == 3
-    assert len(seen) > 10
 
 
 def test_sets_that_cannot_help_are_skipped():
@@ -286,118 +188,6 @@ def test_sets_lighter_than_what_was_fooled_are_skipped():
     assert sum(asked) == 1 + 10
 
 
-def test_members_without_weight_are_not_asked():
-    mixture, x, y = networks()
-    mixture.set_weights([0.7, 0.0, 0.3])
-    pair = Mixture([mixture.members[0], mixture.members[2]], [0.7, 0.3]).eval()
-    expected = SubsetAttack(num_steps=3)(pair, x, y, L2, seeded())
-
-    def refuse(module, inputs):
-        raise AssertionError("asked")
-
-    mixture.members[1].register_forward_pre_hook(refuse)
-    torch.testing.assert_close(SubsetAttack(num_steps=3)(mixture, x, y, L2, seeded()), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("passes", [None, 1, 2, 4])
-def test_the_mixture_and_the_generator_are_left_as_found_also_after_an_exception(passes):
-    mixture, x, y = networks()
-    if passes is not None:
-        mixture = Mixture([mixture.members[0], Failing(mixture.members[1], passes)])
-    mixture.train()
-    mixture.members[1].eval()
-    next(mixture.members[0].parameters()).requires_grad_(False)
-    flags = [module.training for module in mixture.modules()]
-    frozen = [p.requires_grad for p in mixture.parameters()]
-    state = {name: value.clone() for name, value in mixture.state_dict().items()}
-    random = torch.get_rng_state()
-    if passes is None:
-        SubsetAttack(num_steps=2)(mixture, x, y, LINF, seeded())
-    else:
-        with pytest.raises(RuntimeError, match="out of order"):
-            SubsetAttack(num_steps=2)(mixture, x, y, LINF, seeded())
-    assert [module.training for module in mixture.modules()] == flags
-    assert [p.requires_grad for p in mixture.parameters()] == frozen
-    assert all(torch.equal(value, state[name]) for name, value in mixture.state_dict().items())
-    assert all(p.grad is None for p in mixture.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
-    assert torch.is_grad_enabled()
-
-
-def test_all_randomness_comes_from_the_generator():
-    mixture, x, y = networks()
-    attack = SubsetAttack(num_steps=2, step_size=0.1, restarts=2)
-    first, same, other = (attack(mixture, x, y, L2, seeded(s)) for s in (0, 0, 1))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_it_descends_where_gradients_are_switched_off_and_in_eval_mode():
-    mixture, x, y = networks()
-    outside = SubsetAttack(num_steps=2)(mixture, x, y, LINF, seeded())
-    assert not torch.equal(outside, x)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            found = SubsetAttack(num_steps=2)(mixture.train(), x.clone(), y.clone(), LINF, seeded())
-        assert torch.equal(found, outside)
-    x.requires_grad_(True)
-    assert torch.equal(SubsetAttack(num_steps=2)(mixture, x, y, LINF, seeded()), outside)
-    assert x.grad is None
-
-
-def test_it_works_under_autocast():
-    mixture, x, y = networks()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = SubsetAttack(num_steps=2)(mixture, x, y, LINF, seeded())
-    assert found.dtype == torch.float32
-    assert LINF.check(found, x).all()
-    assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum()
-
-
-def test_a_plain_module_is_a_mixture_of_one():
-    mixture, x, y = networks()
-    member = mixture.members[1]
-    plain, single = (SubsetAttack(num_steps=2)(m, x, y, LINF, seeded()) for m in (member, Mixture([member])))
-    assert torch.equal(plain, single)
-
-
-def test_eps_zero_and_empty_batches():
-    mixture, x, y = networks()
-    found = SubsetAttack()(mixture, x, y, ThreatModel("linf", 0.0))
-    assert torch.equal(found, x)
-    assert found.data_ptr() != x.data_ptr()
-    assert SubsetAttack()(mixture, x[:0], y[:0], LINF).shape == (0, 3, 8, 8)
-
-
-def test_among_equals_the_highest_margin_is_kept():
-    """Out of reach of the boundary, no step counts for the accuracy; the point returned is the nearest to it."""
-    mixture = linear_mixture(np.array([[1.0, 2.0]]), np.array([50.0]))
-    x, y = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([1])
-    found = SubsetAttack(num_steps=4, restarts=3)(mixture, x, y, ThreatModel("linf", 0.5, None), seeded())
-    torch.testing.assert_close(found, torch.tensor([[-0.5, -0.5]], dtype=torch.float64))
-    margins = ExpectedLoss("margin")(mixture.member_logits(found), y, mixture.weights)
-    assert margins.item() == pytest.approx(-48.5)
-
-
-def test_members_without_gradient_count_but_do_not_pull():
-    """The step member errs from one half on, and is fooled on the way that the linear one leads."""
-    linear = linear_mixture(np.array([[1.0, 0.2]]), np.array([-0.65])).members[0]
-    x, y = torch.tensor([[0.4, 0.5], [0.1, 0.5]], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
-    mixture = Mixture([Step(), linear], [0.6, 0.4])
-    found = SubsetAttack(num_steps=3)(mixture, x, y, ThreatModel("linf", 0.2), seeded())
-    torch.testing.assert_close(mixture.expected_accuracy(found, y), torch.tensor([0.0, 1.0], dtype=torch.float64))
-    with pytest.raises(ValueError, match="no member that may be drawn has a gradient"):
-        SubsetAttack()(Step(), x, y, LINF)
-
-
-def test_nan_gradients_are_reported():
-    x = torch.tensor([[0.2, 0.5], [0.8, 0.5], [0.9, 0.3]])
-    threat_model = ThreatModel("linf", 0.05)
-    with pytest.warns(UserWarning, match="SubsetAttack met NaN gradients on 1 of 3 examples"):
-        found = SubsetAttack(num_steps=3)(Fragile(), x, torch.ones(3, dtype=torch.long), threat_model)
-    assert threat_model.check(found, x).all()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -413,14 +203,3 @@ def test_nan_gradients_are_reported():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SubsetAttack(**settings)
-
-
-def test_wrong_batches_are_refused():
-    mixture, x, y = networks()
-    for bad_x, bad_y, message in [
-        (x.half(), y, "float32"),
-        (x, y[:-1], "do not match"),
-        (255 * x, y, "outside the box"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            SubsetAttack()(mixture, bad_x, bad_y, LINF)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from builders.networks import WEIGHTS
 from mixadv.attacks import APGD, ARC, PGD, AttackSuite, Square, SubsetAttack, UniformNoise
 from mixadv.attacks.suite import passes_of
 from mixadv.errors import UserError
@@ -14,7 +15,6 @@ from mixadv.shipped import protocols
 from mixadv.threat_model import ThreatModel
 
 BALL = ThreatModel("linf", 0.15)
-WEIGHTS = [0.5, 0.2, 0.3]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_result_is_the_minimum_over_all_points_of_all_passes(problem):
     table = torch.stack(list(values.values()))
     torch.testing.assert_close(record.expected_accuracy, table.amin(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(accuracy(mixture, record.x_adv, y), record.expected_accuracy, rtol=0, atol=1e-6)
-    assert BALL.check(record.x_adv, x).all()
+    assert BALL.contains(record.x_adv, x).all()
     names = list(values)
     for i, name in enumerate(record.found_by):
         first = next(key for key in names if abs(values[key][i] - table[:, i].min()) < 1e-6)

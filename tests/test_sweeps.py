@@ -95,7 +95,7 @@ def complaints(finished):
     return {name.split(",")[0]: reason for name, _, reason in lines}
 
 
-def snapshot(path):
+def times_in(path):
     return {entry: entry.stat().st_mtime_ns for entry in path.rglob("*")}
 
 
@@ -123,7 +123,7 @@ def test_failures_do_not_stop_the_others_and_only_they_are_run_again(command, tm
     assert first.err.count("Traceback") == 1
     assert "Error executing job" not in first.err
 
-    before = {name: snapshot(path) for name, path in folders(sweep).items()}
+    before = {name: times_in(path) for name, path in folders(sweep).items()}
     monkeypatch.setattr(train, "measure", real)
     # How jobs are launched does not name them.
     second = command(*argv, "launch=serial")
@@ -134,7 +134,7 @@ def test_failures_do_not_stop_the_others_and_only_they_are_run_again(command, tm
     assert concluded(second) == "3 jobs, 3 done (2 before)"
     assert set(states(sweep).values()) == {"DONE"}
     for name in ("seed=0", "seed=2"):
-        assert snapshot(folders(sweep)[name]) == before[name]
+        assert times_in(folders(sweep)[name]) == before[name]
     assert not [path for path in sweep.rglob(".*") if path.name.startswith((".jobs", ".lock"))]
 
 
@@ -170,11 +170,11 @@ def test_a_refused_job_does_not_mark_the_run_of_another(command, tmp_path):
     text = (path / "config.yaml").read_text()
     (path / "config.yaml").write_text(text.replace("momentum: 0.9", "momentum: 0.8"))
     (path / "DONE").write_text("")
-    before = snapshot(path)
+    before = times_in(path)
     finished = command(*argv)
     assert finished.rc == 1
     assert "optimizer.momentum: 0.8 there, 0.9 here" in complaints(finished)["seed=0"]
-    assert snapshot(path) == before
+    assert times_in(path) == before
 
 
 def test_what_another_process_works_on_is_passed_over_and_is_no_failure(command, tmp_path):
@@ -188,7 +188,7 @@ def test_what_another_process_works_on_is_passed_over_and_is_no_failure(command,
     (line,) = [line for line in finished.out.splitlines() if "running elsewhere, pid" in line]
     assert line.startswith("  seed=0,")
     assert f"pid {os.getpid()} on " in line
-    assert "passed over, another process is working in" in finished.err
+    assert "skipped: another process is working in" in finished.err
     again = command(*argv)
     assert started(again) == ["seed=0"]
     assert concluded(again) == "1 job, 1 done"
@@ -206,7 +206,7 @@ def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(command, tmp_path, 
     monkeypatch.setattr(train, "measure", interrupted)
     first = command(*argv)
     assert first.rc == 130
-    assert first.err.splitlines() == ["mixadv: interrupted; the same command goes on with what it has"]
+    assert first.err.splitlines() == ["mixadv: interrupted; the same command continues the run"]
     sweep = tmp_path / "outputs" / "sweeps" / "s"
     assert states(sweep) == {"seed=1": ""}
     monkeypatch.setattr(train, "measure", real)
@@ -426,7 +426,7 @@ def test_without_slurm_the_launcher_says_so(command, tmp_path):
     finished = command("-m", "launch=slurm", "seed=0,1", *DIGITS, "name=s", PATH="/nowhere")
     assert finished.rc == 1
     assert "Traceback" not in finished.err
-    assert finished.err.startswith('mixadv: the launcher gave up, RuntimeError: Could not detect "srun"')
+    assert finished.err.startswith('mixadv: the launcher failed, RuntimeError: Could not detect "srun"')
     assert concluded(finished) == "2 jobs, 0 done, 2 unfinished"
     assert set(complaints(finished)) == {"seed=0", "seed=1"}
 
@@ -495,7 +495,7 @@ def test_in_parallel_failures_and_a_killed_process_are_told_and_the_rest_is_run_
     os.kill(worker(sweep, "seed=10"), signal.SIGKILL)
     killed = Ended(process)
     assert killed.rc == 1
-    assert "mixadv: the launcher gave up, TerminatedWorkerError" in killed.err
+    assert "mixadv: the launcher failed, TerminatedWorkerError" in killed.err
     assert "Traceback" not in killed.err
     assert "seed=10" in complaints(killed)
     assert not list(sweep.glob(".jobs*"))
@@ -705,7 +705,7 @@ def test_of_24_jobs_four_fail_at_run_time_and_exactly_these_are_run_again(comman
     assert {name for name, state in states(sweep).items() if state == "FAILED"} == set(bad)
     table = command("task=report", "runs=outputs/sweeps/s")
     assert all(reason in " ".join(table.out.split()) for reason in reasons.values())
-    before = {name: snapshot(path) for name, path in folders(sweep).items() if name not in bad}
+    before = {name: times_in(path) for name, path in folders(sweep).items() if name not in bad}
     assert len(before) == 20
 
     torn.write_bytes(whole)
@@ -715,6 +715,6 @@ def test_of_24_jobs_four_fail_at_run_time_and_exactly_these_are_run_again(comman
     assert len(passed_over(second)) == 20
     assert concluded(second) == "24 jobs, 24 done (20 before)"
     assert set(states(sweep).values()) == {"DONE"}
-    assert {name: snapshot(folders(sweep)[name]) for name in before} == before
+    assert {name: times_in(folders(sweep)[name]) for name in before} == before
     numbers = {name: json.loads((path / "results.json").read_text())["seed"] for name, path in folders(sweep).items()}
     assert numbers == {f"seed={seed}": seed for seed in range(24)}

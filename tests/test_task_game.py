@@ -3,23 +3,21 @@
 import csv
 import io
 import json
-import math
 import re
 import shutil
-from fractions import Fraction
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from conftest import compose_shipped, run_command
+from conftest import run_command
 from mixadv.errors import UserError
+from mixadv.games.gaussians import Gaussians
+from mixadv.games.motivating import Motivating
 from mixadv.report.figures.games import draw_game
 from mixadv.report.files import read_run
 from mixadv.report.game_tables import games_table, is_game, print_game
 from mixadv.tasks import game as task
-from mixadv.tasks.game_settings import exact_radius, game_settings
 
 FILES = {"DONE", "config.yaml", "game.npz", "game.png", "mixadv.log", "results.json"}
 KEYS = {"schema", "task", "seed", "device", "versions", "git", "config", "game", "flags", "seconds"}
@@ -63,12 +61,6 @@ def gaussians(tmp_path_factory):
     return cwd / "outputs" / "game" / "small", finished
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    """The shipped configuration of either game."""
-    return {name: compose_shipped("task=game", f"game={name}") for name in ("motivating", "gaussians")}
-
-
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take most of a small game's time."""
@@ -97,7 +89,12 @@ def test_the_motivating_game_leaves_its_files(motivating):
     results = read(path)
     assert set(results) == KEYS
     assert (results["task"], results["seed"]) == ("game", 0)
-    assert results["config"]["game"] == {"name": "motivating", "eps": "1/2", "alpha": 0.01, "num_steps": 1000}
+    assert results["config"]["game"] == {
+        "_target_": "mixadv.games.motivating.Motivating",
+        "eps": "1/2",
+        "alpha": 0.01,
+        "num_steps": 1000,
+    }
     assert {"torch", "scipy", "mixadv"} <= set(results["versions"])
     assert results["game"]["exact"] == {
         "deterministic_risks": ["3/4", "3/4"],
@@ -161,16 +158,6 @@ def test_the_figure_can_be_drawn_at_any_radius(command, tmp_path, eps):
     assert (tmp_path / "outputs" / "game" / "any" / "game.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_radii_are_read_as_they_are_written():
-    cases = {"21/40": Fraction(21, 40), 0.525: Fraction(21, 40), " 1 / 3 ": Fraction(1, 3), "0.5/2": Fraction(1, 4)}
-    for text, exact in {**cases, 0: Fraction(0), "3.": Fraction(3), "+.5": Fraction(1, 2)}.items():
-        assert exact_radius("game.eps", text) == exact
-    assert float(exact_radius("game.eps", "1e-3")) == 1e-3
-    for text in ("-1", "nan", "inf", "1/0", "one", "1/2/3", "1e999", None, True, [1]):
-        with pytest.raises(UserError, match=r"^game\.eps=.* is no radius: .* game\.eps=1/2"):
-            exact_radius("game.eps", text)
-
-
 # --- the Gaussians -----------------------------------------------------------------------------------------
 
 
@@ -206,17 +193,14 @@ def test_the_gaussians_leave_their_files_and_numbers(gaussians):
     assert "mean [min, max]" in finished.out
 
 
-def test_the_arrays_are_those_of_the_results(gaussians):
+def test_the_arrays_are_those_of_the_first_seed(gaussians):
     path, _ = gaussians
-    runs = read(path)["game"]["runs"]
     with np.load(path / "game.npz", allow_pickle=False) as arrays:
-        for name in ("v_rand", "v_det", "dual"):
-            np.testing.assert_array_equal(arrays[name], np.reshape([run[name] for run in runs], (2, 3)))
         assert arrays["points"].shape == (120, 2)
         assert arrays["normals"].shape == (4, 2)
         # show_eps is not in the list, and has weights of its own.
         assert arrays["weights"].sum() == pytest.approx(1)
-        assert arrays["value_errors"].shape == arrays["smoothed_errors"].shape == (2, 41)
+        assert arrays["value_errors"].shape == (2, 41)
         assert arrays["oracle_steps"][[0, -1]].tolist() == [1, 40]
 
 
@@ -250,12 +234,54 @@ def test_one_of_everything_is_a_game_too(command, tmp_path):
     assert run["v_rand"] == run["v_det"] == run["dual"]
 
 
+# --- a game of the user's own ------------------------------------------------------------------------------
+
+PENNIES = """
+import torch
+
+from mixadv.game import FiniteGame
+from mixadv.games.base import Playable, Played, solve_values
+
+
+class Pennies(Playable):
+    def __init__(self, eps: float, stake: float = 1.0) -> None:
+        if not stake > 0:
+            raise ValueError(f"stake={stake} must be positive")
+        self.eps, self.stake = eps, stake
+
+    def play(self, log):
+        log("two pennies")
+        values = solve_values(FiniteGame(self.stake * torch.eye(2)[None]))
+        return Played("pennies", {"runs": [values.row(0, self.eps)]}, {})
+"""
+
+
+def test_a_game_of_the_users_own_is_played_shown_and_drawn(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pennies_of_mine.py").write_text(PENNIES)
+    own = ("task=game", "game._target_=pennies_of_mine.Pennies", "~game.alpha", "~game.num_steps", "name=own")
+    finished = command(*own, "game.eps=0.5", "+game.stake=0.8")
+    assert finished.rc == 0, finished.err
+    path = tmp_path / "outputs" / "game" / "own"
+    assert {entry.name for entry in path.iterdir()} == FILES
+    game = read(path)["game"]
+    assert game["name"] == "pennies"
+    (run,) = game["runs"]
+    assert [run[key] for key in ("eps", "dual", "v_rand", "v_det")] == pytest.approx([0.5, 0.4, 0.4, 0.8])
+    assert run["weights"] == pytest.approx([0.5, 0.5])
+    assert "two pennies" in finished.out
+    assert re.search(r"0\.5\W+0\.4000\W+0\.4000\W+0\.8000\W+0\.4000", finished.out)
+    assert min(axes_with_ink(path / "game.png", [(0.3, 0.27, 0.4, 0.58)])) > 0.03
+    refusal = command(*own[:-1], "name=none", "game.eps=0.5", "+game.stake=0").refusal()
+    assert refusal == "game: stake=0 must be positive"
+
+
 # --- a run directory ---------------------------------------------------------------------------------------
 
 
 def test_a_finished_game_is_shown_and_not_played_again(gaussians, monkeypatch):
     path, first = gaussians
-    monkeypatch.setattr(task, "draw_problem", None)
+    monkeypatch.setattr(Gaussians, "play", None)
     before = stamps(path)
     again = run_command(path.parents[2], *SMALL, "seed=4", "name=small")
     assert again.rc == 0, again.err
@@ -269,7 +295,7 @@ def test_an_interrupted_game_starts_again(command, tmp_path, monkeypatch, undraw
     path = tmp_path / "outputs" / "game" / "broken"
     argv = ["task=game", "game.num_steps=5", "name=broken"]
     with monkeypatch.context() as patch:
-        patch.setattr(task, "solve_values", lambda game: 1 / 0)
+        patch.setattr(Motivating, "play", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             command(*argv)
     assert "ZeroDivisionError" in (path / "FAILED").read_text()
@@ -306,9 +332,16 @@ def test_a_figure_is_drawn_again_from_the_files(gaussians, tmp_path):
     ("overrides", "start"),
     [
         (["game=chess"], "game=chess is unknown: choose one of gaussians, motivating"),
-        (["game.eps=-1/2"], "game.eps=-1/2 is no radius"),
-        (["game=gaussians", "game.eps=[]"], "game.eps=[] is empty: give at least one number"),
-        (["game=gaussians", "game.max_risk=0.05"], "seed 0: game.max_risk is 0.05: only 0 of 20,000 random"),
+        (["game.eps=-1/2"], "game: eps=-1/2 is no radius"),
+        (["game.eps=[0,1]"], "game.eps=[0, 1] must be a number or text"),
+        (["game.alpha=hot"], "game.alpha=hot must be a number"),
+        (["+game.foo=1"], "game.foo: Motivating has no such setting; it has eps, alpha, num_steps"),
+        (["game._target_=mixadv.losses.ZeroOne"], "game._target_=mixadv.losses.ZeroOne is no Playable: name one that"),
+        (["game=gaussians", "game.eps=[]"], "game: eps=[] is empty: give at least one number"),
+        (["game=gaussians", "game.max_risk=0.05"], "game: max_risk=0.05: with seed 0 only 0 of 20,000 random"),
+        (["game=gaussians", "game.seeds=true"], "game.seeds=True must be a whole number"),
+        (["game=gaussians", "game.num_points=1.5"], "game.num_points=1.5 must be a whole number"),
+        (["L=3"], "L=3: task=game has a key of its own, game.num_classifiers"),
         (["eps=0.3"], "eps=0.3: task=game has a key of its own, game.eps"),
     ],
 )
@@ -318,68 +351,23 @@ def test_what_cannot_be_played_is_refused_in_one_line(command, tmp_path, overrid
     assert not (tmp_path / "outputs" / "game" / "bad").exists()
 
 
-@pytest.mark.parametrize(
-    ("game", "settings", "start"),
-    [
-        ("motivating", {"name": "chess"}, "game.name=chess is unknown: choose game=motivating or game=gaussians"),
-        ("motivating", {"eps": math.nan}, "game.eps=nan is no radius"),
-        ("motivating", {"eps": [0, 1]}, "game.eps=[0, 1] is no radius"),
-        ("motivating", {"alpha": 0}, "game.alpha=0 must be positive"),
-        ("motivating", {"alpha": "hot"}, "game.alpha=hot must be positive"),
-        ("motivating", {"num_steps": 0}, "game.num_steps=0 must be a whole number of at least 1"),
-        ("motivating", {"foo": 1}, "game.foo: game=motivating has no such key"),
-        ("gaussians", {"eps": [0, -1]}, "game.eps=-1 is no radius"),
-        ("gaussians", {"eps": [1, "nan"]}, "game.eps=nan is no radius"),
-        ("gaussians", {"show_eps": -1}, "game.show_eps=-1 is no radius"),
-        ("gaussians", {"alphas": []}, "game.alphas=[] is empty"),
-        ("gaussians", {"alphas": [0.1, -1]}, "game.alphas=-1 must be positive"),
-        ("gaussians", {"seeds": 0}, "game.seeds=0 must be a whole number of at least 1"),
-        ("gaussians", {"seeds": True}, "game.seeds=True must be"),
-        ("gaussians", {"num_classifiers": 0}, "game.num_classifiers=0 must be"),
-        ("gaussians", {"num_points": 1.5}, "game.num_points=1.5 must be"),
-        ("gaussians", {"num_samples": 10}, "game.convergence_samples=30 exceeds game.num_samples=10"),
-        ("gaussians", {"max_risk": 0}, "game.max_risk=0 must be a risk in (0, 1]"),
-        ("gaussians", {"max_risk": math.nan}, "game.max_risk=nan must be a risk in (0, 1]"),
-    ],
-)
-def test_settings_out_of_range_are_refused(shipped, game, settings, start):
-    cfg = shipped[game].copy()
-    OmegaConf.set_struct(cfg, False)
-    cfg.game.update(settings)
-    with pytest.raises(UserError) as refused:
-        game_settings(cfg)
-    assert str(refused.value).startswith(start), refused.value
-
-
-def test_settings_that_are_missing_or_of_other_tasks_are_refused(shipped):
-    cfg = shipped["motivating"].copy()
-    OmegaConf.set_struct(cfg, False)
-    del cfg.game["alpha"]
-    with pytest.raises(UserError, match=r"^game\.alpha has no value: add game\.alpha="):
-        game_settings(cfg)
-    cfg = shipped["gaussians"].copy()
-    cfg.L = 3
-    with pytest.raises(UserError, match=r"^L=3: task=game has a key of its own, game\.num_classifiers"):
-        game_settings(cfg)
-
-
 # --- reports -----------------------------------------------------------------------------------------------
 
 
 def test_games_have_a_table_of_their_own(motivating, gaussians, tmp_path):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
-    (unfinished / "config.yaml").write_text("task: game\ngame:\n  name: gaussians\n")
+    (unfinished / "config.yaml").write_text("task: game\ngame:\n  _target_: mixadv.games.gaussians.Gaussians\n")
     runs = [read_run(path) for path in (motivating[0], gaussians[0], unfinished)]
     assert all(map(is_game, runs))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(games_table(runs))
     lines = [line.split() for line in console.export_text().splitlines() if " done " in line or "unfinished " in line]
-    assert lines[0][-5:] == ["motivating", "1/2", "1/2", "1/2", "3/4"]
+    assert lines[0][-5:] == ["Motivating", "1/2", "1/2", "1/2", "3/4"]
     last = [run for run in read(gaussians[0])["game"]["runs"] if run["eps"] == 2.5]
     means = [f"{np.mean([run[key] for run in last]):.4f}" for key in ("dual", "v_rand", "v_det")]
-    assert lines[1][-5:] == ["gaussians", "2.5", *means]
-    assert lines[2][-6:] == ["unfinished", "gaussians", "–", "–", "–", "–"]
+    assert lines[1][-5:] == ["Gaussians", "2.5", *means]
+    assert lines[2][-6:] == ["unfinished", "Gaussians", "–", "–", "–", "–"]
 
 
 def test_a_report_on_one_game_shows_it(command, tmp_path):

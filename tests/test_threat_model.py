@@ -54,7 +54,7 @@ def test_projection_is_feasible_and_idempotent(norm, bounds, dtype, generator):
     if bounds is not None:
         assert once.min() >= low
         assert once.max() <= high
-    assert threat_model.check(once, x).all()
+    assert threat_model.contains(once, x).all()
     torch.testing.assert_close(threat_model.project(once, x), once, rtol=0, atol=1e-7)
 
 
@@ -93,7 +93,7 @@ def test_l2_samples_are_clamped_to_the_box(generator):
     x = torch.zeros(n, 2, dtype=torch.float64)
     threat_model = ThreatModel("l2", 0.5)
     samples = threat_model.sample(x, generator)
-    assert threat_model.check(samples, x).all()
+    assert threat_model.contains(samples, x).all()
     assert abs((samples == 0).any(1).double().mean().item() - 0.75) < 0.02
     assert "no longer uniform" in " ".join(ThreatModel.sample.__doc__.split())
 
@@ -143,10 +143,10 @@ def test_check_catches_each_kind_of_violation(norm):
     x_adv[5, 0] = float("inf")
     x_adv[6] += 0.9 * eps
     inside = [True, False, False, False, False, False, norm == "linf"]
-    assert ThreatModel(norm, eps).check(x_adv, x).tolist() == inside
+    assert ThreatModel(norm, eps).contains(x_adv, x).tolist() == inside
     # Without a box the second and third are fine.
     no_box = [True, True, True, False, False, False, norm == "linf"]
-    assert ThreatModel(norm, eps, None).check(x_adv, x).tolist() == no_box
+    assert ThreatModel(norm, eps, None).contains(x_adv, x).tolist() == no_box
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -155,14 +155,14 @@ def test_check_does_not_rely_on_the_other_operations(norm, monkeypatch):
         monkeypatch.delattr(ThreatModel, name)
     x = torch.full((2, 3), 0.5)
     far = x + torch.tensor([[0.05], [0.5]])
-    assert ThreatModel(norm, 0.1).check(far, x).tolist() == [True, False]
+    assert ThreatModel(norm, 0.1).contains(far, x).tolist() == [True, False]
 
 
 def test_check_allows_what_rounding_costs_far_from_zero():
     x = torch.full((1, 8), 1000.3)
     threat_model = ThreatModel("linf", 0.1, None)
-    assert threat_model.check(threat_model.project(x + 1, x), x).all()
-    assert not threat_model.check(x + 0.101, x).any()
+    assert threat_model.contains(threat_model.project(x + 1, x), x).all()
+    assert not threat_model.contains(x + 0.101, x).any()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_wrong_settings_are_refused(arguments, message):
 def test_wrong_shapes_are_refused():
     threat_model = ThreatModel("l2", 0.1)
     a, b = torch.zeros(3, 4), torch.zeros(3, 1)
-    for operation in (threat_model.distance, threat_model.project, threat_model.check):
+    for operation in (threat_model.distance, threat_model.project, threat_model.contains):
         with pytest.raises(ValueError, match="shape"):
             operation(a, b)
 

@@ -1,12 +1,12 @@
 """What a Lightning user adds to a command: flags of the Trainer, callbacks, loggers; what cannot be, and why."""
 
 import csv
-import json
 
 import pytest
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
+from builders.runs import read_results
 from conftest import TINY
 from mixadv.config import TrainerConfig
 from mixadv.unknown_keys import REFUSED
@@ -53,15 +53,15 @@ class Lines(Logger):
 
 
 @pytest.fixture
-def run(command, tmp_path):
+def run(command, own_modules):
     """run(words): the directory of a small training with these words; what it must have written is there."""
-    (tmp_path / "mine.py").write_text(MINE)
+    (own_modules / "mine.py").write_text(MINE)
 
     def train(words):
         argv = [text for text in TINY if not text.startswith("logger=") or "logger=" not in words]
         finished = command(*argv, "L=2", "seed=1", "name=flags", *words.split())
         assert finished.rc == 0, finished.err
-        return tmp_path / "outputs" / "train" / "flags", finished
+        return own_modules / "outputs" / "train" / "flags", finished
 
     return train
 
@@ -69,10 +69,6 @@ def run(command, tmp_path):
 def rows(path):
     with (path / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def results(path):
-    return json.loads((path / "results.json").read_text())
 
 
 def test_every_argument_of_lightnings_trainer_is_taken_or_refused_with_a_reason():
@@ -100,7 +96,7 @@ def test_fast_dev_run_tries_everything_and_keeps_nothing(run, tmp_path):
 
 def test_a_training_ends_after_so_many_steps_of_the_members(run):
     path, _ = run("trainer.max_steps=7 trainer.max_time=00:01:00:00 trainer.detect_anomaly=true trainer.benchmark=true")
-    assert sum(results(path)["member_updates"]) == 7
+    assert sum(read_results(path)["member_updates"]) == 7
 
 
 def test_validation_inside_an_epoch_and_before_it(run):
@@ -123,7 +119,7 @@ def test_other_optimizers_rates_and_precisions(run):
     path, _ = run("optimizer=adamw scheduler=cosine scheduler.warmup=0.5 trainer.precision=bf16-mixed")
     rates = [float(row["train/lr"]) for row in rows(path) if row["train/lr"]]
     assert max(rates) == pytest.approx(1e-3, rel=0.2)
-    assert results(path)["config"]["optimizer"]["_target_"] == "torch.optim.AdamW"
+    assert read_results(path)["config"]["optimizer"]["_target_"] == "torch.optim.AdamW"
 
 
 def test_callbacks_and_loggers_of_lightning_and_of_ones_own(run, tmp_path):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.optim import SGD
 
+from builders.data import digits_module, set_up
+from builders.networks import WEIGHTS, InFloat64, same_tensors, untrained_members
 from conftest import QUIET
 from mixadv.attacks import PGD
 from mixadv.callbacks import Checkpoints, WholeFiles
@@ -24,18 +26,17 @@ from mixadv.game import Equilibrium
 from mixadv.lambda_solvers import OracleSubgradient, Uniform
 from mixadv.lambda_solvers.driver import LambdaSolver
 from mixadv.loggers.csv import CSVLogger
-from mixadv.loggers.metrics_file import MetricsFile, standard_columns
+from mixadv.metrics_file import MetricsFile, standard_columns
 from mixadv.losses import AT, TRADES
 from mixadv.members.store import load_mixture
 from mixadv.mixture import Mixture
-from mixadv.models import build_member
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
 from mixadv.training.learning_rate import constant, cosine, piecewise
 from recorded_rows import Rows
 
 EPS, STEP, NUM_STEPS = 0.1, 0.3, 3  # STEP is relative to EPS
-WEIGHTS = [0.5, 0.2, 0.3]
 
 
 class LongEpochs(Digits):
@@ -48,15 +49,11 @@ class LongEpochs(Digits):
 
 @pytest.fixture(scope="module")
 def digits():
-    data = LongEpochs(batch_size=16, eval_batch_size=16, num_train=96, num_val=40, num_test=20, seed=3)
-    data.setup()
-    return data
+    return set_up(digits_module(LongEpochs, seed=3))
 
 
-def members(count, name="small_resnet", seed=5, **settings):
-    torch.manual_seed(seed)
-    settings = {"mean": (0.3,), "std": (0.4,), **settings}
-    return [build_member(name, num_classes=10, image_shape=(1, 8, 8), **settings) for _ in range(count)]
+def normalising_members(count, name="small_resnet", **settings):
+    return untrained_members(count, name, mean=(0.3,), std=(0.4,), **settings)
 
 
 def training(mixture, *, loss=None, solver=None, attack=None, lr=0.1, rate=constant, **settings):
@@ -100,10 +97,6 @@ def state_of(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 # --- L = 1 is plain adversarial training --------------------------------------------------------------------
 
 
@@ -134,7 +127,7 @@ def pgd_by_hand(models, weights, x, y, generator, trades):
 
 def plain_training(model, batches, rates, trades):
     """Adversarial training as in Madry et al., and TRADES as in Zhang et al., of one network."""
-    generator = torch.Generator().manual_seed(7 + 1)
+    generator = generator_for(7, "attacks")
     optimizer = SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     for (x, y), rate in zip(batches, rates, strict=True):
         x_adv = pgd_by_hand([model], [1.0], x, y, generator, trades)
@@ -153,24 +146,13 @@ def plain_training(model, batches, rates, trades):
         optimizer.step()
 
 
-class InFloat64(torch.nn.Module):
-    """A member that computes in float64: sign() of a gradient then no longer depends on how a formula rounds."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net.double()
-
-    def forward(self, x):
-        return self.net(x.double())
-
-
 @pytest.mark.parametrize("kind", ["sampled", "shared"])
 @pytest.mark.parametrize("loss", [AT(), TRADES(beta=6.0)], ids=["at", "trades"])
 def test_one_member_is_plain_adversarial_training_step_for_step(digits, loss, kind):
     """Parameters, batch-norm statistics and the count of forwards: AT bit for bit in float32; TRADES in float64,
     where torch's kl_div and ours differ by rounding alone."""
     trades = isinstance(loss, TRADES)
-    (member,) = members(1, width=3)
+    (member,) = normalising_members(1, width=3)
     if trades:
         member = InFloat64(member)
     plain, before = copy.deepcopy(member), state_of(member)
@@ -190,13 +172,13 @@ def test_one_member_is_plain_adversarial_training_step_for_step(digits, loss, ki
 @pytest.mark.parametrize("kind", ["sampled", "shared"])
 def test_three_members_follow_algorithm_2_written_out(digits, kind):
     """The attack sees the whole mixture with its weights; then the drawn member steps (shared: each of them)."""
-    networks = [InFloat64(member) for member in members(3, width=2)]
+    networks = [InFloat64(member) for member in normalising_members(3, width=2)]
     plain = copy.deepcopy(networks)
     mixture = Mixture(networks, WEIGHTS)
     weights = [float(w) for w in mixture.weights]
     fit(training(mixture, kind=kind), digits, 6)
 
-    noise, draws = torch.Generator().manual_seed(7 + 1), torch.Generator().manual_seed(7)
+    noise, draws = generator_for(7, "attacks"), generator_for(7, "members")
     optimizers = [SGD(member.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for member in plain]
     drawn = []
     for x, y in batches_of(digits, 6):
@@ -226,7 +208,7 @@ class Snapshot:
     flags: list
 
 
-def snapshot(trainer, module):
+def state_of_training(trainer, module):
     mixture = module.mixture
     return Snapshot(
         members=[state_of(member) for member in mixture.members],
@@ -248,10 +230,10 @@ class Watch(pl.Callback):
         self.steps = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before = snapshot(trainer, pl_module)
+        self.before = state_of_training(trainer, pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        after = snapshot(trainer, pl_module)
+        after = state_of_training(trainer, pl_module)
         step, row = trainer.loggers[0].rows[-1]
         is_phase = step == pl_module.t and "weights/value" in row
         said = {name.rpartition("/")[2]: float(value) for name, value in trainer.callback_metrics.items()}
@@ -271,7 +253,7 @@ def watched(request, digits):
     """20 batches with weights phases; L=3, batch norm."""
     watch = Watch()
     module = training(
-        Mixture(members(3, width=2), WEIGHTS),
+        Mixture(normalising_members(3, width=2), WEIGHTS),
         solver=OracleSubgradient(num_steps=3),
         kind=request.param,
         rate=cosine,
@@ -286,7 +268,7 @@ def test_phases_of_a_training(watched):
     assert "".join(outputs["phase"][0].upper() for outputs, *_ in steps) == by_hand[kind]
     assert module.t == 20
     if kind == "sampled":
-        draws = torch.Generator().manual_seed(7)
+        draws = generator_for(7, "members")
         wanted = [[int(torch.randint(3, (), generator=draws))] for _ in range(18)]
     else:
         wanted = 14 * [[0, 1, 2]]
@@ -310,8 +292,8 @@ def test_a_members_step_moves_the_updated_members_alone(watched):
                     if name.endswith("num_batches_tracked"):
                         assert after.members[k][name] == before.members[k][name] + 1
             else:
-                assert same(before.members[k], after.members[k])
-                assert same(before.momentum[k], after.momentum[k])
+                assert same_tensors(before.members[k], after.members[k])
+                assert same_tensors(before.momentum[k], after.momentum[k])
                 assert before.rates[k] == after.rates[k]
         assert torch.equal(before.weights, after.weights)
         assert after.counts == tally
@@ -326,8 +308,8 @@ def test_a_weights_phase_moves_the_weights_alone(watched):
     phases = [step for step in steps if step[0]["phase"] == "weights"]
     for outputs, before, after in phases:
         for k in range(3):
-            assert same(before.members[k], after.members[k])
-            assert same(before.momentum[k], after.momentum[k])
+            assert same_tensors(before.members[k], after.members[k])
+            assert same_tensors(before.momentum[k], after.momentum[k])
         assert before.rates == after.rates
         assert before.counts == after.counts
         assert (after.weights >= 0).all()
@@ -385,7 +367,9 @@ class Scripted(LambdaSolver):
 def test_a_weights_phase_starts_from_the_current_weights_on_its_own_batch(digits):
     """T_theta=1, L=3: phases at t = 4 and 8."""
     solver = Scripted(((0.5, 0.2, 0.3), (0.1, 0.65, 0.25)), [])
-    module = training(Mixture(members(3, "linear"), [0.2, 0.3, 0.5]), solver=solver, T_theta=1, loss=TRADES())
+    module = training(
+        Mixture(normalising_members(3, "linear"), [0.2, 0.3, 0.5]), solver=solver, T_theta=1, loss=TRADES()
+    )
     fit(module, digits, 9)
     assert len(solver.calls) == 2
     batches = batches_of(digits, 9)
@@ -407,7 +391,7 @@ def test_fixed_weights_need_no_phases(digits, count):
     """A mixture of one has nothing to weigh, whatever the solver."""
     solver = Uniform() if count == 3 else Scripted((), [])
     watch = Watch()
-    module = training(Mixture(members(count, "linear")), solver=solver, T_theta=1)
+    module = training(Mixture(normalising_members(count, "linear")), solver=solver, T_theta=1)
     fit(module, digits, 9, callbacks=[watch])
     assert [outputs["phase"] for outputs, *_ in watch.steps] == 9 * ["members"]
     assert sum(module.member_updates) == 9
@@ -455,7 +439,7 @@ class CheckEvery(pl.Callback):
 
 def poisoned(digits, tmp_path, poison, check_every=1, **settings):
     """Three epochs of four batches; what the training raised, and last.ckpt of the first epoch."""
-    module = training(Mixture(members(3, "linear")), kind="shared", recipe=RECIPE, **settings)
+    module = training(Mixture(normalising_members(3, "linear")), kind="shared", recipe=RECIPE, **settings)
     module.validation_attack = PGD(num_steps=2)
     callbacks = [CheckEvery(check_every), poison, Checkpoints(tmp_path)]
     with pytest.raises(UserError) as caught:
@@ -500,7 +484,7 @@ def test_a_broken_update_before_a_weights_phase_is_the_users_to_mend(digits, tmp
 
 def test_a_rate_far_too_large_is_the_users_to_mend_in_a_weights_phase_too(digits):
     """Parameters of 1e12 are finite, the logits of three layers of them are not: T_theta=1 looks right after."""
-    mixture = Mixture(members(3, "small_cnn", width=2))
+    mixture = Mixture(normalising_members(3, "small_cnn", width=2))
     module = training(mixture, solver=OracleSubgradient(num_steps=2), kind="shared", T_theta=1, lr=1e13)
     with pytest.raises(UserError, match="finite"):
         fit(module, digits, 4)
@@ -517,7 +501,7 @@ def validation_by_hand(module, data, attack_steps, seed):
     for number, start in enumerate(range(0, 40, 16)):
         x = data.val_images[start : start + 16].float() / 255
         y = data.val_labels[start : start + 16]
-        generator = torch.Generator().manual_seed(seed + number)
+        generator = generator_for(seed, "validation", number)
         if attack_steps:
             x_adv = pgd_by_hand(nets, weights, x, y, generator, trades=False)
         else:
@@ -542,9 +526,9 @@ def accuracies(trainer):
 
 
 def test_validation_is_the_exact_expectation_under_attack(digits):
-    module = training(Mixture([InFloat64(m) for m in members(3, width=3)], WEIGHTS), kind="shared", lr=0.05)
+    module = training(Mixture([InFloat64(m) for m in normalising_members(3, width=3)], WEIGHTS), kind="shared", lr=0.05)
     fit(module, digits, 12, validate=True)
-    by_hand = validation_by_hand(module, digits, NUM_STEPS, seed=7 + 2)
+    by_hand = validation_by_hand(module, digits, NUM_STEPS, seed=7)
     assert accuracies(module.trainer) == pytest.approx(by_hand, abs=1e-12)
     assert 0.05 < by_hand["val/robust_accuracy"] < by_hand["val/clean_accuracy"]
     assert len({round(value, 6) for value in by_hand.values()}) == 3
@@ -560,7 +544,7 @@ class Validations(pl.Callback):
 
 def test_every_epoch_meets_the_same_random_starts_and_a_tie_keeps_the_first_epoch(digits, tmp_path):
     """Members that stand still score the same in every epoch, on random points of the ball too."""
-    networks = members(3, "linear")
+    networks = normalising_members(3, "linear")
     fit(training(Mixture(networks, WEIGHTS), lr=0.1), digits, 20)
     # Float32 does not hold so small a rate.
     module = training(Mixture(networks, WEIGHTS), lr=1e-300)
@@ -568,7 +552,7 @@ def test_every_epoch_meets_the_same_random_starts_and_a_tie_keeps_the_first_epoc
     validations = Validations()
     fit(module, digits, 2, epochs=3, validate=True, callbacks=[validations, Checkpoints(tmp_path)])
     assert [t for t, _ in validations.seen] == [2, 4, 6]
-    by_hand = validation_by_hand(module, digits, 0, seed=7 + 2)
+    by_hand = validation_by_hand(module, digits, 0, seed=7)
     for _, seen in validations.seen:
         assert seen == pytest.approx(by_hand, abs=1e-12)
     other = [validation_by_hand(module, digits, 0, seed=seed) for seed in range(100, 110)]
@@ -599,7 +583,7 @@ def recorded(digits, tmp_path_factory):
     path = tmp_path_factory.mktemp("recorded")
     watch, validations = Watch(), Validations()
     module = training(
-        Mixture(members(3, "linear"), WEIGHTS),
+        Mixture(normalising_members(3, "linear"), WEIGHTS),
         solver=OracleSubgradient(num_steps=3),
         kind="shared",
         rate=partial(piecewise, milestones=(0.5,), gamma=0.1),
@@ -635,7 +619,7 @@ def test_the_best_checkpoint_holds_the_members_and_weights_of_its_epoch(recorded
     restored = load_mixture(path / "best.ckpt")
     assert torch.equal(restored.weights, after.weights)
     for member, state in zip(restored.members, after.members, strict=True):
-        assert same(state_of(member), state)
+        assert same_tensors(state_of(member), state)
 
 
 def test_history_rows(recorded):

@@ -27,11 +27,12 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from builders.runs import read_metrics
 from conftest import OUTSIDE, QUIET, TINY
 from mixadv.errors import UserError
 from mixadv.loggers import wandb_link
 from mixadv.loggers.csv import CSVLogger
-from mixadv.loggers.metrics_file import MetricsFile
+from mixadv.metrics_file import MetricsFile
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE, SUPERSEDED
 from mixadv.results import Accuracy, Attack, Classifier, Results
@@ -87,7 +88,9 @@ def said(made):
 
 
 def warnings_of(made):
-    return [line for line in said(made).splitlines() if "local files are complete" in line or "going on off" in line]
+    return [
+        line for line in said(made).splitlines() if "local files are complete" in line or "continuing offline" in line
+    ]
 
 
 def play(made, folder, rows):
@@ -266,7 +269,7 @@ def test_a_failing_service_warns_once_and_never_stops_the_run(mirror, monkeypatc
 
     monkeypatch.setattr(made.run, "log", gone)
     play(made, tmp_path / "lost", losses(0, 3))
-    assert said(made).count("stopped taking values") == 1
+    assert said(made).count("stopped accepting values") == 1
     assert "ConnectionResetError: the service went away" in said(made)
     assert "local files are complete" in said(made)
 
@@ -281,7 +284,7 @@ def test_a_service_lost_for_the_mixture_is_lost_for_its_baseline_too(mirror, mon
     monkeypatch.setattr(made.run, "log", gone)
     play(made, tmp_path / "lost", losses(0, 1))
     play(view, tmp_path / "lost" / "baseline", losses(0, 1))
-    assert said(made).count("stopped taking values") == 1
+    assert said(made).count("stopped accepting values") == 1
 
 
 @pytest.mark.parametrize("call", ["summary", "images", "finish"])
@@ -392,7 +395,7 @@ def test_a_service_that_cannot_be_had_goes_on_offline_with_one_line(mirror, serv
     assert made.mode == "offline"
     (line,) = said(made).splitlines()
     assert line.startswith("Weights & Biases cannot be reached (")
-    assert line.endswith("); going on offline")
+    assert line.endswith("); continuing offline")
     assert reason in line
     play(made, tmp_path / "cut", losses(0, 3))
     made.finish(0)
@@ -754,7 +757,7 @@ def test_behind_the_csv_logger_a_stock_trainer_sends_each_row_once_whatever_othe
     made.finish(0)
     offline = Offline(folder)
     same_rows(offline, folder)
-    count = len(rows_of(folder))
+    count = len(read_metrics(folder))
     assert offline.numbers == list(range(count))
     assert offline.column("theirs") == [0, 1, 2, 3] * 2
     assert (offline.column("early"), offline.column("other")) == ([1], [5, 5])
@@ -826,7 +829,7 @@ def test_a_watched_module_trains_on_where_the_background_process_dies(mirror, tm
     trainer = fit([CSVLogger(folder), made], Kill(), Chatty(), epochs=40)
     made.finish(0)
     assert trainer.global_step == 160
-    assert len(rows_of(folder)) == 160
+    assert len(read_metrics(folder)) == 160
     assert len(warnings_of(made)) == 1, said(made)
     assert capfd.readouterr().out == ""
 
@@ -914,7 +917,7 @@ def test_results_that_cannot_be_sent_stop_nothing(mirror, monkeypatch):
     made = mirror("results")
     monkeypatch.setattr(wandb, "Table", lambda **_: 1 / 0)
     made.log_results(RESULTS)
-    assert "did not take the tables (ZeroDivisionError" in said(made)
+    assert "did not accept the tables (ZeroDivisionError" in said(made)
     made.summary(RESULTS)
     made.finish(0)
 
@@ -960,16 +963,11 @@ STOPPED = (
 )
 
 
-def rows_of(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
-
-
 def same_rows(offline, folder, prefix=""):
     """The rows sent are those of metrics.csv, in their order."""
     rows = [row for row in offline.history if f"{prefix}step" in row and not any("examples" in key for key in row)]
     found = [{key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)} for row in rows]
-    kept = rows_of(folder)
+    kept = read_metrics(folder)
     assert len(found) == len(kept)
     for one, other in zip(found, kept, strict=True):
         assert {key: one[key] for key in other} == pytest.approx(other, rel=1e-6)

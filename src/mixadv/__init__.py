@@ -1,6 +1,6 @@
 """Mixtures of classifiers that are optimal against adversarial examples.
 
-The names below are imported when they are first used, so that ``import mixadv`` costs nothing by itself.
+The names below are imported at their first use, so that ``import mixadv`` itself is fast.
 """
 
 from typing import TYPE_CHECKING, Any

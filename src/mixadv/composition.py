@@ -1,4 +1,4 @@
-"""What Hydra could not compose, said in one line that names the remedy."""
+"""One-line messages for commands that Hydra cannot compose."""
 
 import re
 import sys
@@ -10,16 +10,16 @@ from mixadv.setting_keys import flat_settings
 from mixadv.shipped import config_dir
 from mixadv.unknown_keys import unknown_key
 
-# The launchers and sweepers that Hydra gets from elsewhere, and what installs them.
+# Launcher -> the extra of mixadv that installs it; sweeper -> the arguments of `pip install`.
 LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 SWEEPER_PACKAGES = {"optuna": "hydra-optuna-sweeper 'optuna<3'"}
 
 
 def composition_message(error: Exception) -> str:
-    """One line for what Hydra or OmegaConf refused: they spread it over exceptions and lines.
+    """One line for an error of Hydra or OmegaConf, whose own text spans several exceptions and lines.
 
     Args:
-        error: what Hydra's application raised while it composed ``sys.argv``.
+        error: raised by Hydra's application while it composed ``sys.argv``.
     """
     from hydra.core.override_parser.overrides_parser import OverrideParseException
     from hydra.errors import MissingConfigException
@@ -40,7 +40,7 @@ def composition_message(error: Exception) -> str:
     if lines[0].startswith("Could not override"):
         name = lines[0].split("'")[1]
         return unknown_key(name, _known_keys(), _value_of(name))
-    # What follows the first line of a reason are OmegaConf's internals.
+    # Only the first line is about the user's mistake; the others are OmegaConf's internals.
     cause = error.__cause__ or error.__context__
     reason = str(cause).splitlines()[0] if cause is not None else ""
     if found := re.fullmatch(r"In '(.+)': \w+ raised while composing config:", lines[0]):
@@ -52,7 +52,7 @@ def composition_message(error: Exception) -> str:
 
 
 def _known_keys() -> set[str]:
-    """The keys and groups of the configuration that the command asks for, as far as it can be composed."""
+    """The keys and groups of the configuration with the groups that the command chooses, if those can be composed."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -66,13 +66,13 @@ def _known_keys() -> set[str]:
     cfg = composed([])
     groups = set(cfg.hydra.runtime.choices)
     chosen = [word for word in sys.argv[1:] if word.partition("=")[0].lstrip("+") in groups]
-    # Another group may be what is wrong with the command.
+    # The command may also choose a group that does not exist.
     with suppress(HydraException, OmegaConfBaseException):
         cfg = composed(chosen)
     return groups | set(flat_settings(OmegaConf.to_container(cfg, resolve=False)))
 
 
 def _value_of(key: str) -> str | None:
-    """What the command line gives `key`, as text."""
+    """The text that the command line gives as the value of `key`."""
     words = (word.partition("=") for word in sys.argv[1:])
     return next((value for name, equals, value in words if equals and name.lstrip("+") == key), None)

@@ -1,6 +1,6 @@
-"""The typed top level of the configuration, its resolvers and its checks of what is known without data or models.
+"""The typed top level of the configuration, its resolvers, and the checks that need neither data nor models.
 
-Imports neither torch nor Lightning, so that ``--help``, ``--cfg`` and every refusal answer at once.
+Imports neither torch nor Lightning, so that ``--help``, ``--cfg`` and error messages appear at once.
 """
 
 import math
@@ -21,16 +21,17 @@ TASKS = ("train", "evaluate", "solve", "game", "report")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "16", "64")
 RESUME = ("auto", "never")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+# Longest name of a run directory, in characters; longer names are cut.
 MAX_NAME = 120
-# Names that stay what they are as names of files.
+# Names that are safe as file names.
 PLAIN_NAME = r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"
-# As much as a mixture's weights may miss 1.
+# Tolerance on sum(weights) = 1.
 WEIGHTS_TOLERANCE = 1e-6
 
 
 @dataclass
 class ScheduleConfig:
-    """When members and weights are updated (Algorithm 2)."""
+    """When members and weights are updated (Algorithm 2), see `mixadv.training.Schedule`."""
 
     kind: str = "sampled"
     T_theta: int = 50
@@ -38,10 +39,10 @@ class ScheduleConfig:
 
 @dataclass
 class TrainerConfig:
-    """The arguments of Lightning's Trainer under their own names, see its documentation.
+    """The arguments of Lightning's Trainer; see its documentation.
 
-    What is different here: `max_epochs` counts epochs per model; `precision` may also be auto; `strategy` auto means
-    `mixadv.training.Replicas` for several devices; null is Lightning's own default.
+    The differences: `max_epochs` counts epochs per model; `precision` may also be auto; `strategy` auto is
+    `mixadv.training.Replicas` on several devices. Null stands for Lightning's default.
     """
 
     accelerator: str = "auto"
@@ -78,7 +79,7 @@ class TrainerConfig:
 
 @dataclass
 class Config:
-    """Top level. Pluggable groups are free-form here: their classes check their own arguments."""
+    """The top level. Groups with a ``_target_`` are plain dicts here: their classes check their own arguments."""
 
     task: str = "train"
     L: int = 2
@@ -87,7 +88,7 @@ class Config:
     name: str | None = None
     resume: str = "auto"
     compile: Any = "auto"
-    # The most images in one forward-backward pass of a training; null: all of a batch.
+    # Most images in one forward-backward pass of a training; null: the whole batch.
     micro_batch_size: int | None = None
     baseline: bool = False
     members: list[str] = field(default_factory=list)
@@ -111,7 +112,7 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
 
 
-# Where no class checks its own arguments: the keys that must be there, and those that may.
+# Groups whose keys no class checks: their required and their optional keys.
 SCHEMAS = {"": Config, "schedule": ScheduleConfig, "trainer": TrainerConfig}
 KEYS: dict[str, tuple[set[str], set[str]]] = {
     **{name: ({key.name for key in fields(schema)}, set()) for name, schema in SCHEMAS.items()},
@@ -121,10 +122,10 @@ KEYS: dict[str, tuple[set[str], set[str]]] = {
 
 
 def parse_eps(value: Any) -> float:
-    """Read a radius: ``8/255``, ``0.031`` or ``0``, in input units.
+    """Parse a radius in input units: ``8/255``, ``0.031`` or ``0``.
 
     Raises:
-        UserError: not a finite non-negative number or fraction.
+        UserError: it is not a finite, non-negative number or fraction.
     """
     number = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
     match = re.fullmatch(rf"\s*({number})\s*(?:/\s*({number})\s*)?", str(value))
@@ -142,7 +143,7 @@ def parse_eps(value: Any) -> float:
 
 
 def path_safe(text: str) -> str:
-    """``eps=8/255`` becomes ``eps=8-255``; names too long for a file system are cut, and closed with a digest."""
+    """A name for a directory: ``eps=8/255`` gives ``eps=8-255``. Long names are cut, and a digest is appended."""
     safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", re.sub(r"[\[\]'\"]", "", text)).strip("-. ")
     if len(safe) > MAX_NAME:
         import hashlib
@@ -151,14 +152,14 @@ def path_safe(text: str) -> str:
     return safe
 
 
-# Overrides that say where or what, not how: they do not belong to a run's name.
+# Overrides that are not part of a run's name: they choose what is done or where it is written, not how.
 UNNAMED = ("task", "name", "resume", "runs", "launch", "logger", "optimized_metric", "hparams_search")
 
 
 def run_name(overrides: Any, name: Any = None) -> str:
     """Directory name of a run: ``name=...`` if given, else its path-safe overrides, else ``default``.
 
-    A function of the command alone, so that the same command finds the same directory and resumes.
+    It depends on the command only, so that the same command finds the same directory and resumes.
     """
     if name is not None:
         return path_safe(str(name)) or "default"
@@ -167,9 +168,9 @@ def run_name(overrides: Any, name: Any = None) -> str:
 
 
 def register() -> None:
-    """Make the schema and the resolvers known to Hydra and OmegaConf (idempotent)."""
+    """Register the schema and the resolvers with Hydra and OmegaConf; may be called again."""
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    # Cached, because Hydra hands the cache of the sweep to its jobs: every job must find the sweep's own directory.
+    # Hydra passes the resolver cache of a sweep to its jobs, so with the cache every job finds the sweep's directory.
     OmegaConf.register_new_resolver("sweep_name", run_name, replace=True, use_cache=True)
     ConfigStore.instance().store(name="mixadv_schema", node=Config, provider="mixadv")
 
@@ -196,7 +197,7 @@ def _limit(key: str, value: Any) -> None:
 
 
 def _check_weights(cfg: DictConfig) -> None:
-    """That they are read at all, and a distribution; how many members there are is known only once these are loaded."""
+    """Check that the task uses `weights` and that they are a distribution. The members are counted when loaded."""
     weights = list(cfg.weights)
     shown = f"weights=[{','.join(f'{weight:g}' for weight in weights)}]"
     if cfg.task == "solve":
@@ -214,7 +215,7 @@ def _check_weights(cfg: DictConfig) -> None:
     largest = max(weights, default=0.0)
     if largest == 0:
         raise UserError(f"{shown} lets no member be drawn: give positive weights, or leave it out for 1/L each")
-    # Divided twice, so that no sum overflows.
+    # Divide by the largest first, so that the sum cannot overflow.
     relative = [weight / largest for weight in weights]
     if not abs(sum(weights) - 1) <= WEIGHTS_TOLERANCE:
         divided = ",".join(f"{part / sum(relative):.9g}" for part in relative)
@@ -222,44 +223,44 @@ def _check_weights(cfg: DictConfig) -> None:
 
 
 def _check_keys(cfg: DictConfig) -> None:
-    """That the keys are the known ones, and that every interpolation has a value."""
-    for name, (must, may) in KEYS.items():
+    """Check that keys are known, that required keys exist, and that every interpolation has a value."""
+    for name, (required, optional) in KEYS.items():
         if name and OmegaConf.is_missing(cfg, name):
             continue
-        # Hydra's `+key=value` adds to typed nodes too, and `~key` takes away.
-        there, prefix = set(map(str, cfg[name] if name else cfg)), f"{name}." if name else ""
-        for key in sorted(there - must - may):
+        # Hydra's `+key=value` adds keys to typed nodes too, and `~key` removes them.
+        found = set(map(str, cfg[name] if name else cfg))
+        prefix = f"{name}." if name else ""
+        for key in sorted(found - required - optional):
             raise UserError(unknown_key(f"{prefix}{key}", flat_settings(OmegaConf.to_container(cfg))))
-        for key in sorted(must - there):
-            raise UserError(f"{prefix}{key} is not there: leave ~{prefix}{key} out of the command")
+        for key in sorted(required - found):
+            raise UserError(f"{prefix}{key} is missing: remove ~{prefix}{key} from the command")
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "a key"
-        raise UserError(f"{key} has no value ({str(error).splitlines()[0]}): say {key}=...") from None
+        raise UserError(f"{key} has no value ({str(error).splitlines()[0]}): set {key}=...") from None
 
 
 def _check_groups(cfg: DictConfig) -> None:
-    """What the classes behind the groups cannot know, or would say late."""
+    """Check what the classes of the groups cannot check themselves."""
     model, protocol = cfg.model, cfg.protocol
-    target = model.get("_target_")
-    if not isinstance(target, str):
-        raise UserError(f"model._target_={target} must name a model: choose one with model=...")
-    for key in ("num_classes", "image_shape", *(("mean", "std") if cfg.task == "train" else ())):
-        # A model of the user's own takes what it takes.
-        if key in model and target.startswith("mixadv."):
-            raise UserError(f"model.{key}: it follows from the data; leave it out")
+    if str(model.get("_target_")).startswith("mixadv."):
+        from_data = ["num_classes", "image_shape"]
+        if cfg.task == "train":
+            from_data += ["mean", "std"]
+        for key in from_data:
+            if key in model:
+                raise UserError(f"model.{key}: it follows from the data; leave it out")
     if not isinstance(protocol.name, str) or not re.fullmatch(PLAIN_NAME, protocol.name):
-        raise UserError(f"protocol.name={protocol.name} must be made of letters, digits and single . _ -")
+        raise UserError(f"protocol.name={protocol.name} must consist of letters, digits and single . _ -")
     if not isinstance(protocol.attacks, DictConfig) or not protocol.attacks:
-        raise UserError(f"protocol.attacks={protocol.attacks} must hold an attack at least: choose protocol=fast")
-    attacks = {"attacks." + str(name): node for name, node in protocol.attacks.items()}
-    for key, node in {"validation": protocol.validation, **attacks}.items():
-        if not isinstance(node, DictConfig):
-            raise UserError(f"protocol.{key}={node} must be the settings of an attack, with its _target_")
-        if not re.fullmatch(PLAIN_NAME, key.removeprefix("attacks.")):
-            raise UserError(f"protocol.{key}: a name is made of letters, digits and single . _ -, as pgd-20")
+        raise UserError(f"protocol.attacks={protocol.attacks} must hold at least one attack: choose protocol=fast")
+    for name in map(str, protocol.attacks):
+        if not re.fullmatch(PLAIN_NAME, name):
+            raise UserError(f"protocol.attacks.{name}: names consist of letters, digits and single . _ -, as pgd-20")
     _whole("protocol.diagnosed", protocol.get("diagnosed", 0), 0)
+    for key in sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack)):
+        raise UserError(f"attack.{key}: in training it follows from the loss and the phase; leave it out")
     for group in ("callbacks", "logger"):
         for name, node in cfg[group].items():
             if not isinstance(node, DictConfig) or "_target_" not in node:
@@ -267,7 +268,7 @@ def _check_groups(cfg: DictConfig) -> None:
 
 
 def _check_trainer(cfg: DictConfig) -> None:
-    """Ranges that Lightning checks late or not at all."""
+    """Check the ranges that Lightning checks late or not at all."""
     trainer = cfg.trainer
     _one_of("trainer.accelerator", trainer.accelerator, ACCELERATORS)
     precision = str(trainer.precision)
@@ -286,21 +287,15 @@ def _check_trainer(cfg: DictConfig) -> None:
     every = trainer.check_val_every_n_epoch
     if every is not None and trainer.max_epochs % every:
         raise UserError(
-            f"trainer.check_val_every_n_epoch={every} must divide trainer.max_epochs={trainer.max_epochs}: else the "
-            "last epochs could not be selected"
+            f"trainer.check_val_every_n_epoch={every} must divide trainer.max_epochs={trainer.max_epochs}: otherwise "
+            "the last epochs are never validated, and cannot be selected"
         )
     for part in ("train", "val", "test", "predict"):
         _limit(f"trainer.limit_{part}_batches", trainer[f"limit_{part}_batches"])
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse what cannot work before anything heavy is imported.
-
-    Raises:
-        UserError: one line that names the key, the value and the remedy.
-    """
-    _check_keys(cfg)
-    eps = parse_eps(cfg.eps)
+def _check_top_level(cfg: DictConfig) -> None:
+    """Check the plain keys, and that no group's required key lacks a value."""
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key} has no default: add {key}=... to the command")
     _one_of("task", cfg.task, TASKS)
@@ -312,6 +307,14 @@ def check(cfg: DictConfig) -> None:
     _one_of("resume", cfg.resume, RESUME)
     if cfg.name is not None and not path_safe(cfg.name):
         raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters, digits, - and _")
+    if cfg.micro_batch_size is not None:
+        _at_least("micro_batch_size", cfg.micro_batch_size, 1)
+    _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
+    _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)
+
+
+def _check_threat_model(cfg: DictConfig) -> None:
+    eps = parse_eps(cfg.eps)
     if "eps" in cfg.threat_model:
         raise UserError("threat_model.eps: the radius is the top-level key, eps=8/255")
     norm = cfg.threat_model.get("norm")
@@ -321,21 +324,17 @@ def check(cfg: DictConfig) -> None:
             f"eps={cfg.eps} is larger than the whole input range [0, 1]: eps is in input units, "
             f"did you mean eps={cfg.eps}/255?"
         )
-    _check_groups(cfg)
-    for key in sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack)):
-        raise UserError(f"attack.{key}: in training it follows from the loss and the phase; leave it out")
+
+
+def _check_inputs(cfg: DictConfig) -> None:
+    """Check that the task uses `members`, `mixture` and `weights` if they are given, and has what it needs."""
     unread = f"task={cfg.task} does not read it; task=evaluate measures"
     if cfg.members and cfg.task not in ("solve", "evaluate"):
-        raise UserError(f"members=[...]: {unread} them, task=solve weighs them")
+        raise UserError(f"members=[...]: {unread} them, task=solve finds their weights")
     if cfg.mixture and cfg.task != "evaluate":
         raise UserError(f"mixture={cfg.mixture}: {unread} it")
     if cfg.weights is not None:
         _check_weights(cfg)
-    _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
-    _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)
-    if cfg.micro_batch_size is not None:
-        _at_least("micro_batch_size", cfg.micro_batch_size, 1)
-    _check_trainer(cfg)
     if cfg.task == "solve" and not cfg.members:
         raise UserError(
             "task=solve needs members=[A,B,...]: exported mixtures, run directories, checkpoints, state dicts "
@@ -347,3 +346,17 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"task=evaluate needs mixture=PATH ({wanted}) or members=[A,B,...], with weights=[...]")
         if cfg.mixture and not Path(cfg.mixture).exists():
             raise UserError(f"mixture={cfg.mixture} does not exist: give {wanted}")
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that cannot work, before torch is imported.
+
+    Raises:
+        UserError: one line that names the key, the value and the remedy.
+    """
+    _check_keys(cfg)
+    _check_top_level(cfg)
+    _check_threat_model(cfg)
+    _check_groups(cfg)
+    _check_trainer(cfg)
+    _check_inputs(cfg)

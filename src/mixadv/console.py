@@ -1,7 +1,7 @@
-"""What a command says: on the console, and in the log of its run.
+"""What a command prints on the console and writes to the log of its run.
 
-Hydra sets the log up (``conf/hydra/job_logging/mixadv.yaml``). What is on the console already is logged by `SAID`,
-which writes to the file alone, so that no line is shown twice.
+Hydra configures the log (``conf/hydra/job_logging/mixadv.yaml``). Lines that mixadv has printed itself are logged by
+`TRANSCRIPT`, which writes to the file only, so that no line is printed twice.
 """
 
 import io
@@ -17,35 +17,35 @@ import rich.console
 
 from mixadv.redaction import printable
 
-# Known by this name in the configuration of the log.
-SAID = logging.getLogger("mixadv.console")
-# How many records wait for a directory at most; a command that gets none drops them.
-HELD_BACK = 1000
-# Lightning's own hints on the console; they are for authors of programs, not for users of ours.
+# conf/hydra/job_logging/mixadv.yaml refers to this name.
+TRANSCRIPT = logging.getLogger("mixadv.console")
+# Most records that are kept in memory until the run has a directory.
+MAX_WAITING = 1000
+# Lightning's logger. Its hints are advice to authors of training loops, not to users of mixadv.
 LIGHTNING = "pytorch_lightning"
 
 
 class RunLog(logging.FileHandler):
-    """A log that goes to the directory of the run, once there is one.
+    """A log file in the run directory, opened when the run begins to write there.
 
-    Until `begin_log` names the directory, records wait in memory: a command that is refused, a run that is shown
-    again and a directory in which another process works get no file. Records are appended, so that a run that goes
-    on keeps what it has said before.
+    Until `begin_log` names the directory, records wait in memory. No file appears if the command is refused, if it only
+    prints a finished run, or if another process works in the directory. Records are appended, so that a resumed run
+    keeps its earlier log.
 
     Args:
-        filename: name of the file in the directory of the run; an absolute path stays as it is.
+        filename: name of the file in the run directory, or an absolute path.
     """
 
     def __init__(self, filename: str = "mixadv.log") -> None:
         super().__init__(filename, mode="a", encoding="utf-8", delay=True)
         self._filename = filename
-        self._waiting: deque[logging.LogRecord] | None = deque(maxlen=HELD_BACK)
+        self._waiting: deque[logging.LogRecord] | None = deque(maxlen=MAX_WAITING)
         self._ended = False
 
     def begin(self, directory: Path) -> None:
-        """Write to `directory` from now on, first what has waited; it is made if need be.
+        """Write to `directory` from now on, waiting records first. The directory is created if it does not exist.
 
-        A log that has begun, or that has ended, stays as it is.
+        Has no effect on a log that has begun or ended.
         """
         if self._waiting is None or self._ended:
             return
@@ -57,14 +57,15 @@ class RunLog(logging.FileHandler):
             self.handle(record)
 
     def end(self) -> None:
-        """Close the file; what comes later is dropped."""
+        """Close the file; later records are dropped."""
         self._waiting, self._ended = deque(maxlen=0), True
-        # What could not be written before cannot be written now.
+        # Closing flushes, which fails on a full disk.
         with suppress(OSError):
             self.close()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record, or let it wait. A disk that takes no more ends no run here: its own files tell of that."""
+        """Write the record, or keep it until `begin`. A failed write is ignored: the run's own files report a full
+        disk."""
         if self._waiting is not None:
             self._waiting.append(record)
             return
@@ -72,7 +73,7 @@ class RunLog(logging.FileHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called by `logging` inside its ``except``: raise what came from the disk, show the rest as it does."""
+        """Raise errors of the disk, which `emit` ignores, and print others as `logging` does (called in ``except``)."""
         import sys
 
         if isinstance(sys.exc_info()[1], OSError):
@@ -80,7 +81,7 @@ class RunLog(logging.FileHandler):
         super().handleError(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text that gives no orders to a terminal: parts of it may come from files of others."""
+        """The record without control characters: parts of it may come from files of other people."""
         return printable(super().format(record), keep="\n\t")
 
 
@@ -89,29 +90,29 @@ def _logs() -> list[RunLog]:
 
 
 def begin_log(directory: Path) -> None:
-    """Send the log of this run to `directory`; called when its first file is written. Nothing without a `RunLog`."""
+    """Write the log of this run to `directory`; called when the run writes its first file there."""
     for log in _logs():
         log.begin(directory)
 
 
 def end_log() -> None:
-    """Close the log of this run, for the next job of this process begins its own."""
+    """Close the log of this run; the next job of a sweep in this process opens its own."""
     for log in _logs():
         log.end()
 
 
 class Console(rich.console.Console):
-    """Rich's console, which also logs what it prints, as plain text."""
+    """Rich's console, which also logs what it prints as plain text."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print and log; arguments are those of Rich. What a quiet console does not show is not logged."""
+        """Print and log; a quiet console does neither. Arguments: see Rich."""
         super().print(*objects, **options)
-        if self.quiet or not SAID.isEnabledFor(logging.INFO):
+        if self.quiet or not TRANSCRIPT.isEnabledFor(logging.INFO):
             return
         text = self._plain(objects, options).strip("\n")
-        # A live display prints its orders to the cursor.
+        # Rich's live displays print control codes without text.
         if text.strip():
-            SAID.info("%s", text if "\n" not in text else f"\n{text}")
+            TRANSCRIPT.info("%s", text if "\n" not in text else f"\n{text}")
 
     def _plain(self, objects: tuple[Any, ...], options: dict[str, Any]) -> str:
         page = io.StringIO()
@@ -125,15 +126,15 @@ class Console(rich.console.Console):
 def say(text: str) -> None:
     """Print one line and log it."""
     print(text, flush=True)
-    SAID.info("%s", text)
+    TRANSCRIPT.info("%s", text)
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's hints (which devices there are, ...) off the console while it works; errors are shown.
+    """Inside the block, Lightning prints only errors, no hints such as the list of devices.
 
-    Where logging is set up, as in every command, its loggers go where that says. Else Lightning writes to standard
-    error by a handler of its own, which is the one that is held back.
+    This changes the handlers for standard error that Lightning adds itself. Where logging is configured, as in every
+    command, it adds none, and the configuration decides.
     """
     handlers = [handler for handler in logging.getLogger(LIGHTNING).handlers if type(handler) is logging.StreamHandler]
     levels = [handler.level for handler in handlers]

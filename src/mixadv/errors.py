@@ -1,9 +1,9 @@
-"""What a user did or has to fix, as opposed to what we did wrong.
+"""The exception for errors that the user can fix.
 
-A `UserError` reaches the terminal as its message alone, without a traceback; everything else is a defect of
-mixadv and keeps its traceback.
+The command line prints the message of a `UserError` without a traceback. Any other exception is a defect of mixadv and
+keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """Something outside the program is wrong; the message says what, and names the remedy."""
+    """An error that the user can fix; the message names the cause and the remedy."""

@@ -1,12 +1,12 @@
 """The zero-sum game between a mixture's weights and an attacker, on tensors alone.
 
-The mixture picks lam on the simplex over L members, the attacker picks for each example i one perturbation j
-(or a distribution over them); the attacker is paid the expected loss. The mixture's value at lam is
+The mixture chooses lam on the simplex over L members. The attacker chooses for each example i one perturbation j (or
+a distribution over them) and receives the expected loss. The risk of lam and the value of the game are
 
     R(lam) = sum_i mass_i max_j sum_k lam_k l_k(i, j),        V = min over lam of R(lam),
 
-(Meunier et al., "Mixed Nash Equilibria in the Adversarial Examples Game", ICML 2021). The maximum is outside
-the expectation over members, because the attacker does not see which member is drawn.
+(Meunier et al., "Mixed Nash Equilibria in the Adversarial Examples Game", ICML 2021). The maximum is outside the
+expectation over members, because the attacker does not see which member is drawn.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Generator, Tensor
 
-# Losses that are float64 at one time: 2 MiB stay in a CPU's cache, an accelerator wants long kernels.
+# Number of losses that are converted to float64 at a time: 2 MiB fit into a CPU's cache, accelerators need more work.
 _CHUNK_ENTRIES_CPU = 1 << 18
 _CHUNK_ENTRIES_ACCELERATOR = 1 << 25
-# Multiply-adds that the exact diameters of `smoothness` may cost: about a second.
+# Limit of multiply-adds for the exact diameters of `smoothness`: about a second.
 _DIAMETER_BUDGET = 4e9
 
 
 @dataclass(frozen=True, eq=False)
 class BestResponse:
-    """What the attacker answers to the weights lam.
+    """The attacker's answer to the weights lam.
 
     Attributes:
-        gradient: [L] float64, g_k = sum_i mass_i l_k(i, response_i): a subgradient of R at lam if the
-            response is an exact maximum.
-        value: sum_k lam_k g_k; R(lam) if the response is exact, a lower estimate of it otherwise.
-        max_loss: a bound on |l_k(i, j)|: over the responses, or over every allowed entry of a finite game.
+        gradient: [L] float64, g_k = sum_i mass_i l_k(i, response_i): a subgradient of R at lam if the response is an
+            exact maximum.
+        value: sum_k lam_k g_k: R(lam) if the response is exact, else a lower estimate of it.
+        max_loss: a bound on |l_k(i, j)| over the responses, in a finite game over all allowed entries.
         choice: [N] long, the perturbation chosen for each example of a finite game; else None.
     """
 
@@ -46,20 +46,20 @@ class BestResponse:
 
 @dataclass(frozen=True, eq=False)
 class Equilibrium:
-    """What a solver found.
+    """The result of a solver.
 
     Attributes:
-        weights: [L] float64 on the CPU, the mixture's strategy lam: of several iterates the best one.
-        value: the un-regularised value of `weights` on the game, or on the pool drawn from it.
-        gap: value - lower_bound >= 0, which bounds value - V; None where the game's responses are not exact.
-        attack: [N, m], the attacker's strategy Q with sum_j Q[i, j] = mass_i; None where there is no fixed
-            list of perturbations.
-        status: "completed" (all steps ran), "converged" (the tolerance was reached), "stopped" (it was not, within the
-            steps allowed), "stalled" (rounding allows no better) or "fixed".
+        weights: [L] float64 on the CPU, the mixture's strategy lam, the best iterate of the solver.
+        value: the risk R(weights), without regularisation, on the game or on the pool drawn from it.
+        gap: value - lower_bound >= 0, a bound on value - V; None if the game's responses are not exact.
+        attack: [N, m], the attacker's strategy Q with sum_j Q[i, j] = mass_i; None if there is no fixed list of
+            perturbations.
+        status: "completed" (all steps ran), "converged" (the tolerance was reached), "stopped" (the steps did not
+            suffice for the tolerance), "stalled" (rounding errors prevent further progress) or "fixed".
         history: one entry per step under each key.
-        num_attacks: best responses, and those that a game made for its pool.
-        average_weights: [L], the mean of the iterates, where the method has a guarantee for it.
-        lower_bound: the least expected loss of a member against one fixed mix of perturbations, so <= V.
+        num_attacks: number of best responses, including those that a game computed for its pool.
+        average_weights: [L], the mean of the iterates; None unless the method has a guarantee for it.
+        lower_bound: the least expected loss of a member against one fixed distribution of perturbations, so <= V.
     """
 
     weights: Tensor
@@ -75,7 +75,7 @@ class Equilibrium:
 
 @runtime_checkable
 class Game(Protocol):
-    """What a solver needs to know of a game: `FiniteGame`, or attacks on a mixture of networks."""
+    """The interface through which a solver plays: a `FiniteGame`, or attacks on a mixture of networks."""
 
     @property
     def num_members(self) -> int:
@@ -84,7 +84,7 @@ class Game(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether best_response is a true maximum: False for attacks."""
+        """Whether `best_response` is an exact maximum; False for attacks."""
         ...
 
     def best_response(self, lam: Tensor) -> BestResponse:
@@ -94,7 +94,7 @@ class Game(Protocol):
     def pool(
         self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
     ) -> FiniteGame:
-        """`known()` once `num_samples` random perturbations per example and, if asked, L + 1 attacks have joined it."""
+        """`known()` after adding `num_samples` random perturbations per example and, on request, L + 1 attacks."""
         ...
 
     def known(self) -> FiniteGame:
@@ -105,45 +105,41 @@ class Game(Protocol):
 class FiniteGame:
     """N examples with m candidate perturbations each, against L members: losses A[i, j, k].
 
-    The methods walk over chunks of examples, convert one chunk at a time to float64 and accumulate in
-    float64; the losses stay in their own dtype (bool and uint8 for 0/1 losses), and are held by reference.
-    Wherever a vector of weights is asked for, any finite vector of L numbers will do: the formulas are
-    meaningful outside the simplex too, where accelerated methods look.
+    The losses keep their dtype (bool and uint8 for 0/1 losses) and are held by reference. The methods convert them to
+    float64 in chunks of examples, and accumulate in float64. Weights may be any finite vector of L numbers, because
+    accelerated solvers also evaluate points outside the simplex.
 
     Args:
-        losses: [N, m, L], real and finite wherever allowed.
-        mask: [N, m] bool, True where the perturbation is allowed (every example needs one); None allows all.
+        losses: [N, m, L], real and, where allowed, finite.
+        mask: [N, m] bool, True where the perturbation is allowed (at least one per example); None allows all.
             Losses at masked entries are never read, and may be NaN.
-        masses: [N], the probabilities of the examples; None is 1/N each.
+        masses: [N], the probabilities of the examples; None means 1/N each.
+
+    Attributes:
+        num_examples, num_perturbations, num_members: N, m, L.
+        max_loss: max |A[i, j, k]| over the allowed entries.
+        exact: True, because a best response compares all perturbations.
 
     Raises:
-        ValueError: a wrong shape or dtype, an empty dimension, a loss that is NaN or infinite, an example
-            without allowed perturbation, masses that are negative, not finite, or do not sum to 1.
+        ValueError: a wrong shape or dtype, an empty dimension, a loss that is NaN or infinite, an example without an
+            allowed perturbation, masses that are negative, not finite, or do not sum to 1.
     """
+
+    exact = True
 
     def __init__(self, losses: Tensor, mask: Tensor | None = None, masses: Tensor | None = None) -> None:
         self.losses = _checked_losses(torch.as_tensor(losses).detach())
-        self.num_examples, self.num_perturbations, self._num_members = self.losses.shape
+        self.num_examples, self.num_perturbations, self.num_members = self.losses.shape
         self.mask = None if mask is None else _checked_mask(torch.as_tensor(mask), self.losses)
         self.masses = _checked_masses(None if masses is None else torch.as_tensor(masses), self.losses)
         self.max_loss = 0.0
         for rows, chunk, _ in self._chunks():
             self.max_loss = max(self.max_loss, _largest_loss(chunk, rows.start))
 
-    @property
-    def num_members(self) -> int:
-        """L."""
-        return self._num_members
-
-    @property
-    def exact(self) -> bool:
-        """True: a best response is found by looking at every perturbation."""
-        return True
-
     def pool(
         self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
     ) -> FiniteGame:
-        """The game itself, which already lists all its perturbations."""
+        """The game itself, because it holds all its perturbations."""
         return self
 
     def known(self) -> FiniteGame:
@@ -151,13 +147,11 @@ class FiniteGame:
         return self
 
     def best_response(self, lam: Tensor) -> BestResponse:
-        """For each example the allowed perturbation with the largest sum_k lam_k A[i, j, k], the first one
-        on ties.
-        """
+        """For each example the first allowed perturbation with the largest sum_k lam_k A[i, j, k]."""
         lam = self._vector(lam)
         gradient = torch.zeros_like(lam)
         value = torch.zeros((), dtype=torch.float64, device=lam.device)
-        # Filled in place: a list of parts fragments the heap at 1e8 entries.
+        # Filled in place, because a list of parts fragments the heap at 1e8 entries.
         choice = torch.empty(self.num_examples, dtype=torch.long, device=lam.device)
         for rows, losses, mask in self._chunks():
             scores = _forbid(losses @ lam, mask)
@@ -173,7 +167,7 @@ class FiniteGame:
         return self.best_response(lam).value
 
     def deterministic_values(self) -> Tensor:
-        """[L], R of each member alone: sum_i mass_i max_j A[i, j, k]. The least of them is V_det >= V."""
+        """[L], the risk of each member alone, sum_i mass_i max_j A[i, j, k]. The least of them is V_det >= V."""
         values = torch.zeros(self.num_members, dtype=torch.float64, device=self.losses.device)
         for rows, losses, mask in self._chunks():
             allowed = None if mask is None else mask[..., None]
@@ -181,14 +175,13 @@ class FiniteGame:
         return values
 
     def response_value(self, attack: Tensor) -> float:
-        """min_k sum_ij Q[i, j] A[i, j, k], the mixture's best answer to the attacker's strategy Q: <= V for
-        every Q.
+        """min_k sum_ij Q[i, j] A[i, j, k], the least risk against the attacker's strategy Q: <= V for every Q.
 
         Args:
             attack: [N, m], Q >= 0 with sum_j Q[i, j] = mass_i, zero on masked perturbations.
 
         Raises:
-            ValueError: Q is not such a strategy; the message names the example.
+            ValueError: Q is no such strategy; the message names the example.
         """
         attack = _checked_attack(torch.as_tensor(attack), self.masses, self.mask, self.losses)
         values = torch.zeros(self.num_members, dtype=torch.float64, device=self.losses.device)
@@ -199,9 +192,8 @@ class FiniteGame:
     def smoothed_value(self, lam: Tensor, alpha: float | Tensor) -> float:
         """F(lam) = sum_i mass_i alpha_i log( (1/m_i) sum_j exp( A[i, j, :]·lam / alpha_i ) ).
 
-        The value against an attacker who pays alpha_i KL(Q_i || uniform over the m_i allowed perturbations):
-        0 <= R - F <= sum_i mass_i alpha_i log m_i. Convex in lam. Finite for any alpha > 0 and scale of
-        losses.
+        The risk against an attacker who pays alpha_i KL(Q_i || uniform over the m_i allowed perturbations):
+        0 <= R - F <= sum_i mass_i alpha_i log m_i. Convex in lam. Finite for every alpha > 0 and scale of losses.
 
         Args:
             lam: [L].
@@ -210,8 +202,9 @@ class FiniteGame:
         return self.smoothed(self._vector(lam)[None], alpha)[1].item()
 
     def smoothed_gradient(self, lam: Tensor, alpha: float | Tensor) -> Tensor:
-        """[L], the gradient of `smoothed_value`: sum_ij mass_i p_ij A[i, j, :], p_i = softmax_j(A[i, j,
-        :]·lam / alpha_i).
+        """[L], the gradient of `smoothed_value`: sum_ij mass_i p_ij A[i, j, :].
+
+        p_ij is the softmax over j of A[i, j, :]·lam / alpha_i.
         """
         return self.smoothed(self._vector(lam)[None], alpha)[2][0]
 
@@ -226,7 +219,7 @@ class FiniteGame:
         return attack
 
     def smoothed(self, lams: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """R, F and the gradient of F at several weights, in one pass over the losses.
+        """R, F and the gradient of F at several weights, with one pass over the losses.
 
         Args:
             lams: [R, L].
@@ -244,8 +237,7 @@ class FiniteGame:
             scores = _forbid((lams @ flat.T).reshape(len(lams), *losses.shape[:2]), mask)
             count = self.num_perturbations if mask is None else mask.sum(1)
             peak = scores.amax(2, keepdim=True)
-            # exp(z) - 1 rather than exp(z): at large alpha the logarithm of the mean is far below rounding of
-            # 1.
+            # exp(z) - 1 instead of exp(z): at large alpha the logarithm of the mean is far below the rounding of 1.
             shrunk = torch.expm1((scores - peak) / alpha[rows, None])
             expo = shrunk + 1.0
             total = expo.sum(2)
@@ -262,11 +254,11 @@ class FiniteGame:
     def smoothness(self, alpha: float | Tensor) -> float:
         """A Lipschitz constant of the gradient of F along the simplex (differences of weights sum to 0).
 
-        The Hessian is sum_i mass_i Cov_{p_i}(a_ij) / alpha_i, where a_ij = A[i, j, :] less its mean over
-        members. Per example the covariance is at most max_j ||a_ij - c||^2 for any centre c (the origin and
-        the midrange are tried) and at most max_jj' ||a_ij - a_ij'||^2 / 4; the sum of the least of these is
-        returned. The pairwise bound is left out where its N m^2 L multiply-adds exceed 4e9; it gains at most
-        a factor of two over the best centre.
+        The Hessian is sum_i mass_i Cov_{p_i}(a_ij) / alpha_i, where a_ij is A[i, j, :] minus its mean over members. For
+        each example the covariance is at most max_j ||a_ij - c||^2 for every centre c (two are tried, the origin and
+        the midrange), and at most max_jj' ||a_ij - a_ij'||^2 / 4. The constant sums the least of these bounds. The
+        pairwise bound is left out if its N m^2 L multiply-adds exceed 4e9; it gains at most a factor of two over the
+        best centre.
         """
         alpha = self._temperatures(alpha)
         n, m, members = self.losses.shape
@@ -275,7 +267,7 @@ class FiniteGame:
         for rows, losses, mask in self._chunks(entries_per_example=m * max(m, members) if pairwise else None):
             points = losses - losses.mean(2, keepdim=True)
             if mask is not None:
-                # A copy of an allowed point in every masked place changes neither radius nor diameter.
+                # Masked points become copies of an allowed one, which changes neither radius nor diameter.
                 stand_in = points[torch.arange(len(points), device=points.device), mask.int().argmax(1)]
                 points = torch.where(mask[..., None], points, stand_in[:, None])
             around_origin = points.square().sum(2).amax(1)
@@ -289,9 +281,7 @@ class FiniteGame:
         return constant
 
     def _chunks(self, entries_per_example: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(rows, losses [n, m, L] in float64 with zeros where masked, mask [n, m] or None), over all
-        examples.
-        """
+        """All examples in chunks: (rows, losses [n, m, L] in float64 with zeros where masked, mask [n, m] or None)."""
         limit = _CHUNK_ENTRIES_CPU if self.losses.device.type == "cpu" else _CHUNK_ENTRIES_ACCELERATOR
         length = max(1, limit // (entries_per_example or self.num_perturbations * self.num_members))
         for start in range(0, self.num_examples, length):
@@ -326,11 +316,8 @@ def _forbid(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
-# What a finite game demands of its tensors; each message names the first offending index and the remedy.
-
-
 def _checked_losses(losses: Tensor) -> Tensor:
-    """Losses [N, m, L], real, without an empty dimension."""
+    """Check that losses are [N, m, L] and real, without an empty dimension."""
     shape = list(losses.shape)
     if losses.ndim != 3:
         raise ValueError(f"losses must be [examples, perturbations, members], got shape {shape}")
@@ -343,7 +330,7 @@ def _checked_losses(losses: Tensor) -> Tensor:
 
 
 def _checked_mask(mask: Tensor, losses: Tensor) -> Tensor:
-    """A bool mask [N, m] beside the losses, with something allowed for every example."""
+    """The mask on the device of the losses; checks that it is bool [N, m] and allows something for every example."""
     shape = losses.shape[:2]
     if mask.shape != shape or mask.dtype != torch.bool:
         got = f"{mask.dtype} {list(mask.shape)}"
@@ -355,7 +342,7 @@ def _checked_mask(mask: Tensor, losses: Tensor) -> Tensor:
 
 
 def _checked_masses(masses: Tensor | None, losses: Tensor) -> Tensor:
-    """Probabilities [N] in float64 beside the losses, 1/N by default, their rounding error divided away."""
+    """Probabilities [N] in float64 on the device of the losses, divided by their sum; 1/N by default."""
     n, device = len(losses), losses.device
     if masses is None:
         return torch.full((n,), 1.0 / n, dtype=torch.float64, device=device)
@@ -371,8 +358,8 @@ def _checked_masses(masses: Tensor | None, losses: Tensor) -> Tensor:
 
 
 def _largest_loss(losses: Tensor, first_example: int) -> float:
-    """max |l| of a chunk [n, m, L], which begins at `first_example` and is zero where masked."""
-    # NaN and infinity survive the maximum, so one number vouches for the whole chunk.
+    """max |l| of a chunk [n, m, L] that begins at `first_example` and is zero where masked; checks that l is finite."""
+    # NaN and infinity survive the maximum, so one number tells whether the whole chunk is finite.
     largest = losses.abs().amax().item()
     if not math.isfinite(largest):
         i, j, k = _first(~torch.isfinite(losses))
@@ -382,7 +369,7 @@ def _largest_loss(losses: Tensor, first_example: int) -> float:
 
 
 def _checked_attack(attack: Tensor, masses: Tensor, mask: Tensor | None, losses: Tensor) -> Tensor:
-    """An attacker's strategy [N, m] >= 0 whose rows sum to the masses, zero on masked perturbations."""
+    """Check that a strategy is [N, m] and >= 0, that its rows sum to the masses, and masked entries are zero."""
     shape = losses.shape[:2]
     if attack.shape != shape:
         raise ValueError(f"attack must be {list(shape)}, got shape {list(attack.shape)}")
@@ -399,5 +386,5 @@ def _checked_attack(attack: Tensor, masses: Tensor, mask: Tensor | None, losses:
 
 
 def _first(wrong: Tensor) -> list[int]:
-    """The index of the first True, or an empty list."""
+    """The index of the first True; an empty list if there is none."""
     return wrong.nonzero()[0].tolist() if bool(wrong.any()) else []

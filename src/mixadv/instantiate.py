@@ -1,8 +1,8 @@
-"""Objects from settings with a ``_target_``.
+"""Builds objects from settings with a ``_target_``.
 
-Who names the class decides which classes there are. What the user types, or keeps in a configuration directory of
-their own, may name any class or function: `instantiate` builds it, as Hydra does. What a file names that may come from
-anywhere (the record of a mixture) is held to the classes of mixadv by `held_to_mixadv` before anything is built.
+The user's own command and configuration directory may name any class or function; `instantiate` builds it as Hydra
+does. A file from somebody else (the record of a mixture) may name classes of mixadv only: `held_to_mixadv` checks this
+before anything is built.
 """
 
 import difflib
@@ -25,25 +25,25 @@ from pydantic.errors import PydanticUserError
 from mixadv.errors import UserError
 
 TARGET = "_target_"
-# How Hydra builds, not what the class is given.
+# Hydra's special keys; they are not arguments of the class.
 SPECIAL = ("_convert_", "_recursive_", "_partial_", "_args_")
+# Types -> the words for them in messages.
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text", type(None): "null"}
 
 
 def instantiate(settings: Mapping[str, Any], key: str, kind: type | None = None) -> Any:
-    """Build what ``_target_`` names with the other settings as its arguments, and so what is nested in them.
+    """Call the class or function ``_target_`` with the other settings as arguments, as ``hydra.utils.instantiate``.
 
-    Modules of the user's own are found in the working directory too.
+    Modules are also found in the working directory.
 
     Args:
-        settings: plain, with ``_target_``; values with a ``_target_`` are built first, as ``hydra.utils.instantiate``
-            does.
-        key: what the settings are called, for messages.
-        kind: a base class, or a protocol with ``__call__``, that the object has to fit.
+        settings: plain containers with ``_target_``; nested settings with a ``_target_`` are built first.
+        key: the key of the settings on the command line, for messages.
+        kind: a base class, or a protocol with ``__call__``, that the object must match.
 
     Raises:
-        UserError: the target cannot be imported, is of another kind, or is a base class; it does not take an argument,
-            or needs another one; a value is not of the type that it is annotated with; or the class refuses it.
+        UserError: the target cannot be imported, is abstract, or does not match `kind`; an argument is unknown, missing
+            or of the wrong type; or the class refuses a value.
     """
     _check(settings, key, kind)
     try:
@@ -56,26 +56,27 @@ def instantiate(settings: Mapping[str, Any], key: str, kind: type | None = None)
 
 
 def held_to_mixadv(node: Any, where: str, key: str = "data") -> None:
-    """Look that a record, which may come from anywhere, names classes of mixadv alone, at any depth.
+    """Check that a record, which may come from anywhere, names only classes of mixadv, at any depth.
 
     Args:
         node: plain containers.
-        where: whose record it is, for messages.
-        key: what `node` is called on the command line.
+        where: the file of the record, for messages.
+        key: the key of `node` on the command line.
 
     Raises:
-        UserError: a ``_target_`` is not a class that is defined in mixadv, or a key is one with which Hydra calls
-            something in another way.
+        UserError: a ``_target_`` is not a class of mixadv, or there is one of Hydra's special keys.
     """
     if isinstance(node, Mapping):
         for name, value in node.items():
             if name == TARGET and not _is_ours(value):
                 raise UserError(
-                    f"the record of {where} names {key} of {value!r}, which is not part of mixadv: say "
+                    f"the record of {where} names {key} of {value!r}, which is not part of mixadv: give "
                     f"{key.partition('.')[0]}=... (or {key}.{TARGET}={value}) on the command line"
                 )
             if name in SPECIAL:
-                raise UserError(f"the record of {where} has {key}.{name}: a record only names a class and its settings")
+                raise UserError(
+                    f"the record of {where} has {key}.{name}: a record may give only a class and its arguments"
+                )
             held_to_mixadv(value, where, f"{key}.{name}")
     elif isinstance(node, (list, tuple)):
         for value in node:
@@ -83,7 +84,7 @@ def held_to_mixadv(node: Any, where: str, key: str = "data") -> None:
 
 
 def _is_ours(target: Any) -> bool:
-    """Whether it is ``module.Class`` of a class defined there, in mixadv; importing a module of ours does nothing."""
+    """Whether `target` is ``module.Class`` of a class defined in mixadv. Importing mixadv's modules has no effects."""
     if not isinstance(target, str) or not target.startswith("mixadv."):
         return False
     module, _, name = target.rpartition(".")
@@ -95,44 +96,49 @@ def _is_ours(target: Any) -> bool:
 
 
 def named(target: Any, key: str) -> Callable[..., Any]:
-    """The class or function at ``package.module.name``, imported; modules in the working directory are found too.
+    """Import the class or function ``package.module.name``; modules are also found in the working directory.
 
     Raises:
-        UserError: there is none, its module fails, or Hydra refuses to call it, as `os.system`.
+        UserError: it does not exist, its module cannot be imported, or Hydra refuses it, such as `os.system`.
     """
     if not isinstance(target, str) or not target:
         raise UserError(f"{key}.{TARGET}={target!r} must name a class, as package.module.Class")
     here = os.getcwd()
     if here not in sys.path and not target.startswith("mixadv."):
-        # At the end, where no file hides an installed package; for good, because functions import as well.
+        # At the end, so that no file hides an installed package. It stays there, for imports inside functions.
         sys.path.append(here)
-    # A module written a moment ago may hide behind a cached listing of its folder.
+    # Python caches the listing of a folder, and would miss a module that was written a moment ago.
     importlib.invalidate_caches()
     try:
-        # Hydra's own look-up functions do not refuse what its `instantiate` refuses.
+        # Hydra's `get_class` and `get_method` lack the blocklist of its `instantiate`.
         found = hydra.utils.instantiate({TARGET: target, "_partial_": True})
-    # A script without a main guard may end the process on import.
+    # A script without a main guard may call sys.exit on import.
     except (InstantiationException, SystemExit) as error:
-        *_, last = _causes(error)
-        missing = (last.name or "") if isinstance(last, (ModuleNotFoundError, AttributeError)) else ""
-        above, _, name = missing.rpartition(".")
-        if above in sys.modules and f"{target}.".startswith(f"{missing}."):
-            said = f"does not exist: {above} has no {name}"
-        elif isinstance(last, ModuleNotFoundError) and f"{target}.".startswith(f"{missing}."):
-            said = f"does not exist: no module {missing} in {here} or among the installed packages"
-        elif isinstance(last, InstantiationException):
-            said = f"is refused: {_first_line(last)}"
-        else:
-            said = f"cannot be imported ({type(last).__name__}: {_first_line(last)}{_place(last)})"
-        raise UserError(f"{key}.{TARGET}={target!r} {said}") from error
-    # A module may hold a function with some of its arguments given already.
+        raise UserError(f"{key}.{TARGET}={target!r} {_import_problem(target, error)}") from error
+    # The name in the module may be a partial itself; keep its arguments.
     return functools.partial(found.func, *found.args, **found.keywords) if found.args or found.keywords else found.func
 
 
-def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The arguments that can be given by name, with resolved annotations, and whether any other name is taken too.
+def _import_problem(target: str, error: BaseException) -> str:
+    """Why `target` could not be imported, for a message."""
+    *_, last = _causes(error)
+    missing = (last.name or "") if isinstance(last, (ModuleNotFoundError, AttributeError)) else ""
+    # Else the name is missing inside the module of the target, not in `target` itself.
+    if f"{target}.".startswith(f"{missing}."):
+        above, _, name = missing.rpartition(".")
+        if above in sys.modules:
+            return f"does not exist: {above} has no {name}"
+        if isinstance(last, ModuleNotFoundError):
+            return f"does not exist: no module {missing} in {os.getcwd()} or among the installed packages"
+    if isinstance(last, InstantiationException):
+        return f"is refused: {_first_line(last)}"
+    return f"cannot be imported ({type(last).__name__}: {_first_line(last)}{_place(last)})"
 
-    In a class, ``**others`` stands for the arguments of the classes that it derives from.
+
+def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The arguments that can be given by name, with resolved annotations, and whether any other name is accepted.
+
+    ``**others`` in the ``__init__`` of a class is replaced by the arguments of its base classes.
     """
     found: dict[str, inspect.Parameter] = {}
     if not isinstance(factory, type):
@@ -140,23 +146,23 @@ def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
     else:
         functions = [vars(base)["__init__"] for base in factory.__mro__ if "__init__" in vars(base)]
         if functions[0] is object.__init__ and factory.__new__ is not object.__new__:
-            # Such as datetime.timedelta: what takes the arguments has no signature, the call itself tells.
+            # Such as datetime.timedelta: `__new__` has no signature, so only the call shows what is accepted.
             return found, True
     for function in functions:
         try:
             parameters = list(inspect.signature(function).parameters.values())[int(isinstance(factory, type)) :]
         except ValueError:
-            # Written in C: the call itself tells.
+            # Written in C, without a signature.
             return found, True
         hints = _hints(function)
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                # What a base class needs, the class itself may give it.
+                # The class itself may pass the required arguments of its base classes.
                 default = parameter.default if function is functions[0] else None
                 annotation = hints.get(parameter.name, Any)
                 found.setdefault(parameter.name, parameter.replace(annotation=annotation, default=default))
         if function is object.__init__:
-            # Nobody above took all that ``**others`` holds: it goes elsewhere.
+            # No base class consumes ``**others``: the class uses it in another way, or has no such argument.
             return found, function is not functions[0]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return found, False
@@ -166,16 +172,16 @@ def arguments_of(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
 def check_arguments(
     factory: Callable[..., Any], settings: Mapping[str, Any], key: str, given_later: bool = False
 ) -> None:
-    """Hold settings to the names and annotations of what they are for.
+    """Check settings against the signature of the class or function that is called with them.
 
     Args:
-        factory: what is called with them.
-        settings: by name; ``_target_`` and Hydra's special keys are passed over.
-        key: what the settings are called, for messages.
-        given_later: whether more arguments come later (``_partial_``).
+        factory: the class or function.
+        settings: argument -> value; ``_target_`` and Hydra's special keys are ignored.
+        key: the key of the settings on the command line, for messages.
+        given_later: whether more arguments follow later (``_partial_``).
 
     Raises:
-        UserError: an argument that it does not take, or one too few; a value of another type.
+        UserError: an argument is unknown or missing, or a value is not of the annotated type.
     """
     taken, any_other = arguments_of(factory)
     name_of_factory = getattr(factory, "__name__", type(factory).__name__)
@@ -184,7 +190,7 @@ def check_arguments(
             likely = difflib.get_close_matches(name, taken, n=1)
             question = f", did you mean {key}.{likely[0]}? It" if likely else "; it"
             has = f"{name_of_factory} has no such setting{question} has {', '.join(taken) or 'none'}"
-            raise UserError(f"{key}.{name}: {has}. Where the group sets it, ~{key}.{name} takes it away")
+            raise UserError(f"{key}.{name}: {has}. If the group sets it, remove it with ~{key}.{name}")
     for name, parameter in taken.items():
         if name in settings:
             _check_value(f"{key}.{name}", settings[name], parameter.annotation)
@@ -214,18 +220,18 @@ def _is_protocol(kind: type) -> bool:
 
 
 def _called_with(thing: Any) -> list[str]:
-    """The names of the arguments with which an object, or the objects of a class, are called."""
+    """The names of the arguments of ``__call__`` of an object, or of the objects of a class."""
     if not isinstance(thing, type):
         return list(inspect.signature(thing).parameters)
-    # Every class can be called itself; `dir` leaves that out.
+    # `hasattr` would also find the `__call__` of the class itself, which makes objects.
     return list(inspect.signature(thing.__call__).parameters)[1:] if "__call__" in dir(thing) else []
 
 
 def _fits(thing: Any, kind: type) -> bool:
-    """Whether an object, or the objects of a class, are of a kind."""
+    """Whether an object, or the objects of a class, match `kind`."""
     if not _is_protocol(kind):
         return issubclass(thing, kind) if isinstance(thing, type) else isinstance(thing, kind)
-    # The names of their arguments tell an attack from an objective.
+    # Protocols such as Attack and Objective differ in the names of their arguments.
     wanted = _called_with(kind)
     return callable(thing) and _called_with(thing)[: len(wanted)] == wanted
 
@@ -234,7 +240,7 @@ def _hints(function: Any) -> dict[str, Any]:
     try:
         return get_type_hints(function)
     except (NameError, TypeError):
-        # Annotations that only a type checker resolves, or an object that has none: nothing to hold a value to.
+        # There are no annotations, or only a type checker can resolve them: values are not checked.
         return {}
 
 
@@ -255,16 +261,16 @@ def _check_value(key: str, value: Any, annotation: Any) -> None:
         return
     misfits = [_misfit(value, choice) for choice in choices]
     if all(misfits):
-        remedy = f": in quotes it is, {key}=\"'{value}'\"" if str in choices and isinstance(value, (int, float)) else ""
+        remedy = f": quote it, {key}=\"'{value}'\"" if str in choices and isinstance(value, (int, float)) else ""
         shown = "null" if value is None else value
-        # Of a path or a text, one is enough.
+        # str and Path have the same words; `dict.fromkeys` drops duplicates.
         raise UserError(f"{key}={shown} must be {' or '.join(dict.fromkeys(map(str, misfits)))}{remedy}")
 
 
 def _misfit(value: Any, annotation: Any) -> str | None:
-    """What a value would have to be, None if it is that already."""
+    """Words for the type that `value` should have; None if it has it."""
     try:
-        # As JSON, where a list is a sequence of any kind and a text a path, but true no number.
+        # Strict JSON mode accepts a list for every sequence and text for a path, but no boolean for a number.
         TypeAdapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         if get_origin(annotation) in (Sequence, list, tuple):
@@ -288,20 +294,20 @@ def _refusal(error: InstantiationException, key: str) -> UserError:
     reason = next((cause for cause in _causes(error) if not isinstance(cause, InstantiationException)), error)
     if isinstance(reason, UserError):
         return reason
-    said = _first_line(reason).replace(".__init__()", "")
+    message = _first_line(reason).replace(".__init__()", "")
     if not isinstance(reason, (ValueError, TypeError, InstantiationException)):
-        said = f"{type(reason).__name__}: {said}{_place(reason)}"
-    return UserError(f"{key}: {said}")
+        message = f"{type(reason).__name__}: {message}{_place(reason)}"
+    return UserError(f"{key}: {message}")
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()] or ["no reason given"]
-    # Hydra breaks its sentences over lines; the first says what it refuses, the next how to allow it.
+    # Hydra's messages span several lines; only the first sentence is about the target.
     return " ".join(lines).split(". ")[0] if isinstance(error, InstantiationException) else lines[0]
 
 
 def _place(error: BaseException) -> str:
-    """Where in whose file it happened."""
+    """Line and file in which the error was raised; empty inside Hydra."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,7 +1,7 @@
-"""Losses per example, all of them ascending: larger is worse for the classifier and better for the attacker.
+"""Losses per example: larger is worse for the classifier and better for the attacker.
 
 Logits are `[..., B, C]`, usually `[members, batch, classes]`; labels `y` are `[B]` and shared by the members.
-Results are `[..., B]`. Logits in half precision are raised to float32 first.
+Results are `[..., B]`. Logits in half precision are converted to float32 first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in half precision as float32, others unchanged."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _labels(logits: Tensor, y: Tensor) -> Tensor:
-    """Labels [B] -> [..., B, 1], ready to index the classes."""
+    """Labels [B] -> [..., B, 1], for `gather` along the classes."""
     if logits.ndim < 2 or y.shape != logits.shape[-2:-1]:
         raise ValueError(
             f"logits {tuple(logits.shape)} and labels {tuple(y.shape)} differ: expected [..., B, C] and [B]"
@@ -30,20 +31,20 @@ def _labels(logits: Tensor, y: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(z)_y."""
-    log_p = _at_least_float32(logits).log_softmax(-1)
+    log_p = at_least_float32(logits).log_softmax(-1)
     return -log_p.gather(-1, _labels(logits, y)).squeeze(-1)
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) = sum_c p_c (log p_c - log q_c) p and q the softmax of the logits; natural logarithm."""
-    log_p = _at_least_float32(p_logits).log_softmax(-1)
-    log_q = _at_least_float32(q_logits).log_softmax(-1)
+    """KL(p || q) = sum_c p_c (log p_c - log q_c), with p and q the softmax of the logits; natural logarithm."""
+    log_p = at_least_float32(p_logits).log_softmax(-1)
+    log_q = at_least_float32(q_logits).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """max_{j != y} z_j - z_y: positive exactly where the classifier errs."""
-    z = _at_least_float32(logits)
+    z = at_least_float32(logits)
     index = _labels(z, y)
     if z.shape[-1] < 2:
         raise ValueError("the margin needs at least 2 classes")
@@ -53,37 +54,37 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio: (max_{j != y} z_j - z_y) / (z_(1) - z_(3) + 1e-12), z_(i) the i-th largest.
 
-    Invariant to shifting and scaling the logits (Croce & Hein, ICML 2020, equation 6). Needs 3 classes:
-    ValueError with fewer.
+    Invariant to shifting and scaling the logits (Croce & Hein, ICML 2020, equation 6). ValueError with fewer than 3
+    classes.
     """
     if logits.shape[-1] < 3:
         raise ValueError(f"DLR needs at least 3 classes, got {logits.shape[-1]}: use the margin instead")
-    top = _at_least_float32(logits).topk(3, dim=-1).values
+    top = at_least_float32(logits).topk(3, dim=-1).values
     return margin(logits, y) / (top[..., 0] - top[..., 2] + 1e-12)
 
 
 def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """z_t - z_y for the classes t of `target` [B]: positive only where t beats y."""
-    z = _at_least_float32(logits)
+    z = at_least_float32(logits)
     return (z.gather(-1, _labels(z, target)) - z.gather(-1, _labels(z, y))).squeeze(-1)
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Targeted DLR: (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), t the classes of `target` [B].
 
-    Invariant to shifting and scaling the logits (Croce & Hein, ICML 2020, section 4). Needs 4 classes: ValueError
-    with fewer.
+    Invariant to shifting and scaling the logits (Croce & Hein, ICML 2020, section 4). ValueError with fewer than 4
+    classes.
     """
     if logits.shape[-1] < 4:
         raise ValueError(
             f"targeted DLR needs at least 4 classes, got {logits.shape[-1]}: use the targeted margin instead"
         )
-    top = _at_least_float32(logits).topk(4, dim=-1).values
+    top = at_least_float32(logits).topk(4, dim=-1).values
     return margin_targeted(logits, y, target) / (top[..., 0] - (top[..., 2] + top[..., 3]) / 2 + 1e-12)
 
 
 def zero_one(logits: Tensor, y: Tensor) -> Tensor:
-    """1 where the largest logit is not that of y, else 0, in float32 (of equal logits, argmax decides)."""
+    """1 if the largest logit is not that of y, else 0, in float32 (argmax decides between equal logits)."""
     return (logits.argmax(-1) != _labels(logits, y).squeeze(-1)).float()
 
 
@@ -100,11 +101,13 @@ TARGETED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class RobustLoss(ABC):
-    """A pair of losses for adversarial training: the attacker climbs `inner`, the member descends `outer`.
+    """A pair of losses for adversarial training: the attacker maximises `inner`, the member minimises `outer`.
 
     Both take logits at the attacked input, logits at the clean input (None unless `needs_clean`) and labels,
-    and return one number per example. `needs_clean` tells the caller to compute clean logits; `start` is
-    where the inner attack begins ("uniform" in the ball, or "gaussian": a little noise around x).
+    and return one number per example.
+
+    needs_clean: whether the caller must compute the clean logits.
+    start: where the inner attack begins, "uniform" in the ball or "gaussian" (a little noise around x).
     """
 
     needs_clean: ClassVar[bool]
@@ -112,18 +115,16 @@ class RobustLoss(ABC):
 
     @abstractmethod
     def inner(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """What the attacker climbs, [..., B]. Clean logits are constants here: pass them detached."""
+        """The loss that the attacker maximises, [..., B]. Clean logits are constants here: pass them detached."""
 
     @abstractmethod
     def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
-        """What the member descends, [..., B]. Clean logits carry their gradient."""
+        """The loss that the member minimises, [..., B]. Clean logits carry their gradient."""
 
 
 @dataclass(frozen=True)
 class AT(RobustLoss):
-    """Adversarial training (Madry et al., ICLR 2018): cross-entropy at the attacked input, inside and
-    outside.
-    """
+    """Adversarial training (Madry et al., ICLR 2018): both losses are the cross-entropy at the attacked input."""
 
     needs_clean: ClassVar[bool] = False
     start: ClassVar[str] = "uniform"
@@ -139,9 +140,9 @@ class AT(RobustLoss):
 class TRADES(RobustLoss):
     """TRADES (Zhang et al., ICML 2019, equation 5).
 
-    inner: KL(p(x) || p(x')). outer: CE(f(x), y) + beta KL(p(x) || p(x')), with the gradient through both
-    arguments of the divergence. At x' = x the inner loss is 0 and its gradient is rounding noise, hence the
-    Gaussian start. ValueError for a negative beta, or where clean logits are missing.
+    inner: KL(p(x) || p(x')). outer: CE(f(x), y) + beta KL(p(x) || p(x')), with the gradient through both arguments of
+    the divergence. At x' = x the inner loss is 0 and its gradient is rounding noise, so the attack starts from
+    Gaussian noise around x. ValueError for a negative beta, or if clean logits are missing.
     """
 
     beta: float = 6.0
@@ -163,9 +164,9 @@ class TRADES(RobustLoss):
 
 @dataclass(frozen=True)
 class ZeroOne(RobustLoss):
-    """The loss that is reported: 1 where the member errs at the attacked input, else 0.
+    """The reported loss: `outer` is 1 if the member errs at the attacked input, else 0.
 
-    The attacker climbs the cross-entropy in its place; `outer` has no gradient, so nothing can be trained on it.
+    The attacker maximises the cross-entropy instead. `outer` has no gradient, so no member can be trained on it.
     """
 
     needs_clean: ClassVar[bool] = False
@@ -180,5 +181,5 @@ class ZeroOne(RobustLoss):
 
 def _required(clean_logits: Tensor | None) -> Tensor:
     if clean_logits is None:
-        raise ValueError("TRADES compares with the clean input: pass the clean logits")
+        raise ValueError("TRADES needs the logits at the clean input: pass the clean logits")
     return clean_logits

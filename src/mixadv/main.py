@@ -1,7 +1,7 @@
-"""The command line: composes the configuration, checks it, runs one task or a sweep of them.
+"""The command line: composes the configuration, checks it, and runs one task or a sweep of tasks.
 
-Refusals are one message on standard error without a traceback; a defect of ours keeps its traceback. Nothing
-heavy is imported before the checks have passed.
+A user's error prints one message on standard error without a traceback; a defect of mixadv keeps its traceback.
+Neither torch nor Lightning is imported before the checks have passed.
 """
 
 import errno
@@ -31,73 +31,75 @@ if TYPE_CHECKING:
     from mixadv.runs.sweep import Sweep
     from mixadv.tasks import Ended
 
-# A disk, or somebody's share of it.
+# The disk is full, or the user's quota is.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# The shell's own code for a program ended by Ctrl-C.
+# Exit code by which shells report a program that Ctrl-C ended.
 INTERRUPTED = 130
 
-# All that is taken from .env: a folder may come with one, and other names choose the code that this program, or one
-# that it starts, would run, or where the keys of the shell are sent.
+# The only names that are read from .env. A folder from somebody else may contain a .env, and other variables could
+# choose which code runs or where the user's keys are sent.
 FROM_DOTENV = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "DATA_DIR")
 
+# Keys whose value is one path.
 PATH_KEYS = ("mixture", "runs", "data.root")
 
-# What --version tells of: its short name -> the distribution.
+# The packages that --version lists: short name -> distribution.
 VERSIONS = {"hydra": "hydra-core", "lightning": "pytorch-lightning", "torch": "torch"}
 
-# What raises where the processes of jobs end, and not the jobs themselves.
+# Modules whose exceptions come from a launcher, not from a job.
 LAUNCHERS = ("joblib.", "submitit.")
 
 
 def _refuse(message: str) -> None:
     sys.stdout.flush()
-    # Names and reasons may come from files of others, and are not to give orders to the terminal.
+    # Names and reasons may come from files of other people: no control characters may reach the terminal.
     shown = printable(message, keep="\n")
     print(f"mixadv: {shown}", file=sys.stderr, flush=True)
 
 
 def _quoted(argument: str) -> str:
-    """Quote a path that exists: run directories are called `eps=8-255,L=3`, which Hydra's grammar would take apart."""
+    """Quote existing paths: run directories have names like `eps=8-255,L=3`, which Hydra's grammar would split."""
     key, _, value = argument.partition("=")
-    if set(value) & set("'\""):
-        # Whoever quotes any of it quotes all that needs it.
+    if "'" in value or '"' in value:
+        # The user has quoted already.
         return argument
-    if key in PATH_KEYS and _needs_quotes(value) and Path(value).exists():
-        return f"{key}='{value}'"
+    if key in PATH_KEYS and Path(value).exists():
+        return f"{key}={_quote(value)}"
     if key == "members" and value.startswith("[") and value.endswith("]"):
-        # A sweep has several lists.
-        lists = (",".join(_quoted_members(text)) for text in value[1:-1].split("],["))
+        # A sweep gives several lists: [A,B],[C].
+        lists = (",".join(map(_quote, _split_members(text))) for text in value[1:-1].split("],["))
         return "members=" + ",".join(f"[{text}]" for text in lists)
     return argument
 
 
-def _needs_quotes(value: str) -> bool:
-    return bool(set(value) & set("=,()[]{}: "))
+def _quote(word: str) -> str:
+    return f"'{word}'" if set(word) & set("=,()[]{}: ") else word
 
 
-def _quoted_members(text: str) -> Iterator[str]:
-    """The parts of `text` between commas; as many of them together as make up a path that exists."""
+def _split_members(text: str) -> Iterator[str]:
+    """Split at commas, except inside the longest path that exists."""
     parts = text.split(",")
     while parts:
         count = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n]).strip()).exists()), 1)
-        member = ",".join(parts[:count]).strip()
-        parts = parts[count:]
-        yield f"'{member}'" if _needs_quotes(member) else member
+        yield ",".join(parts[:count]).strip()
+        del parts[:count]
 
 
 def _job(cfg: DictConfig) -> float:
-    """One task in its run directory; Hydra calls this once for a run, many times for a sweep.
+    """Run one task in its run directory; Hydra calls this once for a run, and once for each job of a sweep.
 
-    A job of a sweep leaves its outcome; it raises only for sweepers that search: Hydra's own would end the sweep.
+    A job of a sweep records its outcome. If it fails, it raises only under an optimising sweeper; Hydra's basic
+    sweeper would stop the whole sweep.
 
     Returns:
-        The robust accuracy in [0, 1], for Hydra's sweepers; nan where the job failed or measures none.
+        The number that ``optimized_metric`` names, in [0, 1], for Hydra's sweepers; nan if the job failed or does not
+        measure it.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mixadv.console import SAID, end_log
+    from mixadv.console import TRANSCRIPT, end_log
 
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
@@ -107,10 +109,10 @@ def _job(cfg: DictConfig) -> float:
             return _job_of_sweep(cfg, run_dir, overrides, hydra_cfg.job.num)
         return _single_run(cfg, run_dir, overrides, hydra_cfg.runtime.choices.get("launch"))
     except KeyboardInterrupt:
-        SAID.warning("interrupted")
+        TRANSCRIPT.warning("interrupted")
         raise
     except Stopped as stop:
-        SAID.warning("stopped by %s", stop)
+        TRANSCRIPT.warning("stopped by %s", stop)
         raise
     finally:
         end_log()
@@ -142,7 +144,7 @@ def _run(cfg: DictConfig, run_dir: Path, overrides: list[str], sweep: str | None
         if error.errno not in FULL:
             raise
         raise UserError(
-            f"the disk of {run_dir} is full: free some space, and the same command goes on with what it has; or choose "
+            f"the disk of {run_dir} is full: free some space, then the same command continues the run; or choose "
             "another place with hydra.run.dir=DIR"
         ) from error
 
@@ -157,7 +159,7 @@ def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str], number: 
         ended = _run(cfg, run_dir, overrides, sweep=run_dir.parent.name)
         outcome, score = Outcome(name, DONE if ended.worked else BEFORE), ended.metric
     except Held as error:
-        _refuse(f"{name}: passed over, {error}")
+        _refuse(f"{name}: skipped: {error}")
         outcome = Outcome(name, ELSEWHERE, error.who)
     except Exception as error:
         if isinstance(error, UserError):
@@ -171,24 +173,24 @@ def _job_of_sweep(cfg: DictConfig, run_dir: Path, overrides: list[str], number: 
     if Sweep.of_job is not None:
         Sweep.of_job.leave(number, outcome)
         if Sweep.of_job.searches and outcome.state in (FAILED, ELSEWHERE):
-            # Sweepers that search know what to do about a job that raised; nan ends some of them (Optuna's).
+            # Optimising sweepers handle a job that raises; some of them (Optuna's) end the search at nan.
             raise UserError(f"{name}: {outcome.reason}")
     return score
 
 
 def _log_failure(run_dir: Path, error: Exception) -> None:
-    """Keep the reason in the log: of a refusal where the run has begun one, of a defect anyhow, with its traceback."""
-    from mixadv.console import SAID, begin_log
+    """Log the reason. A defect is logged with its traceback, and creates the log if the run has not."""
+    from mixadv.console import TRANSCRIPT, begin_log
 
     if isinstance(error, UserError):
-        SAID.error("%s", error)
+        TRANSCRIPT.error("%s", error)
         return
-    SAID.error("a defect of mixadv", exc_info=error)
+    TRANSCRIPT.error("a defect of mixadv", exc_info=error)
     begin_log(run_dir)
 
 
 def _remove_if_empty(run_dir: Path) -> None:
-    """Hydra makes the directory before anything is checked."""
+    """Remove the run directory if it is empty: Hydra creates it before anything is checked."""
     if run_dir.is_dir() and run_dir != Path.cwd() and not any(run_dir.iterdir()):
         run_dir.rmdir()
 
@@ -199,7 +201,7 @@ def _exit_with(message: str) -> NoReturn:
 
 
 def _take_dotenv(path: Path) -> None:
-    """Set what `path` says of `FROM_DOTENV`; a line left blank means unset, and the shell goes first."""
+    """Set the variables of `FROM_DOTENV` that `path` gives; blank ones are skipped, and the shell's values win."""
     from dotenv import dotenv_values
 
     try:
@@ -217,7 +219,7 @@ def main() -> None:
         print(_versions())
         return
     _take_dotenv(Path.cwd() / ".env")
-    # Exceptions reach this function whole, instead of Hydra's shortened print-out.
+    # Let exceptions reach this function; else Hydra prints a shortened traceback and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     config.register()
     sys.argv[1:] = map(_quoted, sys.argv[1:])
@@ -227,8 +229,7 @@ def main() -> None:
 
     from mixadv.runs.sweep import Sweep
 
-    flags = {flag: action.nargs != 0 for action in get_args_parser()._actions for flag in action.option_strings}
-    if message := misplaced_word(sys.argv[1:], flags, config.TASKS):
+    if message := misplaced_word(sys.argv[1:], get_args_parser(), config.TASKS):
         _exit_with(message)
     Sweep.current = None
     try:
@@ -246,7 +247,7 @@ def _versions() -> str:
 
 
 def _refusing(application: Callable[[], Any]) -> None:
-    """Run Hydra's application; what the user has to fix ends in one message and exit code 1."""
+    """Run Hydra's application; an error that the user can fix ends in one message and exit code 1."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -258,7 +259,7 @@ def _refusing(application: Callable[[], Any]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         _exit_with(composition_message(error))
     except YAMLError as error:
-        # It spreads the file and the line over several lines.
+        # The error spreads file and line over several lines of text.
         _exit_with(f"a configuration file cannot be read: {' '.join(str(error).split())}")
     except OSError as error:
         if error.filename is None:
@@ -268,24 +269,27 @@ def _refusing(application: Callable[[], Any]) -> None:
             "Choose a writable place with hydra.run.dir=DIR (a sweep: hydra.sweep.dir=DIR)"
         )
     except ValueError as error:
-        # Hydra's own, for GROUP=null or GROUP=3.
-        if not str(error).startswith("Config group override must be"):
-            raise
-        _exit_with("a group takes a name: write GROUP=CHOICE, as loss=at; --help lists the groups")
+        # Hydra raises these for GROUP=null or GROUP=3, and for -m --cfg.
+        if str(error).startswith("Config group override must be"):
+            _exit_with("a group takes a name: write GROUP=CHOICE, as loss=at; --help lists the groups")
+        if str(error).startswith("Only one of --run"):
+            _exit_with(str(error))
+        raise
     except KeyboardInterrupt:
-        _refuse("interrupted; the same command goes on with what it has")
+        _refuse("interrupted; the same command continues the run")
         sys.exit(INTERRUPTED)
     except Stopped as stop:
         if is_helper():
-            # The process that started this one stops as well, and says so. A failure of ours would kill it first.
+            # The process that started this one stops too and prints the message. A non-zero exit code here would make
+            # Lightning kill that process before it has saved.
             sys.exit(0)
-        _refuse(f"stopped by {stop}; the same command goes on with what it has")
+        _refuse(f"stopped by {stop}; the same command continues the run")
         sys.exit(stop.exit_code)
     except Exception as error:
-        # A process that was killed, or a job that the cluster has cancelled: what became of the others is still told.
+        # A killed process or a job that the cluster cancelled: the summary of the other jobs is still printed.
         if not type(error).__module__.startswith(LAUNCHERS) and not _lacks_slurm():
             raise
-        _refuse(f"the launcher gave up, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        _refuse(f"the launcher failed, {type(error).__name__}: {str(error).strip().splitlines()[0]}")
 
 
 def _lacks_slurm() -> bool:
@@ -296,7 +300,7 @@ def _lacks_slurm() -> bool:
 
 
 def _conclude(sweep: "Sweep") -> None:
-    """Say what became of the jobs; exit code 1 if not all of them are done or in somebody's hands."""
+    """Print the outcome of all jobs; exit with code 1 unless each is done or being run by another process."""
     from mixadv.runs.sweep import complaint, summary
 
     assert sweep.directory is not None

@@ -1,4 +1,4 @@
-"""The adversarial examples game played by a mixture on images: the best response is an attack."""
+"""The adversarial examples game of a mixture on images: the best response is an attack."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from mixadv.threat_model import ThreatModel
 
 
 class AttackedBatch(NamedTuple):
-    """Images x [R, C, H, W] attacked earlier, the points x_adv found then, and labels y [R]."""
+    """Images x [R, C, H, W] of an earlier attack, its points x_adv, and labels y [R]."""
 
     x: Tensor
     x_adv: Tensor
@@ -25,28 +25,28 @@ class AttackedBatch(NamedTuple):
 class MixtureGame:
     """Weights against an attacker, on one set of images, members fixed (the inner game of Algorithm 2).
 
-    The classifier chooses `lam` in the simplex, the attacker one x'_i in the ball of every example; the payoff is
-    ``(1/N) sum_i sum_k lam_k l_k(x'_i, y_i)`` with l_k the outer loss of member k, members in evaluation mode.
+    The mixture chooses `lam` in the simplex, the attacker one x'_i in the ball of every example; the payoff is
+    ``(1/N) sum_i sum_k lam_k l_k(x'_i, y_i)`` with l_k the outer loss of member k, members in eval mode.
 
-    Every point that the attacker plays stays known for the life of the game, and x itself is known from the start, so
-    later responses are never weaker. What is certain and what is an estimate: the points are real, so the value of the
-    finite game `known()` is a lower bound of the value V on these images, for certain. The best response is only as
-    good as the attacks, so the value of given weights is a lower estimate of their risk R(lam): no upper bound.
+    The game keeps every point that the attacker has played, and begins with x itself, so later responses are never
+    weaker. The points are real, so the value of the finite game `known()` is a certain lower bound of the value V on
+    these images. The best response is only as good as the attacks, so the value of given weights is a lower estimate of
+    their risk R(lam), and no upper bound.
 
     Args:
-        mixture: the members; its weights are left as they are.
+        mixture: the members; its weights do not change.
         x: images [B, C, H, W]; y: labels [B].
         threat_model: the ball.
-        attacks: the approximate best-response oracle: each of them makes one move in every response.
-        loss: the robust loss whose outer part is the payoff.
+        attacks: the approximate best-response oracle: every response runs all of them.
+        loss: the robust loss; its outer part is the payoff.
         generator: source of the attacks' random starts and of `pool`'s uniform points, on x's device.
         batch_size: images per call of an attack or a member; None takes all at once.
-        recent: batches attacked earlier, B' examples more: their payoffs are those of the members as they are now, at
-            x and at x_adv. They are not attacked again.
+        recent: batches that were attacked earlier, B' further examples. Their payoffs are the losses of the current
+            members at x and at x_adv; they are not attacked again.
         on_attack: called with the number of images after each attacked batch.
 
     Raises:
-        RuntimeError: in a response, an attack left ball or box: its points would prove nothing.
+        RuntimeError: in a response, if an attack left ball or box: its points would prove nothing.
     """
 
     exact = False
@@ -66,6 +66,7 @@ class MixtureGame:
         on_attack: Callable[[int], None] | None = None,
     ) -> None:
         self.mixture, self.x, self.y = mixture, x, y
+        self.num_members = mixture.num_members
         self.threat_model, self.attacks, self.loss = threat_model, tuple(attacks), loss
         self.generator, self.on_attack = generator, on_attack
         self._batch_size = batch_size or max(1, len(x))
@@ -73,34 +74,29 @@ class MixtureGame:
         self._moves: list[Tensor] = [self.member_losses(x).T.cpu()]
         self._recent = [self._payoffs_of(batch) for batch in recent]
 
-    @property
-    def num_members(self) -> int:
-        """L."""
-        return self.mixture.num_members
-
     def member_losses(self, x_adv: Tensor) -> Tensor:
         """Losses l_k(x', y) of every member at `x_adv` [B, ...] -> float64 [L, B]."""
-        with self._judging(), torch.no_grad():
+        with self._attack_mode(), torch.no_grad():
             if self.loss.needs_clean and self._clean_logits is None:
                 self._clean_logits = self._logits(self.x)
             return self.loss.outer(self._logits(x_adv), self._clean_logits, self.y).double()
 
-    def _judging(self) -> AbstractContextManager[None]:
-        # Answers that are right or wrong are recorded; losses that are minimised may be fast.
+    def _attack_mode(self) -> AbstractContextManager[None]:
+        # 0/1 losses are reported, so they need the reference precision; losses for training may use the fast one.
         return self.mixture.attack_mode(plain=isinstance(self.loss, ZeroOne))
 
     def _logits(self, x: Tensor) -> Tensor:
         return torch.cat([self.mixture.member_logits(part) for part in x.split(self._batch_size)], dim=1)
 
     def _payoffs_of(self, batch: AttackedBatch) -> Tensor:
-        """[R, 2, L], at x and at x_adv."""
-        with self._judging(), torch.no_grad():
+        """The losses of all members at x and at x_adv, [R, 2, L]."""
+        with self._attack_mode(), torch.no_grad():
             clean, attacked = self._logits(batch.x), self._logits(batch.x_adv)
             losses = [self.loss.outer(logits, clean, batch.y).double() for logits in (clean, attacked)]
         return torch.stack(losses, dim=2).permute(1, 2, 0).cpu()
 
     def respond(self, lam: Tensor) -> list[Tensor]:
-        """Attack the mixture with weights `lam` [L]; the perturbed images [B, ...] of each attack."""
+        """Attack the mixture with weights `lam` [L]; returns the perturbed images [B, ...] of each attack."""
         with self.mixture.using_weights(lam):
             return [self._attacked(attack, self.mixture) for attack in self.attacks]
 
@@ -118,7 +114,7 @@ class MixtureGame:
         self._moves += [self.member_losses(point).T.cpu() for point in points]
 
     def known(self) -> FiniteGame:
-        """The finite game on x and all points that the attacker has played so far: [B + B', m, L]."""
+        """The finite game on x and all points that the attacker has played so far, losses [B + B', m, L]."""
         here = torch.stack(self._moves, dim=1)
         if not self._recent:
             return FiniteGame(here)
@@ -132,10 +128,10 @@ class MixtureGame:
         return FiniteGame(losses, mask)
 
     def best_response(self, lam: Tensor) -> BestResponse:
-        """Approximate best response to `lam`: for each example the worst of the attacks' points and all before."""
+        """Approximate best response to `lam`: for each example the worst point of these attacks and all before."""
         self._play(self.respond(lam))
         response = self.known().best_response(lam.cpu().double())
-        # Points, not a fixed list of perturbations: their numbers mean nothing outside.
+        # No `choice`: the indices refer to points found so far and mean nothing to callers.
         return BestResponse(response.gradient, response.value, response.max_loss, choice=None)
 
     def pool(
@@ -145,18 +141,17 @@ class MixtureGame:
         include_attack_points: bool,
         generator: torch.Generator | None = None,
     ) -> FiniteGame:
-        """`known()` after the attacker has sampled moves.
+        """`known()` after the attacker has played `num_samples` uniform points of the ball.
 
-        The moves are `num_samples` uniform points of the ball and, with `include_attack_points`, the responses to
-        `lam` and to every pure member: without the latter the weights could run to a vertex whose attacks the pool
-        has never seen.
+        With `include_attack_points` it also plays its responses to `lam` and to every member alone. Without them a
+        solver could put all weight on one member although the pool has no attack on it.
         """
         generator = generator if generator is not None else self.generator
         self._play([self.threat_model.sample(self.x, generator) for _ in range(num_samples)])
         if include_attack_points:
             self._play(self.respond(lam))
             for member in self.mixture.members:
-                # A member alone costs one network, a mixture with all its weight on it L.
+                # Attacking one member costs one network; a mixture with all weight on it would cost L.
                 single = Mixture([member])
                 self._play([self._attacked(attack, single) for attack in self.attacks])
         return self.known()

@@ -1,8 +1,8 @@
 """Members of a mixture: image classifiers that take images in [0, 1] and return logits.
 
-Every factory has the signature `(num_classes, image_shape=(C, H, W), mean=None, std=None, **own)`; it returns
-`nn.Sequential(normalize, net)`, so that `eps` is always meant in the units of the images, whatever the
-network wants to see. Mean and standard deviation are buffers, and travel with the weights.
+Every factory has the signature `(num_classes, image_shape=(C, H, W), mean=None, std=None, **own)`. It returns
+`nn.Sequential(normalize, net)`: the images are normalised inside the member, so that `eps` is always in the units of
+the images. Mean and standard deviation are buffers, so a state dict holds them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-# A layer is no wider: so that the number of its parameters can be counted.
+# Upper bound on every size in a model, so that the number of its parameters fits into 64 bits.
 LARGEST = 2**24
 
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel, x `[B, C, H, W]`.
 
-    ValueError for anything but finite numbers, for different lengths, or std <= 0.
+    ValueError unless both are lists of finite numbers of one length, and std > 0.
     """
 
     mean: Tensor
@@ -89,7 +89,7 @@ def _initialise(net: nn.Module) -> None:
 class _ResNet18(nn.Module):
     """torchvision's basic blocks behind a stem for small images: 3x3 convolution, stride 1, no max pooling.
 
-    Parameter names are torchvision's, so its checkpoints of this shape load.
+    Parameter names are torchvision's, so state dicts of such networks load.
     """
 
     def __init__(self, channels: int, num_classes: int, width: int) -> None:
@@ -120,9 +120,7 @@ class _ResNet18(nn.Module):
 
 
 class _PreActBlock(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))); a 1x1 convolution of relu(bn(x)) replaces x where the shape
-    changes.
-    """
+    """x + conv(relu(bn(conv(relu(bn(x)))))); if the shape changes, a 1x1 convolution of relu(bn(x)) replaces x."""
 
     SHORTCUT = "shortcut"
 
@@ -143,7 +141,7 @@ class _PreActBlock(nn.Module):
 
 
 class _PreActResNet(nn.Module):
-    """Pre-activation residual network (He et al., ECCV 2016), with the final normalisation it needs."""
+    """Pre-activation residual network (He et al., ECCV 2016), with batch norm before the linear layer."""
 
     def __init__(self, channels: int, num_classes: int, width: int, stages: int, blocks: int, stem_stride: int) -> None:
         super().__init__()
@@ -166,13 +164,13 @@ class _PreActResNet(nn.Module):
 
 
 class _WideBlock(_PreActBlock):
-    """A pre-activation block whose shortcut has the name under which published checkpoints keep it."""
+    """A pre-activation block whose shortcut is called as in published checkpoints."""
 
     SHORTCUT = "convShortcut"
 
 
 def _wide_group(inputs: int, planes: int, blocks: int, stride: int) -> nn.Module:
-    """Blocks of one number of channels, the first with the stride; published checkpoints call them `layer`."""
+    """Blocks with `planes` channels, the first with the stride; published checkpoints call them `layer`."""
     rest = [_WideBlock(planes, planes, 1) for _ in range(blocks - 1)]
     return nn.Sequential(OrderedDict(layer=nn.Sequential(_WideBlock(inputs, planes, stride), *rest)))
 
@@ -215,8 +213,10 @@ def preact_resnet18(
     std: Sequence[float] | None = None,
     width: int = 64,
 ) -> nn.Module:
-    """Pre-activation ResNet-18 for small images, as in Rice et al., ICML 2020 (final batch norm included);
-    11,172,170 parameters for 10 classes."""
+    """Pre-activation ResNet-18 for small images, as in Rice et al., ICML 2020 (with the final batch norm).
+
+    It has 11,172,170 parameters for 10 classes.
+    """
     channels, _, _ = _checked(num_classes, image_shape, width)
     return _member(_PreActResNet(channels, num_classes, width, 4, 2, 1), channels, mean, std)
 
@@ -228,8 +228,10 @@ def preact_resnet20(
     std: Sequence[float] | None = None,
     width: int = 16,
 ) -> nn.Module:
-    """The 20-layer pre-activation residual network of He et al. (ECCV 2016) for CIFAR; 272,282 parameters for 10
-    classes, about 41 million multiply-adds on 32x32 images."""
+    """The 20-layer pre-activation residual network of He et al. (ECCV 2016) for CIFAR.
+
+    It has 272,282 parameters for 10 classes, and about 41 million multiply-adds on 32x32 images.
+    """
     channels, _, _ = _checked(num_classes, image_shape, width)
     return _member(_PreActResNet(channels, num_classes, width, 3, 3, 1), channels, mean, std)
 
@@ -241,8 +243,10 @@ def small_resnet(
     std: Sequence[float] | None = None,
     width: int = 16,
 ) -> nn.Module:
-    """A residual network for a CPU: stem of stride 2, three pre-activation blocks of `width`, 2 and 4 times
-    `width` channels; about 3 million multiply-adds on 32x32 images."""
+    """A residual network for CPUs, with about 3 million multiply-adds on 32x32 images.
+
+    A stem of stride 2, then three pre-activation blocks of `width`, 2 `width` and 4 `width` channels.
+    """
     channels, _, _ = _checked(num_classes, image_shape, width)
     return _member(_PreActResNet(channels, num_classes, width, 3, 1, 2), channels, mean, std)
 
@@ -255,8 +259,10 @@ def small_cnn(
     width: int = 16,
     hidden: int = 128,
 ) -> nn.Module:
-    """Three 3x3 convolutions (the last two of stride 2) and one hidden layer; no batch norm. Works from 8x8x1
-    on; about 3 million multiply-adds on 32x32 images."""
+    """Three 3x3 convolutions (the last two of stride 2) and one hidden layer, without batch norm.
+
+    For images from 8x8 up; about 3 million multiply-adds on 32x32 images.
+    """
     channels, height, width_of_image = _checked(num_classes, image_shape, width)
     _check_whole("hidden", hidden)
     features = 4 * width * math.ceil(height / 4) * math.ceil(width_of_image / 4)
@@ -283,9 +289,11 @@ def wide_resnet(
     depth: int = 28,
     widen_factor: int = 10,
 ) -> nn.Module:
-    """Wide residual network WRN-`depth`-`widen_factor` (Zagoruyko & Komodakis, BMVC 2016), pre-activation, without
-    dropout; WRN-28-10 has 36,479,194 parameters for 10 classes. Parameter names are those of the networks that TRADES
-    and RobustBench publish, so their checkpoints load. ValueError unless depth is 6 n + 4 for n >= 1 blocks a group."""
+    """Wide residual network WRN-`depth`-`widen_factor` (Zagoruyko & Komodakis, BMVC 2016), without dropout.
+
+    WRN-28-10 has 36,479,194 parameters for 10 classes. Parameter names are those of the networks that TRADES and
+    RobustBench publish, so their checkpoints load. ValueError unless depth is 6 n + 4, for n >= 1 blocks per group.
+    """
     channels, _, _ = _checked(num_classes, image_shape, 1)
     _check_whole("depth", depth, 10)
     _check_whole("widen_factor", widen_factor)
@@ -301,8 +309,7 @@ def mlp(
     std: Sequence[float] | None = None,
     hidden: Sequence[int] = (256, 256),
 ) -> nn.Module:
-    """Fully connected: flatten(x), then for every number of units in `hidden` a linear layer and ReLU, then the logits;
-    `hidden` may be empty."""
+    """Fully connected layers with ReLU between them, on flatten(x); `hidden` lists their units and may be empty."""
     shape = _checked(num_classes, image_shape, 1)
     if isinstance(hidden, str) or not isinstance(hidden, Sequence):
         raise ValueError(f"hidden is {hidden!r}: it must be a list of whole numbers, one for each hidden layer")
@@ -339,17 +346,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_member(name: str, **kwargs: object) -> nn.Module:
-    """The member of that name, built with the factory's own arguments.
+    """A new member: the factory `MODELS[name]` called with `kwargs`.
 
-    Its convolutions keep their weights in the channels_last layout, whose kernels are faster on CPUs and GPUs
-    (docs/performance.md); images may come in any layout.
+    Weights of convolutions have the channels_last layout, whose kernels are faster on CPUs and GPUs
+    (docs/performance.md); images may have any layout.
 
     Returns:
-        A module whose attribute ``recipe``, a plain dict, holds the name and the arguments, as
-        ``build_member(**recipe)`` takes them: checkpoints of a training tell by it how to build the members again.
+        A module with the attribute ``recipe``, a plain dict of the name and the arguments. ``build_member(**recipe)``
+        builds the member again; checkpoints record it.
 
     Raises:
-        ValueError: an unknown name or argument (the message lists those there are), or a value out of its range.
+        ValueError: an unknown name or argument (the message lists the known ones), or a value out of its range.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
@@ -363,7 +370,7 @@ def build_member(name: str, **kwargs: object) -> nn.Module:
 
 
 def _plain(value: object) -> object:
-    """Numbers as Python's own and sequences as lists, for files that hold nothing else."""
+    """The value with Python's own numbers and lists, the only types that recipe files may hold."""
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, Integral):

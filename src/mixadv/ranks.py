@@ -1,4 +1,4 @@
-"""Several processes that train or measure one mixture together: who does what, and how the parts come together."""
+"""Several processes (ranks) that train or measure one mixture: how work is divided and results are combined."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,14 @@ from mixadv.signals import Signals, Stopped
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among `size`. Methods that bring parts together are collective: all call them, in step.
+    """The rank of this process among `size` processes.
+
+    `gather`, `average_`, `largest`, `stop_together`, `take_from_first_` and `gather_objects` are collective: every
+    process must call them, in the same order.
 
     Args:
-        rank: 0, ..., size - 1. size: number of processes.
+        rank: 0, ..., size - 1.
+        size: number of processes.
     """
 
     rank: int = 0
@@ -24,21 +28,21 @@ class Ranks:
 
     @classmethod
     def here(cls) -> "Ranks":
-        """Those of the process group that torch.distributed has set up; one process without it."""
+        """The ranks of torch.distributed's process group; a single process if there is none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     def rows(self, count: int) -> slice:
-        """This process's share of `count` examples: consecutive, sizes differ by one at most."""
+        """The consecutive examples, of `count`, that this process handles; shares differ by at most one example."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def serves(self, number: int) -> bool:
-        """Whether batch `number` is this process's."""
+        """Whether this process handles batch `number`."""
         return number % self.size == self.rank
 
     def gather(self, share: Tensor, count: int) -> Tensor:
-        """All shares of `count` examples in their order: [rows, ...] of each -> [count, ...] on all."""
+        """Join the shares of all processes in order: [rows, ...] from each -> [count, ...] on all."""
         if self.size == 1:
             return share
         largest = -(-count // self.size)
@@ -50,7 +54,7 @@ class Ranks:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Put the mean over processes in the place of every tensor, with one message for all of them."""
+        """Replace every tensor by its mean over processes, with one all-reduce for all tensors."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
@@ -60,7 +64,7 @@ class Ranks:
             tensor.detach().copy_(part.view_as(tensor))
 
     def largest(self, number: int, device: torch.device | str = "cpu") -> int:
-        """The largest of all processes' numbers."""
+        """The largest `number` of all processes."""
         if self.size == 1:
             return number
         found = torch.tensor(number, device=device)
@@ -68,22 +72,22 @@ class Ranks:
         return int(found)
 
     def stop_together(self, device: torch.device | str = "cpu") -> None:
-        """Stop everybody if a signal has come to anybody.
+        """Stop all processes if any of them received a signal.
 
         Raises:
-            Stopped: it has.
+            Stopped: one of them received a signal.
         """
         received = Signals.active.received if Signals.active is not None else None
         if wanted := self.largest(received or 0, device):
             raise Stopped(wanted)
 
     def take_from_first_(self, tensor: Tensor) -> None:
-        """Put process 0's values in the place of everybody's."""
+        """Replace the values of `tensor` by those of rank 0."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
 
     def gather_objects(self, thing: Any) -> list[Any]:
-        """Everybody's `thing`, by rank; our own processes' objects, pickled."""
+        """The `thing` of every process, by rank. Pickled, so only between processes of one run."""
         if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size

@@ -1,4 +1,4 @@
-"""Text that came from elsewhere, fit to be shown and kept."""
+"""Makes text from outside (files, services, the environment) safe to print and to store."""
 
 import os
 import re
@@ -9,9 +9,9 @@ LONGEST_REASON = 300
 
 
 def printable(value: Any, keep: str = "") -> str:
-    """`value` as text in which every character can be shown and encoded, or is one of `keep`; others become spaces."""
+    """`value` as text, with a space for every character that is neither printable nor one of `keep`."""
     words = str(value)
-    # Most text is, and an image inside a page is half a million characters of it.
+    # The common case is fast: an image inside a page has half a million characters.
     return words if words.isprintable() else "".join(c if c.isprintable() or c in keep else " " for c in words)
 
 
@@ -25,7 +25,10 @@ def all_printable(value: Any) -> Any:
 
 
 def shown(reason: object) -> str:
-    """`reason` in one printable line, without passwords of addresses, W&B keys, or secrets of the environment."""
+    """`reason` as one printable line of at most about 300 characters, without secrets.
+
+    Removed are passwords in URLs, keys of W&B, and values of environment variables whose names contain KEY, TOKEN, etc.
+    """
     words = re.sub(r"^wandb: (WARNING |ERROR )?", "", " ".join(str(reason).split())).rstrip(".")
     for name, value in os.environ.items():
         if len(value) >= 8 and any(part in name.upper() for part in SECRET_NAMES):

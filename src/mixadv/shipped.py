@@ -1,4 +1,4 @@
-"""The configuration that comes with the package: where it lies, and what its protocols hold."""
+"""The configuration files of the package: their directory, and the content of the protocols."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from mixadv.errors import UserError
 
 
 def config_dir() -> str:
-    """The directory of the shipped configuration: inside the package when installed, else the checkout's."""
+    """The directory of the shipped configuration: in the installed package, else in the checkout."""
     here = Path(__file__).resolve().parent
     installed = here / "conf"
     return str(installed if installed.is_dir() else here.parents[1] / "conf")
@@ -19,7 +19,7 @@ def protocols() -> list[str]:
 
 
 def shipped_protocol(name: str) -> dict[str, Any]:
-    """What ``protocol=NAME`` holds before a command changes any of it, with what it builds on.
+    """The settings of ``protocol=NAME`` without changes by a command, with those of the protocols it builds on.
 
     Raises:
         UserError: there is no such protocol.
@@ -37,10 +37,10 @@ def shipped_protocol(name: str) -> dict[str, Any]:
 
 
 def refuse_aliases(path: Path) -> None:
-    """Look whether a YAML file has aliases: none of ours has, and a few of them grow to more than memory holds.
+    """Refuse a YAML file with aliases: a few nested ones expand to more than memory holds, and mixadv writes none.
 
     Raises:
-        ValueError: it has.
+        ValueError: the file has an alias.
     """
     import yaml
 

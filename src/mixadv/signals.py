@@ -1,7 +1,7 @@
-"""Being told to stop: SIGINT, SIGTERM, SIGUSR1 and, where somebody handles it, SIGUSR2.
+"""Stopping on SIGINT, SIGTERM, SIGUSR1 and, if a launcher handles it, SIGUSR2.
 
-A signal ends what can be repeated (an attack, a weights phase, a validation) at once, and what cannot (an update, a
-checkpoint being written) when it is done. A second SIGINT does not wait for anything.
+Work that is repeated later (an attack, a weights phase, a validation) stops at once. Work that must be whole (an
+update, the writing of a checkpoint) is finished first. A second SIGINT stops at once in any case.
 """
 
 import os
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT_BASE = 128  # the shell's code of a program ended by signal n is 128 + n
+EXIT_BASE = 128  # shells report 128 + n for a program that signal n ended
 
 
 class Stopped(BaseException):
-    """The program was told to stop, and has kept what it needs to go on.
+    """A signal asked the program to stop.
 
-    Not an `Exception`: nothing between the signal and the command line may take it for a failure and go on.
+    Not an `Exception`, so that no ``except Exception`` between the signal and the command line swallows it.
     """
 
     def __init__(self, signum: int) -> None:
@@ -32,10 +32,14 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """While entered (then it is `active`), signals raise `Stopped`, at once or, inside `shielded`, at the next `check`.
+    """A context in which signals raise `Stopped`: at once or, inside `shielded`, at the next `check`.
 
-    Handlers that were there before (a cluster's launcher) are put back at the end, and get the signal then. Outside
-    the main thread no handler can be set, and signals do what they did before.
+    Earlier handlers, such as those of a cluster's launcher, are restored at the end; the handler of a signal that was
+    received is called then. Outside the main thread Python allows no handlers, and signals keep their effect.
+
+    Attributes:
+        active: the innermost context that has been entered, or None.
+        received: number of the first signal, or None.
     """
 
     active: "Signals | None" = None
@@ -47,20 +51,20 @@ class Signals:
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Put the handlers in place (again, where another library has set its own since)."""
+        """Set the handlers again: another library may have replaced them."""
         for signum in self._previous:
             signal.signal(signum, self._handle)
 
     def __enter__(self) -> "Signals":
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             before = signal.getsignal(signum)
-            # SIGUSR2 is what submitit sends before a job's time is up; nobody else does.
+            # Only submitit uses SIGUSR2: it sends it before the time limit of a job.
             if signum == signal.SIGUSR2 and not callable(before):
                 continue
             try:
                 signal.signal(signum, self._handle)
             except ValueError:
-                # Not the main thread: a signal is not ours to take there.
+                # Not the main thread.
                 break
             self._previous[signum] = before
         self._outer, Signals.active = Signals.active, self
@@ -76,24 +80,24 @@ class Signals:
             inherited(self.received, None)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # Clusters repeat SIGTERM; a person who presses Ctrl-C again means it.
+        # Clusters repeat SIGTERM, so only a second SIGINT (Ctrl-C) interrupts shielded work.
         first = self.received is None
         self.received = self.received or signum
         if (first and not self._is_shielded) or (not first and signum == signal.SIGINT):
             raise Stopped(signum)
 
     def check(self) -> None:
-        """Stop now if a signal has come.
+        """Stop if a signal was received.
 
         Raises:
-            Stopped: it has.
+            Stopped: a signal was received.
         """
         if self.received is not None:
             raise Stopped(self.received)
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """Signals wait for `check`, or for the end of the block."""
+        """Inside the block, signals take effect at `check`, or at its end."""
         with self._set(True):
             yield
         if not self._is_shielded:
@@ -101,7 +105,7 @@ class Signals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside `shielded`: a block that may be left at any point, because it is repeated as a whole."""
+        """Inside `shielded`: a block that a signal may end at any point, because it is repeated as a whole later."""
         with self._set(False):
             self.check()
             yield
@@ -117,9 +121,12 @@ class Signals:
 
 
 def requeue(say: Callable[[str], None]) -> None:
-    """Put the Slurm job that this process belongs to back into the queue; does nothing outside Slurm.
+    """Requeue this process's Slurm job; does nothing outside Slurm.
 
     For jobs submitted by hand (``#SBATCH --signal=USR1@120 --requeue``); submitit requeues its own jobs.
+
+    Args:
+        say: prints one line about the result.
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")

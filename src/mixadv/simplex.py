@@ -1,6 +1,4 @@
-"""The probability simplex {lam in R^L : lam_k >= 0, sum_k lam_k = 1}, on which the weights of a mixture
-live.
-"""
+"""The probability simplex {lam in R^L : lam_k >= 0, sum_k lam_k = 1}, the set of a mixture's weights."""
 
 from __future__ import annotations
 
@@ -11,16 +9,16 @@ from torch import Tensor
 def project_simplex(v: Tensor) -> Tensor:
     """Euclidean projection onto the simplex: argmin over lam of ||lam - v||_2, for every row of v.
 
-    The minimiser is lam_k = max(v_k - tau, 0), with tau the one number for which the entries sum to 1; a sort
-    of each row finds it in O(L log L) (Held, Wolfe, Crowder, 1974; Duchi et al., ICML 2008, figure 1). The
-    projection does not change when a constant is added to a row.
+    The minimiser is lam_k = max(v_k - tau, 0) with the tau for which the entries sum to 1; sorting each row finds
+    tau in O(L log L) (Held, Wolfe, Crowder, 1974; Duchi et al., ICML 2008, figure 1). The projection does not change
+    when a constant is added to a row.
 
     Args:
-        v: [..., L], L >= 1, finite. Floating dtypes are kept (the arithmetic is float64); integers give
-            float64.
+        v: [..., L], L >= 1, finite.
 
     Returns:
-        [..., L]: non-negative rows that sum to 1 up to rounding.
+        [..., L]: non-negative rows that sum to 1 up to rounding, in the dtype of v (float64 for integers). The
+        arithmetic is float64.
 
     Raises:
         ValueError: v has no last dimension, L = 0, v is complex, or an entry is NaN or infinite.
@@ -36,7 +34,7 @@ def project_simplex(v: Tensor) -> Tensor:
         index = (~finite).nonzero()[0].tolist()
         raise ValueError(f"cannot project onto the simplex: v{index} is {v[tuple(index)].item()}")
     wide = v.to(torch.float64)
-    # With the row's maximum moved to 0 the support lies in (-1, 0], so that rows of size 1e9 lose no digits.
+    # With the row's maximum shifted to 0 the support lies in (-1, 0], so that rows of size 1e9 lose no digits.
     shifted = wide - wide.amax(-1, keepdim=True)
     ordered = shifted.sort(-1, descending=True).values
     sizes = torch.arange(1, v.shape[-1] + 1, dtype=torch.float64, device=v.device)

@@ -1,7 +1,7 @@
-"""What an attacker may do: a norm ball around each input, cut with the box of valid inputs.
+"""The threat model: a norm ball around each input, cut with the box of valid inputs.
 
 S_eps(x) = {x' : ||x' - x||_p <= eps} intersected with [low, high]^d, for p in {inf, 2}. Every operation works
-on a batch, example by example: `x` is `[B, ...]` with d = all the remaining numbers of one example.
+on a batch, example by example: `x` is `[B, ...]`, and d is the number of entries of one example.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ class ThreatModel:
     """The ball and the box.
 
     norm: "linf" or "l2".
-    eps: radius in the units of the input (8/255 for eight grey levels of an image in [0, 1]); 0 allows x
-        only.
+    eps: radius in the units of the input (8/255 for eight grey levels of an image in [0, 1]); 0 allows x only.
     bounds: (low, high), the box that every input and every perturbed input lies in; None for no box.
 
-    The inputs themselves must lie in the box: then clamping to the box brings every coordinate closer to x,
-    so it never leaves the ball.
+    The inputs must lie in the box: then clamping a point of the ball to the box moves every coordinate towards x, so
+    the point stays in the ball.
 
     Raises ValueError for an unknown norm, for eps negative or not finite, for an empty box.
     """
@@ -56,15 +55,15 @@ class ThreatModel:
         """A point of S_eps(x) for each example.
 
         linf: the Euclidean projection onto ball and box. l2: the projection onto the ball, then onto the box:
-        a feasible point, and the nearest one wherever the box does not cut the segment. Feasible points stay.
+        a feasible point, and the nearest one unless the box cuts the segment. Feasible points are not changed.
         """
         _same_shape(x_adv, x)
         if self.norm == "linf":
             nearest = torch.clamp(x_adv, x - self.eps, x + self.eps)
             return nearest if self.bounds is None else nearest.clamp_(*self.bounds)
         delta = x_adv - x
-        norm = _per_example(self._norm(delta), x)
-        # The slack keeps points on the sphere, whose norm is rounded, exactly where they are.
+        norm = per_example(self._norm(delta), x)
+        # The norm of a point on the sphere is rounded; the slack keeps such a point unchanged.
         inside = norm <= self.eps * (1 + 1e-6)
         scale = self.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         return self._clamp(torch.where(inside, x_adv, x + delta * scale))
@@ -73,10 +72,10 @@ class ThreatModel:
         """One random point of S_eps(x) for each example.
 
         linf: exactly uniform on the ball cut with the box (the set is a product of intervals). l2: uniform on
-        the ball (a Gaussian direction, radius eps u^(1/d)), then clamped to the box, so that where the box
-        cuts the ball the points beyond lie on the faces of the box and the law is no longer uniform.
+        the ball (a Gaussian direction, radius eps u^(1/d)), then clamped to the box. If the box cuts the ball, points
+        beyond the box move to its faces, and the distribution is no longer uniform.
 
-        The numbers are drawn on the generator's device, else on that of `x`.
+        The numbers are drawn on the device of the generator, or of `x` if there is none.
         """
         if self.norm == "linf":
             low, high = self._clamp(x - self.eps), self._clamp(x + self.eps)
@@ -86,34 +85,33 @@ class ThreatModel:
         direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
         u = torch.rand(x.shape[:1], generator=generator, dtype=x.dtype, device=device).to(x.device)
         radius = self.eps * u ** (1.0 / max(1, math.prod(x.shape[1:])))
-        norm = _per_example(self._norm(direction), x).clamp_min(torch.finfo(x.dtype).tiny)
-        return self._clamp(x + direction * (_per_example(radius, x) / norm))
+        norm = per_example(self._norm(direction), x).clamp_min(torch.finfo(x.dtype).tiny)
+        return self._clamp(x + direction * (per_example(radius, x) / norm))
 
     def ascent_step(self, x_adv: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
-        """x_adv moved by `step_size` (in input units, a number or one per example [B]) in the steepest
-        direction.
+        """x_adv moved by `step_size` (in input units, one number or [B]) in the direction of steepest ascent.
 
-        linf: sign(grad); l2: grad / ||grad||_2, computed so that no gradient under- or overflows. Where the
-        gradient is zero nothing moves; NaN entries count as zero. The result is not projected.
+        linf: sign(grad); l2: grad / ||grad||_2, computed so that no gradient under- or overflows. A zero gradient
+        moves nothing; NaN entries count as zero. The result is not projected.
         """
         _same_shape(grad, x_adv)
-        step = _per_example(step_size, x_adv) if isinstance(step_size, Tensor) else step_size
+        step = per_example(step_size, x_adv) if isinstance(step_size, Tensor) else step_size
         grad = grad.nan_to_num(nan=0.0)
         if self.norm == "linf":
-            # In place on the copy: on CPUs every further one costs as much as the arithmetic.
+            # In place: on CPUs a further copy costs as much as the arithmetic.
             move = grad.sign_().mul_(step)
             return move.add_(x_adv) if move.dtype == x_adv.dtype else x_adv + move
         tiny = torch.finfo(grad.dtype).tiny
-        largest = _per_example(grad.abs().flatten(1).amax(1), grad)
+        largest = per_example(grad.abs().flatten(1).amax(1), grad)
         grad = grad / largest.clamp_min(tiny)
-        return x_adv + step * (grad / _per_example(self._norm(grad), grad).clamp_min(tiny))
+        return x_adv + step * (grad / per_example(self._norm(grad), grad).clamp_min(tiny))
 
-    def check(self, x_adv: Tensor, x: Tensor) -> Tensor:
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Whether each x_adv is finite and lies in ball and box, [B] bool.
 
-        Computed in float64 on its own, from the definition, and shared with none of the operations above.
-        Tolerances: the norm may exceed eps by 1e-5 eps + 1e-6 + u max|x|, with u the float32 (for float64
-        inputs: float64) rounding unit, which is what adding eps to x costs; the box may be exceeded by 1e-6.
+        Computed in float64 from the definition; it shares no code with the operations above. Tolerances: the norm may
+        exceed eps by 1e-5 eps + 1e-6 + u max|x|, where u max|x| is the rounding error of adding eps to x (u is the
+        rounding unit of float32, for float64 inputs of float64); the box may be exceeded by 1e-6.
         """
         if x_adv.shape != x.shape:
             raise ValueError(f"x_adv has shape {tuple(x_adv.shape)}, x has {tuple(x.shape)}")
@@ -143,8 +141,8 @@ def _same_shape(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"expected a batch [B, ...] of inputs, got shape {tuple(a.shape)}")
 
 
-def _per_example(values: Tensor, like: Tensor) -> Tensor:
-    """[B] (or a single number) -> [B, 1, ...], to broadcast over one example each."""
+def per_example(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to broadcast over the entries of each example; a single number stays as it is."""
     return values if values.ndim == 0 else values.reshape(-1, *[1] * (like.ndim - 1))
 
 

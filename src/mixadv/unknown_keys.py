@@ -1,9 +1,10 @@
-"""What to say about a key or a word of the command line that mixadv does not know: its new name, or a likely one."""
+"""Messages for unknown keys and words of the command line: the new name of a key, or the most similar one."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from argparse import ArgumentParser
+from collections.abc import Collection
 
-# Keys of version 0.1 and what they are called now; a name without a dot that is a group takes a choice.
+# Keys of version 0.1 -> their new names. Some new names are groups: precision=16 but scheduler=cosine.
 RENAMED = {
     "schedule.epochs": "trainer.max_epochs",
     "trainer.nodes": "trainer.num_nodes",
@@ -26,7 +27,7 @@ RENAMED = {
     "logger.kind": "logger",
     "model.name": "model",
 }
-# Values that have another name as well.
+# Keys whose values have new names as well.
 RENAMED_VALUES = {"trainer.precision": {"fp32": "32-true", "bf16": "bf16-mixed"}}
 # Arguments of Lightning's Trainer that would break a run, and why.
 REFUSED = {
@@ -46,24 +47,22 @@ REFUSED = {
     "trainer.enable_autolog_hparams": "the settings of a run are logged always",
     "trainer.model_registry": "mixtures are exported to mixture/ in the run directory",
 }
-# How alike two names are at least, from 0 to 1, before one is taken for a slip of the other.
+# Least similarity (difflib's ratio, 0 to 1) of two names to suggest one for the other.
 ALIKE = 0.75
-# More suggestions than that help nobody.
+# Most suggestions in one message; if there are more, none is given.
 SUGGESTIONS = 3
 
 
 def unknown_key(key: str, known: Collection[str], value: str | None = None) -> str:
-    """What to say about `key`, which is unknown.
+    """The message for the unknown `key`.
 
     Args:
-        key: as it was written, with dots.
-        known: dotted keys and names of groups that there are; `key` itself, and what it
-            would belong to, are passed over.
-        value: what it was given, as text; None where that is not known.
+        key: dotted, as the user wrote it.
+        known: dotted keys and names of groups; `key` itself and its parents are ignored.
+        value: the value that the user gave, as text; None if unknown.
 
     Returns:
-        One line: its new name if it had another one before, or why it cannot be set, else names that it may be a slip
-        of, if any.
+        One line: the new name of an old key, or why the key cannot be set, or similar keys.
     """
     if key in RENAMED:
         new = RENAMED[key]
@@ -82,7 +81,7 @@ def unknown_key(key: str, known: Collection[str], value: str | None = None) -> s
 
 
 def _likely(key: str, known: Collection[str]) -> list[str]:
-    """The few keys that end in it, else the one most like it."""
+    """The keys that end in `key`, if they are few; else the most similar key."""
     others = sorted(name for name in known if not f"{key}.".startswith(f"{name}."))
     nested = [name for name in others if name.endswith(f".{key}")]
     if nested:
@@ -90,42 +89,27 @@ def _likely(key: str, known: Collection[str]) -> list[str]:
     return difflib.get_close_matches(key, others, n=1, cutoff=ALIKE)
 
 
-def misplaced_word(words: list[str], flags: Mapping[str, bool], tasks: Collection[str]) -> str | None:
-    """What to write instead of the first word that is written as in other programs: ``--eps 0.1``, ``evaluate``.
+def misplaced_word(words: list[str], parser: ArgumentParser, tasks: Collection[str]) -> str | None:
+    """The message for the first word in the style of other programs, such as ``--eps 0.1`` or ``evaluate``.
 
     Args:
-        words: of the command line, without the program.
-        flags: those that Hydra knows, with their dashes -> whether a value follows.
-        tasks: the names that ``task=`` takes.
+        words: the command line without the program's name.
+        parser: Hydra's parser of the command line.
+        tasks: the values of ``task=``.
 
     Returns:
-        One line; None where there is no such word.
+        One line with the right spelling; None if there is no such word.
     """
-    todo = list(words)
-    while todo:
-        word = todo.pop(0)
-        if word == "--":
-            return None
-        flag = _flag(word, flags)
-        if flag is not None:
-            # Its value follows, unless it is part of the word.
-            if flags[flag] and word == flag and todo:
-                todo.pop(0)
-        elif word.startswith("-") and word.strip("-"):
+    known, unknown = parser.parse_known_args(words)
+    for word in unknown:
+        if word.startswith("-"):
             key, equals, value = word.lstrip("-").partition("=")
             if not equals:
-                value = todo[0] if todo and "=" not in todo[0] and not todo[0].startswith("-") else "VALUE"
+                following = words[words.index(word) + 1 :][:1]
+                value = next((text for text in following if "=" not in text and not text.startswith("-")), "VALUE")
             return f"{word}: there is no such flag; settings have no dashes, write {key.replace('-', '_')}={value}"
-        elif word in tasks:
-            return f"{word} stands alone: write task={word}"
-    return None
-
-
-def _flag(word: str, flags: Mapping[str, bool]) -> str | None:
-    """The flag that `word` is: whole, shortened (``--multi``), or with its value (``--cfg=job``, ``-cjob``)."""
-    if word in flags:
-        return word
-    if word.startswith("--"):
-        name = word.partition("=")[0]
-        return next((flag for flag in flags if flag.startswith(name)), None)
-    return next((flag for flag in flags if word.startswith("-") and flag == word[:2]), None)
+    for word in [*known.overrides, *unknown]:
+        if word in tasks:
+            return f"{word} is not KEY=VALUE: write task={word}"
+    # Hydra's parser accepts settings in one place only.
+    return f"{unknown[0]}: write flags such as -m before or after all settings, not between them" if unknown else None

@@ -1,6 +1,4 @@
-"""Attacks on mixtures: each is a frozen dataclass, called as `attack(mixture, x, y, threat_model,
-generator)`.
-"""
+"""Attacks on mixtures: frozen dataclasses, called as `attack(mixture, x, y, threat_model, generator)`."""
 
 from mixadv.attacks.apgd import APGD
 from mixadv.attacks.arc import ARC

@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient ascent with momentum that halves its own step sizes."""
+"""Auto-PGD: projected gradient ascent with momentum and step sizes that it halves itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective, TargetedLoss
-from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.mixture import Mixture
-from mixadv.threat_model import ThreatModel
+from mixadv.threat_model import ThreatModel, per_example
 
 LOSSES = ("ce", "margin", "dlr", "dlr-targeted")
 STARTS = ("uniform", "none")
@@ -22,10 +22,10 @@ DEFAULT_TARGETS = 9
 def checkpoints(num_steps: int) -> tuple[int, ...]:
     """The numbers of steps w_j = ceil(p_j N) after which step sizes are reviewed.
 
-    p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), as far as p_j <= 1 (Croce & Hein, ICML
-    2020, section 3). Without w_0 = 0; where N is small several p_j share one step, which is listed once.
+    p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), for all p_j <= 1 (Croce & Hein, ICML 2020,
+    section 3). w_0 = 0 is left out. If N is small, several p_j share one step, which is listed once.
     """
-    # In whole percent: 0.57 * 100 in floating point lies above 57, and its ceiling would be 58.
+    # In whole percent: in floating point 0.57 * 100 is above 57, and its ceiling would be 58.
     before, percent = 0, 22
     steps = set()
     while percent <= 100:
@@ -40,33 +40,31 @@ class APGD(SearchAttack):
 
     With eta_0 = 2 eps, z = P(x_k + eta * direction of the gradient) and P the projection, a step is
         x_{k+1} = P(x_k + momentum (z - x_k) + (1 - momentum) (x_k - x_{k-1})),    x_1 = z.
-    At each of `checkpoints(num_steps)`, and for each example on its own, eta is halved and the search goes back to
-    the best point of the run where since the last checkpoint the objective rose in fewer than the fraction rho of
-    the steps, or where eta was not halved at the last checkpoint and the best objective has not moved since.
+    At each of `checkpoints(num_steps)`, for each example separately, eta is halved and the search goes back to the best
+    point of the run if, since the last checkpoint, the objective rose in fewer than the fraction rho of the steps, or
+    if eta was not halved at the last checkpoint and the best objective has not changed since.
 
     num_steps: gradient steps N of each run: N + 1 forward and N backward passes per member.
-    restarts: independent starts, for each target. With start="none" they would coincide: one is run.
-    loss: what is climbed in expectation, sum_k lambda_k loss(f_k(x')): "ce", "margin", "dlr", or "dlr-targeted" (one
+    restarts: independent starts for each target; one with start="none", where all starts coincide.
+    loss: the objective is its expectation sum_k lambda_k loss(f_k(x')): "ce", "margin", "dlr", or "dlr-targeted" (one
         run per target class).
     targets: the number T of targets of "dlr-targeted": the T most probable wrong classes of the averaged prediction
-        at x, or all of them where there are fewer; None means 9, as in AutoAttack.
+        at x, or all of them if there are fewer; None means 9, as in AutoAttack.
     objective: any other objective of `mixadv.attacks.objectives`, in place of `loss`.
-    rho, momentum: see above; momentum=1 is none.
+    rho, momentum: see above; momentum=1 switches the momentum off.
     start: "uniform" in the ball, "none" (x).
 
-    DLR needs 3 classes, targeted DLR 4. With fewer classes the margin (the targeted margin) is climbed instead: it
-    has the same sign, but is not invariant to the scale of the logits.
+    DLR needs 3 classes, targeted DLR 4. With fewer classes the margin (the targeted margin) takes its place: it has
+    the same sign, but is not invariant to the scale of the logits.
 
-    What is returned, per example: over x itself, all starts and all iterates, the point of lowest exact expected
-    accuracy sum_k lambda_k 1[f_k(x') = y], and among equals of highest objective. To measure the ensemble, attack
-    `Mixture([mixture])`, whose only member is the averaged prediction: then its accuracy decides. An example whose
-    expected accuracy has reached 0 cannot get worse, and is left alone from there on.
+    To measure the ensemble, attack `Mixture([mixture])`, whose only member is the averaged prediction: then the
+    accuracy of the ensemble decides which point is the worst.
 
-    Logits so large that a loss saturates in floating point are not rescaled: the cross-entropy then has no gradient to
-    climb, DLR has. Warns where NaN gradients kept it from climbing.
+    Logits so large that a loss saturates in floating point are not rescaled: the cross-entropy then has no gradient,
+    DLR has one. Warns if NaN gradients kept it from climbing.
 
-    Raises ValueError for unknown names, numbers out of range, settings that others overrule; for an objective without a
-    gradient.
+    Raises ValueError for unknown names, numbers out of range, settings that exclude each other; for an objective
+    without a gradient.
     """
 
     transfers: ClassVar[bool] = True
@@ -92,16 +90,16 @@ class APGD(SearchAttack):
         if self.targets is not None:
             self.require({"targets": 1})
         if self.objective is not None and self.loss != "ce":
-            raise ValueError("an objective takes the place of loss: give either of them")
+            raise ValueError("objective takes the place of loss: give only one of them")
 
     def objectives(self, num_classes: int) -> tuple[Objective, ...]:
-        """What is climbed on C classes, one objective per run (times restarts)."""
+        """The objectives for C classes; each is run `restarts` times."""
         if self.objective is not None:
             return (self.objective,)
         if self.loss == "dlr-targeted":
             loss = "dlr" if num_classes >= 4 else "margin"
             targets = min(DEFAULT_TARGETS if self.targets is None else self.targets, num_classes - 1)
-            # With a single class the first rank is refused by name.
+            # With a single class, TargetedLoss refuses rank 1 and names the reason.
             return tuple(TargetedLoss(loss, rank) for rank in range(1, max(targets, 1) + 1))
         return (ExpectedLoss("margin" if self.loss == "dlr" and num_classes < 3 else self.loss),)
 
@@ -111,33 +109,31 @@ class APGD(SearchAttack):
         with torch.no_grad():
             clean = mixture.member_logits(x)
         objectives = self.objectives(clean.shape[-1])
-        climb, worst = Climb.begin(mixture, objectives[0], x, y, clean=clean)
-        # Restarts outside, so that more of them repeat what fewer do, and then go on.
+        climb = Climb.begin(mixture, objectives[0], x, y, clean=clean)
+        # Restarts are the outer loop, so that more restarts begin with the same runs as fewer.
         for _ in range(1 if self.start == "none" else self.restarts):
             for objective in objectives:
-                self._climb(replace(climb, objective=objective), worst, threat_model, generator)
-        warn_of_nan_gradients("APGD", climb.blind, "climb", stacklevel=3)
-        return worst.x
+                self._climb(replace(climb, objective=objective), threat_model, generator)
+        self.warn_of_nan_gradients(climb.blind, "climb")
+        return climb.worst.x
 
-    def _climb(
-        self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, generator: torch.Generator | None
-    ) -> None:
-        """One start, whose points go to `worst`."""
-        rows = worst.open()
+    def _climb(self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None) -> None:
+        """One start; its points are offered to `climb.worst`."""
+        rows = climb.worst.unfinished()
         if not len(rows):
             return
         origin = climb.x[rows]
         x = threat_model.sample(origin, generator) if self.start == "uniform" else origin
         if not self.num_steps:
-            climb.look(x, rows)
+            climb.score(x, rows)
             return
-        value, grad = climb.up(x, rows)
+        value, grad = climb.score_with_gradient(x, rows)
         state = _State.begin(rows, origin, x, grad, value, 2 * threat_model.eps)
         reviews, reviewed = checkpoints(self.num_steps), 0
         for step in range(1, self.num_steps + 1):
-            open_ = worst.accuracy[state.rows] > 0
-            if not bool(open_.all()):
-                state.keep(open_)
+            unfinished = climb.worst.accuracy[state.rows] > 0
+            if not bool(unfinished.all()):
+                state.keep(unfinished)
                 if not len(state.rows):
                     return
             x = threat_model.ascent_step(state.x, state.grad, state.step_size)
@@ -146,9 +142,9 @@ class APGD(SearchAttack):
                 x = torch.lerp(state.x, x, self.momentum).add_(state.x - state.previous, alpha=1 - self.momentum)
                 x = threat_model.project(x, state.origin)
             if step == self.num_steps:
-                climb.look(x, state.rows)
+                climb.score(x, state.rows)
                 return
-            value, grad = climb.up(x, state.rows)
+            value, grad = climb.score_with_gradient(x, state.rows)
             state.move(x, grad, value)
             if step in reviews:
                 state.review(self.rho * (step - reviewed))
@@ -157,11 +153,12 @@ class APGD(SearchAttack):
 
 @dataclass
 class _State:
-    """What each example that is still climbed remembers, [R] or [R, ...].
+    """The state of a run for the R examples that can still get worse, [R] or [R, ...].
 
-    rows: their places in the batch. origin: the clean inputs. x, grad, value: where they are. previous: where they
-    were a step ago. best_*: the best of this run. rises: steps since the last review on which the objective rose.
-    reviewed_value: the best objective at the last review. halved: whether the last review halved step_size.
+    rows: their places in the batch. origin: the clean inputs. x, grad, value: the iterate, its gradient and objective.
+    previous: the iterate before. best_*: the best of this run. rises: steps since the last review on which the
+    objective rose. reviewed_value: the best objective at the last review. halved: whether the last review halved
+    step_size.
     """
 
     rows: Tensor
@@ -180,36 +177,32 @@ class _State:
 
     @classmethod
     def begin(cls, rows: Tensor, origin: Tensor, x: Tensor, grad: Tensor, value: Tensor, step_size: float) -> _State:
-        """At the start x, with one step size for all."""
+        """The state at the start x, with one step size for all examples."""
         no = torch.zeros_like(rows, dtype=torch.bool)
         steps = torch.full(rows.shape, step_size, dtype=x.dtype, device=x.device)
         return cls(rows, origin, x, x, grad, value, x, grad, value, value, torch.zeros_like(rows), no, steps)
 
     def keep(self, mask: Tensor) -> None:
-        """Forget the examples where the mask [R] is False."""
+        """Drop the examples where the mask [R] is False."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name)[mask])
 
     def move(self, x: Tensor, grad: Tensor, value: Tensor) -> None:
-        """Take a step that was measured."""
+        """Move to x [R, ...], with its gradient and objective [R]."""
         self.rises = self.rises + (value > self.value)
         self.previous, self.x, self.grad, self.value = self.x, x, grad, value
         better = value > self.best_value
         self.best_value = torch.where(better, value, self.best_value)
-        self.best_x = _choose(better, x, self.best_x)
-        self.best_grad = _choose(better, grad, self.best_grad)
+        self.best_x = torch.where(per_example(better, x), x, self.best_x)
+        self.best_grad = torch.where(per_example(better, x), grad, self.best_grad)
 
     def review(self, wanted_rises: float) -> None:
-        """Conditions 1 and 2 of Algorithm 1: halve step sizes and go back to the best points where either holds."""
+        """Halve the step size and go back to the best point where condition 1 or 2 of Algorithm 1 holds."""
         stuck = ~self.halved & (self.best_value == self.reviewed_value)
         self.halved = (self.rises < wanted_rises) | stuck
         self.step_size = torch.where(self.halved, self.step_size / 2, self.step_size)
-        self.x = _choose(self.halved, self.best_x, self.x)
-        self.grad = _choose(self.halved, self.best_grad, self.grad)
+        halved = per_example(self.halved, self.x)
+        self.x = torch.where(halved, self.best_x, self.x)
+        self.grad = torch.where(halved, self.best_grad, self.grad)
         self.value = torch.where(self.halved, self.best_value, self.value)
         self.reviewed_value, self.rises = self.best_value, torch.zeros_like(self.rises)
-
-
-def _choose(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """torch.where with one decision per example: [R], [R, ...], [R, ...] -> [R, ...]."""
-    return torch.where(mask.reshape(-1, *[1] * (one.ndim - 1)), one, other)

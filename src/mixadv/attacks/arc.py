@@ -1,4 +1,4 @@
-"""ARC: a perturbation that grows one member at a time, each turning it just enough."""
+"""ARC: an attack on mixtures that turns one perturbation towards the boundary of one member after the other."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixadv.attacks.boundaries import (
-    Boundary,
-    inner,
-    members_with_gradient,
-    nearest_boundary,
-    per_example,
-)
+from mixadv.attacks.boundaries import Boundary, inner, members_with_gradient, nearest_boundary
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.mixture import Mixture
-from mixadv.threat_model import ThreatModel
+from mixadv.threat_model import ThreatModel, per_example
 
 ORDERS = ("random", "weights")
 VARIANTS = ("exact", "published")
-# How far beyond a boundary a crossing aims, in units of the step: rounding must not decide what was fooled.
+# A crossing ends this far beyond the boundary, in units of the step, so that rounding does not decide who is fooled.
 OVERSHOOT = 1e-3
 # The published margin beyond a boundary, in units of eps.
 PUBLISHED_MARGIN = 0.05
@@ -31,37 +25,35 @@ PUBLISHED_MARGIN = 0.05
 class ARC(SearchAttack):
     """Attacking randomized ensembles (Dbouk & Shanbhag, Adversarial Vulnerability of Randomized Ensembles, ICML 2022).
 
-    A perturbation delta is kept for each example. K times, a local step v starts at 0 and the members of positive
-    weight are visited. With (zeta, n, d) the distance, normal and direction of member k's nearest boundary, see
-    `mixadv.attacks.boundaries`, v' = s (v + beta d) / ||v + beta d|| is a step of length s that turns v towards that
-    boundary; while v = 0 it is s d. The point x + delta + v', projected onto ball and box, is accepted per example if
-    the exact expected accuracy sum_k lambda_k 1[f_k(x') = y] does not rise; then v = v'. After the members, v is
-    folded into delta.
+    The attack keeps a perturbation delta for each example. K times, a local step v starts at 0 and the members of
+    positive weight are visited. With (zeta, n, d) the distance, normal and direction of member k's nearest boundary,
+    see `mixadv.attacks.boundaries`, v' = s (v + beta d) / ||v + beta d|| is a step of length s that turns v towards
+    that boundary; if v = 0 it is s d. The point x + delta + v', projected onto ball and box, is accepted per example
+    if the exact expected accuracy sum_k lambda_k 1[f_k(x') = y] does not rise; then v = v'. After all members, v is
+    added to delta.
 
     num_steps: K.
     step_size: the first s, relative to eps.
-    decay: the last s relative to the first; between them s falls geometrically. The authors keep it (decay=1).
-    num_runner_ups: among how many classes beside the one to leave the nearest boundary is sought (a backward pass
-        each).
+    decay: the last s relative to the first; between them s falls geometrically. The authors use decay=1.
+    num_runner_ups: the nearest boundary is sought among this many of the highest other classes (a backward pass each).
     order: of the visits: "random", a new permutation for each of the K steps, or "weights", decreasing lambda.
     restarts: independent starts, the first at x, the others uniform in the ball.
     variant:
         "exact": boundaries at x + delta; beta >= 0 is the smallest number for which v' crosses the linearised
-            boundary, that is <n, v'> >= zeta + 0.001 s, and s where no step of length s does. A member that errs
-            at x + delta has zeta < 0 and is not turned while v leaves it erring.
-        "published": as the authors' code has it: boundaries at x + delta + v, between the class that the member
-            answers (right or wrong) and the others; beta = s / (s - zeta) |zeta - <n, v>| + 0.05 eps, and s where
-            zeta >= s. The accuracy of a start is measured at that start in both variants.
+            boundary, that is <n, v'> >= zeta + 0.001 s, and s if no step of length s crosses it. A member that errs
+            at x + delta has zeta < 0, and v is not turned for it as long as it errs at x + delta + v too.
+        "published": as in the authors' code: boundaries at x + delta + v, between the class that the member answers
+            (right or wrong) and the others; beta = s / (s - zeta) |zeta - <n, v>| + 0.05 eps, and s if zeta >= s.
+            In both variants the accuracy of a random start is measured at that start.
 
-    Per example, the worst of x and all points tried is returned: the lowest expected accuracy, and among equals the
-    highest expected margin. An example whose expected accuracy has reached 0 is left alone from there on.
+    Returns the worst points, see `SearchAttack`; the objective is the expected margin.
 
-    A step as long as eps finds most on linear members; where members bend on the scale of eps short ones are needed
-    too, so the steps shrink. Decreasing weights try one order only, and may find less than random orders.
+    On linear members a step as long as eps finds most; members that bend on the scale of eps need short steps too, so
+    the steps shrink. order="weights" tries a single order, and may find less than random orders.
 
-    Members without gradient are not turned, but count. Warns where NaN gradients kept it from moving.
+    Members without gradient turn no step, but count for the accuracy. Warns if NaN gradients kept it from moving.
 
-    Raises ValueError for unknown names, counts or sizes out of range; where no member has a gradient.
+    Raises ValueError for unknown names, counts or sizes out of range; if no member has a gradient.
     """
 
     num_steps: int = 20
@@ -81,13 +73,13 @@ class ARC(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        climb = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
         turnable = members_with_gradient(mixture, x)
-        search = _Search(self, climb, worst, threat_model, generator, turnable)
+        search = _Search(self, climb, threat_model, generator, turnable)
         for restart in range(self.restarts):
             search.run(from_x=restart == 0)
-        warn_of_nan_gradients("ARC", climb.blind, "move", stacklevel=3)
-        return worst.x
+        self.warn_of_nan_gradients(climb.blind, "move")
+        return climb.worst.x
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,43 +88,42 @@ class _Search:
 
     settings: ARC
     climb: Climb
-    worst: WorstPoints
     threat_model: ThreatModel
     generator: torch.Generator | None
     turnable: list[int]
 
-    def measure(self, points: Tensor, rows: Tensor) -> Tensor:
-        """The exact expected accuracy at one point of each example `rows`, [R]; the worst points see it too."""
-        logits, _ = self.climb.look(points, rows)
+    def accuracy_at(self, points: Tensor, rows: Tensor) -> Tensor:
+        """The exact expected accuracy [R] at one point of each example `rows`; offers the points, too."""
+        logits, _ = self.climb.score(points, rows)
         return self.climb.mixture.expectation(logits.argmax(-1) == self.climb.y[rows])
 
     def run(self, from_x: bool) -> None:
         """One start and K steps, for the examples that can still get worse."""
-        rows = self.worst.open()
+        rows = self.climb.worst.unfinished()
         if not len(rows):
             return
         x = self.climb.x[rows]
         if from_x:
-            points, accuracy = x, self.worst.accuracy[rows]
+            points, accuracy = x, self.climb.worst.accuracy[rows]
         else:
             points = self.threat_model.sample(x, self.generator)
-            accuracy = self.measure(points, rows)
+            accuracy = self.accuracy_at(points, rows)
         last = max(1, self.settings.num_steps - 1)
         for k in range(self.settings.num_steps):
-            open_ = accuracy > 0
-            if not bool(open_.all()):
-                rows, points, accuracy = rows[open_], points[open_], accuracy[open_]
+            unfinished = accuracy > 0
+            if not bool(unfinished.all()):
+                rows, points, accuracy = rows[unfinished], points[unfinished], accuracy[unfinished]
             if not len(rows):
                 return
             step = self.settings.step_size * self.settings.decay ** (k / last) * self.threat_model.eps
             points, accuracy = self.visit_members(points, accuracy, rows, step)
 
     def visit_members(self, points: Tensor, accuracy: Tensor, rows: Tensor, step: float) -> tuple[Tensor, Tensor]:
-        """One of the K steps, local steps being `step` long: from x + delta [R, ...] and its accuracy [R] on."""
+        """One of the K steps, with local steps of length `step`, from x + delta [R, ...] and its accuracy [R] on."""
         published = self.settings.variant == "published"
         x, y = self.climb.x[rows], self.climb.y[rows]
         v = torch.zeros_like(points)
-        # What v leads to is known when v is accepted, and as good as x + delta: folding it in needs no pass.
+        # An accepted v leads to a point of known accuracy, no better than x + delta: adding v to delta costs no pass.
         folded, accuracy = points.clone(), accuracy.clone()
         for k in self.order():
             origin = points + v if published else points
@@ -151,14 +142,14 @@ class _Search:
             size = self.threat_model.distance(turned, torch.zeros_like(turned))
             turned = turned * per_example(torch.where(size > 0, step / size, 0.0), turned)
             candidates = self.threat_model.project(points[moving] + turned, x[moving])
-            found = self.measure(candidates, rows[moving])
+            found = self.accuracy_at(candidates, rows[moving])
             accepted = found <= accuracy[moving]
             chosen = moving[accepted]
             v[chosen], folded[chosen], accuracy[chosen] = turned[accepted], candidates[accepted], found[accepted]
         return folded, accuracy
 
     def order(self) -> list[int]:
-        """The members in the order of one step's visits."""
+        """The members in the order in which one step visits them."""
         if self.settings.order == "weights":
             order = self.climb.mixture.weights.argsort(descending=True, stable=True).tolist()
         else:
@@ -170,15 +161,15 @@ class _Search:
 def crossing_length(boundary: Boundary, v: Tensor, step: float, norm: str) -> Tensor:
     """The smallest beta >= 0 for which v' = step (v + beta d) / ||v + beta d|| crosses, [R].
 
-    <n, v'> does not fall as beta grows, for either norm, so the smallest beta is where it reaches the distance (with
-    the overshoot), in closed form: for l2 from the angle between v' and n, for linf as the extreme of three linear
-    conditions, one for each piece of ||v + beta d||.
+    For either norm <n, v'> does not fall as beta grows, so the smallest beta is the one at which it reaches the
+    distance plus the overshoot. It has a closed form: for l2 from the angle between v' and n, for linf as the extreme
+    of three linear conditions, one for each piece of ||v + beta d||.
 
     Args:
         boundary: of one member; v: [R, ...], of norm `step` or 0; norm: "linf" or "l2".
 
     Returns:
-        [R]; `step` where no step of this length crosses; where v = 0, `step`, or 0 for a member that errs already.
+        [R]; `step` if no step of this length crosses; if v = 0, `step`, or 0 for a member that errs already.
     """
     target = (boundary.distance / step + OVERSHOOT).to(v)
     v = v / step
@@ -209,7 +200,7 @@ def crossing_length(boundary: Boundary, v: Tensor, step: float, norm: str) -> Te
 
 
 def published_length(boundary: Boundary, v: Tensor, step: float, margin: float) -> Tensor:
-    """beta = step / (step - zeta) |zeta - <n, v>| + margin, [R]; `step` where zeta >= step, or v = 0."""
+    """beta = step / (step - zeta) |zeta - <n, v>| + margin, [R]; `step` if zeta >= step or v = 0."""
     zeta = boundary.distance.to(v)
     beta = step / (step - zeta) * (zeta - inner(boundary.normal, v)).abs() + margin
     at_rest = (v == 0).flatten(1).all(1)

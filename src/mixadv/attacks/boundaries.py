@@ -1,4 +1,4 @@
-"""Decision boundaries of single members, linearised: what ARC and the subset attacks walk along."""
+"""Linearised decision boundaries of single members, for ARC and the subset attacks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.search import gradient
+from mixadv.losses import at_least_float32
 from mixadv.mixture import Mixture
-from mixadv.threat_model import ThreatModel
+from mixadv.threat_model import ThreatModel, per_example
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Boundary:
 
     Attributes:
         distance: [R], (f_t - f_j) / ||w||_q with q dual to the norm (linf: 1, l2: 2), in input units: the length of
-            the shortest step that crosses. Negative where f_j is above f_t already; infinite, with the sign of
-            f_t - f_j, where w = 0.
-        normal: [R, ...], -w / ||w||_q, of dual norm 1 (0 where w = 0).
-        direction: [R, ...], the step of norm 1 that crosses soonest: -sign(w) for linf, -w / ||w||_2 for l2.
-        logits: [R, C], the member's at the points.
-        blind: [R] bool, where a gradient was NaN (it counts as 0 there).
+            the shortest step that crosses. Negative if f_j is above f_t already; infinite, with the sign of
+            f_t - f_j, if w = 0.
+        normal: [R, ...], -w / ||w||_q, of dual norm 1 (0 if w = 0).
+        direction: [R, ...], the direction of the shortest step, of norm 1: -sign(w) for linf, -w / ||w||_2 for l2.
+        logits: [R, C], the logits of the member at the points.
+        blind: [R] bool, True where a gradient was NaN (it counts as 0 there).
     """
 
     distance: Tensor
@@ -46,23 +47,21 @@ def nearest_boundary(
 ) -> Boundary:
     """The boundary of smallest distance between a class to leave and the highest `num_runner_ups` other classes.
 
-    One forward pass, and one backward pass per runner-up, for the whole batch.
+    Costs one forward pass, and one backward pass per runner-up, for the whole batch.
 
     Args:
         member: frozen, in eval mode, maps points [R, ...] to logits [R, C].
         points: [R, ...]; y: labels [R].
-        num_runner_ups: how many classes are tried, at most C - 1 of them.
-        leave_top: leave the class that the member answers; by default its label, so that where the member errs
-            already the distance is negative (and the most negative one over the runner-ups).
+        num_runner_ups: how many classes are tried; C - 1 if there are fewer.
+        leave_top: the class to leave is the one that the member answers; by default it is the label, so that a member
+            that errs already has a negative distance (the most negative one over the runner-ups).
 
     Raises:
         ValueError: the member has no gradient.
     """
     with torch.enable_grad():
         points = points.detach().requires_grad_(True)
-        logits = member(points)
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()
+        logits = at_least_float32(member(points))
         here = logits.detach()
         leave = (here.argmax(-1) if leave_top else y).unsqueeze(1)
         count = min(num_runner_ups, here.shape[1] - 1)
@@ -79,7 +78,7 @@ def _linearised(lead: Tensor, slope: Tensor, logits: Tensor, threat_model: Threa
     blind = slope.flatten(1).isnan().any(1)
     slope = slope.nan_to_num(nan=0.0)
     direction = threat_model.ascent_step(torch.zeros_like(slope), -slope, 1.0)
-    # The dual norm by Hölder's equality, without squares, which underflow where a member is very sure.
+    # The dual norm by Hölder's equality. Its definition has squares, which underflow for a member that is very sure.
     dual = -inner(slope, direction)
     endless = torch.where(lead < 0, float("-inf"), float("inf")).to(dual)
     distance = torch.where(dual > 0, lead.to(dual) / dual, endless)
@@ -89,7 +88,7 @@ def _linearised(lead: Tensor, slope: Tensor, logits: Tensor, threat_model: Threa
 
 
 def _nearer(a: Boundary, b: Boundary) -> Boundary:
-    """Per example the one of smaller distance; b where they are equal."""
+    """For each example the boundary of smaller distance; b if they are equal."""
     closer = a.distance < b.distance
     wide = per_example(closer, a.normal)
     return Boundary(
@@ -102,7 +101,7 @@ def _nearer(a: Boundary, b: Boundary) -> Boundary:
 
 
 def members_with_gradient(mixture: Mixture, x: Tensor) -> list[int]:
-    """The members whose logits depend on the input differentiably, asked at the first input of x [B, ...].
+    """The members whose logits have a gradient with respect to the input, found at the first input of x [B, ...].
 
     Raises:
         ValueError: there is none.
@@ -120,8 +119,3 @@ def members_with_gradient(mixture: Mixture, x: Tensor) -> list[int]:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> per example, [R, ...] x [R, ...] -> [R]."""
     return (a * b).flatten(1).sum(1)
-
-
-def per_example(values: Tensor, like: Tensor) -> Tensor:
-    """[R] -> [R, 1, ...], to broadcast over the numbers of each example."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))

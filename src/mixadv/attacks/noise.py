@@ -1,4 +1,4 @@
-"""Random points of the ball: the control that every search must beat."""
+"""Random points of the ball: a control for the other attacks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mixadv.threat_model import ThreatModel
 
 @dataclass(frozen=True)
 class UniformNoise(SearchAttack):
-    """The worst of `num_samples` random points of S_eps(x), see `ThreatModel.sample`, and of x itself.
+    """The worst of x and `num_samples` random points of S_eps(x), drawn by `ThreatModel.sample`; see `SearchAttack`.
 
-    Per example: the lowest exact expected accuracy sum_k lambda_k 1[f_k(x') = y], and among equals the highest
-    objective, see `mixadv.attacks.objectives`. An example whose expected accuracy has reached 0 is left alone from
-    there on. In many dimensions random points find little; an attack that finds less than they do is broken.
+    In many dimensions random points find little; an attack that finds less than they do is broken.
+
+    objective: decides between points of equal expected accuracy, see `mixadv.attacks.objectives`.
 
     Members need not be differentiable. Raises ValueError for num_samples below 1.
     """
@@ -33,10 +33,10 @@ class UniformNoise(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        climb, worst = Climb.begin(mixture, self.objective, x, y)
+        climb = Climb.begin(mixture, self.objective, x, y)
         for _ in range(self.num_samples):
-            rows = worst.open()
+            rows = climb.worst.unfinished()
             if not len(rows):
                 break
-            climb.look(threat_model.sample(x[rows], generator), rows)
-        return worst.x
+            climb.score(threat_model.sample(x[rows], generator), rows)
+        return climb.worst.x

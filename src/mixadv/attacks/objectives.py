@@ -1,14 +1,14 @@
-"""What an attack on a mixture climbs: one number per example, larger is better for the attacker.
+"""Objectives that an attack on a mixture maximises: one number per example, larger is better for the attacker.
 
-An objective is called with the logits of all members `[L, B, C]`, labels `[B]`, weights `[L]` and, where its
-`needs_clean` says so, the members' logits at the clean input `[L, B, C]` (constants); it returns `[B]`. The
+An objective is called with the logits of all members `[L, B, C]`, labels `[B]`, weights `[L]` and, if its
+`needs_clean` is true, the members' logits at the clean input `[L, B, C]` (constants); it returns `[B]`. The
 expectation over members is the finite sum, never a sample.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class Objective(Protocol):
 
     @property
     def needs_clean(self) -> bool:
-        """Whether the members' logits at the clean input are needed."""
+        """Whether the objective needs the members' logits at the clean input."""
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None) -> Tensor:
         """[L, B, C], [B], [L], [L, B, C] or None -> [B]."""
@@ -29,10 +29,10 @@ class Objective(Protocol):
 
 @runtime_checkable
 class ExpectedObjective(Objective, Protocol):
-    """An objective sum_k lambda_k l_k(f_k(x'), y): its gradient can be had member by member."""
+    """An objective sum_k lambda_k l_k(f_k(x'), y): its gradient can be computed member by member."""
 
     def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None) -> Tensor:
-        """l_k for the logits [B, C] of member k, where the clean logits [L, B, C] are those of all -> [B]."""
+        """l_k, [B], for the logits [B, C] of member k and the clean logits [L, B, C] of all members."""
 
 
 def _expectation(losses: Tensor, weights: Tensor) -> Tensor:
@@ -44,15 +44,13 @@ def _expectation(losses: Tensor, weights: Tensor) -> Tensor:
 class ExpectedLoss:
     """sum_k lambda_k loss(f_k(x'), y), loss one of "ce", "margin", "dlr"; ValueError for another name."""
 
+    needs_clean: ClassVar[bool] = False
+
     loss: str = "ce"
 
     def __post_init__(self) -> None:
         if self.loss not in ATTACK_LOSSES:
             raise ValueError(f"unknown attack loss {self.loss!r}: choose one of {', '.join(ATTACK_LOSSES)}")
-
-    @property
-    def needs_clean(self) -> bool:
-        return False
 
     def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         """loss(f_k(x'), y): see `ExpectedObjective`."""
@@ -66,10 +64,12 @@ class ExpectedLoss:
 class AveragedLoss:
     """loss(log sum_k lambda_k softmax(f_k(x')), y), loss one of "ce", "margin", "dlr"; ValueError for another name.
 
-    The log-probabilities of the averaged prediction take the place of the logits; with one member "margin" and "dlr"
-    are those of its logits, which a softmax only shifts. "ce" is at most the expected cross-entropy (Jensen). It
-    measures the ensemble, not the randomized classifier.
+    The log-probabilities of the averaged prediction take the place of the logits. With one member, "margin" and "dlr"
+    equal those of its logits, because a log-softmax only shifts them. "ce" is at most the expected cross-entropy
+    (Jensen). The objective measures the ensemble, not the randomized classifier.
     """
+
+    needs_clean: ClassVar[bool] = False
 
     loss: str = "ce"
 
@@ -77,24 +77,22 @@ class AveragedLoss:
         if self.loss not in ATTACK_LOSSES:
             raise ValueError(f"unknown attack loss {self.loss!r}: choose one of {', '.join(ATTACK_LOSSES)}")
 
-    @property
-    def needs_clean(self) -> bool:
-        return False
-
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         return ATTACK_LOSSES[self.loss](log_average(logits, weights), y)
 
 
 @dataclass(frozen=True)
 class TargetedLoss:
-    """sum_k lambda_k loss_t(f_k(x')): pulls all members towards one wrong class t(x), the same from start to end.
+    """sum_k lambda_k loss_t(f_k(x')): pulls all members towards one wrong class t(x), fixed for the whole search.
 
-    t(x) is the `rank`-th most probable wrong class (from 1) of the averaged prediction at the clean input.
+    t(x) is the `rank`-th most probable wrong class (counted from 1) of the averaged prediction at the clean input.
 
     loss: "dlr" (needs 4 classes) or "margin".
 
     Raises ValueError for unknown names, a rank below 1 or beyond the wrong classes, missing clean logits.
     """
+
+    needs_clean: ClassVar[bool] = True
 
     loss: str = "dlr"
     rank: int = 1
@@ -104,10 +102,6 @@ class TargetedLoss:
             raise ValueError(f"unknown targeted loss {self.loss!r}: choose one of {', '.join(TARGETED_LOSSES)}")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}: 1 is the most probable wrong class")
-
-    @property
-    def needs_clean(self) -> bool:
-        return True
 
     def target(self, clean_logits: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """t(x): [L, B, C], [B], [L] -> [B] long."""

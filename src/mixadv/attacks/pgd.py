@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mixadv.attacks.objectives import ExpectedLoss, Objective
-from mixadv.attacks.search import Climb, SearchAttack, warn_of_nan_gradients
+from mixadv.attacks.search import Climb, SearchAttack, value_and_gradient
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -22,27 +22,25 @@ class PGD(SearchAttack):
     """Projected gradient ascent (Madry et al., ICLR 2018) on sum_k lambda_k loss_k, differentiated exactly.
 
     num_steps: gradient steps K of each restart.
-    step_size: relative to eps: every step is step_size * eps long.
-    restarts: independent starts. With start="none" they would coincide, with keep="last" all but the last
-        would be thrown away: a single one is run.
-    objective: what is climbed, see `mixadv.attacks.objectives`.
+    step_size: length of each step, relative to eps.
+    restarts: independent starts. A single one is run with start="none", where all starts coincide, and with
+        keep="last", which would discard all but the last.
+    objective: what the attack maximises, see `mixadv.attacks.objectives`.
     start: "uniform" in the ball, "gaussian" (x + 0.001 N(0, I), projected: the start of TRADES), "none" (x).
-    keep: what is returned, per example.
-        "last": the last iterate, for training; exactly K forward and backward passes per member (one more
-            forward pass where the objective needs clean logits).
-        "objective": the highest objective among x itself, all starts and all iterates.
-        "accuracy": over the same points, the lowest exact expected accuracy sum_k lambda_k 1[f_k(x') = y],
-            and among equals the highest objective. An example whose expected accuracy has reached 0 cannot get
-            worse, and is left alone from there on.
+    keep: the point that is returned for each example.
+        "last": the last iterate, for training; exactly K forward and backward passes per member (and one more
+            forward pass if the objective needs clean logits).
+        "objective": the one of highest objective among x, all starts and all iterates.
+        "accuracy": the worst of the same points, see `SearchAttack`.
 
-    It may be called with start_at=..., points of the ball, of the shape of x, that take the place of the first start;
-    further restarts begin as `start` says. A run of K steps continued from its last iterate is a run of more steps, bit
-    for bit. Under autocast the iterates stay in the dtype of x.
+    The keyword start_at=... of a call gives the first start: points of the ball, in the shape of x. Further restarts
+    begin as `start` says. A run of K steps that is continued from its last iterate equals one longer run, bit for bit.
+    Under autocast the iterates stay in the dtype of x.
 
-    Warns where NaN gradients kept it from climbing (not for keep="last": asking would stall the accelerator).
+    Warns if NaN gradients kept it from climbing. With keep="last" it neither warns nor checks that x lies in the box,
+    because reading the answer would stall an accelerator.
 
-    Raises ValueError for unknown names, step counts or sizes out of range; for an objective without a gradient. With
-    keep="last" it is not looked whether x lies in the box, for the same reason.
+    Raises ValueError for unknown names, step counts or sizes out of range; for an objective without a gradient.
     """
 
     transfers: ClassVar[bool] = True
@@ -59,7 +57,7 @@ class PGD(SearchAttack):
         self.require({"num_steps": 0, "restarts": 1}, {"start": STARTS, "keep": KEEPS})
 
     @property
-    def asks_for_box(self) -> bool:
+    def checks_box(self) -> bool:
         return self.keep != "last"
 
     def search(
@@ -76,45 +74,58 @@ class PGD(SearchAttack):
                 raise ValueError(f"start_at has shape {tuple(start_at.shape)}, x has {tuple(x.shape)}")
             start_at = start_at.detach().to(x.dtype, copy=True)
         if self.keep == "last":
-            with torch.no_grad():
-                clean = mixture.member_logits(x) if self.objective.needs_clean else None
-            blind = torch.zeros(0, dtype=torch.bool, device=x.device)
-            climb = Climb(mixture, self.objective, x, y, clean, None, blind)
-            return self._run(climb, threat_model, generator, start_at)
-        climb, worst = Climb.begin(mixture, self.objective, x, y, self.keep == "accuracy")
+            return self._last_iterate(mixture, x, y, threat_model, generator, start_at)
+        climb = Climb.begin(mixture, self.objective, x, y, self.keep == "accuracy")
         for run in range(1 if self.start == "none" else self.restarts):
-            self._run(climb, threat_model, generator, start_at if run == 0 else None)
-        warn_of_nan_gradients("PGD", climb.blind, "climb", stacklevel=3)
-        return worst.x
+            self._climb(climb, threat_model, generator, start_at if run == 0 else None)
+        self.warn_of_nan_gradients(climb.blind, "climb")
+        return climb.worst.x
 
-    def _run(
-        self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None, first: Tensor | None
+    def _last_iterate(
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None,
+        first: Tensor | None,
     ) -> Tensor:
-        """One start and where it ends, after nothing but the passes that this takes."""
+        """The last iterate of one start, without a pass that the steps do not need."""
+        clean: Tensor | None = None
+        if self.objective.needs_clean:
+            with torch.no_grad():
+                clean = mixture.member_logits(x)
+        x_adv = self.starting_points(x, threat_model, generator) if first is None else first
+        for _ in range(self.num_steps):
+            grad = value_and_gradient(mixture, self.objective, x_adv, y, clean)[2]
+            x_adv = self._step(x_adv, grad, x, threat_model)
+        return x_adv
+
+    def _climb(
+        self, climb: Climb, threat_model: ThreatModel, generator: torch.Generator | None, first: Tensor | None
+    ) -> None:
+        """One start; its points are offered to `climb.worst`."""
         x, worst = climb.x, climb.worst
-        # All examples without a copy of them, or those that can still get worse.
-        rows: Any = slice(None) if worst is None else torch.arange(len(x), device=x.device)
-        x_adv: Tensor | None = None
-        for step in range(self.num_steps + 1):
-            if worst is not None and self.keep == "accuracy":
-                open_ = worst.accuracy[rows] > 0
-                if not bool(open_.all()):
-                    rows = rows[open_]
-                    x_adv = None if x_adv is None else x_adv[open_]
-                if not len(rows):
-                    break
-            if x_adv is None:
-                x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
-            if step < self.num_steps:
-                grad = climb.up(x_adv, rows)[1]
-                x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
-                x_adv = threat_model.project(x_adv, x[rows])
-            elif worst is not None:
-                climb.look(x_adv, rows)
-        return x if x_adv is None else x_adv
+        rows = worst.unfinished() if self.keep == "accuracy" else torch.arange(len(x), device=x.device)
+        x_adv = self.starting_points(x[rows], threat_model, generator) if first is None else first[rows]
+        for _ in range(self.num_steps):
+            if not len(rows):
+                return
+            grad = climb.score_with_gradient(x_adv, rows)[1]
+            x_adv = self._step(x_adv, grad, x[rows], threat_model)
+            if self.keep == "accuracy":
+                unfinished = worst.accuracy[rows] > 0
+                if not bool(unfinished.all()):
+                    rows, x_adv = rows[unfinished], x_adv[unfinished]
+        if len(rows):
+            climb.score(x_adv, rows)
+
+    def _step(self, x_adv: Tensor, grad: Tensor, x: Tensor, threat_model: ThreatModel) -> Tensor:
+        x_adv = threat_model.ascent_step(x_adv, grad, self.step_size * threat_model.eps)
+        return threat_model.project(x_adv, x)
 
     def starting_points(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
-        """Points of the ball where a run begins, drawn as `start` says: [B, ...]."""
+        """The points of the ball at which a run begins, drawn according to `start`: [B, ...]."""
         if self.start == "none":
             return x.clone()
         if self.start == "uniform":

@@ -1,4 +1,4 @@
-"""What attacks share: checks of their input, the gradient of their objective, and the worst point found so far."""
+"""The base class of the attacks: checks of the batch, gradients of an objective, and the worst point found so far."""
 
 from __future__ import annotations
 
@@ -32,13 +32,17 @@ class Attack(Protocol):
 
 
 class SearchAttack(ABC):
-    """What our attacks have in common: the batch is checked once, and the members are as they were found afterwards.
+    """An attack that searches S_eps(x) for the worst point of each example.
 
-    Calling one returns x_adv in the shape and dtype of x, detached. The mixture is attacked in eval mode with frozen
-    parameters, and left as found; members that are never drawn take no part.
+    A call checks the batch once and returns x_adv in the shape and dtype of x, detached. The mixture is attacked in
+    eval mode with frozen parameters and left unchanged; members of weight 0 are not evaluated.
 
-    transfers: whether points against one member or the averaged twin are worth replaying on the mixture.
-    differentiates: whether the search itself runs with gradients switched on.
+    Unless an attack says otherwise, it returns for each example the worst of x and all points that it tried: the
+    point of lowest exact expected accuracy sum_k lambda_k 1[f_k(x') = y], and among equals that of highest objective.
+    An example whose expected accuracy is 0 cannot get worse, so the search leaves it out from then on.
+
+    transfers: whether its points against one member or the averaged twin are worth replaying on the mixture.
+    differentiates: whether `search` runs with gradients enabled.
     """
 
     transfers: ClassVar[bool] = False
@@ -48,11 +52,11 @@ class SearchAttack(ABC):
         """Check settings by name.
 
         Args:
-            least: the least value of counts; a `step_size`, where there is one, must be positive.
-            one_of: what names may be.
+            least: the smallest value of each count; a `step_size`, if there is one, must be positive.
+            one_of: the allowed values of each name.
 
         Raises:
-            ValueError: one is out of its range.
+            ValueError: a setting is out of its range.
         """
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -65,9 +69,19 @@ class SearchAttack(ABC):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
 
     @property
-    def asks_for_box(self) -> bool:
-        """Whether it is checked that x lies in the box, which waits for the device."""
+    def checks_box(self) -> bool:
+        """Whether a call checks that x lies in the box; reading the answer waits for the device."""
         return True
+
+    def warn_of_nan_gradients(self, blind: Tensor, verb: str) -> None:
+        """Warn the caller of the attack if NaN gradients kept it from moving on examples, marked in `blind` [B]."""
+        count = int(blind.sum())
+        if count:
+            warnings.warn(
+                f"{type(self).__name__} met NaN gradients on {count} of {len(blind)} examples and could not {verb} "
+                "there: robustness measured with it is overstated",
+                stacklevel=4,  # past `search` and `__call__`
+            )
 
     def __call__(
         self,
@@ -81,12 +95,12 @@ class SearchAttack(ABC):
         """Attack x `[B, ...]` with labels y `[B]`; a plain module counts as a mixture of one member.
 
         Args:
-            more: what `search` takes besides.
+            more: further arguments of `search`.
 
         Raises:
             ValueError: as `check_batch`, or the attack cannot work on this mixture.
         """
-        check_batch(x, y, threat_model if self.asks_for_box else None)
+        check_batch(x, y, threat_model if self.checks_box else None)
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
         mixture = as_mixture(mixture).support()
@@ -98,18 +112,18 @@ class SearchAttack(ABC):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        """The perturbed images, for a batch and a mixture that are checked."""
+        """The perturbed images, for a batch that was checked and a mixture in attack mode."""
 
 
 class WorstPoints:
     """The worst point seen so far for each example: lowest expected accuracy, then highest objective.
 
-    Points that are not finite never win, nor do objectives that are NaN; a member whose logits are NaN counts as its
-    argmax says, as everywhere.
+    A point that is not finite is never kept; an objective that is NaN counts as -inf. A member whose logits are NaN
+    answers with their argmax, as everywhere.
 
     Args:
-        mixture: whose exact expected accuracy sum_k lambda_k 1[f_k(x') = y] counts.
-        x: [B, ...], the start; offer it first, so that nothing returned is better for the mixture than x itself.
+        mixture: its exact expected accuracy is sum_k lambda_k 1[f_k(x') = y].
+        x: [B, ...], the clean inputs; offer them first, so that no worst point is better for the mixture than x.
         y: labels [B].
         by_accuracy: False compares objectives alone.
 
@@ -120,19 +134,19 @@ class WorstPoints:
     def __init__(self, mixture: Mixture, x: Tensor, y: Tensor, by_accuracy: bool = True) -> None:
         self.mixture, self.y, self.by_accuracy = mixture, y, by_accuracy
         self.x = x.clone()
-        # As `Mixture.expectation`: Apple's devices have no float64.
+        # Apple's devices have no float64, see `Mixture.expectation`.
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         self.objective = torch.full((len(x),), float("-inf"), dtype=wide, device=x.device)
         self.accuracy = torch.full((len(x),), float("inf"), dtype=wide, device=x.device)
 
     def offer(self, x: Tensor, logits: Tensor, objective: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Compare one more point of each example, or of the examples `rows`, with the worst so far.
+        """Compare one more point of each example `rows` with its worst point so far.
 
         Args:
-            x: [R, ...]; logits: of all members there, [L, R, C]; objective: [R]; rows: [R] long, None for all in order.
+            x: [R, ...]; logits: of all members at x, [L, R, C]; objective: [R]; rows: [R] long, None for all in order.
 
         Returns:
-            [R] bool, where the new point is worse for the mixture and was kept.
+            [R] bool, True where the new point is worse for the mixture and was kept.
         """
         rows = torch.arange(len(x), device=x.device) if rows is None else rows
         objective = objective.to(self.objective)
@@ -149,24 +163,13 @@ class WorstPoints:
         self.x[kept] = x[worse]
         return worse
 
-    def open(self) -> Tensor:
-        """[R] long, the examples that can still get worse: some member that may be drawn is right."""
+    def unfinished(self) -> Tensor:
+        """[R] long, the examples that can still get worse: some member of positive weight is right."""
         return (self.accuracy > 0).nonzero().flatten()
 
 
-def warn_of_nan_gradients(attack: str, blind: Tensor, verb: str, stacklevel: int) -> None:
-    """Say how many of the examples, marked in `blind` [B], met NaN gradients; `stacklevel` as seen by the caller."""
-    count = int(blind.sum())
-    if count:
-        warnings.warn(
-            f"{attack} met NaN gradients on {count} of {len(blind)} examples and could not {verb} there: robustness "
-            "measured with it is overstated",
-            stacklevel=stacklevel + 1,
-        )
-
-
 def gradient(objective: Tensor, x_adv: Tensor, retain_graph: bool = False) -> Tensor:
-    """d sum_i objective_i / dx: the examples do not interact in eval mode, so each gets its own gradient.
+    """d sum_i objective_i / dx. Examples do not interact in eval mode, so each gets the gradient of its own objective.
 
     Raises:
         ValueError: the objective does not depend on x_adv differentiably.
@@ -182,11 +185,11 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The members' logits at x [L, R, C], the objective there [R] and its gradient in x [R, ...], all detached.
 
-    One forward and one backward pass per member. Where the objective is an expectation, member after member, so that
-    the activations of one member at a time are held; the results are those of all at once, bit for bit.
+    One forward and one backward pass per member. If the objective is an expectation, the members take turns, so that
+    the activations of one member at a time are held. The result is bit for bit that of all members at once.
 
     Args:
-        mixture: in attack mode. x: [R, ...]; y: [R]; clean_logits: [L, R, C] where the objective needs them.
+        mixture: in attack mode. x: [R, ...]; y: [R]; clean_logits: [L, R, C] if the objective needs them.
 
     Raises:
         ValueError: no member is differentiable, or as `Mixture.member_logits`.
@@ -215,20 +218,20 @@ def value_and_gradient(
 
 @dataclass(frozen=True)
 class Climb:
-    """An objective, what it is climbed on, and what has been found so far.
+    """One search: the objective, the mixture and the batch, and what has been found so far.
 
     Attributes:
-        clean: [L, B, C], the members' logits at x; None where nobody asks for them.
-        worst: the worst points; None where only the last ones count.
-        blind: [B] bool, the examples that met NaN gradients.
+        clean: [L, B, C], the members' logits at x.
+        worst: the worst points so far.
+        blind: [B] bool, the examples on which a gradient was NaN.
     """
 
     mixture: Mixture
     objective: Objective
     x: Tensor
     y: Tensor
-    clean: Tensor | None
-    worst: WorstPoints | None
+    clean: Tensor
+    worst: WorstPoints
     blind: Tensor
 
     @classmethod
@@ -240,60 +243,58 @@ class Climb:
         y: Tensor,
         by_accuracy: bool = True,
         clean: Tensor | None = None,
-    ) -> tuple[Climb, WorstPoints]:
-        """With x itself among the worst points; clean: the members' logits at x, where they are known."""
+    ) -> Climb:
+        """Start with x as the first of the worst points; clean: the members' logits at x, if they are known."""
         if clean is None:
             with torch.no_grad():
                 clean = mixture.member_logits(x)
         worst = WorstPoints(mixture, x, y, by_accuracy)
         worst.offer(x, clean, objective(clean, y, mixture.weights, clean))
         blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return cls(mixture, objective, x, y, clean, worst, blind), worst
+        return cls(mixture, objective, x, y, clean, worst, blind)
 
-    def look(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The members' logits [L, R, C] and the objective [R] at one point of each example of `rows` [R], offered."""
+    def score(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Offer one point of each example `rows` [R]; the members' logits [L, R, C] and the objective [R] there."""
         with torch.no_grad():
             logits = self.mixture.member_logits(points)
             return logits, self.offer(points, logits, rows)
 
     def offer(self, points: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
-        """Show points with known logits [L, R, C] to the worst ones; the objective [R] there."""
+        """Compare points whose logits [L, R, C] are known with the worst ones; the objective [R] there."""
         value = self.objective(logits, self.y[rows], self.mixture.weights, self._clean(rows))
-        if self.worst is not None:
-            self.worst.offer(points, logits, value, rows)
+        self.worst.offer(points, logits, value, rows)
         return value
 
-    def up(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As `look`; the objective [R] there (NaN counts as -inf) and its gradient [R, ...]."""
+    def score_with_gradient(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `score`, but returns the objective [R] (NaN counts as -inf) and its gradient [R, ...]."""
         clean = self._clean(rows)
         logits, value, grad = value_and_gradient(self.mixture, self.objective, points, self.y[rows], clean)
-        if self.worst is not None:
-            self.worst.offer(points, logits, value, rows)
-            self.blind[rows] |= grad.flatten(1).isnan().any(1)
+        self.worst.offer(points, logits, value, rows)
+        self.blind[rows] |= grad.flatten(1).isnan().any(1)
         return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), grad
 
     def _clean(self, rows: Tensor) -> Tensor | None:
-        return self.clean[:, rows] if self.clean is not None and self.objective.needs_clean else None
+        return self.clean[:, rows] if self.objective.needs_clean else None
 
 
 def check_points(name: str, x_adv: Tensor, x: Tensor, threat_model: ThreatModel) -> None:
-    """Look at what an attack returned, by code that attacks do not share.
+    """Check the points that an attack returned; attacks share no code with this check.
 
     Raises:
         RuntimeError: a point is not finite, or outside ball or box: a defect of the attack, never corrected silently.
     """
-    inside = threat_model.check(x_adv, x)
+    inside = threat_model.contains(x_adv, x)
     if not bool(inside.all()):
         index = int((~inside).nonzero()[0])
         raise RuntimeError(f"attack {name} left the threat model at example {index} of a batch: this is a defect")
 
 
 def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel | None = None) -> None:
-    """Refuse what no attack can work on.
+    """Check that a batch can be attacked.
 
     Raises:
-        ValueError: x is not float32 or float64 (half precision cannot hold a point of the ball), labels do not match,
-            or, where a threat model is given, x is not finite or outside its box (asking waits for the device).
+        ValueError: x is not float32 or float64 (half precision is too coarse for the ball), labels do not match, or,
+            if a threat model is given, x is not finite or outside its box (reading the answer waits for the device).
     """
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x is {x.dtype}: convert it to float32 (or float64), in the units of the threat model")
@@ -301,5 +302,5 @@ def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel | None = None) -
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not match: expected [B, ...] and [B]")
     if y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(f"labels are {y.dtype}: expected class numbers (torch.long)")
-    if threat_model is not None and not bool(threat_model.check(x, x).all()):
+    if threat_model is not None and not bool(threat_model.contains(x, x).all()):
         raise ValueError(f"x is not finite or lies outside the box {threat_model.bounds} of the threat model")

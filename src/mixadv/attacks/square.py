@@ -1,4 +1,4 @@
-"""Square Attack: a random search that asks the mixture for its answers and for nothing else."""
+"""Square Attack: a random search that needs the outputs of the mixture and no gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mixadv.attacks.search import Climb, SearchAttack, WorstPoints
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
-# Of 10,000 queries, those after which the windows' area is halved (section 4.1 of the paper).
+# The queries, of 10,000, after which the windows' area is halved (section 4.1 of the paper).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -22,28 +22,27 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 class Square(SearchAttack):
     """Square Attack (Andriushchenko, Croce, Flammarion & Hein, ECCV 2020) on a mixture, without gradients.
 
-    Random search that climbs an objective, by default the exact expected margin
-    sum_k lambda_k (max_{j != y} z_kj - z_ky): each query changes the perturbation inside a random square window, and
-    is taken where the objective rises. What is returned is, per example, the worst point asked about: the lowest
-    exact expected accuracy sum_k lambda_k 1[f_k(x') = y], and among equals the highest objective. The windows cover a
-    share p of the pixels, which starts at p_init and is halved after the queries 10, 50, 200, 500, 1000, 2000, 4000,
-    6000 and 8000 of 10,000, rescaled to num_queries.
+    A random search that maximises an objective, by default the exact expected margin
+    sum_k lambda_k (max_{j != y} z_kj - z_ky). Each query changes the perturbation inside a random square window and is
+    accepted if the objective rises. The windows cover a share p of the pixels, which starts at p_init and is halved
+    after the queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10,000, rescaled to num_queries. Returns the
+    worst points of all queries, see `SearchAttack`.
 
     linf (algorithm 2 of the paper): starts at x + eps s, s a random sign for each channel and column; a query sets
         the perturbation in the window to +eps or -eps, one sign per channel. A query that would change nothing takes
         the opposite signs.
-    l2 (algorithm 3): starts with bumps on a grid, scaled to norm eps; a query takes the norm of two windows together
-        with what the box left unused, and spends it in the first, on the old direction plus a new bump.
+    l2 (algorithm 3): starts with bumps on a grid, scaled to norm eps; a query takes the norm of two windows, and the
+        norm that the box left unused, and spends it in the first window, on the old direction plus a new bump.
 
-    num_queries: queries of each restart, the start included. One query asks every member once; another one, before
-        all restarts, asks about x itself.
+    num_queries: queries of each restart, the start included. A query is one forward pass of every member; the pass at
+        x, before all restarts, is not counted.
     p_init: share of the pixels in the first windows; 0.8 is AutoAttack's choice.
-    restarts: independent searches, each with a schedule of its own.
-    objective: what is climbed, see `mixadv.attacks.objectives`.
+    restarts: independent searches, each with the whole schedule of p.
+    objective: what the attack maximises, see `mixadv.attacks.objectives`.
 
-    x is [B, C, H, W], or [B, H, W] with one channel, or [B, d], taken as one row of d pixels, whose windows are
-    intervals. In images that are not square, windows wider than the shorter side become rectangles. Each example has
-    windows of its own; one whose expected accuracy has reached 0 is left alone from there on.
+    x is [B, C, H, W], or [B, H, W] with one channel, or [B, d], which is one row of d pixels with intervals for
+    windows. In images that are not square, windows wider than the shorter side become rectangles. The windows are
+    drawn for each example separately.
 
     Members need not be differentiable. Raises ValueError for num_queries or restarts below 1, p_init outside (0, 1], x
     of another shape.
@@ -64,21 +63,21 @@ class Square(SearchAttack):
     ) -> Tensor:
         if x.ndim > 4:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [B, C, H, W], [B, H, W] or [B, d]")
-        climb, worst = Climb.begin(mixture, self.objective, x, y)
+        climb = Climb.begin(mixture, self.objective, x, y)
         dice = _Dice(generator, x.device)
         for _ in range(self.restarts):
-            self._walk(climb, worst, threat_model, dice)
-        return worst.x
+            self._walk(climb, threat_model, dice)
+        return climb.worst.x
 
-    def _walk(self, climb: Climb, worst: WorstPoints, threat_model: ThreatModel, dice: _Dice) -> None:
-        """One restart, whose points go to `worst`."""
+    def _walk(self, climb: Climb, threat_model: ThreatModel, dice: _Dice) -> None:
+        """One restart; its points are offered to `climb.worst`."""
         x = climb.x
         images = x.reshape(len(x), *[1] * (4 - x.ndim), *x.shape[1:])
         moves: _Linf | _L2 = (_Linf if threat_model.norm == "linf" else _L2)(threat_model, dice)
-        # Climbing by accuracy first, it would never give up one fooled member for two others.
+        # A walk that put the accuracy first would never give up one fooled member to fool two others.
         walk = WorstPoints(climb.mixture, x, climb.y, by_accuracy=False)
         for query in range(self.num_queries):
-            rows = worst.open()
+            rows = climb.worst.unfinished()
             if not len(rows):
                 return
             if query == 0:
@@ -87,15 +86,15 @@ class Square(SearchAttack):
                 height, width = _window(self._share(query), images.shape[-2:], moves.least)
                 points = moves.propose(walk.x[rows].reshape(images[rows].shape), images[rows], height, width)
             points = points.reshape(x[rows].shape)
-            walk.offer(points, *climb.look(points, rows), rows)
+            walk.offer(points, *climb.score(points, rows), rows)
 
     def _share(self, query: int) -> float:
-        """p at the query of that number: halvings at the rescaled iterations."""
+        """The share p of query number `query`."""
         return self.p_init / 2 ** bisect_left(HALVINGS, int(10_000 * query / self.num_queries))
 
 
 class _Dice:
-    """Random numbers, drawn where the generator lives."""
+    """Random numbers, drawn on the device of the generator."""
 
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
         self.generator, self.device = generator, device
@@ -127,7 +126,7 @@ class _Linf:
         signs = self.dice.signs((*x.shape[:2], 1, 1), x)
         low, high = (self.threat_model.project(x + sign * self.threat_model.eps, x) for sign in (-1, 1))
         proposal = torch.where(window, torch.where(signs > 0, high, low), current)
-        # Small windows often draw what is there already: on one pixel of a grey image every other time.
+        # Small windows often draw the values that they have: one pixel of a grey image every other time.
         idle = (proposal == current).flatten(1).all(1).reshape(-1, 1, 1, 1)
         return torch.where(idle & window, torch.where(signs > 0, low, high), proposal)
 
@@ -169,11 +168,11 @@ class _L2:
 
 
 def _window(share: float, size: torch.Size, least: int) -> tuple[int, int]:
-    """Height and width of a window of about `share` of an image's pixels: a square where the image has room for it."""
+    """Height and width of a window of about `share` of an image's pixels: a square if it fits into the image."""
     height, width = size
     area = share * height * width
     side = max(least, round(math.sqrt(area)))
-    # Bumps are symmetric around a pixel in the middle.
+    # Bumps are symmetric around a middle pixel, so their side is odd.
     side += least > 1 and side % 2 == 0
     if side > height:
         return height, min(width, max(side, round(area / height)))
@@ -186,8 +185,8 @@ def _place(x: Tensor, height: int, width: int, dice: _Dice) -> tuple[Tensor, Ten
     """One window at a uniformly random place in each image.
 
     Returns:
-        [B, 1, H, W] bool, the window; [B, H, 1] and [B, 1, W], each pixel's row and column in the window (pixels
-        outside: those of the nearest pixel inside).
+        [B, 1, H, W] bool, the window; [B, H, 1] and [B, 1, W], each pixel's row and column in the window (for a pixel
+        outside, those of the nearest pixel inside).
     """
     inside, offsets = [], []
     for pixels, length in ((x.shape[2], height), (x.shape[3], width)):
@@ -200,7 +199,7 @@ def _place(x: Tensor, height: int, width: int, dice: _Dice) -> tuple[Tensor, Ten
 
 
 def _bumps(height: int, width: int, like: Tensor) -> Tensor:
-    """Two patterns of norm 1, [2, height, width]: halves of opposite sign, one above or one beside the other.
+    """Two patterns of norm 1, [2, height, width]: two halves of opposite sign, one above the other and side by side.
 
     Each half is a pyramid of concentric squares around its middle: sum_{i=r}^{R} 1 / (i + 1)^2 at the Chebyshev
     distance r, R the largest half side (the paper's eta).
@@ -220,6 +219,6 @@ def _bumps(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _unit(values: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Scaled to norm 1 over `dim`; zero stays zero."""
+    """`values` scaled to norm 1 over `dim`; zero stays zero."""
     norm = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     return values / norm.clamp_min(torch.finfo(values.dtype).tiny)

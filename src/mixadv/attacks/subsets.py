@@ -1,4 +1,4 @@
-"""Attacks on sets of members: an optimal point fools some set, so each set is tried on its own."""
+"""Attacks on sets of members: the worst point fools some set of members, so the attack tries each set."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary, per_example
+from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary
 from mixadv.attacks.objectives import ExpectedLoss
-from mixadv.attacks.search import Climb, SearchAttack, WorstPoints, warn_of_nan_gradients
+from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.mixture import Mixture
-from mixadv.threat_model import ThreatModel
+from mixadv.threat_model import ThreatModel, per_example
 
-# The last step relative to the first; between them the steps fall geometrically.
+# The step size falls geometrically to this share of the first step.
 LAST_STEP = 0.02
-# Sums of float32 weights are compared up to this.
+# Tolerance for comparing sums of weights.
 TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class SubsetAttack(SearchAttack):
-    """For each of many sets S of members, a search for a point that fools all of S.
+    """For each of many sets S of members, searches for a point that fools all of S.
 
     The exact expected accuracy sum_k lambda_k 1[f_k(x') = y] takes at most 2^L values, one for each set of fooled
-    members, and climbing a sum of losses over all members at once stalls where they pull against each other. For a
-    set S the attack minimises
+    members. Climbing a sum of losses over all members stalls where their gradients oppose each other. For a set S the
+    attack minimises
 
         sum_{k in S} max(margin_k(x'), -kappa eps),   margin_k = (f_k,y - max_{j != y} f_k,j) / ||grad of the same||_q
 
     over ball and box, q dual to the norm: margin_k is the linearised distance to member k's boundary, in input units,
-    positive while k is right. Measured so, members of any logit scale pull equally, and a member that is fooled by
-    kappa eps stops pulling. (For linf and random linear pairs and triples of the plane, their logit scales spread over
-    two decades, the differences of logits themselves miss the optimum in 2 to 4 % of cases, these margins in 0.5 % at
-    most.) The step is steepest for the norm, the sign of the gradient for linf, its direction for l2, of length
-    step_size * eps falling geometrically to 0.02 of that, followed by the projection.
+    positive while k is right. So the logit scale of a member does not matter, and a member stops pulling once it is
+    fooled by kappa eps. (On random linear pairs and triples in the plane under linf, with logit scales spread over two
+    decades, plain differences of logits miss the optimum in 2 to 4 % of cases, these margins in at most 0.5 %.) The
+    step is the steepest one of the norm (sign of the gradient for linf, its direction for l2); its length falls
+    geometrically from step_size * eps to 0.02 of that, and the projection follows.
 
-    Sets are tried by decreasing weight. A set cannot help where the other members alone weigh as much as the lowest
-    expected accuracy found, and is skipped for these examples; the search for a set ends where all of it is fooled.
+    Sets are tried by decreasing weight. A set is skipped for the examples that it cannot make worse, because the other
+    members alone weigh as much as the lowest expected accuracy found. The search for a set ends when all of it is
+    fooled.
 
     num_steps: gradient steps for each set and start.
     step_size: length of the first step relative to eps.
-    restarts: starts for each set, the first at x, the others uniform in the ball; every set has had its n-th start
-        before the next one.
+    restarts: starts for each set, the first at x, the others uniform in the ball; all sets have their n-th start
+        before any set has the next.
     kappa: the depth at which a fooled member stops pulling, relative to eps.
-    max_subsets: where there are no more nonempty sets of members of positive weight than this (15: up to L = 4), all
-        are tried. Otherwise all L sets of one member, then the heaviest sets for half of the rest, then random ones;
-        never fewer than the L sets of one member and the set of all.
+    max_subsets: all nonempty sets of members of positive weight are tried if there are no more than this (15: up to
+        L = 4). Otherwise all L sets of one member, then the heaviest sets for half of the rest, then random ones;
+        never fewer than the L sets of one member and the set of all members.
 
-    Per example, the worst of x and all points tried is returned: the lowest expected accuracy, and among equals the
-    highest expected margin. An example whose expected accuracy has reached 0 is left alone from there on.
+    Returns the worst points, see `SearchAttack`; the objective is the expected margin.
 
-    Members without gradient do not pull, but count. Warns where NaN gradients kept it from moving.
+    Members without gradient do not pull, but count for the accuracy. Warns if NaN gradients kept it from moving.
 
-    Raises ValueError for counts or sizes out of range; where no member has a gradient.
+    Raises ValueError for counts or sizes out of range; if no member has a gradient.
     """
 
     num_steps: int = 20
@@ -74,14 +74,14 @@ class SubsetAttack(SearchAttack):
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
     ) -> Tensor:
-        climb, worst = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
-        weights, turnable = mixture.weights / mixture.weights.sum(), members_with_gradient(mixture, x)
-        search = _Search(self, climb, worst, threat_model, generator, weights, turnable)
+        climb = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
+        weights, turnable = mixture.weights, members_with_gradient(mixture, x)
+        search = _Search(self, climb, threat_model, generator, weights, turnable)
         sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
         for restart, members in itertools.product(range(self.restarts), sets):
             search.run(members, from_x=restart == 0)
-        warn_of_nan_gradients("SubsetAttack", climb.blind, "move", stacklevel=3)
-        return worst.x
+        self.warn_of_nan_gradients(climb.blind, "move")
+        return climb.worst.x
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,6 @@ class _Search:
 
     settings: SubsetAttack
     climb: Climb
-    worst: WorstPoints
     threat_model: ThreatModel
     generator: torch.Generator | None
     weights: Tensor
@@ -100,7 +99,7 @@ class _Search:
         """One start for one set, for the examples that it can make worse."""
         pulling = [k for k in members if k in self.turnable]
         rest = 1.0 - float(self.weights[list(members)].sum())
-        rows = (self.worst.accuracy > rest + TOLERANCE).nonzero().flatten()
+        rows = (self.climb.worst.accuracy > rest + TOLERANCE).nonzero().flatten()
         if not pulling or not len(rows):
             return
         x = self.climb.x[rows]
@@ -115,10 +114,10 @@ class _Search:
             if not len(rows):
                 return
             points = self.threat_model.project(points, self.climb.x[rows])
-        self.climb.look(points, rows)
+        self.climb.score(points, rows)
 
     def pull(self, points: Tensor, rows: Tensor, pulling: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The logits of all members [L, R, C], and where the objective of the set `pulling` falls, [R, ...]."""
+        """The logits of all members [L, R, C], and the descent direction of the set `pulling`, [R, ...]."""
         kappa = self.settings.kappa * self.threat_model.eps
         total = torch.zeros_like(points)
         logits = []
@@ -140,7 +139,7 @@ def subsets_by_weight(
 
     Args:
         weights: lambda of L members, all positive.
-        generator: draws the random sets, where not all sets fit.
+        generator: draws the random sets, if not all sets fit.
     """
     count = len(weights)
     if 2**count - 1 <= max_subsets:
@@ -158,11 +157,11 @@ def subsets_by_weight(
 
 
 def _heaviest_first(weights: Sequence[float]) -> Iterator[tuple[int, ...]]:
-    """All nonempty sets by decreasing weight, without making a list of them: by what is left out, lightest first."""
+    """All nonempty sets by decreasing weight, one at a time: their complements by increasing weight."""
     order = sorted(range(len(weights)), key=lambda k: weights[k])
     everything = set(range(len(weights)))
     yield tuple(sorted(everything))
-    # Each set left out of positions p_1 < ... < p_n has two successors: with p_n + 1 added, or in place of p_n.
+    # A complement with positions p_1 < ... < p_n has two successors: p_n + 1 is added, or replaces p_n.
     heap: list[tuple[float, tuple[int, ...]]] = [(weights[order[0]], (0,))]
     while heap:
         weight, positions = heapq.heappop(heap)

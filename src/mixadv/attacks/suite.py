@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
 from mixadv.mixture import Mixture, as_mixture
-from mixadv.seeding import derive_seed
+from mixadv.seeding import generator_for
 from mixadv.shipped import shipped_protocol
 from mixadv.threat_model import ThreatModel
 
@@ -22,8 +22,8 @@ MIXTURE, TWIN, CLEAN = "mixture", "averaged twin", "clean"
 class Pass(NamedTuple):
     """One attack against one classifier; its points are replayed on the whole mixture.
 
-    name: of the attack. attack: what is called. against: "mixture", "member k" or "averaged twin".
-    target: that classifier as a mixture; it shares the members' modules.
+    name: of the attack. attack: the attack. against: "mixture", "member k", "averaged twin" or "other weights j".
+    target: the attacked classifier as a mixture; it shares the members' modules.
     """
 
     name: str
@@ -33,17 +33,13 @@ class Pass(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The attack's name, followed by " on " and whom it is against unless that is the mixture."""
+        """NAME for the attack on the mixture, "NAME on AGAINST" for the others."""
         return self.name if self.against == MIXTURE else f"{self.name} on {self.against}"
 
-    def seed(self, seed: int, batch: int) -> int:
-        """Of the pass on one batch: the same whatever other passes there are."""
-        return derive_seed(seed, self.name, self.against, batch)
-
     def points(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int) -> Tensor:
-        """What the pass finds on a batch of this number, checked; see `check_points`."""
-        generator = torch.Generator(x.device).manual_seed(self.seed(seed, batch))
-        points = self.attack(self.target, x, y, threat_model, generator)
+        """The attacked images of batch number `batch`, checked by `check_points`; other passes do not matter."""
+        draws = generator_for(seed, self.name, self.against, batch, device=x.device)
+        points = self.attack(self.target, x, y, threat_model, draws)
         check_points(self.name, points, x, threat_model)
         return points
 
@@ -61,14 +57,14 @@ class SuiteRecord:
     """What a suite found on a batch.
 
     Attributes:
-        expected_accuracy: [B] float64, the least exact expected accuracy sum_k lambda_k 1[f_k(x') = y] over x itself
-            and all points found. The mean over examples is the robust accuracy (an upper bound of it).
-        clean: [B] float64, at x.
+        expected_accuracy: [B] float64, the least exact expected accuracy sum_k lambda_k 1[f_k(x') = y] over x and all
+            points found. Its mean over examples is an upper bound of the robust accuracy.
+        clean: [B] float64, the expected accuracy at x.
         by_attack: [B] float64 for each attack against the mixture, under its name, and for each attack against a part
             of it, under "NAME on member k" and "NAME on averaged twin".
-        x_adv: [B, ...], the points behind `expected_accuracy`.
-        found_by: B names: which entry of `by_attack` first found them, "clean" for x itself.
-        seconds: for each entry of `by_attack`.
+        x_adv: [B, ...], points with this `expected_accuracy`.
+        found_by: B names: the entry of `by_attack` that found x_adv first; "clean" for x itself.
+        seconds: duration of each entry of `by_attack`.
     """
 
     expected_accuracy: Tensor
@@ -81,29 +77,29 @@ class SuiteRecord:
 
 @dataclass(frozen=True)
 class AttackSuite:
-    """Named attacks, each run on the mixture and, where it `transfers`, on every member alone and on the averaged twin.
+    """Named attacks, each run on the mixture and, if it `transfers`, on every member alone and on the averaged twin.
 
-    Per example the result is the minimum over all points found by anyone, so adding an attack never raises it. Every
-    pass draws from a generator of its own, so an attack finds the same whatever stands beside it.
+    The result of an example is the minimum over all points that any attack found, so adding an attack never raises it.
+    Every pass draws from a generator of its own, so the points of an attack do not depend on the other attacks.
 
-    An attack class whose points against one classifier are not worth replaying says ``transfers = False`` (attacks
-    made for mixtures, slow black boxes, noise).
+    An attack class sets ``transfers = False`` if its points against one member are not worth replaying on the mixture
+    (attacks made for mixtures, slow black boxes, noise).
 
     attacks: name -> attack; names begin with their algorithm.
     name: of the protocol.
 
-    Raises ValueError where there is no attack or one cannot be called.
+    Raises ValueError if there is no attack, or one is not callable or named "clean".
     """
 
     attacks: Mapping[str, Attack]
-    name: str = field(default="custom")
+    name: str = "custom"
 
     def __post_init__(self) -> None:
         if not self.attacks:
             raise ValueError("a suite needs at least one attack")
         for name, attack in self.attacks.items():
             if name == CLEAN:
-                raise ValueError(f"an attack is called {CLEAN}, as the images themselves are: give it another name")
+                raise ValueError(f"the name {CLEAN} stands for the clean images: give that attack another name")
             if not callable(attack):
                 raise ValueError(f"attack {name} is {attack!r}: give an attack, for example PGD()")
 
@@ -114,7 +110,7 @@ class AttackSuite:
         Raises:
             UserError: there is no such protocol.
         """
-        # Hydra takes its time to import.
+        # Hydra is slow to import.
         from mixadv.instantiate import instantiate
 
         nodes = shipped_protocol(name)["attacks"]
@@ -130,13 +126,13 @@ class AttackSuite:
         seed: int = 0,
         batch: int = 0,
     ) -> SuiteRecord:
-        """Attack x [B, ...] with labels y [B] by everything; a plain module counts as a mixture of one member.
+        """Attack x [B, ...] with labels y [B]; a plain module counts as a mixture of one member.
 
         Args:
-            seed: of all random starts. batch: the number of this batch, which has starts of its own.
+            seed: of all random starts. batch: the number of this batch; batches have different random starts.
 
         Raises:
-            ValueError: a batch that no attack can work on. RuntimeError: an attack left ball or box.
+            ValueError: as `check_batch`. RuntimeError: an attack left ball or box.
         """
         check_batch(x, y, threat_model)
         mixture = as_mixture(mixture)
@@ -158,11 +154,11 @@ class AttackSuite:
 
 
 def unattacked(mixture: Mixture) -> Pass:
-    """The pass that leaves the images as they are."""
-    return Pass(CLEAN, _stay, MIXTURE, mixture)
+    """The pass that returns the clean images."""
+    return Pass(CLEAN, _no_attack, MIXTURE, mixture)
 
 
-def _stay(
+def _no_attack(
     mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
 ) -> Tensor:
     return x
@@ -171,7 +167,7 @@ def _stay(
 def passes_of(
     attacks: Mapping[str, Attack], mixture: Mixture, other_weights: Sequence[Sequence[float]] = ()
 ) -> Iterator[Pass]:
-    """Every attack on the mixture, then on its members alone, its averaged twin and the mixture with other weights."""
+    """All attacks on the mixture, then those on its members alone, its averaged twin, and it with other weights."""
     for name, attack in attacks.items():
         yield Pass(name, attack, MIXTURE, mixture)
     if mixture.num_members == 1:

@@ -1,4 +1,4 @@
-"""When a training writes which checkpoint: best.ckpt, last.ckpt and the one before it."""
+"""Writes the checkpoints of a training: best.ckpt, last.ckpt and previous.ckpt."""
 
 import os
 import time
@@ -21,21 +21,25 @@ PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint for a `MixtureTraining`, which continues bitwise from any moment.
+    """Lightning's ModelCheckpoint for a `MixtureTraining`, which can be resumed bitwise from any moment.
 
-    After a validation it keeps the best by `monitor` as Lightning does (``best_model_path``, ``best_model_score``,
-    `save_top_k`, ``log_model`` of loggers), as best.ckpt. The last state, last.ckpt, is written before every
-    validation, after every epoch, every `train_time_interval`, every `every_n_train_steps`, and when the program is
-    told to stop; the one before it stays as previous.ckpt. A training that goes on from last.ckpt ends bitwise where
-    the uninterrupted one ends. The trainer needs ``plugins=[WholeFiles()]``.
+    After a validation, the best state by `monitor` is kept as best.ckpt, as in Lightning (with ``best_model_path``,
+    ``best_model_score``, `save_top_k` and ``log_model`` of loggers). The current state is written as last.ckpt before
+    every validation, after every epoch, at the intervals below, and when a signal stops the program; the earlier
+    last.ckpt becomes previous.ckpt. A training resumed from last.ckpt ends bitwise equal to an uninterrupted one. The
+    trainer needs ``plugins=[WholeFiles()]``.
 
-    Lightning cannot do this itself: with manual optimization it ignores `train_time_interval` and counts the steps of
-    all optimizers.
+    Lightning's own class does not suffice: with manual optimization it ignores `train_time_interval` and counts the
+    steps of all optimizers.
 
     Args:
-        dirpath: where the files go. monitor, mode, save_top_k, filename, others: see ModelCheckpoint.
-        train_time_interval: between two last.ckpt inside an epoch; None for none by the clock.
-        every_n_train_steps: batches t between two last.ckpt inside an epoch; None for none by the count.
+        dirpath: directory of the checkpoints.
+        monitor, mode, save_top_k, filename, others: see ModelCheckpoint.
+        train_time_interval: time between two last.ckpt inside an epoch; None for no limit.
+        every_n_train_steps: batches t between two last.ckpt inside an epoch; None for no limit.
+
+    Raises:
+        ValueError: `every_n_train_steps` is below 1.
     """
 
     def __init__(
@@ -59,14 +63,14 @@ class Checkpoints(ModelCheckpoint):
             mode=mode,
             save_top_k=save_top_k,
             filename=filename or (Path(BEST).stem if one else "best-{epoch}-{step}"),
-            # Validation ends before the epoch does, and the best is known then.
+            # Select the best state after the validation, not at the end of the epoch.
             save_on_train_epoch_end=False,
             enable_version_counter=not one,
             **others,
         )
         self.interval, self.every = train_time_interval, every_n_train_steps
         self._saved_at, self._saved_t = time.monotonic(), 0
-        # Whether the state is that of a number of whole batches: not before it is restored, nor inside an update.
+        # Whether the state is that after whole batches: false before it is restored, and inside an update.
         self._is_whole = False
 
     @property
@@ -75,14 +79,14 @@ class Checkpoints(ModelCheckpoint):
         return "mixadv.Checkpoints"
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, with the names of files in the place of paths: a run directory may be moved."""
+        """Lightning's state with file names instead of paths, because a run directory may be moved."""
         state = super().state_dict()
         state |= {key: os.path.basename(state[key]) for key in PATHS}
         state["best_k_models"] = {os.path.basename(path): score for path, score in self.best_k_models.items()}
         return {**state, "dirpath": ""}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the scores of the files in `dirpath`."""
+        """Restore Lightning's state; file names refer to `dirpath`."""
 
         def here(name: str) -> str:
             return os.path.join(str(self.dirpath), name) if name else ""
@@ -90,21 +94,23 @@ class Checkpoints(ModelCheckpoint):
         kept = {here(name): score for name, score in state_dict["best_k_models"].items()}
         paths = {key: here(state_dict[key]) for key in PATHS}
         super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
+        # Lightning saves this score and does not load it.
+        self.current_score = state_dict["current_score"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse another module, whose state this class does not know."""
+        """Refuse modules other than `MixtureTraining`."""
         with warnings.catch_warnings():
-            # A training that goes on finds its own checkpoints there.
+            # A resumed training finds its own checkpoints there.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, MixtureTraining):
             raise UserError(f"Checkpoints are for MixtureTraining, not {type(pl_module).__name__}: use ModelCheckpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: MixtureTraining) -> None:  # type: ignore[override]
-        """Count from here; have loggers forget what comes again; take signals back from Lightning's handlers.
+        """Start the intervals, truncate the logs to this step, and replace Lightning's signal handlers.
 
         Raises:
-            UserError: processes have found different checkpoints.
+            UserError: the processes resumed from different checkpoints.
         """
         super().on_train_start(trainer, pl_module)
         ranks, t = pl_module.ranks, pl_module.t
@@ -125,17 +131,18 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """From here on the state is that of a batch under way."""
+        """Mark the state as that of an unfinished batch."""
         self._is_whole = False
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, pl_module: MixtureTraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write last.ckpt where it is time to, or stop where a process was told to."""
+        """Write last.ckpt if an interval is over; stop if any process received a signal."""
         self._is_whole = True
         by_clock = self.interval is not None and time.monotonic() - self._saved_at >= self.interval.total_seconds()
         by_count = self.every is not None and pl_module.t - self._saved_t >= self.every
-        # Clocks differ, and a signal may reach one process alone: what one has to do, all do.
+        # Clocks differ and a signal may reach one process only, so all processes agree on what to do: the number of a
+        # signal to stop, 0 to write a checkpoint, -1 to go on.
         signal = Signals.active.received if Signals.active is not None else None
         wanted = pl_module.ranks.largest(signal or -int(not (by_clock or by_count)), pl_module.device)
         if wanted > 0:
@@ -144,16 +151,16 @@ class Checkpoints(ModelCheckpoint):
             self._save_last(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: MixtureTraining) -> None:  # type: ignore[override]
-        """Write last.ckpt: a validation that is interrupted is repeated from here.
+        """Write last.ckpt, from which an interrupted validation is repeated.
 
-        Not in the middle of it, for a callback may have put averaged members in the place of the trained ones.
+        Nothing is written during a validation: a callback (EMA) may have replaced the members by their averages.
         """
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_last(trainer, pl_module)
             self._is_whole = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep this state where it is among the best."""
+        """Write best.ckpt if this state is among the best."""
         super().on_validation_end(trainer, pl_module)
         self._is_whole = trainer.state.fn == "fit"
 
@@ -162,9 +169,9 @@ class Checkpoints(ModelCheckpoint):
         self._save_last(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Told to stop in the middle of a batch, write the state before it.
+        """If a signal stops the training inside a batch, write the state before that batch.
 
-        Of an update half made (a second SIGINT does not wait) and of a validation nothing is written: the last
+        Nothing is written during a validation or inside an update (which only a second SIGINT interrupts); the last
         checkpoint stays.
         """
         assert isinstance(pl_module, MixtureTraining)
@@ -193,7 +200,7 @@ class Checkpoints(ModelCheckpoint):
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Lightning's reader and writer of checkpoints: whole or not at all, with a digest of the content inside."""
+    """Lightning's checkpoint I/O with atomic writes and a digest of the content in the file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `write_checkpoint`."""
@@ -202,5 +209,5 @@ class WholeFiles(TorchCheckpointIO):
         write_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """See `read_checkpoint`; always tensors and plain containers."""
+        """See `read_checkpoint`; only tensors and plain containers are read, whatever `weights_only` is."""
         return read_checkpoint(Path(path))

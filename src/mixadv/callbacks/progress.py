@@ -11,12 +11,12 @@ from rich.text import Text
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's RichProgressBar, and one line for every validation, also where there is no terminal.
+    """Lightning's RichProgressBar, plus one line after every validation, also without a terminal.
 
-    In a narrow terminal the metrics are wrapped; bar, batches and times keep their place.
+    In a narrow terminal only the metrics are wrapped, not the bar, the batches and the times.
 
     Args:
-        title: what is being trained, for the lines; None: "mixture of L" or "single model".
+        title: the name of the model in the lines; None: "mixture of L" or "single model".
         others: see RichProgressBar.
     """
 
@@ -26,11 +26,11 @@ class ProgressBar(RichProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether there is a terminal to draw in, and drawing is wanted."""
+        """Whether the bar is enabled and the output is a terminal."""
         return super().is_enabled and get_console().is_terminal
 
     def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
-        """Description, bar, batches, and seconds done and left."""
+        """The description, the bar, the batches, the elapsed time and the remaining time."""
 
         def column() -> Column:
             return Column(no_wrap=True)
@@ -44,7 +44,7 @@ class ProgressBar(RichProgressBar):
         ]
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """What the module logs with ``prog_bar=True``, by the last part of its name, and lambda."""
+        """The metrics that the module logs with ``prog_bar=True``, under the last part of their names, and lambda."""
         shown = super().get_metrics(trainer, pl_module)
         shown.pop("v_num", None)
         numbers = {name.rpartition("/")[2].removesuffix("_accuracy"): value for name, value in shown.items()}
@@ -69,7 +69,7 @@ class ProgressBar(RichProgressBar):
 
 
 def _lambda(trainer: pl.Trainer) -> str:
-    """The weights that were logged last, as (0.50, 0.20, 0.30); empty where none were."""
+    """The latest logged weights, as (0.50, 0.20, 0.30); empty if none were logged."""
     found = trainer.callback_metrics
     weights: list[str] = []
     while f"lambda/{len(weights)}" in found:

@@ -8,24 +8,17 @@ from torch.nn.functional import pad
 def random_crop_flip(x: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
     """Shift every image by up to `padding` pixels and mirror it left to right with probability 1/2.
 
-    With P the images surrounded by `padding` zeros on each side, offsets r, c uniform on {0, ..., 2 padding}
-    and a fair coin s per image, the result is out[b, :, i, j] = P[b, :, r_b + i, c_b + j'], where j' = W - 1
-    - j if s_b (and `flip`), else j. This is the usual CIFAR augmentation (He et al. 2016, section 4.2).
+    With P the images surrounded by `padding` zeros on each side, offsets r, c uniform on {0, ..., 2 padding} and a
+    fair coin s per image, the result is out[b, :, i, j] = P[b, :, r_b + i, c_b + j']. With `flip` and s_b = 1,
+    j' = W - 1 - j, else j' = j. This is the usual CIFAR augmentation (He et al. 2016, section 4.2).
 
     Args:
         x: images [B, C, H, W], any dtype; the result has the same shape, dtype and device.
         padding: zeros on each side, >= 0; 0 switches the crop off.
         flip: whether images are mirrored.
-        generator: source of all randomness. The draws are made on its device and moved, so that a CPU
-            generator gives the same crops on every device. None uses torch's global generator.
-
-    Raises:
-        ValueError: x is not four-dimensional, or padding < 0.
+        generator: source of all randomness. The numbers are drawn on its device, so that a CPU generator gives the
+            same crops on every device. None uses torch's global generator.
     """
-    if x.ndim != 4:
-        raise ValueError(f"images must be [B, C, H, W], got {tuple(x.shape)}")
-    if padding < 0:
-        raise ValueError(f"padding must be >= 0, got {padding}")
     if padding == 0 and not flip:
         return x
     count, channels, height, width = x.shape

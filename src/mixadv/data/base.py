@@ -1,4 +1,4 @@
-"""What every data set has in common: splits, statistics, and batches on the device."""
+"""The base class of the data sets: splits, statistics, and batches on the device."""
 
 import os
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from mixadv.data.split import channel_statistics, stratified_subset
 from mixadv.data.stream import BatchStream
 from mixadv.errors import UserError
 
-# Constants of their own, so that runs of different seeds share their splits: models trained with different seeds
-# can be weighed on validation images that none of them has seen, and compared on the same test images.
+# The splits do not depend on the seed of a run: models trained with different seeds share validation images that none
+# of them has seen, and are compared on the same test images.
 _VALIDATION_SEED = "validation"
 _TRAINING_SUBSET_SEED = "training subset"
 _TEST_SUBSET_SEED = "test subset"
 
 
 def user_cache() -> Path:
-    """The user's folder for what can be made again at any time: XDG_CACHE_HOME or ~/.cache."""
+    """The user's cache folder: `mixadv` in XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixadv"
 
 
@@ -35,15 +35,19 @@ class ImageCorpus:
     test_labels: Tensor
     class_names: tuple[str, ...]
 
-    def check(self, name: str) -> None:
-        """Raises UserError, naming the first offence, unless shapes, dtypes and labels are as documented."""
+    def validate(self, name: str) -> None:
+        """Check shapes, dtypes and labels of the data set `name`.
+
+        Raises:
+            UserError: one is not as documented; the message names the first such fault.
+        """
         for split in ("train", "test"):
             images: Tensor = getattr(self, f"{split}_images")
             labels: Tensor = getattr(self, f"{split}_labels")
             if images.dtype != torch.uint8 or images.ndim != 4:
                 raise UserError(
-                    f"{name}: {split} images are {images.dtype} {tuple(images.shape)}, not uint8 [N,C,H,W]: bring them "
-                    "to whole numbers 0..255"
+                    f"{name}: {split} images are {images.dtype} {tuple(images.shape)}, not uint8 [N,C,H,W]: convert "
+                    "them to whole numbers 0..255"
                 )
             if images.shape[1:] != self.train_images.shape[1:]:
                 raise UserError(
@@ -53,7 +57,7 @@ class ImageCorpus:
             if images.numel() == 0 or labels.shape != (len(images),):
                 raise UserError(
                     f"{name}: {len(images)} {split} images with {len(labels)} labels, {images[:1].numel()} values each:"
-                    " there must be a label for every image, and something to see"
+                    " give every image a label and at least one pixel"
                 )
             if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
                 raise UserError(f"{name}: {split} labels are {labels.dtype}, not whole numbers")
@@ -66,32 +70,32 @@ class ImageCorpus:
                 )
         counts = torch.bincount(self.train_labels.long(), minlength=len(self.class_names))
         if len(counts) < 2:
-            raise UserError(f"{name}: {len(counts)} class: there is nothing to tell apart; give two classes or more")
+            raise UserError(f"{name}: {len(counts)} class: a classifier needs two classes or more")
         for label, count in enumerate(counts.tolist()):
             if not count:
                 raise UserError(
                     f"{name}: no training image has label {label} ({self.class_names[label]!r}): the data are "
-                    "incomplete; fetch them again, or leave the class out"
+                    "incomplete; fetch them again, or remove the class"
                 )
 
 
 class ImageDataModule(LightningDataModule):
     """Images as uint8 tensors, split into training, validation and test, served as batches in [0, 1].
 
-    The test images are those that the data set itself calls test. Validation is taken out of the training
-    images, stratified, the same for every seed; it has `num_val` images, or else round(n v / (1 - v)) for v =
-    `val_fraction` and n = `num_train` training images, that is, v is the share of validation in all images
-    used. Without `num_train` it has round(v N) of the N images, and training the rest. With `num_train` or
-    `num_test` a stratified subset of that size is used, again the same for every seed.
+    The test images are those of the published test set. The validation images are a stratified part of the published
+    training images. There are `num_val` of them; if that is not given, v = `val_fraction` is their share in all
+    images used: round(v N) of the N published images, and the rest for training, or round(n v / (1 - v)) for
+    n = `num_train` training images. `num_train` and `num_test` select stratified subsets of that size. No split
+    depends on the seed.
 
-    After `setup`: `train_images`, `val_images`, `test_images` (uint8 [N, C, H, W]), `train_labels`, ... (long
-    [N]), `train_indices`, `val_indices`, `test_indices` (their places in the published order), `class_names`,
-    and `mean`, `std` (one float per channel, of the training split in [0, 1]).
+    After `setup`: `train_images`, `val_images`, `test_images` (uint8 [N, C, H, W]), `train_labels`, ... (long [N]),
+    `train_indices`, `val_indices`, `test_indices` (their places in the published order), `class_names`, and `mean`,
+    `std` (one float per channel, of the training images in [0, 1]).
 
     Args:
-        batch_size: training images per batch. It changes what is learned (steps per epoch, noise of the gradient).
+        batch_size: training images per batch. It changes the result (steps per epoch, noise of the gradient).
         eval_batch_size: validation and test images per batch.
-        val_fraction: v in (0, 1); ignored where `num_val` is given.
+        val_fraction: v in (0, 1); ignored if `num_val` is given.
         num_val: number of validation images, at least 1.
         seed: of the order of the batches and of the augmentation; the splits do not depend on it.
         num_train: number of training images, None for all.
@@ -147,7 +151,7 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.padding = padding
         self.flip = flip
-        # Set by the training before it asks for batches; None: an epoch is one pass.
+        # The training sets these before the first batch; None: an epoch is one pass.
         self.batches_per_epoch: int | None = None
         self.overfit_batches: int | None = None
         self._stream: BatchStream | None = None
@@ -162,19 +166,17 @@ class ImageDataModule(LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} has no load(): choose a data set with data=...")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split; a second call keeps the tensors. For "fit" the training batches start from 0."""
+        """Load and split; a second call keeps the tensors. For "fit" the training batches start at number 0."""
         if stage in (None, "fit"):
             self._stream = self._stream_state = None
         if hasattr(self, "test_images"):
             return
         corpus = self.load()
-        corpus.check(self.name)
+        corpus.validate(self.name)
         num_train, num_val, num_test = self._sizes(corpus)
         size = min(corpus.train_images.shape[2:])
         if self.padding > size:
-            raise ValueError(
-                f"padding={self.padding} would crop images of {size} pixels away: lower it, or set it to 0"
-            )
+            raise ValueError(f"padding={self.padding} is more than the images' {size} pixels: lower it, or set it to 0")
         labels = corpus.train_labels
         val = stratified_subset(labels, num_val, _VALIDATION_SEED)
         train = torch.arange(len(labels))
@@ -186,7 +188,7 @@ class ImageDataModule(LightningDataModule):
         self.train_images, self.train_labels = corpus.train_images[train], labels[train]
         self.val_images, self.val_labels = corpus.train_images[val], labels[val]
         self.mean, self.std = channel_statistics(self.train_images)
-        # The last assignment: an interrupted call leaves a module that the next call sets up again.
+        # `test_images` comes last, because it marks the module as set up: after an interruption setup runs again.
         self.test_labels = corpus.test_labels[test]
         self.test_images = corpus.test_images[test]
 
@@ -238,7 +240,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def batches_per_pass(self) -> int:
-        """Training batches that show (nearly) every training image once: max(1, num_train // batch_size)."""
+        """Batches of one pass over the training images, without an incomplete one: max(1, num_train // batch_size)."""
         return max(1, self.num_train // self.batch_size)
 
     @property
@@ -247,9 +249,9 @@ class ImageDataModule(LightningDataModule):
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def train_dataloader(self) -> BatchStream:
-        """The endless training stream; the same object at every call of one fit, so that reloading keeps its place.
+        """The endless training stream; every call during one fit returns the same object, which keeps its position.
 
-        Its epochs have `batches_per_epoch` batches; with `overfit_batches` it repeats that many.
+        Its epochs have `batches_per_epoch` batches; with `overfit_batches` = n it repeats the first n batches.
         """
         if self._stream is None or self._stream.device != self.device:
             self._stream = BatchStream(
@@ -274,7 +276,7 @@ class ImageDataModule(LightningDataModule):
         return self._ordered("test")
 
     def predict_dataloader(self) -> BatchStream:
-        """The test images."""
+        """The test images, for ``trainer.predict``."""
         return self._ordered("test")
 
     def _ordered(self, split: str) -> BatchStream:
@@ -282,11 +284,11 @@ class ImageDataModule(LightningDataModule):
         return BatchStream(images, labels, self.eval_batch_size, shuffle=False, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training stream; the trainer restores it before it asks for an epoch's length."""
+        """The position in the training stream; the Trainer restores it before it asks for the length of an epoch."""
         return {} if self._stream is None else {"stream": self._stream.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the training batches at the saved place (checked when the stream is built)."""
+        """Continue the training batches at the saved position (checked when the stream is built)."""
         self._stream_state = state_dict.get("stream")
         if self._stream is not None and self._stream_state is not None:
             self._stream.load_state_dict(self._stream_state)

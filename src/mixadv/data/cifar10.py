@@ -9,21 +9,24 @@ from typing import Any
 
 import torch
 from torchvision.datasets import CIFAR10 as Reader
+from torchvision.datasets.utils import calculate_md5
 
 from mixadv.data.base import ImageCorpus, ImageDataModule, user_cache
-from mixadv.data.download import DownloadFailed, fetch, mismatch
 from mixadv.errors import UserError
+
+# Seconds that an address may take to answer, and that its data may pause.
+TIMEOUT = 15.0
 
 
 class CIFAR10(ImageDataModule):
     """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 3x32x32, ten classes.
 
     `root` is a folder that holds `cifar-10-python.tar.gz` or the unpacked `cifar-10-batches-py`, or is itself
-    one of the two. Found nowhere, the archive is downloaded into `root`: from its home, then from `mirrors`
-    in order. An archive in a folder that cannot be written is unpacked into the user's cache.
+    one of the two. If neither is there, the archive is downloaded into `root`: from its home, then from `mirrors`
+    in order. If the folder of the archive cannot be written to, it is unpacked into the user's cache.
 
-    The batch files are pickles, which run code when they are read. They are read by torchvision's reader, and
-    only after the published md5 of each one was found right.
+    The batch files are pickles, which run code when they are read. torchvision's reader reads them, and only after
+    the published md5 of each file was checked.
 
     Args:
         root: see above; relative to the working directory.
@@ -113,7 +116,7 @@ class CIFAR10(ImageDataModule):
 
     def _verify(self, folder: Path) -> None:
         for name, expected in self._sums().items():
-            if wrong := mismatch(folder / name, expected):
+            if wrong := _mismatch(folder / name, expected):
                 raise UserError(
                     f"CIFAR-10: {folder / name} {wrong}. "
                     f"It was not read. Delete the folder {folder} and run again: it is unpacked afresh "
@@ -126,12 +129,12 @@ class CIFAR10(ImageDataModule):
         if self.root.suffix in (".gz", ".tgz", ".tar") and not self.root.exists():
             raise UserError(f"CIFAR-10: there is no file {self.root}. {self._remedy()}")
         archive = self.root if self.root.is_file() else self._home / reader.filename
-        # exists() takes a path that may not be looked at for one that is not there.
+        # Path.exists() returns False for a path without permission too; stat() tells the two apart.
         try:
             archive.stat()
         except FileNotFoundError:
             return None
-        if wrong := mismatch(archive, reader.tgz_md5):
+        if wrong := _mismatch(archive, reader.tgz_md5):
             raise UserError(
                 f"CIFAR-10: {archive} {wrong}. It was not unpacked. Delete it and run again, or replace it. "
                 f"{self._remedy()}"
@@ -142,14 +145,15 @@ class CIFAR10(ImageDataModule):
         reader = self.reader()
         if not self.download:
             raise UserError(f"CIFAR-10 is not in {self.root}, and data.download is off. {self._remedy()}")
-        archive = self._home / reader.filename
-        try:
-            fetch([reader.url, *self.mirrors], archive, reader.tgz_md5)
-        except DownloadFailed as failure:
-            raise UserError(
-                f"CIFAR-10 is not in {self.root} and could not be downloaded ({failure}). {self._remedy()}"
-            ) from None
-        return archive
+        reasons = []
+        for url in (reader.url, *self.mirrors):
+            failure = _download(url, self._home / reader.filename, reader.tgz_md5)
+            if not failure:
+                return self._home / reader.filename
+            reasons.append(f"{url}: {failure}")
+        raise UserError(
+            f"CIFAR-10 is not in {self.root} and could not be downloaded ({'; '.join(reasons)}). {self._remedy()}"
+        )
 
     def _unpack(self, archive: Path) -> Path:
         folder = self._home / self.reader().base_folder
@@ -181,3 +185,35 @@ class CIFAR10(ImageDataModule):
             "data.root=PATH or DATA_DIR=PATH, or where to download it with 'data.mirrors=[URL]'. "
             "`make quickstart`, data=digits and data=image_folder need no download."
         )
+
+
+def _mismatch(path: Path, expected: str) -> str:
+    """How the md5 of the file differs from `expected`, and whether it is a web page, the usual reason; "" if equal."""
+    actual = calculate_md5(path)
+    if actual == expected:
+        return ""
+    with path.open("rb") as file:
+        is_page = file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head"))
+    page = "; it is a web page, not an archive" if is_page else ""
+    return f"has md5 {actual} instead of {expected} ({path.stat().st_size:,} bytes{page})"
+
+
+def _download(url: str, target: Path, md5: str) -> str:
+    """Download `target` whole or not at all, with a progress bar; the reason if that fails, else ""."""
+    import pooch
+    import requests
+
+    downloader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT, chunk_size=1 << 18)
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        pooch.retrieve(url, known_hash=f"md5:{md5}", fname=target.name, path=target.parent, downloader=downloader)
+    except requests.HTTPError as error:
+        return str(error)
+    except requests.Timeout:
+        return f"no answer within {TIMEOUT:g} s"
+    except requests.RequestException as error:
+        # The cause stands at the end of a chain of messages.
+        return str(error).rpartition(": ")[2].strip(")")
+    except ValueError:
+        return f"the file there does not have md5 {md5}"
+    return ""

@@ -9,7 +9,7 @@ from mixadv.data.base import ImageCorpus, ImageDataModule
 from mixadv.data.split import stratified_subset
 
 NUM_TEST_IMAGES = 360
-# The test images must never move into training: a constant of its own, untouched by the seed of a run.
+# A constant, so that no seed of a run moves test images into training.
 _TEST_SPLIT_SEED = "digits test"
 
 
@@ -17,12 +17,12 @@ class Digits(ImageDataModule):
     """1,797 grey 8x8 images of handwritten digits (Alpaydin & Kaynak 1998, the UCI test set as scikit-learn ships it).
 
     The published intensities are integers v in 0..16; here they are uint8, v 255 / 16 rounded half to even, so 0 and 16
-    become 0 and 255 exactly and eps = 1/16 is about one grey level of the original. The data have no test part of their
-    own: 360 images, stratified and the same in every run, are set aside as test, 1,437 are for training and validation.
+    become 0 and 255 exactly and eps = 1/16 is about one grey level of the original. The published data have no test
+    set: 360 images, stratified and the same in every run, are used as one, and 1,437 for training and validation.
 
     Args:
         val_fraction: 0.15 by default, 216 images.
-        padding, flip: off by default; at 8x8 a shift by one pixel is large, and mirrored digits are other shapes.
+        padding, flip: off by default: at 8x8 a shift by one pixel is large, and a mirrored digit is another shape.
         common: see `ImageDataModule`.
     """
 

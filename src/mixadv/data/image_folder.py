@@ -1,13 +1,10 @@
-"""Images of your own: one folder per class, decoded once."""
+"""Your own images: one folder per class, decoded once."""
 
 import hashlib
 import io
 import json
 import logging
 import os
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +17,10 @@ from numpy.typing import NDArray
 
 from mixadv.data.base import ImageCorpus, ImageDataModule, user_cache
 from mixadv.errors import UserError
+from mixadv.files import read_arrays, replacing
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-# Whatever a file is called: others of the decoders have started programs.
+# Only these decoders are used, whatever the file's name, because some of Pillow's decoders can start programs.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _CACHE_FORMAT = 1
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -44,30 +42,29 @@ class _Image(NamedTuple):
 class ImageFolder(ImageDataModule):
     """Images in `root/train/CLASS/*` and `root/test/CLASS/*`, classes in sorted order.
 
-    Where there is no `test`, a folder `val` is taken as the test set; where there are both, `val` is not used
-    (validation is split from `train`, see `ImageDataModule`). Both splits must have the same classes, none of
-    them empty. Read are png, jpg, jpeg, bmp and webp; names that begin with a dot, other endings and folders
-    inside a class are not looked at.
+    If there is no folder `test`, the folder `val` is the test set. If there are both, `val` is not used, because
+    validation images are split from `train`, see `ImageDataModule`. Both folders must have the same classes, none of
+    them empty. Files with the endings png, jpg, jpeg, bmp and webp are read; names that begin with a dot, other
+    endings and folders inside a class are ignored.
 
-    The order is one image of every class after the other (by file name), so that the first n images hold all
-    classes.
+    The classes take turns, each with its next image by file name, so that the first n images hold all classes.
 
-    The images are decoded once, large ones in parallel, and kept as arrays in `root/.mixadv-cache` (in the
-    user's cache where `root` cannot be written). The cache is used as long as the list of files (names,
-    sizes, times of change) and the settings are the same, and made anew otherwise.
+    The images are decoded once, large ones in parallel, and kept as arrays in `root/.mixadv-cache` (in the user's cache
+    if `root` cannot be written). The cache is valid as long as the list of files (names, sizes, times of change) and
+    the settings stay the same; otherwise it is replaced.
 
     Args:
         root: the folder.
-        image_size: None keeps the size of the files, which then must be one and the same; n resizes every
-            image to n x n (bilinear with antialiasing; the aspect ratio is not kept).
+        image_size: None keeps the size of the files, which must all have the same size; n resizes every image to n x n
+            (bilinear with antialiasing; the aspect ratio is not kept).
         channels: 3 for RGB (grey images are repeated), 1 for grey (ITU-R 601 luma of coloured ones).
             Transparency is dropped; the orientation recorded in the file is applied.
-        name: what figures and tables call the data; None for the folder's name.
+        name: the name of the data in figures and tables; None for the folder's name.
         common: see `ImageDataModule`.
 
     Raises:
         ValueError: image_size or channels is outside its range.
-        UserError: a missing or unreadable folder or image, no or mixed classes, mixed sizes.
+        UserError: a missing or unreadable folder or image, missing or differing classes, differing sizes.
     """
 
     def __init__(
@@ -122,7 +119,7 @@ class ImageFolder(ImageDataModule):
         return ImageCorpus(**tensors, class_names=tuple(class_names))
 
     def _cache_files(self, settings: dict[str, Any]) -> list[Path]:
-        # One file per setting, overwritten when the images change, so that old caches do not pile up.
+        # One file for each choice of settings, replaced when the images change, so that old caches do not pile up.
         key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=6).hexdigest()
         place = hashlib.blake2b(str(self.root.resolve()).encode(), digest_size=12).hexdigest()
         return [
@@ -146,8 +143,8 @@ class ImageFolder(ImageDataModule):
             )
         if len(names) < 2:
             raise UserError(
-                f"{self.root} has only the class {names[0]!r}, so there is nothing to tell apart: give every class a "
-                "folder of its own in train/ and in test/"
+                f"{self.root} has only the class {names[0]!r}, but a classifier needs two or more: give every class a "
+                "folder in train/ and in test/"
             )
         return test_name, names, self._list_split("train", names), self._list_split(test_name, names)
 
@@ -172,8 +169,7 @@ class ImageFolder(ImageDataModule):
                 if not S_ISREG(stat.st_mode):
                     raise UserError(f"cannot read the image {folder / file} (it is not a file): replace or remove it")
                 found.append(_Image(place, label, folder / file, (f"{name}/{file}", stat.st_size, stat.st_mtime_ns)))
-        # The first image of every class, then the second: a part of the data, as a limited evaluation takes it,
-        # then holds all classes.
+        # The first image of every class, then the second, and so on: then a limited evaluation has all classes.
         return sorted(found)
 
     def _decode(self, files: Sequence[_Image]) -> NDArray[np.uint8]:
@@ -192,11 +188,11 @@ class ImageFolder(ImageDataModule):
                     )
                 images[index] = image
 
-        # Small files are mostly Python's own work under the interpreter lock, where threads bring nothing:
-        # 60,000 CIFAR images on two cores took 14 to 18 s in one thread, 13 to 21 s in two (three runs each).
+        # With small files most time is spent in Python under the interpreter lock, so threads do not help: 60,000
+        # CIFAR images on two cores took 14 to 18 s in one thread, 13 to 21 s in two (three runs each).
         small = sum(size for _, _, _, (_, size, _) in files) < _SMALL_FILE * len(files)
         with ThreadPoolExecutor(max_workers=1 if small else min(32, os.cpu_count() or 1)) as pool:
-            # In order: the error that is reported does not depend on which thread was faster. It cancels the rest.
+            # In order, so that the reported error does not depend on the speed of threads. An error cancels the rest.
             for _ in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
                 pass
         return images
@@ -211,14 +207,14 @@ class ImageFolder(ImageDataModule):
                 if opened.mode.startswith(("I", "F")):
                     raise UserError(
                         f"{path} has more than 8 bits per channel (mode {opened.mode}): convert it to 8 "
-                        "bits, for conversion on the fly would cut its range off"
+                        "bits, because an automatic conversion would clip its range"
                     )
                 image = ImageOps.exif_transpose(opened).convert("RGB" if self.channels == 3 else "L")
                 if self.image_size is not None and image.size != (self.image_size, self.image_size):
                     image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
                 pixels = np.asarray(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # PIL would name the buffer that it was given, not the file.
+            # The message of PIL names a buffer, not the file.
             known = f"it is not an image in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
             reason = known if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read the image {path} ({reason}): replace or remove it") from error
@@ -226,28 +222,24 @@ class ImageFolder(ImageDataModule):
 
 
 def _load_cache(path: Path, fingerprint: str) -> dict[str, NDArray[Any]] | None:
-    """The arrays, if the file is whole (the zip's checksums are verified) and belongs to these images."""
+    """The arrays, if the file is not damaged (zip checks its sums) and belongs to these images."""
     try:
-        # Opened here, because np.load leaves a file that it cannot read open.
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if str(file["fingerprint"]) != fingerprint:
-                return None
-            return {key: file[key] for key in _ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = read_arrays(path) or {}
+    except ValueError:
         return None
+    return arrays if str(arrays.pop("fingerprint", "")) == fingerprint else None
 
 
 def _save_cache(candidates: Sequence[Path], arrays: dict[str, NDArray[Any]], fingerprint: str) -> None:
-    """Write to the first place that takes it, by a temporary file and a rename."""
+    """Write the first of the paths that can be written; not compressed, so that it loads fast."""
+    contents: dict[str, Any] = {"fingerprint": np.array(fingerprint), **arrays}
     failure: OSError | None = None
     for path in candidates:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-                contents: dict[str, Any] = {"fingerprint": np.array(fingerprint), **arrays}
-                np.savez(Path(folder) / path.name, **contents)
-                (Path(folder) / path.name).replace(path)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **contents)
             return
         except OSError as error:  # noqa: PERF203
             failure = error
-    log.warning("The decoded images could not be cached (%s): they will be decoded in every run.", failure)
+    log.warning("The decoded images could not be cached (%s): every run will decode them again.", failure)

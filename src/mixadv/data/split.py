@@ -1,4 +1,4 @@
-"""Stratified subsets and pixel statistics: functions of the data and a seed, the same on every machine."""
+"""Stratified subsets and pixel statistics, the same on every machine."""
 
 import hashlib
 
@@ -9,10 +9,10 @@ from torch import Tensor
 def stratified_subset(labels: Tensor, size: int, seed: int | str) -> Tensor:
     """Indices (ascending, long [size]) of a subset in which every class keeps its share.
 
-    Class c with N_c of N examples gets floor(size N_c / N) of them; the places left over go to the largest
-    remainders (Hamilton's method; ties to the smaller label). Within a class the examples with the smallest
-    BLAKE2b(seed, index) are taken, so the subset does not depend on the version of a random generator, and
-    for one seed the choice within a class grows with its quota.
+    Class c with N_c of N examples gets floor(size N_c / N) of them; the remaining places go to the largest remainders
+    (Hamilton's method; ties to the smaller label). Within a class the examples with the smallest BLAKE2b(seed, index)
+    are taken. So the subset does not depend on the version of a random generator, and for one seed a class with a
+    larger quota keeps the examples of a smaller one.
 
     Args:
         labels: long [N].
@@ -41,7 +41,7 @@ def stratified_subset(labels: Tensor, size: int, seed: int | str) -> Tensor:
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation of each channel of x = uint8 / 255, from exact histograms.
 
-    A channel that is constant gets deviation 1, so that (x - mean) / std is 0 there and not undefined.
+    A constant channel gets deviation 1, so that (x - mean) / std is 0 there.
 
     Args:
         images: uint8 [N, C, H, W], N >= 1.
@@ -54,6 +54,6 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         mean = float(shares @ values)
         deviation = float((shares @ (values - mean) ** 2).sqrt())
         means.append(mean)
-        # A histogram with one value leaves rounding noise of about 1e-17, not an exact zero.
+        # For a constant channel the formula gives rounding noise of about 1e-17, not an exact zero.
         deviations.append(deviation if int((histogram > 0).sum()) > 1 else 1.0)
     return tuple(means), tuple(deviations)

@@ -1,18 +1,12 @@
 """Batches from images that live on the device, addressed by their position since the start of training."""
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from mixadv.data.augment import random_crop_flip
-
-
-def seeded_generator(*key: int | str) -> torch.Generator:
-    """A generator whose state is a function of `key` alone; on the CPU, so that all devices see its draws."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+from mixadv.seeding import generator_for
 
 
 class BatchStream:
@@ -137,14 +131,14 @@ class BatchStream:
     def _training_batch(self, number: int) -> tuple[Tensor, Tensor]:
         pass_number, place = divmod(number, self.batches_per_pass)
         if self._order is None or self._order[0] != pass_number:
-            generator = seeded_generator(self.seed, "order", pass_number)
-            order = torch.randperm(len(self.images), generator=generator).to(self.device)
+            # Drawn on the CPU, so that the order is the same on every device.
+            draws = generator_for(self.seed, "order", pass_number)
+            order = torch.randperm(len(self.images), generator=draws).to(self.device)
             self._order = (pass_number, order)
         rows = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
         images = self.images[rows]
         if self.padding or self.flip:
-            generator = seeded_generator(self.seed, "augment", number)
-            images = random_crop_flip(images, self.padding, self.flip, generator)
+            images = random_crop_flip(images, self.padding, self.flip, generator_for(self.seed, "augment", number))
         return self._scaled(images), self.labels[rows]
 
     def state_dict(self) -> dict[str, int]:

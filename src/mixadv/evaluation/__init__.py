@@ -1,4 +1,4 @@
-"""Exact, per-example measurement of a mixture under attacks, as a Lightning test loop that can be resumed."""
+"""Exact measurement of a mixture under attacks, per example, as a Lightning test loop that can be resumed."""
 
 from mixadv.evaluation.curves import curves
 from mixadv.evaluation.distrust import FLAGS, Flag, distrust

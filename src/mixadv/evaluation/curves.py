@@ -1,4 +1,4 @@
-"""How the loss climbs with the steps of an attack, and how accuracy falls with its radius."""
+"""Curves: the loss against the steps of an attack, and the accuracy against its radius."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from mixadv.attacks.suite import MIXTURE, TWIN, Pass, passes_of
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
-# Times eps.
+# In units of eps.
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 STEPS = (0, 1, 2, 5, 10, 20, 50)
-# At each radius: one start where the smaller radius ended, one at random.
+# At each radius one start is the result of the smaller radius, the other is random.
 STEPS_PER_RADIUS, STARTS_PER_RADIUS = 10, 2
 
 
 def curves(
     mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, *, seed: int = 0, batch_size: int = 128
 ) -> dict[str, Any]:
-    """Two curves each for the mixture, its members and its averaged twin, every one attacked as itself.
+    """Two curves for the mixture, for each member and for the averaged twin, each under attacks on itself.
 
-    eps: the robust (expected) accuracy at `RADII` times eps, linf no further than the width of the box, under PGD on
-        the margin. Balls are nested: each search begins at the worst point of the smaller radius and keeps it where it
-        finds nothing worse, and every point is replayed on everybody, so no curve rises anywhere, example by example.
-    steps: the mean attack loss, the expected cross-entropy (for the twin -log sum_k lambda_k p_k), after `STEPS` steps
-        of PGD on it from one random start: the iterates of one run, no best kept.
+    eps: the robust (expected) accuracy at `RADII` times eps under PGD on the margin; for linf, eps is at most the width
+        of the box. Each search starts at the worst point of the smaller radius and keeps it unless it finds a worse
+        one, and every point is replayed on all classifiers. So the accuracy of no example rises with eps.
+    steps: the mean attack loss after `STEPS` steps of PGD from one random start. The loss is the expected
+        cross-entropy, for the twin -log sum_k lambda_k p_k; the values are those of the iterates, not the best so far.
 
     Args:
-        mixture: on the device of x, attacked in eval mode and left as found.
+        mixture: on the device of x, attacked in eval mode and left unchanged.
         x: [N, ...], y: [N], part of the test set.
-        seed: of the random starts. With deterministic members the result depends on it and on batch_size alone.
+        seed: of the random starts. With deterministic members the result depends only on it and on batch_size.
 
     Returns:
         num_examples; "eps" and "steps", each with its abscissae under its own name and, of the same length, the lists
-        "mixture", "members" (one each) and "averaged_twin". Numbers are plain floats.
+        "mixture", "members" (one list per member) and "averaged_twin". Numbers are plain floats.
 
     Raises:
-        ValueError: no images, a batch that no attack can work on, a member without gradient.
+        ValueError: no images, a batch that cannot be attacked (see `check_batch`), a member without gradient.
     """
     check_batch(x, y, threat_model)
     if not len(x):
@@ -77,7 +77,7 @@ def _against_eps(
     radii: list[float],
     seeds: tuple[int, int],
 ) -> np.ndarray:
-    """Expected accuracies [targets, radii, B]."""
+    """Expected accuracies [targets, radii, B], see `curves`."""
     attack = PGD(STEPS_PER_RADIUS, restarts=STARTS_PER_RADIUS, objective=ExpectedLoss("margin"))
     worst = torch.stack(_accuracies(mixture, passes, x, y))
     points = [x.clone() for _ in passes]
@@ -89,7 +89,7 @@ def _against_eps(
                 from_here = one._replace(name=f"eps {j}", attack=partial(attack, start_at=points[t]))
                 found = from_here.points(x, y, ball, *seeds)
                 for who, accuracy in enumerate(_accuracies(mixture, passes, found, y)):
-                    # Equals go to the target's own attack, which climbed its margin further.
+                    # On ties the target keeps the point of its own attack, which has the larger margin.
                     worse = (accuracy < worst[who]) | ((accuracy == worst[who]) & (who == t))
                     worst[who] = torch.where(worse, accuracy, worst[who])
                     points[who][worse] = found[worse]
@@ -98,7 +98,7 @@ def _against_eps(
 
 
 def _against_steps(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, seeds: tuple[int, int]) -> np.ndarray:
-    """Attack losses [steps, B] of one target: a run of PGD is continued from mark to mark."""
+    """Attack losses [steps, B] of one target: one run of PGD, continued from one of `STEPS` to the next."""
     one = one._replace(name="steps")
     at: Tensor | None = None
     curve = []
@@ -111,18 +111,18 @@ def _against_steps(one: Pass, x: Tensor, y: Tensor, threat_model: ThreatModel, s
 
 
 def _accuracies(mixture: Mixture, passes: list[Pass], x: Tensor, y: Tensor) -> list[Tensor]:
-    """Expected accuracy [B] of every target, from one forward pass of each member."""
+    """Expected accuracy [B] of every target, with one forward pass of each member."""
     with torch.no_grad(), mixture.attack_mode(plain=True):
         logits = mixture.member_logits(x)
     members = logits.argmax(-1) == y
-    everybody = {MIXTURE: mixture.expectation(members), TWIN: mixture.log_average(logits).argmax(-1) == y}
-    everybody |= {f"member {k}": right for k, right in enumerate(members)}
-    expected = everybody[MIXTURE]
-    return [everybody[one.against].to(expected) for one in passes]
+    answers = {MIXTURE: mixture.expectation(members), TWIN: mixture.log_average(logits).argmax(-1) == y}
+    answers |= {f"member {k}": right for k, right in enumerate(members)}
+    expected = answers[MIXTURE]
+    return [answers[one.against].to(expected) for one in passes]
 
 
 def _named(names: list[str], values: np.ndarray) -> dict[str, Any]:
-    """[targets, points] by name; a single model is its own member and twin."""
+    """The curves [targets, points] under their names; a single model is its own only member and its twin."""
     rows = dict(zip(names, values.tolist(), strict=True))
     alone = rows[MIXTURE]
     return {

@@ -1,7 +1,7 @@
-"""Reasons to distrust a measured robustness: what a sound model under a working attack cannot show.
+"""Flags: symptoms that a sound model under a working attack does not show, as reasons to distrust its robustness.
 
 The symptoms are those of Carlini et al., "On Evaluating Adversarial Robustness" (2019), and Athalye, Carlini & Wagner
-(ICML 2018). They are made countable here, so that what is reported does not depend on who looks at it.
+(ICML 2018). Each has a number and a threshold here, so that a flag does not depend on the judgement of a reader.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mixadv.attacks.pgd import PGD
@@ -20,22 +19,23 @@ from mixadv.evaluation.record import ON, EvaluationRecord
 from mixadv.intervals import paired_interval
 from mixadv.mixture import Mixture
 from mixadv.results import Flag
+from mixadv.seeding import seeded
 from mixadv.threat_model import ThreatModel
 
-# An attack that follows gradients cannot work where there is none. Up to this share of the images the accuracy is
-# overstated by less than the disagreement between two losses that is tolerated, see MAX_DISAGREEMENT.
+# Gradient attacks fail on images without a gradient. Up to this share of such images they overstate the accuracy by no
+# more than MAX_DISAGREEMENT, the tolerated difference between two losses.
 MAX_SHARE_WITHOUT_GRADIENT = 0.05
-# Random search and noise know less than an attack with gradients; on the sound models of tests/test_distrust.py they
-# find nothing that it missed. One image may be an odd one in any set.
+# On the sound models of tests/test_distrust.py, random search and noise find nothing that gradient attacks miss. A
+# single image is not counted, because one may be an outlier.
 MAX_SHARE_BEATEN, MIN_BEATEN = 0.01, 2
-# By how much two losses may differ, beyond the 95 % interval of the difference. The differences themselves are at most
-# 7 points on the sound models of the tests, and 40 on saturated ones.
+# The 95 % interval of the difference between two losses may not lie beyond this. The differences are at most 7 points
+# on the sound models of the tests, and 40 points on saturated ones.
 MAX_DISAGREEMENT = 0.05
 WHITE_BOX, BLACK_BOX, NOISE_ATTACKS = ("pgd", "apgd", "arc", "subset"), ("square",), ("noise",)
 CE_BASED, WITHOUT_CE = ("pgd", "apgd"), {"dlr", "margin", "cw"}
 
 
-# Name -> what to do about it. docs/evaluation.md explains each under a heading of its name.
+# Name -> remedy. docs/evaluation.md explains each flag under a heading with its name.
 FLAGS: dict[str, str] = {
     "zero-gradients": "Attack a differentiable version of the model (for a rounding step its identity), climb the "
     "margin or DLR in place of the cross-entropy, or trust attacks without gradients only.",
@@ -68,49 +68,48 @@ def distrust(
     seed: int = 0,
     batch_size: int = 128,
 ) -> list[Flag]:
-    """What speaks against the measured robustness of a mixture, in the order of `FLAGS`; nothing, if all goes well.
+    """The flags of a mixture, in the order of `FLAGS`; an empty list if no symptom is found.
 
-    The members, and the mixture where it has several, are asked and attacked on the images x [N, ...] with labels
-    y [N], a few hundred of the test set; own attacks climb the margin, which logits of any size leave a gradient. Per
-    target that costs at most 20 + 20 + 2 * 20 forward and backward passes of N images. All randomness comes from
-    `seed`, also that of members which draw numbers from torch; the caller's random state stays as it is.
+    The members, and the mixture if it has several, are evaluated and attacked on the images x [N, ...] with labels
+    y [N], a few hundred of the test set. The attacks made here climb the margin, because it has a gradient for logits
+    of any size. They cost at most 20 + 20 + 2 * 20 forward and backward passes of N images per target. All randomness
+    comes from `seed`, including that of members that draw numbers from torch; the caller's random state is restored.
 
     Args:
-        mixture: on the device of x; attacked in eval mode and left as found.
-        record: what the evaluation found, on these or more images; its attacks are judged by their names.
-        batch_size: of everything but the comparison of batches.
+        mixture: on the device of x; attacked in eval mode and left unchanged.
+        record: of the evaluation, on these or more images; the names of its attacks tell their kind.
+        batch_size: of all passes except those that compare batches.
 
     Raises:
-        ValueError: no images, or a batch that no attack can work on.
+        ValueError: no images, or a batch that cannot be attacked, see `check_batch`.
     """
     check_batch(x, y, threat_model)
     if not len(x):
-        raise ValueError("there are no images to judge by")
+        raise ValueError("there are no images to check")
     x = x.detach()
-    with torch.random.fork_rng([x.device] if x.is_cuda else []), mixture.attack_mode(plain=True):
-        torch.manual_seed(seed)
+    with seeded(seed, "distrust", device=x.device), mixture.attack_mode(plain=True):
         found = answers(mixture, x)
         shares, blind = gradients(mixture, x, y, threat_model, seed, batch_size)
         found |= _no_gradients(shares, record)
         runs = OwnAttacks(x, y, threat_model, seed, batch_size)
         for one in passes_of({"distrust": PGD()}, mixture):
-            # A mixture climbs where any of its members does; the twin is nobody's claim.
+            # An attack on the mixture works if any member has a gradient. No number is claimed for the twin.
             own = set(range(mixture.num_members)) if one.target is mixture else {_member(one)}
             if one.against != TWIN and not own <= blind:
-                for name, sentence in runs.judge(one).items():
+                for name, sentence in runs.symptoms(one).items():
                     found[name] = f"{found[name]}; {sentence}" if name in found else sentence
     if record is not None:
-        found |= _record(record)
+        found |= _contradictions(record)
     return [Flag(name, f"{found[name]}.", remedy) for name, remedy in FLAGS.items() if name in found]
 
 
 def _no_gradients(shares: Mapping[str, list[float]], record: EvaluationRecord | None) -> dict[str, str]:
-    """Members that give attacks nothing to climb; sound but very sure ones where only cross-entropy was climbed."""
+    """Members without gradient: of the margin, or of the cross-entropy if all gradient attacks used it alone."""
     without = {loss: [k for k, s in enumerate(each) if s > MAX_SHARE_WITHOUT_GRADIENT] for loss, each in shares.items()}
     loss, of, members = "margin", "the margin", without["margin"]
     if not members and record is not None and _only_cross_entropy(record):
         robust = record.members_worst_case().mean(1)
-        # Where hardly an image survives, nothing is overstated.
+        # A member that hardly survives on any image is not overstated.
         members = [k for k in without["ce"] if robust[k] > MAX_SHARE_WITHOUT_GRADIENT]
         loss, of = "ce", "the cross-entropy, which all gradient attacks climbed,"
     if not members:
@@ -119,8 +118,8 @@ def _no_gradients(shares: Mapping[str, list[float]], record: EvaluationRecord | 
     return {"zero-gradients": f"{named(members)}: the gradient of {of} is 0 or rounding noise on {each} of the images"}
 
 
-def _record(record: EvaluationRecord) -> dict[str, str]:
-    """Attacks that contradict one another."""
+def _contradictions(record: EvaluationRecord) -> dict[str, str]:
+    """The symptoms for which the results of the evaluation's attacks are compared."""
     found: dict[str, str] = {}
     accuracy = {key: record.expected(correct) for key, correct in record.found.items()}
 
@@ -131,7 +130,7 @@ def _record(record: EvaluationRecord) -> dict[str, str]:
     def beaten(flag: str, weaker: tuple[str, ...], stronger: tuple[str, ...]) -> None:
         weak, strong = _beginning(record, weaker), _beginning(record, stronger)
         if weak and strong:
-            # Up to the rounding of a sum of weights.
+            # 1e-9 is more than the rounding error of a sum of weights.
             count = int((lowest(weak, False) < lowest(strong, True) - 1e-9).sum())
             total = len(record.labels)
             if count >= MIN_BEATEN and count > MAX_SHARE_BEATEN * total:
@@ -141,7 +140,7 @@ def _record(record: EvaluationRecord) -> dict[str, str]:
     beaten("noise-beats-pgd", NOISE_ATTACKS, ("pgd",))
     ce = [name for name in record.attacks if "ce" in _words(name)]
     dlr = [name for name in record.attacks if "dlr" in _words(name)]
-    # Several targets are more than another loss.
+    # Untargeted DLR, if there is one: several targets are several attacks, not only another loss.
     dlr = [name for name in dlr if "targeted" not in _words(name)] or dlr
     if ce and dlr:
         low, _, high = paired_interval(lowest(ce, False) - lowest(dlr, False))

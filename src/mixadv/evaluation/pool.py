@@ -1,4 +1,4 @@
-"""The finite game on all points that an evaluation found: what other weights could have done."""
+"""The finite game on all points that an evaluation found, and the best weights on it."""
 
 import numpy as np
 import torch
@@ -15,16 +15,16 @@ def pool_of(*records: EvaluationRecord) -> FiniteGame:
 
 
 def equilibrium_of(game: FiniteGame, lam: torch.Tensor) -> dict[str, float]:
-    """How the weights lam stand in a finite game of 0/1 losses.
+    """Compare the weights lam with the best weights of a finite game of 0/1 losses.
 
     Returns:
-        value_at_weights: R(lam), the risk of lam over these points.
-        value_lp: the least risk of any weights over these points. The points are real, so no weights over these members
-            have a smaller adversarial risk on these examples: for certain.
+        value_at_weights: R(lam), the risk of lam on these points.
+        value_lp: the least risk of any weights on these points. The points are real, so it is a certain lower bound of
+            the adversarial risk of all weights over these members on these examples.
         gap: their difference, the equilibrium regret of lam on these points. Points that no attack found may make it
             larger or smaller.
-        matching_penny_gap: sum_k lam_k R(k) - R(lam) >= 0, what the mixture gains over the mean of its members because
-            a point that fools one need not fool the others.
+        matching_penny_gap: sum_k lam_k R(k) - R(lam) >= 0, the gain of the mixture over the mean of its members; it
+            arises because a point that fools one member need not fool the others.
     """
     optimum = LinearProgram().solve(game)
     assert optimum.lower_bound is not None

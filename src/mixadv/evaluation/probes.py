@@ -1,10 +1,8 @@
-"""What a mixture is asked and what is tried on it where its robustness is to be distrusted, see
-`mixadv.evaluation.distrust`.
-"""
+"""The forward passes, gradients and small attacks that `mixadv.evaluation.distrust` uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from math import prod, sqrt
 
 import torch
@@ -16,36 +14,37 @@ from mixadv.attacks.search import gradient
 from mixadv.attacks.suite import Pass
 from mixadv.intervals import confidence_interval, paired_interval
 from mixadv.mixture import Mixture
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 
-# In roundings of the numbers that an objective is the difference of: a change of a few of them is not measured.
+# A gradient counts as 0 if it changes the objective by at most this many rounding errors of the numbers behind it.
 NOISE = 8
-# Probabilities in float32 or float16 sum to 1 up to this; logits do not, on all images at once.
+# Tolerance on the sum of probabilities in float32 or float16; logits do not sum to 1 on all images.
 PROBABILITY_TOLERANCE = 1e-3
-# Relative to an image's largest difference of logits: ten times what TF32 and other orders of summation leave.
+# Relative to the range of an image's logits: ten times the effect of TF32 and of other orders of summation.
 ANSWER_TOLERANCE = 1e-2
-# How often, and about how many images, a member is asked the same: a choice of two at random repeats itself in all
-# answers with probability 2^-7.
-REPEATS, NUM_ASKED = 8, 32
-# Steps of PGD, of a quarter of the radius each: enough to cross the ball twice.
+# Passes of the same batch, and its number of images. A member that chooses at random between two answers gives the
+# same one in all passes with probability 2^-7.
+REPEATS, NUM_REPEATED = 8, 32
+# Steps of PGD, each a quarter of the radius long, so that they can cross the ball twice.
 NUM_STEPS, RESTARTS = 20, 2
-# A sound model's loss rises under PGD on practically all images, one of a search that goes nowhere on half of them.
+# Under PGD the loss of a sound model rises on almost all images; if the attack fails it rises on half of them.
 SOUND_SHARE = 0.75
 
 
 def answers(mixture: Mixture, x: Tensor) -> dict[str, str]:
-    """What the same images get when asked again, and in other company."""
+    """Symptoms in the outputs of members: probabilities, and changes from pass to pass or from batch to batch."""
     found: dict[str, str] = {}
-    x = x[:NUM_ASKED]
+    x = x[:NUM_REPEATED]
     with torch.no_grad():
         first = mixture.member_logits(x)
         again = torch.stack([mixture.member_logits(x) for _ in range(REPEATS - 1)])
         order = torch.arange(len(x) - 1, -1, -1, device=x.device)
-        company = [mixture.member_logits(x[order])[:, order]]
+        regrouped = [mixture.member_logits(x[order])[:, order]]
         for size in {2, max(2, len(x) // 2)}:
-            # Batch normalisation refuses to learn from a single image.
+            # In train mode batch norm refuses a batch of one image.
             parts = [mixture.member_logits(part) for part in x.split(size) if len(part) > 1]
-            company += [torch.cat(parts, dim=1)] if parts else []
+            regrouped += [torch.cat(parts, dim=1)] if parts else []
     total = first.double().sum(-1)
     sums_to_one = ((total - 1).abs() <= PROBABILITY_TOLERANCE).all(1) & (first >= 0).all(-1).all(-1)
     members = _indices(sums_to_one)
@@ -55,42 +54,44 @@ def answers(mixture: Mixture, x: Tensor) -> dict[str, str]:
     random = moved > ANSWER_TOLERANCE
     if random.any():
         found["random-outputs"] = (
-            f"{named(_indices(random))}: asked {REPEATS} times about the same batch, the logits move by up to "
+            f"{named(_indices(random))}: in {REPEATS} passes of the same batch the logits differ by up to "
             f"{float(moved.max()):.1%} of their range{_training(mixture, random)}"
         )
-    moved = torch.stack([_difference(first[:, : other.shape[1]], other) for other in company]).amax(0)
-    # Who answers at random differs between any two batches.
+    moved = torch.stack([_difference(first[:, : other.shape[1]], other) for other in regrouped]).amax(0)
+    # A member with random outputs differs between all batches, so it gets no second flag.
     dependent = (moved > ANSWER_TOLERANCE) & ~random
     if dependent.any():
         found["batch-dependent"] = (
-            f"{named(_indices(dependent))}: in another batch the logits of the same image move by up to "
+            f"{named(_indices(dependent))}: in another batch the logits of the same image differ by up to "
             f"{float(moved[dependent].max()):.1%} of their range{_training(mixture, dependent)}"
         )
     return found
 
 
 def nothing_to_climb(gradient: Tensor, scale: Tensor, width: float = 1.0) -> Tensor:
-    """Whether a gradient [B, ...] vanishes or is NaN, [B]: over the whole `width` of the box it promises a change of at
-    most NOISE roundings of a number of size `scale` [B]."""
-    promised = gradient.nan_to_num(nan=0.0).abs().flatten(1).sum(1) * width
-    return promised <= NOISE * torch.finfo(scale.dtype).eps * scale
+    """Whether a gradient [B, ...] vanishes or is NaN, [B].
+
+    It vanishes if its linear model, over the whole `width` of the box, changes the objective by at most NOISE rounding
+    errors of a number of size `scale` [B].
+    """
+    change = gradient.nan_to_num(nan=0.0).abs().flatten(1).sum(1) * width
+    return change <= NOISE * torch.finfo(scale.dtype).eps * scale
 
 
 def gradients(
     mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch_size: int
 ) -> tuple[dict[str, list[float]], set[int]]:
-    """Where at random points of the ball a member's gradient is nothing to climb.
+    """How often the gradients of members vanish at random points of the ball, see `nothing_to_climb`.
 
-    A gradient vanishes, see `nothing_to_climb`, relative to the largest logit for the margin; to max(1, CE) for the
-    cross-entropy, whose probability p_y is a float close to 1, so that 1 - p_y, and with it the direction, is known up
-    to one rounding.
+    The scale is the largest logit for the margin, and max(1, CE) for the cross-entropy. Its p_y may be a float close to
+    1; then 1 - p_y, which gives the direction of the gradient, has the rounding error of 1.
 
     Returns:
         For "margin" and "ce" each member's share of images whose gradient vanishes or is NaN; the members whose
         logits are not differentiable at all.
     """
     width = 1.0 if threat_model.bounds is None else threat_model.bounds[1] - threat_model.bounds[0]
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = generator_for(seed, "gradients", device=x.device)
     vanishing: dict[str, list[list[Tensor]]] = {loss: [[] for _ in mixture.members] for loss in ("margin", "ce")}
     blind: set[int] = set()
     for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -113,13 +114,14 @@ def gradients(
 
 
 class OwnAttacks:
-    """Own small attacks on one target after the other; see `distrust` for the arguments."""
+    """Small attacks on one target after the other; see `distrust` for the arguments."""
 
     def __init__(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch_size: int) -> None:
-        self.x, self.y, self.threat_model, self.seed, self.batch_size = x, y, threat_model, seed, batch_size
+        self.x, self.y, self.threat_model, self.seed = x, y, threat_model, seed
+        self.batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
-    def judge(self, one: Pass) -> dict[str, str]:
-        """What attacks on the target of a pass find that they should not."""
+    def symptoms(self, one: Pass) -> dict[str, str]:
+        """Flag -> evidence, from attacks on the target of a pass that a stronger attack or radius should beat."""
         found: dict[str, str] = {}
         ball = self.threat_model
         if ball.eps > 0:
@@ -137,14 +139,14 @@ class OwnAttacks:
         return found | self._grey(one)
 
     def _grey(self, one: Pass) -> dict[str, str]:
-        """The grey image lies within half the box of every image, and there one answer is given to all of them."""
+        """The grey image is within half the box of every image, so at most one class can be robust there."""
         if self.threat_model.bounds is None:
             return {}
         low, high = self.threat_model.bounds
         ball = ThreatModel("linf", (high - low) / 2, (low, high))
         attack = PGD(num_steps=NUM_STEPS, restarts=RESTARTS, objective=ExpectedLoss("margin"))
-        attacked = float(self._at(one, self._points(one, attack, ball))[0].mean())
-        grey = float(self._at(one, torch.full_like(self.x, (low + high) / 2).split(self.batch_size))[0].mean())
+        attacked = float(self._attacked(one, attack, ball)[0].mean())
+        grey = float(self._at(one, [torch.full_like(x, (low + high) / 2) for x, _ in self.batches])[0].mean())
         share = int(self.y.bincount().max()) / len(self.y)
         if max(attacked, grey) <= confidence_interval(share, len(self.y))[1]:
             return {}
@@ -156,16 +158,16 @@ class OwnAttacks:
 
     def _last(self, one: Pass, ball: ThreatModel, steps: int) -> tuple[Tensor, Tensor]:
         attack = PGD(num_steps=steps, objective=ExpectedLoss("margin"), keep="last")
-        return self._at(one, self._points(one, attack, ball))
+        return self._attacked(one, attack, ball)
 
-    def _points(self, one: Pass, attack: PGD, ball: ThreatModel) -> Iterator[Tensor]:
-        for i, (x, y) in enumerate(zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)):
-            yield attack(one.target, x, y, ball, torch.Generator(x.device).manual_seed(one.seed(self.seed, i)))
+    def _attacked(self, one: Pass, attack: PGD, ball: ThreatModel) -> tuple[Tensor, Tensor]:
+        one = one._replace(attack=attack)
+        return self._at(one, (one.points(x, y, ball, self.seed, i) for i, (x, y) in enumerate(self.batches)))
 
-    def _at(self, one: Pass, points: Iterator[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _at(self, one: Pass, points: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Expected accuracy and expected margin of the target at one point of each image: [N], [N]."""
         accuracy, margin = [], []
-        for part, labels in zip(points, self.y.split(self.batch_size), strict=True):
+        for part, (_, labels) in zip(points, self.batches, strict=True):
             with torch.no_grad():
                 logits = one.target.member_logits(part)
             accuracy.append(one.target.expectation(logits.argmax(-1) == labels))
@@ -174,12 +176,12 @@ class OwnAttacks:
 
 
 def _not_worse(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> str:
-    """The numbers where a stronger attack lowers neither accuracy nor, on most images not yet lost, the margin."""
-    open_ = before[0] > 0
-    count = int(open_.sum())
+    """Evidence that a stronger attack does not lower the accuracy and raises the loss on too few images; else ""."""
+    unfinished = before[0] > 0
+    count = int(unfinished.sum())
     if not count:
         return ""
-    hurt = int(((after[0] < before[0]) | (after[1] > before[1]))[open_].sum())
+    hurt = int(((after[0] < before[0]) | (after[1] > before[1]))[unfinished].sum())
     falls = paired_interval((before[0] - after[0]).cpu().numpy())[0] > 0
     if falls or confidence_interval(hurt / count, count)[1] >= SOUND_SHARE:
         return ""
@@ -190,7 +192,7 @@ def _not_worse(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> s
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """Largest change of a logit, relative to the range of the image's logits: [L, B, C] twice -> [L]."""
+    """Largest change of a logit, relative to the range of the image's logits: [L, B, C], [L, B, C] -> [L]."""
     spread = (a.amax(-1) - a.amin(-1)).clamp_min(torch.finfo(a.dtype).tiny)
     return ((a - b).abs().amax(-1) / spread).nan_to_num(nan=0.0).amax(1)
 
@@ -202,7 +204,7 @@ def _training(mixture: Mixture, members: Tensor) -> str:
         for name, module in mixture.members[k].named_modules()
         if module.training
     ]
-    return f" (in train mode although asked to leave it: {', '.join(layers[:3])})" if layers else ""
+    return f" (still in train mode: {', '.join(layers[:3])})" if layers else ""
 
 
 def _indices(mask: Tensor) -> list[int]:
@@ -210,5 +212,5 @@ def _indices(mask: Tensor) -> list[int]:
 
 
 def named(members: list[int]) -> str:
-    """Members in words."""
+    """The members for a message: `member 1`, `members 0, 2`."""
     return f"member{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}"

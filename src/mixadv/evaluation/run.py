@@ -1,4 +1,4 @@
-"""The test loop: every attack against the mixture and its parts, every point replayed on everybody."""
+"""The test loop: every attack on the mixture and its parts, every point replayed on all members."""
 
 import time
 import warnings
@@ -35,24 +35,25 @@ def evaluate(
     on_progress: Callable[[str, int], None] | None = None,
     processes: Mapping[str, Any] | None = None,
 ) -> EvaluationRecord:
-    """Attack the mixture, its members alone and its averaged twin on all batches; replay every point on everybody.
+    """Attack the mixture, its members alone and its averaged twin on all batches; replay every point on all members.
 
-    Every point is checked against norm, box and NaN by code that the attacks do not share. Correctness comes
-    from a plain forward pass in the parameters' own precision, members in evaluation mode. Each pass and batch
-    draws from a generator of its own (`derive_seed`), so attacks do not disturb one another.
+    Every point is checked for norm, box and NaN by `check_points`, which shares no code with the attacks. Correctness
+    comes from a plain forward pass in the precision of the parameters, members in eval mode. Each pass and batch draws
+    from a generator of its own (`derive_seed`), so the results of an attack do not depend on the other attacks.
 
     Args:
         mixture: on the device of the batches.
         batches: (x, y) pairs, x in [0, 1].
-        attacks: name -> attack; names begin with their algorithm. Those that do not ``transfer`` meet the mixture only.
+        attacks: name -> attack; names begin with their algorithm. With ``transfers = False`` they run on the mixture
+            only, see `AttackSuite`.
         threat_model: the ball.
         seed: of the attacks' random starts.
-        other_weights: further distributions over the members, attacked like the mixture's own.
-        keep_images: how many of the first examples keep their attacked images in the record.
-        state: finished passes in it are not repeated, further ones are added; None keeps nothing beyond the call.
+        other_weights: further distributions over the members, attacked as the mixture is.
+        keep_images: the record keeps the attacked images of this many first examples.
+        state: its finished passes are not repeated, new ones are added; None keeps nothing after the call.
         on_progress: called with (pass, examples done) after each batch; a pass is "NAME" or "NAME on WHOM".
-        processes: Lightning's accelerator, devices, num_nodes and strategy, where several processes measure: each
-            takes every so many-th batch, the first keeps `state`, all return the same record. None: this one alone.
+        processes: Lightning's accelerator, devices, num_nodes and strategy for several ranks: the batches are divided
+            among them, rank 0 writes `state`, all return the same record. None: this process alone.
 
     Raises:
         ValueError: no batches. RuntimeError: an attack left the threat model (a defect, never corrected silently).
@@ -67,10 +68,10 @@ def evaluate(
         loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), keep_images, state, on_progress)
         _test(loop, batches, processes)
     found = {key: state.load(key) or {} for key in passes}
-    weights = mixture.weights.double().cpu().numpy()
+    weights = mixture.weights.to("cpu", torch.float64, copy=True).numpy()
     attacked = {key: arrays for key, arrays in found.items() if key != CLEAN}
     return EvaluationRecord(
-        weights=weights / weights.sum(),
+        weights=weights,
         labels=torch.cat([y for _, y in batches]).cpu().numpy(),
         clean=found[CLEAN]["correct"],
         ensemble_clean=found[CLEAN]["ensemble"],
@@ -82,7 +83,7 @@ def evaluate(
 
 
 class MixtureEvaluation(pl.LightningModule):
-    """One dataloader for each pass; what a pass found goes to `state` when its last batch is done.
+    """One dataloader for each pass; after its last batch the results of a pass go to `state`.
 
     Args: see `evaluate`; `passes` by key, `num_batches` in each.
     """
@@ -100,7 +101,7 @@ class MixtureEvaluation(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.mixture = mixture
-        # Registered, so that what a target owns moves with the members.
+        # Registered, so that the targets' weights move to the device with the members.
         self.targets = nn.ModuleList([one.target for one in passes.values()])
         self.passes = list(passes.items())
         self.threat_model, self.seed, self.num_batches = threat_model, seed, num_batches
@@ -131,21 +132,21 @@ class MixtureEvaluation(pl.LightningModule):
             ranks.stop_together(self.device)
 
     def _finish(self, key: str, ranks: Ranks) -> None:
-        everybody = ranks.gather_objects((self._parts, self._seconds))
-        parts = {number: part for theirs, _ in everybody for number, part in theirs.items()}
+        gathered = ranks.gather_objects((self._parts, self._seconds))
+        parts = {number: part for theirs, _ in gathered for number, part in theirs.items()}
         in_order = [parts[number] for number in range(self.num_batches)]
         arrays = {
             "correct": np.concatenate([part["correct"] for part in in_order], axis=-1),
             "ensemble": np.concatenate([part["ensemble"] for part in in_order], axis=-1),
             "images": np.concatenate([part["images"] for part in in_order]),
-            "seconds": np.asarray(max(seconds for _, seconds in everybody)),
+            "seconds": np.asarray(max(seconds for _, seconds in gathered)),
         }
         self.state.save(key, arrays, write=ranks.rank == 0)
         self._parts, self._seconds, self._seen = {}, 0.0, 0
 
 
 class _Loader:
-    """The batches as one loader: Lightning takes a list apart into loaders."""
+    """The batches as one loader, because Lightning takes a list for a list of loaders."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
@@ -160,7 +161,7 @@ class _Loader:
 def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]], processes: Mapping[str, Any] | None) -> None:
     alone = {"accelerator": "cpu" if batches[0][0].device.type == "cpu" else "gpu", "devices": 1}
     with warnings.catch_warnings(), quiet_lightning():
-        # Lightning 2.6 under newer torch, and advice on loaders that do not apply to lists of tensors.
+        # Lightning 2.6 causes this warning under newer versions of torch.
         warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
         trainer = pl.Trainer(
             **(processes or alone),
@@ -172,13 +173,13 @@ def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]], process
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        # One process alone must not leave what all do in step.
+        # With several ranks a signal must not interrupt one of them inside a collective.
         signals = Signals.active if processes is not None and "strategy" in processes else None
         try:
             with nullcontext() if signals is None else signals.shielded():
                 trainer.test(loop, dataloaders=[_Loader(batches) for _ in loop.passes], verbose=False)
         except SystemExit:
-            # Lightning turns signals into an exit without a word.
+            # Lightning turns a signal into SystemExit without a message.
             if Signals.active is not None:
                 Signals.active.check()
             if trainer.interrupted:

@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, on disk, so that a killed one continues with the pass it was in."""
+"""The finished passes of an evaluation on disk, so that a killed evaluation continues with the pass that it was in."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,10 +14,10 @@ from mixadv.mixture import Mixture
 
 
 class EvaluationState:
-    """Arrays of finished passes: in memory or, where a directory is given, one file for each pass.
+    """Arrays of finished passes: in memory or, if a directory is given, one file for each pass.
 
-    A file is written beside its place and renamed. It carries the fingerprint of what was measured; a file of
-    another mixture, data set, protocol or seed is refused.
+    A file is written whole or not at all. It holds the fingerprint of the evaluation; a file of another mixture, data
+    set, protocol or seed is refused.
 
     Args:
         directory: made when the first pass is finished; None keeps everything in memory.
@@ -32,7 +32,7 @@ class EvaluationState:
         """The arrays of a finished pass; None while it is not finished.
 
         Raises:
-            UserError: the file is torn, or belongs to another evaluation.
+            UserError: the file is damaged, or belongs to another evaluation.
         """
         if key in self._memory or self.directory is None:
             return self._memory.get(key)
@@ -52,7 +52,7 @@ class EvaluationState:
         return arrays
 
     def save(self, key: str, arrays: dict[str, np.ndarray], *, write: bool = True) -> None:
-        """Keep the arrays of a finished pass; without `write`, in memory alone (of several processes one writes)."""
+        """Keep the arrays of a finished pass; write=False keeps them in memory only (of several ranks one writes)."""
         self._memory[key] = arrays
         if self.directory is None or not write:
             return
@@ -60,7 +60,7 @@ class EvaluationState:
         write_arrays(self._path(key), {"fingerprint": np.asarray(self.fingerprint), **arrays}, durable=True)
 
     def clear(self) -> None:
-        """Remove the files: the results hold all of it."""
+        """Remove the files, when the results hold everything."""
         if self.directory is not None and self.directory.is_dir():
             for path in self.directory.glob("*.npz*"):
                 path.unlink()

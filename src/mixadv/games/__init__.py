@@ -1,6 +1,6 @@
-"""Games that come with the package: small enough to be solved exactly, and to be looked at.
+"""Games that ``task=game`` solves exactly: small enough to draw, and to check the theory on.
 
-- `motivating`: two threshold classifiers on the line, in fractions. Randomising pays for both players.
-- `gaussians`: random linear classifiers on a mixture of Gaussians in the plane, on sampled perturbations.
-- `values`: V_rand, V_det and the dual value of any finite game, with the order between them checked.
+- `base`: what every game has, and the values of a finite game with the order that the theory gives them.
+- `motivating`: two threshold classifiers on the line, in fractions. Both players gain by randomising.
+- `gaussians`: random linear classifiers on three Gaussians in the plane, on sampled perturbations.
 """

@@ -2,21 +2,27 @@
 
 P(Y = -1) = P(Y = +1) = 1/2; X | Y = -1 ~ N((0, 0), I); X | Y = +1 ~ (N((-3, 0), I) + N((3, 0), I)) / 2. No line
 separates the classes: one that cuts off the left half of class +1 leaves the right half to its mirror image. The
-attacker moves each point within a Euclidean ball of radius eps, without a box. After the synthetic experiment of
-Meunier et al., "Mixed Nash Equilibria in the Adversarial Examples Game", ICML 2021.
+attacker moves each point within a Euclidean ball of radius eps, without a box, to the point itself or to one of m
+random points of the ball: a finite game, which the linear program solves exactly. Its values are lower estimates of
+those on whole balls. After the synthetic experiment of Meunier et al., "Mixed Nash Equilibria in the Adversarial
+Examples Game", ICML 2021.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from mixadv.game import FiniteGame
+from mixadv.games.base import TOLERANCE, Playable, Played, exact_radius, solve_values
 from mixadv.lambda_solvers import AcceleratedEntropic, OracleSubgradient
+from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 
 CENTRE = 3.0
@@ -44,11 +50,6 @@ class GaussianProblem:
     offsets: Tensor
     steps: Tensor
 
-    @cached_property
-    def _slopes(self) -> Tensor:
-        """[N, 1 + m, L], how fast each score grows with the radius: the costly part of a game, shared by all radii."""
-        return self.steps @ self.normals.T
-
     def candidates(self, eps: float) -> Tensor:
         """[N, 1 + m, 2], the perturbed points: x itself, and m uniform points of its ball of radius eps."""
         return self.x[:, None] + eps * self.steps
@@ -60,79 +61,172 @@ class GaussianProblem:
             ValueError: eps is negative or not finite.
         """
         radius = ThreatModel("l2", eps, bounds=None).eps
-        start = self.x @ self.normals.T + self.offsets
-        scores = torch.add(start[:, None], self._slopes, alpha=radius)
-        return FiniteGame(((scores >= 0) != (self.y > 0)[:, None, None]).to(torch.uint8))
+        positive = self.candidates(radius) @ self.normals.T + self.offsets >= 0
+        return FiniteGame((positive != (self.y > 0)[:, None, None]).to(torch.uint8))
 
     def risks(self) -> Tensor:
         """[L], the 0/1 risk of each classifier on the unperturbed points."""
         return _risks(self.x, self.y, self.normals, self.offsets)
 
 
-def draw_problem(
-    generator: Generator,
-    num_points: int = 1000,
-    num_samples: int = 1000,
-    num_classifiers: int = 10,
-    max_risk: float = 0.4,
-) -> GaussianProblem:
-    """Draw the points, then the classifiers, then the directions of attack.
+@dataclass(frozen=True, eq=False)
+class Gaussians(Playable):
+    """D, V_rand and V_det for several seeds and radii, and how close the iterative solvers come to V_rand.
 
     A classifier is sign(w·x + b) with (w, b) ~ N(0, I_3), drawn anew until its 0/1 risk on the points is below
     `max_risk`; w and b are then divided by ||w||.
 
     Args:
-        generator: a generator on the CPU.
+        eps: one radius or several, numbers or fractions such as "1/2"; solved in increasing order, each once.
+        show_eps: the radius of the first two panels of the figure, which show the first seed.
+        seed: the first seed.
+        seeds: how many seeds, >= 1.
         num_points: N >= 1.
         num_samples: m >= 0, uniform points per ball.
         num_classifiers: L >= 1.
-        max_risk: in units of risk, > 0.
+        max_risk: in (0, 1].
+        alphas: one temperature of the entropic solver or several, in units of the 0/1 loss.
+        num_steps: of Algorithm 1 and of the entropic solver.
+        convergence_samples: how many points per ball the iterative solvers use, the first ones; at most num_samples.
 
     Raises:
-        ValueError: an argument is outside its range, or fewer than L of 20,000 random classifiers are good enough;
-            the message says how good the best one was.
+        ValueError: an argument is outside its range, or for some seed fewer than L of 20,000 random classifiers are
+            good enough; the message says how good the best one was.
     """
-    for name, value, least in (
-        ("num_points", num_points, 1),
-        ("num_samples", num_samples, 0),
-        ("num_classifiers", num_classifiers, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}: it must be at least {least}")
-    if not max_risk > 0:
-        raise ValueError(f"max_risk is {max_risk}: no risk is below it, take a number in (0, 1]")
-    y = 2 * torch.randint(2, (num_points,), generator=generator) - 1
-    side = 2 * torch.randint(2, (num_points,), generator=generator) - 1
-    x = torch.randn(num_points, 2, generator=generator, dtype=torch.float64)
-    x[:, 0] += CENTRE * side * (y > 0)
-    normals, offsets = _draw_classifiers(x, y, num_classifiers, max_risk, generator)
-    steps = torch.zeros(num_points, 1 + num_samples, 2, dtype=torch.float64)
-    flat = torch.zeros(num_points * num_samples, 2, dtype=torch.float64)
-    unit = ThreatModel("l2", 1.0, bounds=None)
-    steps[:, 1:] = unit.sample(flat, generator).reshape(num_points, num_samples, 2)
-    return GaussianProblem(x, y, normals, offsets, steps)
+
+    eps: Sequence[float | str] | float | str = tuple(quarters / 4 for quarters in range(13))
+    show_eps: float | str = 2
+    seed: int = 0
+    seeds: int = 3
+    num_points: int = 1000
+    num_samples: int = 1000
+    num_classifiers: int = 10
+    max_risk: float = 0.4
+    alphas: Sequence[float] | float = (0.1, 0.01, 0.001)
+    num_steps: int = 1000
+    convergence_samples: int = 30
+
+    def __post_init__(self) -> None:
+        least = {"seeds": 1, "num_points": 1, "num_samples": 0, "num_classifiers": 1, "convergence_samples": 0}
+        for key, low in least.items():
+            if getattr(self, key) < low:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
+        for key, example in (("eps", "[0,1,2]"), ("alphas", "[0.1,0.01]")):
+            if not _as_list(getattr(self, key)):
+                raise ValueError(f"{key}=[] is empty: give at least one number, as {key}={example}")
+        exact_radius("show_eps", self.show_eps)
+        if not 0 < self.max_risk <= 1:
+            raise ValueError(f"max_risk={self.max_risk} must be a risk in (0, 1], as 0.4")
+        if self.convergence_samples > self.num_samples:
+            raise ValueError(
+                f"convergence_samples={self.convergence_samples} exceeds num_samples={self.num_samples}, of which they "
+                "are the first: lower it"
+            )
+        # The solvers and the radii check their own numbers.
+        _ = self._radii, self._entropic, OracleSubgradient(num_steps=self.num_steps)
+        # No seed may turn out to be impossible after others have been solved.
+        for seed in self._seeds:
+            self._draw_classifiers(seed, generator_for(seed, "gaussians"))
+
+    @cached_property
+    def _radii(self) -> list[float]:
+        return sorted({float(exact_radius("eps", eps)) for eps in _as_list(self.eps)})
+
+    @cached_property
+    def _entropic(self) -> list[AcceleratedEntropic]:
+        return [AcceleratedEntropic(alpha=alpha, num_steps=self.num_steps) for alpha in _as_list(self.alphas)]
+
+    @property
+    def _seeds(self) -> range:
+        return range(self.seed, self.seed + self.seeds)
+
+    def draw(self, seed: int) -> GaussianProblem:
+        """Draw the points, then the classifiers, then the directions of attack, all from one generator."""
+        generator = generator_for(seed, "gaussians")
+        x, y, normals, offsets = self._draw_classifiers(seed, generator)
+        steps = torch.zeros(self.num_points, 1 + self.num_samples, 2, dtype=torch.float64)
+        flat = torch.zeros(self.num_points * self.num_samples, 2, dtype=torch.float64)
+        unit = ThreatModel("l2", 1.0, bounds=None)
+        steps[:, 1:] = unit.sample(flat, generator).reshape(self.num_points, self.num_samples, 2)
+        return GaussianProblem(x, y, normals, offsets, steps)
+
+    def _draw_classifiers(self, seed: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Points [N, 2], labels [N], and by rejection normals [L, 2] and offsets [L]."""
+        y = 2 * torch.randint(2, (self.num_points,), generator=generator) - 1
+        side = 2 * torch.randint(2, (self.num_points,), generator=generator) - 1
+        x = torch.randn(self.num_points, 2, generator=generator, dtype=torch.float64)
+        x[:, 0] += CENTRE * side * (y > 0)
+        kept: list[Tensor] = []
+        found, best = 0, 1.0
+        for _ in range(MAX_TRIES // _TRIES_AT_ONCE):
+            drawn = torch.randn(_TRIES_AT_ONCE, 3, generator=generator, dtype=torch.float64)
+            drawn = drawn / drawn[:, :2].norm(dim=1, keepdim=True)
+            risks = _risks(x, y, drawn[:, :2], drawn[:, 2])
+            kept.append(drawn[risks < self.max_risk])
+            found, best = found + len(kept[-1]), min(best, risks.min().item())
+            if found >= self.num_classifiers:
+                chosen = torch.cat(kept)[: self.num_classifiers]
+                return x, y, chosen[:, :2].contiguous(), chosen[:, 2].contiguous()
+        raise ValueError(
+            f"max_risk={self.max_risk}: with seed {seed} only {found} of {MAX_TRIES:,} random classifiers have a "
+            f"smaller risk, {self.num_classifiers} are wanted; the best has {best:.3g}, choose a larger max_risk"
+        )
+
+    def play(self, log: Callable[[str], None]) -> Played:
+        """See `Playable.play`; the largest game has N (1 + m) L losses."""
+        first = self.draw(self.seed)
+        runs: list[dict[str, Any]] = []
+        for seed in self._seeds:
+            problem = first if seed == self.seed else self.draw(seed)
+            for eps in self._radii:
+                values = solve_values(problem.game(eps))
+                if eps == 0 and abs(values.v_rand - values.v_det) > TOLERANCE:
+                    raise RuntimeError(f"at eps = 0, V_rand = {values.v_rand!r} differs from V_det = {values.v_det!r}")
+                runs.append(values.row(seed, eps))
+            log(f"seed {seed}: {len(self._radii)} radii solved")
+        show_eps = float(exact_radius("show_eps", self.show_eps))
+        convergence, arrays = self._converge(first, show_eps, log)
+        summary = {
+            "seeds": list(self._seeds),
+            "eps": self._radii,
+            "show_eps": show_eps,
+            "num_points": self.num_points,
+            "candidates_per_point": self.num_samples + 1,
+            "num_classifiers": self.num_classifiers,
+            "risks": first.risks().tolist(),
+            "runs": runs,
+            "order": {"games": len(runs), "largest_violation": max(run["violation"] for run in runs)},
+            "convergence": convergence,
+        }
+        plane = {"points": first.x, "labels": first.y, "normals": first.normals, "offsets": first.offsets}
+        plane["weights"] = solve_values(first.game(show_eps)).weights
+        return Played("gaussians", summary, arrays | {name: tensor.numpy() for name, tensor in plane.items()})
+
+    def _converge(
+        self, problem: GaussianProblem, eps: float, log: Callable[[str], None]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Algorithm 1 and the entropic solver against the linear program, on the first perturbations of each ball."""
+        game = replace(problem, steps=problem.steps[:, : 1 + self.convergence_samples]).game(eps)
+        value = solve_values(game).v_rand
+        steps = np.unique(np.geomspace(1, self.num_steps, 13).round().astype(int))
+        oracle = oracle_errors(game, value, steps.tolist())
+        solvers = [{"solver": "Algorithm 1", "alpha": None, "steps": self.num_steps, "error": oracle[-1]}]
+        log(f"Algorithm 1 up to {self.num_steps:,} steps")
+        entropic = []
+        for solver in self._entropic:
+            entropic.append(entropic_errors(game, value, solver))
+            end = {"alpha": solver.alpha, "steps": self.num_steps, "error": entropic[-1][-1]}
+            solvers.append({"solver": "entropic", **end})
+            log(f"entropic solver, α = {solver.alpha:g}, {self.num_steps:,} steps")
+        summary = {"eps": eps, "candidates_per_point": self.convergence_samples + 1, "v_lp": value, "solvers": solvers}
+        alphas = [solver.alpha for solver in self._entropic]
+        arrays = {"oracle_steps": steps, "oracle_errors": oracle, "alphas": alphas, "value_errors": entropic}
+        return summary, {name: np.array(values) for name, values in arrays.items()}
 
 
-def _draw_classifiers(
-    x: Tensor, y: Tensor, num_classifiers: int, max_risk: float, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Normals [L, 2] and offsets [L], by rejection."""
-    kept: list[Tensor] = []
-    found, best = 0, 1.0
-    for _ in range(MAX_TRIES // _TRIES_AT_ONCE):
-        drawn = torch.randn(_TRIES_AT_ONCE, 3, generator=generator, dtype=torch.float64)
-        drawn = drawn / drawn[:, :2].norm(dim=1, keepdim=True)
-        risks = _risks(x, y, drawn[:, :2], drawn[:, 2])
-        good = drawn[risks < max_risk]
-        kept.append(good)
-        found, best = found + len(good), min(best, risks.min().item())
-        if found >= num_classifiers:
-            chosen = torch.cat(kept)[:num_classifiers]
-            return chosen[:, :2].contiguous(), chosen[:, 2].contiguous()
-    raise ValueError(
-        f"max_risk is {max_risk}: only {found} of {MAX_TRIES:,} random classifiers have a smaller risk, "
-        f"{num_classifiers} are wanted; the best has {best:.3g}, choose a larger max_risk"
-    )
+def _as_list(value: Any) -> list[Any]:
+    """One number or several."""
+    return [value] if isinstance(value, (int, float, str)) else list(value)
 
 
 def _risks(x: Tensor, y: Tensor, normals: Tensor, offsets: Tensor) -> Tensor:
@@ -145,33 +239,6 @@ def oracle_errors(game: FiniteGame, value: float, steps: Sequence[int]) -> list[
     return [OracleSubgradient(num_steps=count).solve(game).value - value for count in steps]
 
 
-@dataclass(frozen=True)
-class EntropicTrace:
-    """One run of the accelerated method; entry t of a list is the state after t steps.
-
-    Attributes:
-        alpha: its temperature.
-        value_errors: R(best iterate so far) - V, which does not fall to 0: F is not R.
-        smoothed_errors: F(iterate) - min F, where min F is the least F seen.
-        certificate: a bound on how far that least F is above min F.
-    """
-
-    alpha: float
-    value_errors: list[float]
-    smoothed_errors: list[float]
-    certificate: float
-
-
-def entropic_trace(game: FiniteGame, value: float, alpha: float, num_steps: int) -> EntropicTrace:
-    """The accelerated method at temperature alpha on the game's own perturbations; `value` is V."""
-    history = AcceleratedEntropic(alpha=alpha, num_steps=num_steps).solve(game).history
-    smoothed = history["smoothed_value"]
-    # Every iterate bounds min F from below; the best bound need not be the least iterate's.
-    bound = max(f - gap for f, gap in zip(smoothed, history["smoothed_gap"], strict=True))
-    least = min(smoothed)
-    return EntropicTrace(
-        alpha,
-        [best - value for best in history["best_value"]],
-        [f - least for f in smoothed],
-        max(least - bound, 0.0),
-    )
+def entropic_errors(game: FiniteGame, value: float, solver: AcceleratedEntropic) -> list[float]:
+    """R(best iterate so far) - value after 0, 1, ..., T steps; it need not fall to 0, the solver minimises F."""
+    return [best - value for best in solver.solve(game).history["best_value"]]

@@ -7,21 +7,38 @@ et al., "Mixed Nash Equilibria in the Adversarial Examples Game", ICML 2021).
 
 The 0/1 losses are constant on the cells that the thresholds cut the line into, so finitely many perturbations of a
 point stand for its whole ball: the point, the ends of the ball, the thresholds inside it, a point of every open cell.
+
+At a point the attacker can fool both classifiers by one move, or either of them but not both, or only the first, or
+only the second, or neither. With the masses of the points of each kind
+
+    R(lam) = both + max(lam_1, lam_2) either + lam_1 first + lam_2 second,
+
+which is linear on 0 <= lam_1 <= 1/2 and on 1/2 <= lam_1 <= 1, so it is least at lam_1 = 0, 1/2 or 1. The attacker's
+optimal strategy fools f1 with probability q, else f2, where it can fool either: both + q either + first is the expected
+loss of f1 and both + (1 - q) either + second that of f2, and the q in [0, 1] that brings them closest is optimal.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mixadv.game import FiniteGame
+from mixadv.games.base import TOLERANCE, Playable, Played, exact_radius, solve_values
+from mixadv.lambda_solvers import AcceleratedEntropic, LambdaSolver, LinearProgram, OracleSubgradient
 
 HALF = Fraction(1, 2)
+# The 0/1 losses of f1 and f2 at one place, and the kinds of points: both, either, first, second, neither.
+Losses = tuple[int, int]
+KINDS: tuple[tuple[Losses, ...], ...] = (((1, 1),), ((1, 0), (0, 1)), ((1, 0),), ((0, 1),), ((0, 0),))
 
 
 class Threshold(NamedTuple):
@@ -54,7 +71,7 @@ class ExactSolution:
         dual: D = min_k of the expected loss of classifier k against that strategy.
         pure_attacker: the most that an attacker without randomness can be sure of: max over maps that send every
             point to one place, of the least risk of a classifier that knows the map.
-        curve: (lam_1, R(lam)) at the ends and at every kink of the piecewise linear R, in order.
+        curve: (lam_1, R(lam)) at lam_1 = 0, 1/2 and 1; R is linear in between.
     """
 
     deterministic_risks: tuple[Fraction, Fraction]
@@ -114,100 +131,146 @@ class LineGame:
         between = {(a + b) / 2 for a, b in itertools.pairwise(marks)}
         return sorted({*marks, *between}, key=lambda place: (abs(place - x), place))
 
-    def losses(self, i: int) -> list[tuple[int, int]]:
+    def losses(self, i: int) -> list[Losses]:
         """The 0/1 losses of both classifiers at each of the candidates of point i."""
         first, second = self.classifiers
         label = self.labels[i]
         return [(int(first.predict(x) != label), int(second.predict(x) != label)) for x in self.candidates(i)]
 
-    def risk(self, first: Fraction) -> Fraction:
-        """R(lam) = sum_i mass_i max_j (lam_1 l_1 + lam_2 l_2) at lam = (first, 1 - first)."""
-        return sum(
-            (mass * max(first * a + (1 - first) * b for a, b in set(self.losses(i))))
-            for i, mass in enumerate(self.masses)
-        ) + Fraction(0)
-
     def finite_game(self) -> FiniteGame:
         """The same game as losses [N, m, 2] uint8 with a mask [N, m], perturbations in the order of `candidates`."""
-        rows = [self.losses(i) for i in range(len(self.points))]
-        width = max(map(len, rows))
-        losses = torch.zeros(len(rows), width, 2, dtype=torch.uint8)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            losses[i, : len(row)] = torch.tensor(row, dtype=torch.uint8)
-            mask[i, : len(row)] = True
-        return FiniteGame(losses, mask, torch.tensor([float(mass) for mass in self.masses], dtype=torch.float64))
+        rows = [torch.tensor(self.losses(i), dtype=torch.uint8) for i in range(len(self.points))]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+        masses = torch.tensor([float(mass) for mass in self.masses], dtype=torch.float64)
+        return FiniteGame(pad_sequence(rows, batch_first=True), mask, masses)
+
+    @cached_property
+    def _threats(self) -> list[dict[Losses, Fraction]]:
+        """For each point the losses of its kind, each with the nearest place where the classifiers have them."""
+        threats = []
+        for i in range(len(self.points)):
+            places = dict(reversed(list(zip(self.losses(i), self.candidates(i), strict=True))))
+            kind = next(kind for kind in KINDS if set(kind) <= set(places))
+            threats.append({losses: places[losses] for losses in kind})
+        return threats
+
+    @cached_property
+    def _kinds(self) -> tuple[Fraction, ...]:
+        """The masses (both, either, first, second, neither)."""
+        points = list(zip(self.masses, map(tuple, self._threats), strict=True))
+        return tuple(sum((mass for mass, threats in points if threats == kind), Fraction(0)) for kind in KINDS)
+
+    def risk(self, weight: Fraction) -> Fraction:
+        """R(lam) at lam = (weight, 1 - weight)."""
+        both, either, first, second, _ = self._kinds
+        return both + max(weight, 1 - weight) * either + weight * first + (1 - weight) * second
 
     def solve(self) -> ExactSolution:
-        """The equilibrium. R is convex and piecewise linear in lam_1, so its minimum is at an end or at a kink."""
-        kinks = sorted({Fraction(0), Fraction(1), *self._kinks()})
-        curve = tuple((first, self.risk(first)) for first in kinks)
+        """The equilibrium, as the head of this module derives it."""
+        _, either, first, second, _ = self._kinds
+        curve = tuple((weight, self.risk(weight)) for weight in (Fraction(0), HALF, Fraction(1)))
         value = min(risk for _, risk in curve)
-        optimal = [first for first, risk in curve if risk == value]
-        first = (optimal[0] + optimal[-1]) / 2
-        attack = self._best_attack(first)
+        optimal = [weight for weight, risk in curve if risk == value]
+        weight = (optimal[0] + optimal[-1]) / 2
+        q = min(max((second - first + either) / (2 * either), Fraction(0)), Fraction(1)) if either else Fraction(0)
+        attack = []
+        for threats in self._threats:
+            chances = (q, 1 - q) if len(threats) == 2 else (Fraction(1),)
+            attack.append(tuple(Move(to, p) for to, p in zip(threats.values(), chances, strict=True) if p))
         return ExactSolution(
             deterministic_risks=(self.risk(Fraction(1)), self.risk(Fraction(0))),
-            weights=(first, 1 - first),
+            weights=(weight, 1 - weight),
             value=value,
-            attack=attack,
-            dual=min(self._expected_losses(attack)),
+            attack=tuple(attack),
+            dual=min(self._expected_loss(classifier, attack) for classifier in self.classifiers),
             pure_attacker=self._pure_attacker(),
             curve=curve,
         )
 
-    def _kinks(self) -> list[Fraction]:
-        """Where two perturbations of one point become equally good, inside (0, 1)."""
-        found = []
-        for i in range(len(self.points)):
-            for (a, b), (c, d) in itertools.combinations(set(self.losses(i)), 2):
-                slope = (a - b) - (c - d)
-                if slope and 0 < (kink := Fraction(d - b, slope)) < 1:
-                    found.append(kink)
-        return found
-
-    def _best_attack(self, first: Fraction) -> tuple[tuple[Move, ...], ...]:
-        """A strategy on best responses to lam under which no other lam does better.
-
-        As a function of lam_1 the expected loss under a strategy is linear; its slope lies between that of the
-        flattest and that of the steepest best responses, and mixing the two with one share for all points makes it 0
-        (or as near to 0 as it can be, where lam is an end).
-        """
-        flat, steep, slopes = [], [], [Fraction(0), Fraction(0)]
-        for i, mass in enumerate(self.masses):
-            places, losses = self.candidates(i), self.losses(i)
-            scores = [first * a + (1 - first) * b for a, b in losses]
-            best = [j for j, score in enumerate(scores) if score == max(scores)]
-            # Equally good places are taken nearest first.
-            ends = [choose(best, key=lambda j: losses[j][0] - losses[j][1]) for choose in (min, max)]
-            for s, j in enumerate(ends):
-                slopes[s] += mass * (losses[j][0] - losses[j][1])
-            flat.append(places[ends[0]])
-            steep.append(places[ends[1]])
-        span = slopes[1] - slopes[0]
-        share = min(max(-slopes[0] / span, Fraction(0)), Fraction(1)) if span else Fraction(0)
-        return tuple(
-            (Move(a, Fraction(1)),) if a == b else tuple(m for m in (Move(a, 1 - share), Move(b, share)) if m[1])
-            for a, b in zip(flat, steep, strict=True)
+    def _expected_loss(self, classifier: Threshold, attack: Sequence[Sequence[Move]]) -> Fraction:
+        """E_Q l of one classifier under the attacker's strategy Q."""
+        losses = (
+            mass * probability
+            for mass, label, moves in zip(self.masses, self.labels, attack, strict=True)
+            for to, probability in moves
+            if classifier.predict(to) != label
         )
-
-    def _expected_losses(self, attack: Sequence[Sequence[Move]]) -> list[Fraction]:
-        """E_Q l_k for k = 1, 2."""
-        return [
-            sum(
-                (
-                    mass * probability * int(classifier.predict(to) != label)
-                    for mass, label, moves in zip(self.masses, self.labels, attack, strict=True)
-                    for to, probability in moves
-                ),
-                start=Fraction(0),
-            )
-            for classifier in self.classifiers
-        ]
+        return sum(losses, Fraction(0))
 
     def _pure_attacker(self) -> Fraction:
-        choices = [sorted(set(self.losses(i))) for i in range(len(self.points))]
-        return max(
-            min(sum(mass * losses[k] for mass, losses in zip(self.masses, chosen, strict=True)) for k in (0, 1))
-            for chosen in itertools.product(*choices)
-        ) + Fraction(0)
+        """See `ExactSolution.pure_attacker`; at every point of the kind `either` one of the two is fooled for sure."""
+        both, either, first, second, _ = self._kinds
+        parts = {Fraction(0)}  # of `either`, on which f1 is fooled
+        for mass, threats in zip(self.masses, self._threats, strict=True):
+            parts |= {part + mass for part in parts if len(threats) == 2}
+        return both + max(min(first + part, second + either - part) for part in parts)
+
+
+class Motivating(Playable):
+    """The example in fractions, beside what the solvers of `mixadv.lambda_solvers` find.
+
+    Args:
+        eps: the radius, a number or a fraction such as "1/2"; it stays exactly as written.
+        alpha: temperature of the entropic solver, in units of the 0/1 loss.
+        num_steps: of Algorithm 1 and of the entropic solver.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(self, eps: float | str = "1/2", alpha: float = 0.01, num_steps: int = 1000) -> None:
+        self.line = LineGame(exact_radius("eps", eps))
+        oracle = OracleSubgradient(num_steps=num_steps)
+        entropic = AcceleratedEntropic(alpha=alpha, num_steps=num_steps)
+        # The iterative solvers start at f1 alone: 1/L, their usual start, is the solution already.
+        self.solvers: list[tuple[str, str, LambdaSolver, list[float] | None]] = [
+            ("LP", "HiGHS", LinearProgram(), None),
+            ("Algorithm 1", f"{num_steps:,} steps", oracle, [1.0, 0.0]),
+            ("entropic", f"α = {alpha:g}", entropic, [1.0, 0.0]),
+        ]
+
+    def play(self, log: Callable[[str], None]) -> Played:
+        """See `Playable.play`; in results.json the exact numbers are fractions, as text."""
+        line, exact, game = self.line, self.line.solve(), self.line.finite_game()
+        v_rand = solve_values(game).v_rand
+        if exact.gap != 0 or abs(v_rand - float(exact.value)) > TOLERANCE:
+            raise RuntimeError(f"V = {exact.value}, D = {exact.dual} in fractions, but {v_rand!r} by linear program")
+        attack = [
+            {
+                "point": str(point),
+                "label": label,
+                "mass": str(mass),
+                "moves": [{"to": str(to), "probability": str(probability)} for to, probability in moves],
+            }
+            for point, label, mass, moves in zip(line.points, line.labels, line.masses, exact.attack, strict=True)
+        ]
+        names = ("deterministic_risks", "weights", "value", "dual", "gap", "pure_attacker")
+        summary = {
+            "eps": str(line.eps),
+            "exact": {name: _as_text(getattr(exact, name)) for name in names},
+            "attack": attack,
+            "solvers": [_solved(game, *solver) for solver in self.solvers],
+        }
+        arrays = {"curve": exact.curve, "thresholds": line.classifiers}
+        return Played("motivating", summary, {name: np.array(rows, dtype=float) for name, rows in arrays.items()})
+
+
+def _as_text(value: Fraction | tuple[Fraction, ...]) -> str | list[str]:
+    return [str(part) for part in value] if isinstance(value, tuple) else str(value)
+
+
+def _solved(
+    game: FiniteGame, name: str, detail: str, solver: LambdaSolver, start: list[float] | None
+) -> dict[str, Any]:
+    found = solver.solve(game, lam0=None if start is None else torch.tensor(start, dtype=torch.float64))
+    return {
+        "solver": name,
+        "detail": detail,
+        "start": start,
+        "deterministic_risks": game.deterministic_values().tolist(),
+        "weights": found.weights.tolist(),
+        "value": found.value,
+        "dual": found.lower_bound,
+        "gap": found.gap,
+        "status": found.status,
+    }

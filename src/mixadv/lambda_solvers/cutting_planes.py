@@ -1,6 +1,4 @@
-"""The linear program of an attacker who may only mix best responses that were seen: the master of constraint
-generation.
-"""
+"""The master program of constraint generation: the attacker mixes the best responses that were found so far."""
 
 from __future__ import annotations
 
@@ -16,40 +14,40 @@ from mixadv.game import FiniteGame
 from mixadv.lambda_solvers.driver import SolverError
 from mixadv.lambda_solvers.grouping import SAMPLE, Grouping
 
-# Entries of picked losses that are float64 at one time.
+# Number of losses that are converted to float64 at a time.
 _CHUNK_ENTRIES = 1 << 18
-# A cut counts as new where it exceeds those before it by this much, in units of the largest loss.
+# A cut is new if it exceeds all earlier ones by this much, in units of the largest loss.
 _ROUNDING = 1e-14
-# The largest entry that HiGHS sees. It takes entries below 1e-9 for zeros, and its tolerances, 1e-10 at best, are
-# absolute: somewhat above 1 both are harmless at a relative gap of 1e-9.
+# The entries that HiGHS gets are scaled to this maximum. HiGHS treats entries below 1e-9 as zeros, and its tolerances
+# (at best 1e-10) are absolute; with a maximum somewhat above 1 both are harmless at a relative gap of 1e-9.
 _LARGEST_ENTRY = 8.0
 _TOLERANCES = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 
 
 class CuttingPlanes:
-    """Lower models of R and the mixes of responses that prove them.
+    """Piecewise linear lower bounds of R, and the mixtures of responses that prove them.
 
     A response c gives for every group g of examples the cut, linear in lam,
 
         t_g >= sum_k lam_k r_cgk,    r_cg = (1 / mass_g) sum_{i in g} mass_i A[i, choice_c(i), :],
 
-    and R(lam) >= sum_g mass_g t_g: for groups of one example it is one row per example and perturbation, for
-    larger ones an aggregate of them. What is solved is the dual, the attacker's side,
+    and R(lam) >= sum_g mass_g t_g. Groups of one example have one row per example and perturbation, larger groups an
+    aggregate of these rows. HiGHS solves the dual, the attacker's side,
 
         max v  such that  v <= sum_cg mu_cg r_cgk for every k,  sum_c mu_cg = mass_g,  mu >= 0,
 
     whose value bounds V from below, whose multipliers are the weights lam, and whose solution is the strategy
-    Q[i, j] = mass_i sum_c (mu_cg / mass_g) [choice_c(i) = j], g the group of i. It has a row per group rather than
-    per cut, and a group with a single cut has no choice and leaves it.
+    Q[i, j] = mass_i sum_c (mu_cg / mass_g) [choice_c(i) = j], g the group of i. It has one row per group, not per cut;
+    a group with a single cut leaves no choice and is not part of the program.
 
-    Cuts that no solution has used for `keep` solutions are dropped. A solution stays feasible without them, so the
-    bound never falls; and as they are dropped only when it rose, the same cuts never return for ever.
+    Cuts that were not used in the last `keep` solutions are dropped. The solution stays feasible without them, so the
+    bound never falls; and since cuts are dropped only after the bound rose, the method cannot cycle.
 
     Args:
         game: the game.
-        choice: [N], the response that decides which examples go together, see `Grouping`. It adds no cut.
-        num_groups: how many groups at most; as many as there are examples makes each its own.
-        keep: how many solutions an unused cut survives.
+        choice: [N], a response that decides which examples form a group, see `Grouping`. It adds no cut.
+        num_groups: maximal number of groups; with N or more each example is a group.
+        keep: after how many solutions an unused cut is dropped.
     """
 
     def __init__(self, game: FiniteGame, choice: Tensor, num_groups: int, keep: int = 3) -> None:
@@ -59,7 +57,7 @@ class CuttingPlanes:
         self._group = self._groups(choice, num_groups)
         masses = torch.zeros(int(self._group.max()) + 1, dtype=torch.float64, device=choice.device)
         self._masses = masses.index_add_(0, self._group, game.masses).cpu().numpy()
-        # What all members share moves no weights; without it, differences that are small beside it keep their digits.
+        # A loss that all members share does not change the weights; subtracting it keeps the digits of differences.
         self._shifts = np.zeros(len(masses))
         self._shifts = self._cuts(choice).mean(1)
         self._rows = np.zeros((0, game.num_members))
@@ -74,10 +72,10 @@ class CuttingPlanes:
         return len(self._rows)
 
     def add(self, lam: Tensor, choice: Tensor) -> bool:
-        """Adds the cuts of the response `choice` [N] to lam [L], where they are above all others at lam.
+        """Add the cuts of the response `choice` [N] to lam [L] that exceed all earlier cuts at lam.
 
         Returns:
-            Whether any was: if not, the model is exact at lam up to rounding.
+            Whether there was such a cut; if not, the lower bound is exact at lam up to rounding.
         """
         rows = self._cuts(choice)
         scores = rows @ lam.numpy()
@@ -95,13 +93,13 @@ class CuttingPlanes:
         return True
 
     def solve(self, deadline: float = math.inf) -> Tensor:
-        """Minimises the model, raises `bound`, drops cuts; the minimiser lam [L].
+        """Minimise the lower bound of R, raise `bound`, drop unused cuts; returns the minimiser lam [L].
 
         Args:
             deadline: on the clock of `time.perf_counter`.
 
         Raises:
-            RuntimeError: the deadline passed, or HiGHS failed.
+            SolverError: the deadline passed, or HiGHS failed (a RuntimeError).
         """
         if time.perf_counter() >= deadline:
             raise SolverError(_OUT_OF_TIME)
@@ -129,13 +127,13 @@ class CuttingPlanes:
         return attack
 
     def _attacker(self, deadline: float) -> tuple[np.ndarray, np.ndarray]:
-        """mu, one per cut, and lam."""
+        """The multipliers mu, one per cut, and lam."""
         masses, group = self._masses, self._row_group
         alone = np.bincount(group, minlength=len(masses))[group] == 1
         mu = np.where(alone, masses[group], 0.0)
         fixed = mu @ self._rows
         if alone.all():
-            # The attacker has no choice, and the mixture one best member.
+            # The attacker has no choice, so the best member alone is optimal.
             lam = np.zeros(len(fixed))
             lam[fixed.argmin()] = 1.0
             return mu, lam
@@ -143,7 +141,7 @@ class CuttingPlanes:
         solution, lam = _mix(self._rows[~alone], column, masses[present], fixed, deadline)
         solution = np.clip(solution, 0.0, None)
         total = np.bincount(column, solution)
-        # Zero is right to HiGHS's tolerance where the mass is next to nothing, but Q must hold that mass.
+        # For a tiny mass HiGHS may return mu = 0 within its tolerance, but Q must hold that mass.
         solution[total[column] == 0] = 1.0
         solution *= (masses[present] / np.bincount(column, solution))[column]
         mu[~alone] = solution
@@ -167,7 +165,7 @@ class CuttingPlanes:
         return torch.cat([grouping.assign(losses, rows.start) for rows, losses in self._picked(choice)])
 
     def _cuts(self, choice: Tensor) -> np.ndarray:
-        """r_cg of all groups, [groups, L], over the scale and less the shift of the group."""
+        """r_cg of all groups, [groups, L], divided by the scale, minus the shift of the group."""
         sums = torch.zeros(len(self._masses), self.game.num_members, dtype=torch.float64, device=choice.device)
         for rows, losses in self._picked(choice):
             sums.index_add_(0, self._group[rows], losses.mul_(self.game.masses[rows, None]))
@@ -175,7 +173,7 @@ class CuttingPlanes:
         return means - self._shifts[:, None]
 
     def _picked(self, choice: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, losses [n, L] at the choices in float64, over the scale), over all examples."""
+        """All examples in chunks: (rows, losses [n, L] at the choices in float64, divided by the scale)."""
         length = max(1, _CHUNK_ENTRIES // self.game.num_members)
         for start in range(0, self.game.num_examples, length):
             rows = slice(start, min(start + length, self.game.num_examples))
@@ -194,13 +192,13 @@ def _mix(
     Returns:
         mu [R] and the multipliers lam [L], up to HiGHS's tolerances.
     """
-    # Where no game is solved nobody waits for scipy.
+    # Imported here, because scipy is slow to import and most commands solve no program.
     from scipy.optimize import linprog
     from scipy.sparse import csc_array
 
     count, members = rows.shape
     unit = float(np.abs(rows).max()) / _LARGEST_ENTRY or 1.0
-    # Masses of order 1 give mu the digits that a mass of 1 / N would lose to absolute tolerances.
+    # Scaled to order 1: with masses of 1 / N, absolute tolerances would cost mu its digits.
     largest = masses.max()
     above = np.ones((members, count + 1))
     above[:, :count] = -rows.T / unit
@@ -216,7 +214,7 @@ def _mix(
         "bounds": bounds,
     }
     message = ""
-    # Presolve costs more than it saves on these programs, but its other path may succeed where the first fails.
+    # Presolve costs more than it saves on these programs, but HiGHS may succeed with it after a failure without.
     for presolve in (False, True):
         remaining = deadline - time.perf_counter()
         if remaining <= 0:

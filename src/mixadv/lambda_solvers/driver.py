@@ -1,19 +1,19 @@
-"""What the solvers share: the start, the loop with its checks and its record, and the certificate.
+"""The base class and the driver loop of the solvers: start, checks, history and certificate.
 
-A solver is a generator of `Iterate`s; `drive` resumes it only after an iterate has passed the checks, so that
-a solver never computes on a value that is not finite.
+A solver is a generator of `Iterate`s; `drive` resumes it only after an iterate has passed the checks, so that a
+solver never computes with a value that is not finite.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mixadv.errors import UserError
 from mixadv.game import BestResponse, Equilibrium, FiniteGame, Game
@@ -21,27 +21,38 @@ from mixadv.simplex import is_distribution, project_simplex, uniform
 
 
 class SolverError(UserError, RuntimeError):
-    """A solver cannot go on: out of time, or the library below it failed; the message names the remedy."""
+    """A solver cannot continue: it ran out of time, or HiGHS failed. The message names the remedy."""
 
 
 class LambdaSolver(ABC):
     """min over lam on the simplex of R(lam), for any `Game`.
 
     Attributes:
-        adapts: whether the weights depend on the game; False lets a caller skip the call.
-        recent_batches: how many recently attacked batches Algorithm 2 lets join the game of a weights phase.
+        adapts: whether the weights depend on the game; if False a caller may skip the call.
+        recent_batches: how many recently attacked batches Algorithm 2 adds to the game of a weights phase.
     """
 
     adapts: ClassVar[bool] = True
     recent_batches: int = 0
 
+    def require_counts(self, **least: int) -> None:
+        """Check settings that are counts, each with its least value.
+
+        Raises:
+            ValueError: one is no integer, or smaller.
+        """
+        for name, bound in least.items():
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool) or number < bound:
+                raise ValueError(f"{name} must be an integer >= {bound}, got {number}")
+
     @abstractmethod
     def attack_cost(self) -> float:
-        """What one call of `solve` costs on a mixture, in attacks on the whole mixture."""
+        """The cost of one call of `solve` on a mixture, in attacks on the whole mixture."""
 
     @abstractmethod
     def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
-        """Plays the game.
+        """Solve the game.
 
         Args:
             game: the game.
@@ -49,17 +60,14 @@ class LambdaSolver(ABC):
             generator: the source of all randomness of the solver.
 
         Raises:
-            ValueError: lam0 is not a distribution over the members, or the game gave a value, gradient or
-                bound that is not finite (the message names the step), or claims exact responses that
-                contradict weak duality.
+            ValueError: lam0 is not a distribution over the members; the game returned a value, gradient or bound that
+                is not finite (the message names the step); or its `exact` responses contradict weak duality.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Iterate:
-    """One step of a solver: weights [L], their un-regularised value, the gradient there [L], numbers to
-    record.
-    """
+    """One step of a solver: weights [L], their value without regularisation, its gradient [L], numbers to record."""
 
     weights: Tensor
     value: float
@@ -70,7 +78,7 @@ class Iterate:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What the loop saw: the best iterate, means over all iterates, the record, and how it ended."""
+    """The result of the loop: the best iterate, means over all iterates, the history, and the status."""
 
     weights: Tensor
     value: float
@@ -82,7 +90,7 @@ class Trace:
 
 
 def start(game: Game, lam0: Tensor | None) -> Tensor:
-    """lam0 in float64 on the CPU with its rounding error projected away, or the uniform weights.
+    """lam0 in float64 on the CPU, projected onto the simplex to remove its rounding error, or the uniform weights.
 
     Raises:
         ValueError: lam0 has another length than the game has members, or is not a distribution.
@@ -98,7 +106,7 @@ def start(game: Game, lam0: Tensor | None) -> Tensor:
 
 
 def respond(game: Game, lam: Tensor) -> BestResponse:
-    """The game's best response with its gradient in float64 beside lam.
+    """The game's best response, with its gradient in the dtype and on the device of lam.
 
     Raises:
         ValueError: the gradient does not have one entry per member.
@@ -113,8 +121,29 @@ def respond(game: Game, lam: Tensor) -> BestResponse:
     return BestResponse(gradient, float(response.value), float(response.max_loss), response.choice)
 
 
+def draw_pool(
+    game: Game, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None
+) -> FiniteGame:
+    """`game.pool` with these arguments.
+
+    Raises:
+        ValueError: the pool has other members than the game.
+    """
+    pool = game.pool(lam, num_samples, include_attack_points, generator)
+    if pool.num_members != game.num_members:
+        raise ValueError(f"the game has {game.num_members} members, but its pool has {pool.num_members}")
+    return pool
+
+
+def best_of(game: FiniteGame, candidates: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """The weights of least value among `candidates` (the first on ties), and that value."""
+    values = [game.value(lam) for lam in candidates]
+    best = min(range(len(values)), key=values.__getitem__)
+    return candidates[best], values[best]
+
+
 def drive(iterates: Iterable[Iterate]) -> Trace:
-    """Runs a solver to its end or to its first converged iterate.
+    """Run a solver to its end or to its first converged iterate.
 
     Raises:
         ValueError: weights, value, gradient or a recorded number of some step are not finite.
@@ -140,21 +169,21 @@ def drive(iterates: Iterable[Iterate]) -> Trace:
             break
     if best is None:
         raise ValueError("a solver needs at least one step")
-    # The mean of points of the simplex is one of them up to rounding, which the projection removes.
+    # The mean of points of the simplex leaves it by rounding errors, which the projection removes.
     average = project_simplex(weights_sum / steps)
     return Trace(best.weights, best.value, average, gradient_sum / steps, history, status, steps)
 
 
 def certified_gap(game: Game, value: float, lower_bound: float) -> float | None:
-    """value - lower_bound where the game's responses are exact, else None (the true value may be higher).
+    """value - lower_bound if the game's responses are exact, else None (the true value may be higher).
 
     Raises:
-        ValueError: the gap is negative beyond rounding, so that the game's claim to be exact is false.
+        ValueError: the gap is negative beyond rounding, so the responses are not exact.
     """
     if not game.exact:
         return None
     gap = value - lower_bound
-    # A value of 0 is a sum of losses that cancel: its rounding is theirs.
+    # A value of 0 may be a sum of losses that cancel; its rounding error is that of the losses.
     scale = game.max_loss if isinstance(game, FiniteGame) else 0.0
     if gap < -1e-9 * max(abs(value), abs(lower_bound)) - 1e-12 * scale:
         raise ValueError(

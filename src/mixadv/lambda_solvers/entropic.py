@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixadv.game import Equilibrium, FiniteGame, Game
-from mixadv.lambda_solvers.driver import Iterate, LambdaSolver, certified_gap, drive, start
+from mixadv.lambda_solvers.driver import Iterate, LambdaSolver, certified_gap, draw_pool, drive, start
 from mixadv.simplex import project_simplex
 
 
@@ -19,23 +19,23 @@ from mixadv.simplex import project_simplex
 class AcceleratedEntropic(LambdaSolver):
     """FISTA on F(lam) = sum_i mass_i alpha log( (1/m) sum_j exp( sum_k lam_k l_k(i, j) / alpha ) ).
 
-    F is the value against an attacker who pays alpha KL(Q_i || uniform) on a pool of m perturbations per
-    example (Meunier et al., ICML 2021, section 4.2): 0 <= R - F <= alpha log m on the pool, and F is smooth
-    with the constant C = `FiniteGame.smoothness(alpha)`, of order 1 / alpha. T steps of size 1 / C from lam_0
-    leave an error in F of at most 2 C ||lam_0 - lam*||^2 / (T + 1)^2 (Beck and Teboulle, 2009). The momentum
-    restarts when it points uphill (O'Donoghue and Candes, 2015), which gains orders of magnitude near the
-    solution; but only after a quarter of all steps so far, so that some run without restart has T / 5 steps
-    and the error stays of order T^-2: at most 100 C / T^2, since no two points of the simplex are farther
-    apart than sqrt(2).
+    F is the risk against an attacker who pays alpha KL(Q_i || uniform) on a pool of m perturbations per example
+    (Meunier et al., ICML 2021, section 4.2): 0 <= R - F <= alpha log m on the pool, and F is smooth with the constant
+    C = `FiniteGame.smoothness(alpha)`, of order 1 / alpha. After T steps of size 1 / C from lam_0, F exceeds its
+    minimum by at most 2 C ||lam_0 - lam*||^2 / (T + 1)^2 (Beck and Teboulle, 2009). The momentum restarts when it
+    points uphill (O'Donoghue and Candes, 2015), which gains orders of magnitude near the solution. A restart is allowed
+    only if at least a quarter of all steps so far came after the last one. Then some run without restart has T / 5
+    steps, and the error keeps the order T^-2: it is at most 100 C / T^2, since points of the simplex are at most
+    sqrt(2) apart.
 
-    The pool is drawn once, from `game.pool`; a finite game is its own pool. `weights` are the iterate with
-    the least un-regularised value on the pool, and `value` is that value: for a game played by attacks a
-    lower estimate of R. The last iterate, which minimises F, is `history["weights"][-1]`. The attacker's
-    smoothed response with the largest lower bound becomes `lower_bound` and, on a finite game, `attack`.
+    The pool is drawn once, from `game.pool`; a finite game is its own pool. `weights` are the iterate of least risk R
+    (without regularisation) on the pool, and `value` is that risk; if attacks play the game it is a lower estimate of
+    R. The last iterate, which minimises F, is `history["weights"][-1]`. The smoothed response with the largest lower
+    bound gives `lower_bound` and, on a finite game, `attack`.
 
-    At a fixed number of steps a smaller alpha can end farther from the equilibrium. num_steps proportional to
-    alpha^(-1/2) only keeps the bound C / T^2 from growing; to approach the value take num_steps proportional to
-    1 / alpha, or continue in alpha by starting at lam0 = the weights of a larger one.
+    With a fixed number of steps a smaller alpha can end farther from the equilibrium. num_steps proportional to
+    alpha^(-1/2) only keeps the bound C / T^2 constant; to approach the value take num_steps proportional to 1 / alpha,
+    or reduce alpha step by step, each time with lam0 = the weights found before.
 
     History (T + 1 entries, the start included): value, best_value, weights, smoothed_value, smoothed_gap
     (max over the simplex of grad F(lam)·(lam - mu) >= F(lam) - min F), lower_bound.
@@ -43,11 +43,11 @@ class AcceleratedEntropic(LambdaSolver):
     Args:
         alpha: the temperature, > 0, in units of the losses.
         num_steps: T >= 1.
-        num_samples: random perturbations per example of the pool.
-        include_attack_points: whether the pool also holds the points of an attack. In high dimension random
-            points are noise; False is the pure Monte-Carlo form.
-        tolerance: stop once smoothed_gap <= tolerance, in units of the losses; None runs all steps. If num_steps
-            do not reach it, the status is "stopped" and a RuntimeWarning says so.
+        num_samples: random perturbations per example in the pool.
+        include_attack_points: whether the pool also holds the points of attacks; False is the pure Monte-Carlo form.
+            In high dimension random points find nothing.
+        tolerance: stop as soon as smoothed_gap <= tolerance, in units of the losses; None runs all steps. If num_steps
+            do not suffice, the status is "stopped" and a RuntimeWarning is issued.
 
     Raises:
         ValueError: an argument is outside its range; in solve, losses so large that their squares overflow.
@@ -62,25 +62,20 @@ class AcceleratedEntropic(LambdaSolver):
     def __post_init__(self) -> None:
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be an integer >= 1, got {self.num_steps}")
-        if not isinstance(self.num_samples, int) or self.num_samples < 0:
-            raise ValueError(f"num_samples must be an integer >= 0, got {self.num_samples}")
+        self.require_counts(num_steps=1, num_samples=0)
         if self.num_samples == 0 and not self.include_attack_points:
             raise ValueError("the pool would be empty: take num_samples >= 1 or include_attack_points=True")
         if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must be >= 0 and finite, or None to run all steps, got {self.tolerance}")
 
     def attack_cost(self) -> float:
-        """The pool's attacks: on the mixture, and on each member alone."""
+        """The attacks for the pool: on the mixture, and on each member alone."""
         return 2.0 if self.include_attack_points else 0.0
 
     def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
         """See `LambdaSolver.solve`; the generator draws the pool."""
         lam = start(game, lam0)
-        pool = game.pool(lam, self.num_samples, self.include_attack_points, generator)
-        if pool.num_members != game.num_members:
-            raise ValueError(f"the game has {game.num_members} members, but its pool has {pool.num_members}")
+        pool = draw_pool(game, lam, self.num_samples, self.include_attack_points, generator)
         trace = drive(self._iterates(pool, lam))
         status = trace.status
         if self.tolerance is not None and status != "converged":
@@ -109,8 +104,8 @@ class AcceleratedEntropic(LambdaSolver):
         )
 
     def _iterates(self, pool: FiniteGame, lam: Tensor) -> Iterator[Iterate]:
-        # Where the members' losses do not depend on the perturbation F is linear and C = 0: any step is
-        # right, and this one is long enough to reach a vertex at once.
+        # If the losses do not depend on the perturbation, F is linear and C = 0: every step size is right, and this
+        # one is large enough to reach a vertex at once.
         constant = max(pool.smoothness(self.alpha), 1e-9 * pool.max_loss)
         if not math.isfinite(constant):
             raise ValueError(
@@ -119,7 +114,7 @@ class AcceleratedEntropic(LambdaSolver):
             )
         step_size = 1.0 / constant if constant > 0 else 0.0
         if not math.isfinite(step_size):
-            raise ValueError(f"losses of {pool.max_loss} are too small to be told apart: rescale them, and alpha alike")
+            raise ValueError(f"losses of {pool.max_loss} are too small: multiply losses and alpha by the same number")
         ahead, momentum, restarted = lam, 1.0, 0
         for step in range(self.num_steps + 1):
             values, smoothed, gradients = (

@@ -1,4 +1,4 @@
-"""Groups of examples whose responses resemble each other, for cuts that are summed over a group."""
+"""Groups of similar examples, for cuts that are summed over a group."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Examples from which the splits are learned.
+# Number of examples from which the splits are learned.
 SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """A tree of splits, each of one group in two: the examples with c_k > threshold become a group of their own.
+    """A sequence of splits, each of one group in two: the examples with c_k > threshold form the new group.
 
-    A cut that is summed over a group follows the maximum of each of its examples only where all of them change
-    their best response together. So examples belong together that tell the members apart in the same way: c is
-    the example's losses at one best response, less their mean over the members (a loss that all members share
-    does not move the weights).
+    A cut that is summed over a group is exact only where all examples of the group change their best response
+    together. So examples with similar losses form a group: c is the example's losses at one best response, minus
+    their mean over the members (a loss that all members share does not change the weights).
 
     Attributes:
         splits: (group, member k, threshold) in order; split number s makes group s + 1.
-        copies: groups that cannot be split so, because their examples agree, are cut into this many by position.
+        copies: if equal examples prevent further splits, each group is cut into this many by position.
     """
 
     splits: tuple[tuple[int, int, float], ...]
@@ -31,8 +30,9 @@ class Grouping:
 
     @classmethod
     def learn(cls, losses: Tensor, num_groups: int) -> Grouping:
-        """At most `num_groups` groups of examples with losses [n, L] at one response: the group whose losses vary
-        most, summed over its examples, is split at its mean along the member where they do, again and again.
+        """At most `num_groups` groups of examples with losses [n, L] at one response.
+
+        Each split takes the group and the member with the largest sum of squared deviations, and splits at the mean.
         """
         points = _centred(losses).cpu().numpy()
         groups = [np.arange(len(points))]
@@ -43,7 +43,7 @@ class Grouping:
             member = spreads[widest][1]
             column = points[groups[widest], member]
             above = column > column.mean()
-            # Equal numbers may all be above their mean, by rounding.
+            # Equal numbers may all be above their rounded mean.
             if above.all() or not above.any():
                 break
             splits.append((widest, member, float(column.mean())))
@@ -55,11 +55,11 @@ class Grouping:
 
     @property
     def num_groups(self) -> int:
-        """How many there are; some may be empty."""
+        """The number of groups; some may be empty."""
         return (len(self.splits) + 1) * self.copies
 
     def assign(self, losses: Tensor, first: int = 0) -> Tensor:
-        """The group [n] of each of the examples first, first + 1, ... with losses [n, L]."""
+        """The groups [n] of the examples first, first + 1, ... with losses [n, L]."""
         columns = _centred(losses).T.contiguous()
         group = torch.zeros(len(losses), dtype=torch.long, device=losses.device)
         for made, (split, member, threshold) in enumerate(self.splits, 1):

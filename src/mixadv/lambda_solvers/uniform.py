@@ -1,4 +1,4 @@
-"""Uniform weights: the mixture that does not play."""
+"""Uniform weights, whatever the game."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mixadv.simplex import uniform
 
 @dataclass(frozen=True)
 class Uniform(LambdaSolver):
-    """lam_k = 1/L whatever the game, and one best response to report their value.
+    """lam_k = 1/L for every game; one best response gives their value.
 
-    `lower_bound` is min_k g_k of that response, and `attack` on a finite game the response itself.
+    `lower_bound` is min_k g_k of that response; on a finite game `attack` is the response.
     """
 
     adapts: ClassVar[bool] = False
@@ -27,7 +27,7 @@ class Uniform(LambdaSolver):
         return 1.0
 
     def solve(self, game: Game, lam0: Tensor | None = None, generator: torch.Generator | None = None) -> Equilibrium:
-        """See `LambdaSolver.solve`; lam0 and the generator play no part."""
+        """See `LambdaSolver.solve`; lam0 and the generator are not used."""
         lam = uniform(game.num_members)
         response = respond(game, lam)
         trace = drive([Iterate(lam, response.value, response.gradient)])

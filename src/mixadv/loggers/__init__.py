@@ -1,1 +1,1 @@
-"""Loggers for Lightning's Trainer: the local metrics.csv, and Weights & Biases."""
+"""Loggers for Lightning's Trainer: the local file metrics.csv, and Weights & Biases."""

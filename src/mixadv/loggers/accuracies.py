@@ -1,4 +1,4 @@
-"""The measured accuracies of a run under the names by which loggers know them."""
+"""The measured accuracies of a run under the names of logged metrics."""
 
 from mixadv.results import Results
 

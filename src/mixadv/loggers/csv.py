@@ -10,38 +10,38 @@ from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from mixadv.loggers.metrics_file import FILE, MetricsFile, standard_columns
+from mixadv.metrics_file import FILE, MetricsFile, standard_columns
 
 
 class CSVLogger(pl_loggers.CSVLogger):
-    """Writes ``save_dir/metrics.csv``, one row at each call of `log_metrics`, at once.
+    """Writes ``save_dir/metrics.csv``: each call of `log_metrics` appends one row.
 
-    Lightning's own logger begins a file anew in every session. This one goes on with the file that is there, so that
-    a resumed run has one history. There are no folders for names and versions. Column ``step`` is the step that the
-    Trainer gives, column ``seconds`` the wall time of the training in all sessions. Only the first process writes.
+    Lightning's own logger overwrites the file in every session; this one appends to it, so that a resumed run has one
+    history. There are no folders for names and versions. Column ``step`` is the Trainer's step, and column ``seconds``
+    is the wall time of the training over all sessions. Only rank 0 writes.
 
     Args:
-        save_dir: the run's directory.
-        columns: the first columns, in their order; other metrics get columns behind them when they come.
+        save_dir: the run directory.
+        columns: the first columns in order; a new metric adds a column at the end.
     """
 
     def __init__(self, save_dir: str | Path, columns: Sequence[str] = standard_columns()) -> None:
         super().__init__(save_dir, name=None, version="")
         self.file = MetricsFile(Path(save_dir) / FILE, columns)
         self._started = time.monotonic()
-        self._before: float | None = None  # seconds of earlier sessions; None: not looked up yet
-        self._awaits_validation = False
-        self._of_mixtures = False  # whether rows are those of a `MixtureTraining`
+        self._before: float | None = None  # seconds of earlier sessions; None: not read yet
+        self._awaits_validation = False  # whether the session begins with the validation of the last batch
+        self._of_mixtures = False  # whether a `MixtureTraining` logs the rows
 
     @property
     def log_dir(self) -> str:
-        """The run's directory itself."""
+        """The run directory itself."""
         return self.save_dir
 
     @property
     @rank_zero_experiment
     def experiment(self) -> MetricsFile:
-        """The table in the first process, a dummy in the others."""
+        """The file in rank 0, a dummy in other ranks."""
         return self.file
 
     @rank_zero_only
@@ -54,15 +54,15 @@ class CSVLogger(pl_loggers.CSVLogger):
 
         Args:
             metrics: name -> number.
-            step: for the column ``step``; by default the number of rows so far.
+            step: value of the column ``step``; by default the number of earlier rows.
         """
         if self._awaits_validation and "member_updates" not in metrics:
-            # Of a callback, at the batch without examples that brings about the validation.
+            # A callback logs at the empty batch that starts this validation; an uninterrupted run has no such row.
             return
         self._awaits_validation = False
         self._of_mixtures |= "member_updates" in metrics
         if self._of_mixtures and "member_updates" not in metrics:
-            # Lightning adds its own count of epochs to what callbacks log; ours counts epochs per model.
+            # Lightning adds its own epoch to the metrics of callbacks, but this column counts epochs per model.
             metrics = {name: value for name, value in metrics.items() if name != "epoch"}
         if self._before is None:
             self._before = _seconds(self.file.rows())
@@ -74,14 +74,14 @@ class CSVLogger(pl_loggers.CSVLogger):
         self.file.append({name: f"{v:.8g}" if isinstance(v, float) else v for name, v in row.items()})
 
     def truncate(self, step: int, *, validated: bool = True) -> int:
-        """Begin a session after batch `step`: drop the rows of what it makes again, and go on with their clock.
+        """Begin a session after batch `step`: drop later rows, which the session writes again, and resume the clock.
 
         Args:
-            step: number of the last batch done, 0 for a new run.
-            validated: False where the validation after that batch is still to come.
+            step: number of the last finished batch, 0 for a new run.
+            validated: False if the validation after that batch has not finished.
 
         Returns:
-            How many rows stay; 0 in all processes but the first.
+            The number of rows that stay; 0 in ranks other than 0.
         """
         return rank_zero_only(self._truncate, default=0)(step, validated)
 
@@ -102,5 +102,5 @@ class CSVLogger(pl_loggers.CSVLogger):
 
 
 def _seconds(rows: list[dict[str, str]]) -> float:
-    """The clock of the last row; 0 where there is none."""
+    """Column ``seconds`` of the last row; 0 without rows."""
     return float(rows[-1].get("seconds") or 0) if rows else 0.0

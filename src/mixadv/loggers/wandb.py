@@ -1,7 +1,8 @@
-"""Weights & Biases as a logger of Lightning's Trainer: it may fail, the run goes on.
+"""Weights & Biases as a logger of Lightning's Trainer whose failures never stop the training.
 
-Online with a key, offline without. The run's id is kept in the run directory, and every row has the number that it has
-in metrics.csv: a run that was stopped and continued goes on in the same Weights & Biases run, where each row is once.
+It logs online if there is a key, else offline. The run directory keeps the id of the Weights & Biases run, and records
+have the numbers of the rows in metrics.csv. So a resumed run continues the same Weights & Biases run, with each row
+once.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import nn
 
 from mixadv.errors import UserError
 from mixadv.loggers.accuracies import accuracies_of
-from mixadv.loggers.metrics_file import FILE, RowReader, as_numbers
+from mixadv.metrics_file import FILE, RowReader, as_numbers
 from mixadv.loggers.wandb_link import Link
 from mixadv.results import Results
 
@@ -28,9 +29,10 @@ MODES = ("online", "offline", "disabled")
 
 
 class _Experiment:
-    """The run as callbacks and the user's own code see it: what they log joins the next row, and never fails.
+    """The run for callbacks and the user's own code: what they log joins the next row, and never raises.
 
-    Numbers of records are those of rows; a record between two rows, or with another number, would shut rows out.
+    wandb drops records whose number is not larger than the last one. A record of its own would take the number of a
+    row, and wandb would drop that row.
     """
 
     def __init__(self, link: Link) -> None:
@@ -41,46 +43,44 @@ class _Experiment:
 
     def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         how = {"commit": False} if self._link.follows else {"step": step, "commit": commit}
-        self._link.attempt(lambda: self._link.run.log(data, **how), but="what was logged beside the rows")
+        self._link.attempt(lambda: self._link.run.log(data, **how), optional="what was logged beside the rows")
 
-    # The hooks of wandb.watch use this name.
+    # The hooks of wandb.watch call this name.
     _log = log
 
 
 class WandbLogger(pl_loggers.WandbLogger):
     """One Weights & Biases run for one run directory. No failure of the service stops the training.
 
-    It follows ``save_dir/metrics.csv``, which another logger writes: put it behind `CSVLogger` in
-    ``Trainer(logger=[...])``. Records are numbered (W&B's ``_step``): row i of the file is number i, tables and
-    pictures follow the last row, and the baseline's rows and tables follow those. A session that continues a run sends
-    the rows that the service has not got, from the beginning where it is offline, for offline files do not continue
-    each other: uploading one replaces the other. The folders of earlier sessions are moved to wandb/superseded.
-    Where there is no metrics.csv, metrics are sent as Lightning's own logger sends them.
+    It sends the rows of ``save_dir/metrics.csv``, so put it after `CSVLogger` in ``Trainer(logger=[...])``. Row i of
+    the file is record number i (W&B's ``_step``). Tables and images follow the last row; the rows and tables of a
+    baseline follow those. A resumed session sends the rows that the server does not have. Offline it sends all rows,
+    because offline files do not continue each other: uploading one replaces the other. Offline folders of earlier
+    sessions are moved to wandb/superseded. Without a metrics.csv, it sends metrics as Lightning's own logger does.
 
-    It connects at the first use, waits at most `init_timeout` seconds, and goes on offline where that fails. The run
-    stays open between `fit`, `validate` and `test`; `finish` ends it. Only the first process logs.
+    It connects at the first use, for at most `init_timeout` seconds, and continues offline if that fails. The run stays
+    open between `fit`, `validate` and `test`; `finish` closes it. Only rank 0 logs.
 
     Args:
-        save_dir: the run's directory. Files go to save_dir/wandb, the run's id to save_dir/wandb-run-id.txt.
-        project: where it is shown; by default WANDB_PROJECT, or else "mixadv".
-        entity, group: as in `wandb.init`; None leaves them to WANDB_ENTITY and WANDB_RUN_GROUP.
-        watch: None, or what is logged of the module: "gradients", "parameters", "all", or a dict of arguments of
-            `watch` (``{"log": "all", "log_freq": 500}``). Parameters are logged in the module's `forward`: a module
-            that never calls itself shows gradients alone.
-        offline: True for offline. Otherwise WANDB_MODE says it, and without WANDB_MODE whether there is a key.
-        settings: arguments of `wandb.Settings` which replace ours.
-        init_timeout: seconds to wait for the service before going on offline.
-        finish_timeout: seconds to wait at the end until the service has everything.
-        images: rows of the table of example images that the caller of `images` should make; kept as `num_images`.
-        console: for the one line that says how to see the curves, and for one warning; by default the terminal.
-        kwargs: of Lightning's logger and of `wandb.init`, under their names: ``name, tags, notes, job_type, id,
-            config``, which WANDB_NAME, WANDB_TAGS and so on set where they are left out; and
-            ``log_model``: True uploads checkpoints at the end of a fit, "all" whenever one is saved. Offline none is
-            kept.
+        save_dir: the run directory. Files go to save_dir/wandb, the run's id to save_dir/wandb-run-id.txt.
+        project: name of the project; by default WANDB_PROJECT, else "mixadv".
+        entity, group: see `wandb.init`; by default WANDB_ENTITY and WANDB_RUN_GROUP.
+        watch: what to log of the module: None, "gradients", "parameters", "all", or a dict of arguments of `watch`
+            (``{"log": "all", "log_freq": 500}``). Parameters are logged in the module's `forward`; if the training
+            does not call it, only gradients are logged.
+        offline: whether to log offline; by default WANDB_MODE decides, and without it whether there is a key.
+        settings: arguments of `wandb.Settings` that override ours.
+        init_timeout: seconds to wait for the service at the start before continuing offline.
+        finish_timeout: seconds to wait at the end until everything is uploaded.
+        images: number of rows that the caller of `images` should pass; stored as `num_images`.
+        console: for the line with the run's address and for one warning; by default the terminal.
+        kwargs: arguments of Lightning's logger and of `wandb.init`: ``name, tags, notes, job_type, id, config`` (by
+            default WANDB_NAME, WANDB_TAGS and so on), and ``log_model``: True uploads checkpoints at the end of a fit,
+            "all" whenever one is saved. Offline, no checkpoint is stored.
 
     Raises:
-        UserError: WANDB_MODE is none of online, offline and disabled.
-        ValueError: an argument is out of its range.
+        UserError: WANDB_MODE is not online, offline or disabled.
+        ValueError: an argument is out of range.
         MisconfigurationException: log_model with offline=True.
     """
 
@@ -100,11 +100,11 @@ class WandbLogger(pl_loggers.WandbLogger):
         console: Console | None = None,
         **kwargs: Any,
     ) -> None:
-        asked = os.environ.get("WANDB_MODE") or None
-        if asked not in (None, *MODES):
-            raise UserError(f"WANDB_MODE={asked} is unknown: choose one of {', '.join(MODES)}, or leave it unset")
-        # Lightning's constructor sets `_experiment`, which is the link's.
-        self._link = Link(console or Console(), "offline" if offline and asked != "disabled" else asked)
+        mode = os.environ.get("WANDB_MODE") or None
+        if mode not in (None, *MODES):
+            raise UserError(f"WANDB_MODE={mode} is unknown: choose one of {', '.join(MODES)}, or leave it unset")
+        # Before Lightning's constructor, which sets `_experiment`, a property of the link.
+        self._link = Link(console or Console(), "offline" if offline and mode != "disabled" else mode)
         project = project or os.environ.get("WANDB_PROJECT") or "mixadv"
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", project):
             raise ValueError(f"project={project} must be 1 to 128 characters without / \\ # ? % :")
@@ -128,12 +128,12 @@ class WandbLogger(pl_loggers.WandbLogger):
 
     @property
     def mode(self) -> str | None:
-        """ "online", "offline" or "disabled"; None before the first use, unless the mode was given."""
+        """ "online", "offline" or "disabled"; None before the first use if neither `offline` nor WANDB_MODE is set."""
         return self._link.mode
 
     @property
     def run(self) -> Any:
-        """The `wandb.Run` itself, None where there is none (yet)."""
+        """The `wandb.Run`; None before the first use and after a failed start."""
         return self._link.run
 
     @property
@@ -147,32 +147,32 @@ class WandbLogger(pl_loggers.WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run, connected at the first use; a dummy where the service failed for good.
+        """The run, connected at the first use; a dummy if sending has ended.
 
-        Its `log` never raises, and what it gets becomes part of the next row, whatever `step` and `commit` are.
+        Its `log` never raises. What it gets becomes part of the next row; `step` and `commit` are ignored.
         """
         self._link.connect(self._wandb_init, self._settings)
         return DummyExperiment() if self._link.lost else _Experiment(self._link)
 
-    def _attempt(self, action: Callable[[], object], *, but: str | None = None) -> None:
+    def _attempt(self, action: Callable[[], object], *, optional: str | None = None) -> None:
         self._link.connect(self._wandb_init, self._settings)
-        self._link.attempt(action, but=but)
+        self._link.attempt(action, optional=optional)
 
-    # --- what Lightning calls ------------------------------------------------------------------------------
+    # --- the interface of Lightning's logger ---------------------------------------------------------------
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Store plain containers in the run's config; a failure prints one warning, and the run goes on."""
+        """Store `params`, plain containers, in the run's config."""
         parent = super().log_hyperparams
-        self._attempt(lambda: parent(params), but="the settings")
+        self._attempt(lambda: parent(params), optional="the settings")
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Send the rows of metrics.csv that are new; `metrics` themselves where they are not of that file.
+        """Send the new rows of metrics.csv; if there are none, add `metrics` to the next row.
 
         Args:
-            metrics: name -> number, or a table or image of wandb, which joins the next row.
-            step: where there is no metrics.csv, for the axis ``trainer/global_step``.
+            metrics: name -> number, table or image of wandb.
+            step: value of ``trainer/global_step`` if there is no metrics.csv.
         """
 
         def send() -> None:
@@ -188,46 +188,47 @@ class WandbLogger(pl_loggers.WandbLogger):
 
     @rank_zero_only
     def log_graph(self, model: nn.Module, input_array: Any = None) -> None:
-        """Begin to watch the module, where `watch` asks for it: Lightning calls this when a fit begins."""
+        """Watch the module if `watch` is set; Lightning calls this at the start of a fit."""
         if self._watch:
-            self._attempt(lambda: self._begin_to_watch(model, **{"log_graph": False, **self._watch}), but="the model")
+            how = {"log_graph": False, **self._watch}
+            self._attempt(lambda: self._begin_to_watch(model, **how), optional="the model")
 
     def _begin_to_watch(self, model: nn.Module, **how: Any) -> None:
         import wandb
 
-        # wandb's hooks log to the program's one run, whose errors would end the backward pass.
+        # wandb's hooks log to the global run; errors of a plain run would end the backward pass.
         wandb.run = _Experiment(self._link)  # type: ignore[assignment]
         self.watch(model, **how)
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Upload a checkpoint, or remember to do it at the end, as `log_model` says."""
+        """Upload a checkpoint now or at the end of the fit, see `log_model`."""
         parent = super().after_save_checkpoint
         self._attempt_online(lambda: parent(checkpoint_callback))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Upload checkpoints where `log_model` asks for it; the run stays open, for what is measured after the fit."""
+        """Upload checkpoints, see `log_model`. The run stays open for the measurements after the fit."""
         parent = super().finalize
         self._attempt_online(lambda: parent(status))
 
     def _attempt_online(self, action: Callable[[], object]) -> None:
         def send() -> None:
-            # An offline folder would hold a copy of every checkpoint.
+            # Offline, wandb would store a copy of every checkpoint.
             if self.mode != "online":
                 return
-            # Else they would be versions of the mixture's.
+            # With the default name, they would become versions of the mixture's artifact.
             if self._mixture is not None:
                 self._checkpoint_name = f"baseline-{self.run.id}"
             action()
 
         if self._log_model:
-            self._attempt(send, but="the model")
+            self._attempt(send, optional="the model")
 
-    # --- what is ours --------------------------------------------------------------------------------------
+    # --- beyond Lightning's logger -------------------------------------------------------------------------
 
     def baseline(self) -> "WandbLogger":
-        """A logger for ``save_dir/baseline`` in the same run, under ``baseline/``, after all rows of the mixture."""
+        """A logger for ``save_dir/baseline`` in the same run. Its names begin with ``baseline/``."""
         view = object.__new__(WandbLogger)
         view.__dict__.update(self.__dict__)
         view._directory, view._namespace = self._directory / "baseline", "baseline/"
@@ -240,8 +241,7 @@ class WandbLogger(pl_loggers.WandbLogger):
         return {f"{self._namespace}{name}": value for name, value in values.items()}
 
     def _define(self, names: Iterable[str], axis: str) -> None:
-        """Plot metrics over the axis of their own namespace: a pattern for all would mix the mixture's and its
-        baseline's."""
+        """Set the x-axis of metrics to `axis` of the same namespace: mixture and baseline have different steps."""
         for name in self._named(dict.fromkeys(names)):
             if name not in self._link.defined:
                 self._link.defined.add(name)
@@ -249,10 +249,10 @@ class WandbLogger(pl_loggers.WandbLogger):
                     self._link.run.define_metric(name, step_metric=self._namespace + axis)
 
     def _follow(self) -> bool:
-        """Send the rows of metrics.csv that were not sent yet; whether there are any."""
+        """Send the new rows of metrics.csv; return whether there were any."""
         if self._mixture is not None and not self._offset:
             self._mixture._follow()
-            # One number is the mixture's table's, whether it has one or not.
+            # One number is reserved for the mixture's tables.
             self._offset = self._mixture._rows.count + 1
         first = self._rows.count
         rows = self._rows.new()
@@ -263,7 +263,7 @@ class WandbLogger(pl_loggers.WandbLogger):
         return bool(rows)
 
     def _add(self, values: Mapping[str, Any]) -> None:
-        """Tables and pictures, in one record behind the rows."""
+        """Add tables and images to the record after the last row."""
         if not self._link.follows:
             self._link.run.log(self._named(values))
             return
@@ -272,7 +272,7 @@ class WandbLogger(pl_loggers.WandbLogger):
 
     @rank_zero_only
     def summary(self, results: Results) -> None:
-        """Put the final numbers of the results into the run's summary, as ``test/robust_accuracy`` and others."""
+        """Write the accuracies of the results to the run's summary, as ``test/robust_accuracy`` etc."""
         values = self._named(accuracies_of(results))
         self._attempt(lambda: self._link.run.summary.update(values))
 
@@ -280,10 +280,17 @@ class WandbLogger(pl_loggers.WandbLogger):
     def images(
         self, clean: np.ndarray, adversarial: np.ndarray, labels: Sequence[str], wrong: Sequence[str], eps: float
     ) -> None:
-        """A table of clean, adversarial and difference images, [N, C, H, W] in [0, 1].
+        """Log a table of clean images, adversarial images and their differences.
 
-        The difference is scaled so that -eps is black and +eps is white. The service is asked for a place, which takes
-        20 seconds where it does not answer: rows go on without a table, and where something has failed none is tried.
+        Differences are scaled so that -eps is black and +eps is white. The table is skipped after an earlier failure,
+        because wandb waits 20 seconds for a server that does not answer.
+
+        Args:
+            clean: [N, C, H, W] in [0, 1].
+            adversarial: [N, C, H, W] in [0, 1].
+            labels: N names of classes.
+            wrong: N texts that list the fooled members.
+            eps: the radius in input units.
         """
 
         def picture(image: np.ndarray) -> Any:
@@ -300,15 +307,16 @@ class WandbLogger(pl_loggers.WandbLogger):
             ]
             self._add({"examples": _table(["clean", "adversarial", "difference", "label", "fooled members"], rows)})
 
-        if not self._link.told:
-            self._attempt(send, but="the images")
+        if not self._link.warned:
+            self._attempt(send, optional="the images")
 
     @rank_zero_only
     def log_results(self, results: Results, figures: Sequence[Path] = ()) -> None:
         """Log the results as tables: ``results`` (who, clean, robust) and ``attacks`` (name, expected accuracy).
 
         Args:
-            figures: PNG files, shown as ``figures/NAME``; those that do not exist are left out.
+            results: the content of results.json.
+            figures: PNG files, logged as ``figures/NAME``; missing files are skipped.
         """
 
         def send() -> None:
@@ -328,15 +336,16 @@ class WandbLogger(pl_loggers.WandbLogger):
                 }
             )
 
-        if not self._link.told:
-            self._attempt(send, but="the tables")
+        if not self._link.warned:
+            self._attempt(send, optional="the tables")
 
     @rank_zero_only
     def finish(self, exit_code: int) -> None:
-        """Close the run, a stop by a signal (above 128) as preempted; say how to upload what is not uploaded.
+        """Close the run, and print how to upload what is not on the server.
 
         Args:
-            exit_code: of the program: 0 shows as finished, others as failed.
+            exit_code: of the program. 0 marks the run as finished, codes above 128 (signals) as preempted, others as
+                failed.
         """
         if self._link.run is None or self._link.ended:
             return

@@ -1,4 +1,4 @@
-"""The connection to Weights & Biases, which may fail at any time: the program hears of it in one line."""
+"""The connection to Weights & Biases. It may fail at any time; the console then shows one line, and the run goes on."""
 
 import netrc
 import os
@@ -18,57 +18,65 @@ from mixadv.redaction import shown
 
 ID_FILE = "wandb-run-id.txt"
 SERVICE = "Weights & Biases"
-# Offline folders that a later session has replaced; `wandb sync` without arguments does not look there.
+# Folder for offline folders that a later session replaces; `wandb sync` without arguments ignores it.
 SUPERSEDED = "superseded"
-# The shell's codes of programs that a signal has ended lie above.
+# Exit codes above this one mean that a signal ended the program.
 SIGNALLED = 128
-SENT_SETTINGS = (Path("wandb/settings"), Path(".wandb/settings"))
+# Files from which wandb would read settings, relative to the working directory.
+LOCAL_SETTINGS = (Path("wandb/settings"), Path(".wandb/settings"))
 
 
 class Link:
-    """The connection that a logger and its views share. Of several failures it reports the first on the console.
+    """The connection shared by the loggers of a mixture and its baseline. The console shows only the first failure.
 
-    It also receives the messages of wandb's background process, which would otherwise go to the terminal: there is no
-    other way to learn that the process failed.
+    The object also serves as wandb's terminal logger (`info`, `warning`, `error`): wandb reports failures of its
+    background process only there.
 
     Args:
-        console: for what is told.
-        mode: "online", "offline", "disabled", or None for what the key says.
+        console: for the messages.
+        mode: "online", "offline", "disabled", or None: online if there is a key.
+
+    Attributes:
+        run: the `wandb.Run`, or None.
+        known: records with a smaller number are on the server already.
+        warned: whether a failure was reported.
+        lost: whether sending has ended for good, by a failure or by `finish`.
+        ended: whether `finish` was called.
+        follows: whether the rows come from metrics.csv, see `WandbLogger`.
+        defined: metrics whose x-axis is set.
     """
 
     def __init__(self, console: Console, mode: str | None) -> None:
         self.console, self.mode = console, mode
         self.run: Any = None
-        self.is_tried = False  # the connection
-        self.known = 0  # records below this number are there already
-        self.told = False  # something failed
-        self.lost = mode == "disabled"  # nothing more is sent
+        self.known = 0
+        self.warned = False
+        self.lost = mode == "disabled"
         self.ended = False
-        self.listening = False  # before and after, what wandb reports is an exception as well
-        self.follows = True  # metrics.csv, or else whatever is logged
-        self.defined: set[str] = set()  # metrics whose axis the service knows
+        self.follows = True
+        self.defined: set[str] = set()
+        self._listens = False  # while connecting and finishing, wandb raises what it also logs
 
     def connect(self, arguments: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Start online if there is a key, else or failing that offline, failing that not at all; at the first call.
+        """Start a run at the first call: online if there is a key, else (or if that fails) offline, else not at all.
 
         Args:
-            arguments: of `wandb.init`, with ``dir``; those that are None are left to wandb. Gets the run's ``id``.
-            settings: of `wandb.Settings`, which replace ours.
+            arguments: of `wandb.init`, with ``dir``; None leaves an argument to wandb. The run's ``id`` is added.
+            settings: arguments of `wandb.Settings` that override ours.
         """
-        if self.is_tried or self.lost or self.run is not None:
+        if self.lost or self.run is not None:
             return
-        self.is_tried = True
-        # wandb's reports of its own errors would fail, and say so, where the service does.
+        # Without the service, wandb's reports of its own errors would fail too, and print a message.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
         refused = ""
-        # Exceptions are the service's, the network's, the disk's, and what libraries make of them.
+        # The service, the network, the disk and several libraries raise exceptions of any type.
         try:
             arguments["id"] = arguments.get("id") or _kept_id(Path(arguments["dir"]) / ID_FILE)
-            # wandb would take from there where the key is sent, and through whom: a folder may come with one.
-            sent = [path for path in SENT_SETTINGS if path.exists()]
-            if sent and self.mode != "offline":
-                refused, self.mode = f"{sent[0]} could send your key elsewhere: move it to ~/.config/wandb", "offline"
+            # A folder from somebody else may contain such a file, and it names the server that gets the key.
+            found = [path for path in LOCAL_SETTINGS if path.exists()]
+            if found and self.mode != "offline":
+                refused, self.mode = f"{found[0]} could send your key elsewhere: move it to ~/.config/wandb", "offline"
             self.mode = self.mode or ("online" if _has_key() else "offline")
             if self.mode == "online":
                 try:
@@ -81,16 +89,16 @@ class Link:
                 self.run = self._start(arguments, settings, "offline")
         except Exception as error:
             self.run, self.lost = None, True
-            self.tell(f"cannot be used ({refused or shown(error)}); the local files are complete")
+            self.warn(f"cannot be used ({refused or shown(error)}); the local files are complete")
             return
         if refused:
-            self.tell(f"cannot be reached ({refused}); going on offline")
-            # This warning was about the service; a failure to write the offline file gets its own.
-            self.told = False
-        self.listening = True
+            self.warn(f"cannot be reached ({refused}); continuing offline")
+            # A later failure to write the offline file gets a warning of its own.
+            self.warned = False
+        self._listens = True
         if self.mode == "online":
             run: Any = self.run
-            self.say(f"{SERVICE}: {run.url}")
+            self.print(f"{SERVICE}: {run.url}")
 
     def _start(self, arguments: dict[str, Any], settings: dict[str, Any], mode: Any) -> Any:
         import wandb
@@ -101,74 +109,80 @@ class Link:
             "finish_timeout_raises": True,
             "silent": True,
             "console": "off",
-            # Remotes of checkouts may hold passwords; versions and commit are in results.json.
+            # URLs of git remotes may contain passwords; results.json has the commit and the versions.
             "disable_git": True,
             "x_save_requirements": False,
-            # In a sweep, never the run of the job before.
+            # Never continue the run of an earlier job of a sweep in this process.
             "reinit": "create_new",
         }
-        # Offline files continue nothing.
-        but = {"resume"} if mode == "offline" else set()
-        given = {name: value for name, value in arguments.items() if value is not None and name not in but}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if mode == "offline":
+            # An offline file cannot continue another one.
+            given.pop("resume", None)
         return wandb.init(mode=mode, settings=wandb.Settings(**{**ours, **settings}), **given)
 
-    def attempt(self, action: Callable[[], object], *, but: str | None = None) -> None:
-        """Do it, unless something vital has failed before; vital is what has no name `but` is missing alone."""
+    def attempt(self, action: Callable[[], object], *, optional: str | None = None) -> None:
+        """Call `action`; if it fails, print a warning instead of raising.
+
+        Args:
+            action: sends something.
+            optional: what it sends, if the rows can go on without it; else a failure ends the sending.
+        """
         if self.lost:
             return
         try:
             action()
-        except Exception as error:  # whatever the service does, the training and its local files go on
-            self.lost = but is None
-            missing = f"did not take {but}" if but else "stopped taking values"
-            self.tell(f"{missing} ({type(error).__name__}: {shown(error)}); the local files are complete")
+        except Exception as error:  # no failure of the service may end the training
+            self.lost = optional is None
+            problem = f"did not accept {optional}" if optional else "stopped accepting values"
+            self.warn(f"{problem} ({type(error).__name__}: {shown(error)}); the local files are complete")
 
-    def tell(self, reason: str) -> None:
-        """One warning a run."""
-        if not self.told:
-            self.told = True
-            self.say(f"{SERVICE} {reason}", style="yellow")
+    def warn(self, reason: str) -> None:
+        """Print a warning, unless there was one."""
+        if not self.warned:
+            self.warned = True
+            self.print(f"{SERVICE} {reason}", style="yellow")
 
-    def say(self, line: str, style: str = "") -> None:
-        """One line, whatever is in it."""
+    def print(self, line: str, style: str = "") -> None:
+        """Print one line without interpreting markup."""
         self.console.print(Text(line, style=style), soft_wrap=True)
 
     def send(self, number: int, values: Mapping[str, Any], *, commit: bool = True) -> None:
-        """Record `number` of the run, unless the service has it from an earlier session."""
+        """Send record `number` of the run, unless the server has it from an earlier session."""
         if number >= self.known:
             self.run.log(dict(values), step=number, commit=commit)
 
     def finish(self, exit_code: int) -> None:
-        """Close the run; it ends whatever happens, and what comes after goes nowhere."""
+        """Close the run, also after failures; later calls send nothing."""
         if exit_code > SIGNALLED:
             self.attempt(self.run.mark_preempting)
-        # Also where values were lost: the next job of a sweep must not meet an open run.
+        # Close it also after a failure: the next job of a sweep must not find an open run.
         lost, self.lost = self.lost, False
         self.attempt(lambda: self.run.finish(exit_code=exit_code))
-        self.listening = False
+        self._listens = False
         folder = Path(self.run.settings.sync_dir)
         if self.lost:
             _release()
-        elif not (lost or self.told):
+        elif not (lost or self.warned):
             self.attempt(lambda: _set_aside(folder, self.run.id))
-        if self.mode == "offline" or self.told:
+        if self.mode == "offline" or self.warned:
             state = "is offline" if self.mode == "offline" else "is not complete"
-            self.say(f"{SERVICE} {state}; to upload: wandb sync {os.path.relpath(folder)}")
+            self.print(f"{SERVICE} {state}; to upload: wandb sync {os.path.relpath(folder)}")
         self.lost = self.ended = True
 
     def info(self, message: str) -> None:
-        """Nothing that anybody waits for."""
+        """Ignore wandb's information."""
 
     def warning(self, message: str) -> None:
-        """Something did not arrive."""
-        if self.listening:
-            self.tell(f"did not take everything ({shown(message)}); the local files are complete")
+        """Print the first warning or error of wandb."""
+        if self._listens:
+            self.warn(f"did not accept everything ({shown(message)}); the local files are complete")
 
     error = warning
 
 
 def _has_key() -> bool:
-    """Whether `wandb login` or the environment left a key."""
+    """Whether the environment or `wandb login` (in .netrc) provides a key."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY"):
@@ -182,26 +196,26 @@ def _has_key() -> bool:
 
 
 def _kept_id(path: Path) -> str:
-    """The run's id, kept in `path`; a new one where there is none. It becomes part of a folder's name."""
+    """The run's id from the file `path`; else a new one, which is written there. It is part of a folder's name."""
     kept = path.read_text(errors="replace").strip() if path.is_file() and not path.is_symlink() else ""
     if not re.fullmatch(r"\w{4,64}", kept, re.ASCII):
         kept = secrets.token_hex(4)
-        # Renamed into place: a link that came with the folder is replaced, not followed.
+        # The file is renamed into place, so a symbolic link is replaced, not followed.
         write_text(path, kept + "\n")
     return kept
 
 
 def _set_aside(folder: Path, run_id: str) -> None:
-    """Move the run's other offline folders, whose rows are all in `folder` or uploaded, out of the way."""
-    # Of two that began in one second, the later has a number behind the id.
+    """Move the run's earlier offline folders away: `folder` or the server has all their rows."""
+    # wandb appends a number to the id if two sessions begin in the same second.
     for other in set(folder.parent.glob(f"offline-run-*-{run_id}*")) - {folder}:
         (folder.parent / SUPERSEDED).mkdir(exist_ok=True)
         os.replace(other, folder.parent / SUPERSEDED / other.name)
 
 
 def _release() -> None:
-    """End wandb's background process, which may hold the id of a run that did not start, or be dead already."""
+    """End wandb's background process, which may be dead, or hold the id of a run that did not start."""
     import wandb
 
-    with suppress(Exception):  # of a process that is gone; the next run starts another one
+    with suppress(Exception):  # the process may be dead; the next run starts a new one
         wandb.teardown()

@@ -7,9 +7,9 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from mixadv.checkpoint_files import load_tensors
 from mixadv.errors import UserError
-from mixadv.members.recipe import build_recipe, recipe_name
+from mixadv.members.recipe import Recipe
 from mixadv.models import MODELS
 
-# Where programs keep the state dict in what they save, the first one found first.
+# The keys under which programs save a state dict; the first one that is there is taken.
 NESTS = ("state_dict", "model_state_dict", "model", "net", "ema")
 IN_A_FACTORY = "load it in a factory members=[module:callable]"
 
@@ -43,7 +43,7 @@ def read_file(path: Path) -> Mapping[Any, Any]:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            # What it warns of is refused below.
+            # Content that torch.load warns about is refused below.
             warnings.simplefilter("ignore")
             content = load_tensors(path)
     except UserError:
@@ -67,9 +67,9 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> UserError:
             f"safetensors, or {IN_A_FACTORY}"
         )
     kind = "safetensors" if isinstance(error, SafetensorError) else "PyTorch"
-    # Seeking to where a torn file says that it goes on is an invalid argument.
-    told = isinstance(error, OSError) and error.errno != errno.EINVAL and error.strerror
-    reason = told or "it is cut short or something else"
+    # In a torn file torch.load seeks beyond the end, which is an invalid argument.
+    reason = isinstance(error, OSError) and error.errno != errno.EINVAL and error.strerror
+    reason = reason or "it is cut short or something else"
     return UserError(f"{path} is not a readable {kind} file ({reason}): save or download it again")
 
 
@@ -85,14 +85,12 @@ def _state_dicts(content: Mapping[Any, Any], depth: int = 4) -> list[tuple[str, 
     return found or ([("", own)] if own else [])
 
 
-def to_member(
-    path: Path, content: Mapping[Any, Any], default_recipe: Mapping[str, Any] | None
-) -> tuple[nn.Module, dict[str, Any], str]:
-    """The member that `default_recipe` builds with the parameters in `content`, its own recipe, and a note.
+def to_member(path: Path, content: Mapping[Any, Any], default_recipe: Recipe | None) -> tuple[nn.Module, Recipe, str]:
+    """The member that `default_recipe` builds, with the parameters in `content`; its own recipe, and a note.
 
     The parameters are those of a member (``normalize.*``, ``net.*``) or of its bare net (``conv1.weight``, ...).
-    Mean and standard deviation come from the file where it has them, else from the recipe, else there are none;
-    the note says which. `path` is for messages.
+    Mean and standard deviation come from the file if it has them, else from the recipe, else there are none; the note
+    says which. `path` is for messages.
 
     Raises:
         UserError: no state dict in `content`, or parameters that do not fit.
@@ -105,37 +103,69 @@ def to_member(
         raise UserError(
             f"{path} has no tensors at its top or under {', '.join(NESTS)} (it has {has}): save module.state_dict()"
         )
-    recipe: dict[str, Any] = {
+    arguments = {
         key: list(value) if isinstance(value, (list, tuple)) else value
-        for key, value in default_recipe.items()
+        for key, value in default_recipe.arguments.items()
         if value is not None
     }
-    name, foreign, explicit = recipe_name(recipe), "factory" in recipe, "mean" in recipe
+    recipe = Recipe(default_recipe.name, arguments)
     try:
-        member = build_recipe(recipe)
+        member = recipe.build()
     except ValueError as error:
-        raise UserError(f"model={name}: {error}") from error
+        raise UserError(f"model={recipe.name}: {error}") from error
     where, state = states[0]
-    normalised = _fill(f"{path} (its {where})" if where else str(path), name, member, state, foreign)
-    note = "normalised as in the file" if normalised else "normalised as asked" if explicit else "no normalisation"
-    if foreign:
+    normalised = _load(f"{path} (its {where})" if where else str(path), recipe, member, state)
+    if recipe.is_factory:
         note = "with the normalisation of its factory"
     elif normalised:
-        buffers = {key: member.get_buffer(f"normalize.{key}").flatten().tolist() for key in ("mean", "std")}
-        if not all(s > 0 for s in buffers["std"]):
-            raise UserError(f"{path} has normalize.std={buffers['std']}: every entry must be positive; mend the file")
-        recipe.update(buffers)
+        note, recipe = "normalised as in the file", _with_statistics(path, recipe, member)
+    else:
+        note = "normalised as asked" if "mean" in arguments else "no normalisation"
     if where:
         others = ", ".join(other for other, _ in states[1:])
         note += f"; from {where}" + (f" (not {others})" if others else "")
     return member, recipe, note
 
 
-def _fill(place: str, name: str, member: nn.Module, state: dict[str, Tensor], foreign: bool) -> bool:
-    """Load `state` into `member`, or into the bare net of one of ours; whether the state holds the normalisation too.
+def _with_statistics(path: Path, recipe: Recipe, member: nn.Module) -> Recipe:
+    """The recipe with the mean and standard deviation that the member was given by the file."""
+    found = {key: member.get_buffer(f"normalize.{key}").flatten().tolist() for key in ("mean", "std")}
+    if not all(s > 0 for s in found["std"]):
+        raise UserError(f"{path} has normalize.std={found['std']}: every entry must be positive; mend the file")
+    return Recipe(recipe.name, recipe.arguments | found)
 
-    torch.compile and AveragedModel leave names of their own among the keys. Of what remains, a first part that
-    all keys share is dropped again and again; the form that fits best counts.
+
+class _Fit(NamedTuple):
+    """One way to read the names of a file: which names of `target` are missing, which of the file are unexpected.
+
+    keys: name in the target -> name in the file. is_whole: whether the target is the member, not its bare net.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    is_whole: bool
+    keys: dict[str, str]
+
+
+def _fits(keys: dict[str, str], targets: Sequence[Mapping[str, Tensor]]) -> list[_Fit]:
+    """How the names fit each target as they are, and without the first part that all of them share, and so on."""
+    fits = []
+    while True:
+        for target in targets:
+            # Only training reads the number of batches, and old files do not have it.
+            missing = [key for key in target if key not in keys and not key.endswith(".num_batches_tracked")]
+            unexpected = [key for key in keys if key not in target]
+            fits.append(_Fit(missing, unexpected, target is targets[0], keys))
+        if len({key.partition(".")[0] for key in keys}) != 1 or not all("." in key for key in keys):
+            return fits
+        keys = {key.partition(".")[2]: own for key, own in keys.items()}
+
+
+def _load(place: str, recipe: Recipe, member: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Load `state` into `member`, or into the bare net of a model of ours; whether it holds the normalisation too.
+
+    Names that torch.compile and AveragedModel add are dropped. Of the ways to read the rest, see `_fits`, the one that
+    fits best counts.
     """
     keys = {".".join(part for part in key.split(".") if part != "_orig_mod"): key for key in state}
     if len(keys) < len(state):
@@ -143,31 +173,29 @@ def _fill(place: str, name: str, member: nn.Module, state: dict[str, Tensor], fo
     keys = {key: own for key, own in keys.items() if key.rpartition(".")[2] != "n_averaged"}
     whole = member.state_dict()
     net = {key.removeprefix("net."): value for key, value in whole.items() if key.startswith("net.")}
-    candidates: list[tuple[list[str], list[str], bool, dict[str, str]]] = []
-    while True:
-        for target in (whole,) if foreign else (whole, net):
-            # Only training reads the number of batches, and old files do not have it.
-            missing = [key for key in target if key not in keys and not key.endswith(".num_batches_tracked")]
-            candidates.append((missing, [key for key in keys if key not in target], target is whole, keys))
-        if len({key.partition(".")[0] for key in keys}) != 1 or not all("." in key for key in keys):
-            break
-        keys = {key.partition(".")[2]: own for key, own in keys.items()}
-    missing, unexpected, normalised, keys = min(candidates, key=lambda c: len(c[0]) + len(c[1]))
+    fits = _fits(keys, (whole,) if recipe.is_factory else (whole, net))
+    best = min(fits, key=lambda fit: len(fit.missing) + len(fit.unexpected))
+    _check_fit(place, recipe, best, state, whole if best.is_whole else net)
+    prefix = "" if best.is_whole else "net."
+    member.load_state_dict({**whole, **{f"{prefix}{key}": state[own] for key, own in best.keys.items()}})
+    return best.is_whole
+
+
+def _check_fit(
+    place: str, recipe: Recipe, fit: _Fit, state: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> None:
     known = ", ".join(MODELS)
     remedy = f"choose the model=... ({known}), model.width=... and data=... it was trained with, or {IN_A_FACTORY}"
-    if missing or unexpected:
-        wrong = [f"{some[0]!r} is {what}" for some, what in ((missing, "missing"), (unexpected, "unexpected")) if some]
-        more = len(missing) + len(unexpected) - len(wrong)
-        said = " and ".join(wrong) + (f" ({more} more)" if more else "")
-        raise UserError(f"{place} does not fit model={name}: {said}; {remedy}")
-    target = whole if normalised else net
-    for key, own in keys.items():
+    if fit.missing or fit.unexpected:
+        sides = ((fit.missing, "missing"), (fit.unexpected, "unexpected"))
+        wrong = [f"{names[0]!r} is {what}" for names, what in sides if names]
+        more = len(fit.missing) + len(fit.unexpected) - len(wrong)
+        named = " and ".join(wrong) + (f" ({more} more)" if more else "")
+        raise UserError(f"{place} does not fit model={recipe.name}: {named}; {remedy}")
+    for key, own in fit.keys.items():
         new, old = state[own], target[key]
         if new.shape != old.shape:
             shapes = f"has the shape {tuple(new.shape)}, the model {tuple(old.shape)}"
-            raise UserError(f"{place} does not fit model={name}: {own!r} {shapes}; {remedy}")
+            raise UserError(f"{place} does not fit model={recipe.name}: {own!r} {shapes}; {remedy}")
         if new.layout != torch.strided or new.is_quantized or new.is_meta or new.is_complex():
             raise UserError(f"{place}: {own!r} is no dense tensor of real numbers; convert it, or {IN_A_FACTORY}")
-    prefix = "" if normalised else "net."
-    member.load_state_dict({**whole, **{f"{prefix}{key}": state[own] for key, own in keys.items()}})
-    return normalised

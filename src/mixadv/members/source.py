@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from mixadv.errors import UserError
+from mixadv.members.factory import FACTORY
 from mixadv.members.foreign import read_file, to_member
-from mixadv.members.recipe import FACTORY, build_factory, member_recipes
+from mixadv.members.recipe import Recipe, member_recipes
 from mixadv.members.store import CONFIG_FILE, WEIGHTS_FILE, mixture_of_checkpoint, read_config, read_mixture
 
 KINDS = "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .ckpt, .safetensors) or module:callable"
@@ -26,14 +27,14 @@ class LoadedMember:
     module: in eval mode.
     name: short, for tables; see `with_unique_names`.
     source: the name of its `Source`.
-    recipe: what builds it again, plain JSON: the settings of a model of ours, or {"factory": "module:callable"}.
+    recipe: what builds it again.
     note: how its inputs are normalised, and from which part of a file it comes.
     """
 
     module: nn.Module
     name: str
     source: str
-    recipe: dict[str, Any]
+    recipe: Recipe
     note: str
 
 
@@ -43,7 +44,7 @@ class Source:
     Attributes:
         name: an exported mixture, a run directory or a checkpoint of ours; a state dict, which may lie under one of
             `NESTS` and whose keys may share a prefix such as ``module.``; or ``module:callable``, see
-            `mixadv.members.recipe.build_factory`. What exists as a path is a path.
+            `mixadv.members.factory.build_factory`. What exists as a path is a path.
         record: a mixture's recipe, and its eps, norm and data if it was trained here; None for a state dict and for
             ``module:callable``.
 
@@ -68,14 +69,14 @@ class Source:
 
     def members(
         self,
-        default_recipe: Mapping[str, Any] | None,
+        default_recipe: Recipe | None,
         device: torch.device | str = "cpu",
         factories: Sequence[str] = (),
     ) -> list[LoadedMember]:
         """The classifiers: every member of a mixture, or one. To be asked once: what was read of a file is let go.
 
         Args:
-            default_recipe: what builds a state dict's member: {name, num_classes, image_shape, further settings}.
+            default_recipe: what builds a state dict's member.
                 `mean` and `std` are for networks saved without normalisation of ours; without them, such a network
                 sees the images as they are.
             device: where the members go.
@@ -86,8 +87,8 @@ class Source:
         """
         path, content, self._content = self._path, self._content, None
         if path is None:
-            module, recipe, note = build_factory(self.name), {"factory": self.name}, "as the factory built it"
-            found = [LoadedMember(module, self.name, self.name, recipe, note)]
+            recipe = Recipe(self.name)
+            found = [LoadedMember(recipe.build(), self.name, self.name, recipe, "as the factory built it")]
         elif self.record is not None:
             mixture, config = (
                 read_mixture(path, factories) if content is None else mixture_of_checkpoint(path, content, factories)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mixadv.checkpoint_files import read_checkpoint
 from mixadv.errors import UserError
 from mixadv.files import replacing
-from mixadv.members.recipe import build_recipe, check_factories, check_size, checked_recipe, member_recipes
+from mixadv.members.recipe import Recipe, check_factories, check_size, checked_config, member_recipes
 from mixadv.mixture import Mixture
 
 # What config.json holds: schema 1 one recipe `model` for all members, schema 2 a list `models` with one for each.
@@ -36,7 +36,7 @@ def save_mixture(mixture: Mixture, directory: Path, config: Mapping[str, Any], c
     if len(recipes) != mixture.num_members:
         raise ValueError(f"the mixture has {mixture.num_members} members, its recipe says L={len(recipes)}")
     form = "model" if all(recipe == recipes[0] for recipe in recipes) else "models"
-    own = {"model": recipes[0]} if form == "model" else {"models": recipes}
+    own = {"model": recipes[0].record()} if form == "model" else {"models": [recipe.record() for recipe in recipes]}
     rest = {key: value for key, value in config.items() if key not in ("schema", "L", "model", "models", "weights")}
     record = {"schema": EXPORT_SCHEMAS[form], "L": len(recipes), **own, **rest, "weights": mixture.weights.tolist()}
     text = json.dumps(record, indent=2) + "\n"
@@ -103,7 +103,7 @@ def read_config(path: str | Path, checkpoint: Mapping[str, Any] | None = None) -
     config = (checkpoint or read_checkpoint(path)).get("mixture_config")
     if config is None:
         raise UserError(f"{path} does not say how to build its mixture: it was not written by mixadv")
-    return checked_recipe(path, config)
+    return checked_config(path, config)
 
 
 def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -123,7 +123,7 @@ def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has schema {found}; this version reads schema 1 (all members of one model) and "
             "schema 2 (models): export it again, or update mixadv"
         )
-    return folder, checked_recipe(folder, config)
+    return folder, checked_config(folder, config)
 
 
 def mixture_of_checkpoint(
@@ -152,7 +152,7 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
         recipes = member_recipes(config)
         check_factories(path, recipes, factories)
         check_size(recipes, state)
-        mixture = Mixture([build_recipe(recipe) for recipe in recipes])
+        mixture = Mixture([recipe.build() for recipe in recipes])
         mixture.load_state_dict(state)
         # The file's lambda has to be one: set_weights refuses anything else.
         mixture.set_weights(mixture.weights.clone())
@@ -168,11 +168,11 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
     return mixture.eval()
 
 
-def _check_content(config: Mapping[str, Any], recipes: Sequence[dict[str, Any]], mixture: Mixture) -> None:
+def _check_content(config: Mapping[str, Any], recipes: Sequence[Recipe], mixture: Mixture) -> None:
     """Numbers are numbers, and the weights that the recipe repeats for its readers are those that count."""
     for k, (recipe, member) in enumerate(zip(recipes, mixture.members, strict=True)):
         # Code of others may keep infinities in its buffers.
-        for name, tensor in member.named_parameters() if "factory" in recipe else member.state_dict().items():
+        for name, tensor in member.named_parameters() if recipe.is_factory else member.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"members.{k}.{name} holds numbers that are not finite")
     held = mixture.weights.tolist()

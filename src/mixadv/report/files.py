@@ -20,8 +20,8 @@ import numpy as np
 from mixadv import results
 from mixadv.errors import UserError
 from mixadv.files import read_arrays, replacing
-from mixadv.loggers.metrics_file import FILE as METRICS
-from mixadv.loggers.metrics_file import read_columns
+from mixadv.metrics_file import FILE as METRICS
+from mixadv.metrics_file import read_columns
 from mixadv.records import RECORDS
 from mixadv.redaction import all_printable, printable
 from mixadv.report.names import group_name, natural_key, number

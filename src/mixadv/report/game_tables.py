@@ -1,9 +1,11 @@
-"""What runs of ``task=game`` say on the terminal, from their results.json."""
+"""Tables of runs of ``task=game``; the only place that reads the entry `game` of their results.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mixadv.errors import UserError
-from mixadv.report.cells import NONE, add_row, new_table, plain, print_whole
+from mixadv.report.cells import NONE, add_row, new_table, print_whole
 from mixadv.report.files import Run
-from mixadv.report.names import short_names
+from mixadv.report.names import group_name, short_names
 
 ANEW = "run the game again with resume=never"
-# What comes of results that are not what task=game writes.
+# What fails on results that task=game has not written.
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
@@ -32,33 +34,35 @@ def read_game(run: Run) -> dict[str, Any]:
     Raises:
         UserError: the run has none.
     """
-    game = _results(run)
-    if game is None:
+    game = run.get("game")
+    if not is_game(run) or not isinstance(game, dict):
         raise UserError(f"{run.path} holds no results of task=game: {ANEW}")
     return game
 
 
-def _results(run: Run) -> dict[str, Any] | None:
-    game = run.get("game")
-    return game if isinstance(game, dict) and game.get("name") in _PARTS else None
+@contextmanager
+def damage_named(run_dir: Path) -> Iterator[None]:
+    """Turn what fails on damaged results into a `UserError` that names the run."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise UserError(
+            f"the results of the game in {run_dir} are damaged ({type(error).__name__}: {error}): {ANEW}"
+        ) from error
 
 
 def print_game(run: Run, console: Console) -> None:
-    """Print the values of a finished game: its table, the attacker's strategy or the order that was checked.
+    """Print the values of a finished game: its table, and the attacker's strategy or the order that was checked.
 
     Raises:
         UserError: the run has no results of a game.
     """
     game = read_game(run)
-    try:
-        parts = _PARTS[game["name"]](game)
-    except DAMAGED as error:
-        raise UserError(f"{run.path / 'results.json'} is damaged ({type(error).__name__}: {error}): {ANEW}") from error
-    for part in parts:
-        if isinstance(part, Table):
-            print_whole(part, console)
-        else:
-            console.print(Text(part), soft_wrap=True)
+    with damage_named(run.path):
+        table, lines = {"motivating": _motivating, "gaussians": _gaussians}.get(game["name"], _any_game)(game)
+    print_whole(table, console)
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def games_table(runs: Sequence[Run]) -> Table:
@@ -73,12 +77,13 @@ def games_table(runs: Sequence[Run]) -> Table:
         pad_edge=False,
     )
     for name, run in zip(short_names([run.path for run in runs]), runs, strict=True):
-        kind = run.config.get("game")
         try:
-            cells = [NONE] * 4 if _results(run) is None else list(map(str, _at_largest_radius(read_game(run))))
+            cells = _at_largest_radius(read_game(run))
+        except UserError:
+            cells = [NONE] * 4
         except DAMAGED:
             cells = ["damaged", NONE, NONE, NONE]
-        add_row(table, [name, run.state, str(kind.get("name") if isinstance(kind, dict) else NONE), *cells])
+        add_row(table, [name, run.state, group_name(run.config.get("game")) or NONE, *map(str, cells)])
     return table
 
 
@@ -86,25 +91,27 @@ def _at_largest_radius(game: dict[str, Any]) -> list[str]:
     if game["name"] == "motivating":
         exact = game["exact"]
         return [game["eps"], exact["dual"], exact["value"], min(exact["deterministic_risks"], key=Fraction)]
-    eps = max(game["eps"])
-    runs = [run for run in game["runs"] if run["eps"] == eps]
-    return [f"{eps:g}", *(_mean([run[key] for run in runs]) for key in ("dual", "v_rand", "v_det"))]
+    eps, runs = list(runs_by_radius(game).items())[-1]
+    return [f"{eps:g}", *(_mean(runs, key) for key in ("dual", "v_rand", "v_det"))]
 
 
-def _motivating(game: dict[str, Any]) -> list[Table | str]:
+def runs_by_radius(game: dict[str, Any]) -> dict[float, list[dict[str, Any]]]:
+    """Radius, in increasing order -> its runs, one for each seed."""
+    radii = sorted({run["eps"] for run in game["runs"]})
+    return {eps: [run for run in game["runs"] if run["eps"] == eps] for eps in radii}
+
+
+def _motivating(game: dict[str, Any]) -> tuple[Table, list[str]]:
     exact, solvers = game["exact"], game["solvers"]
     headings = ["", "exact", *(f"{solver['solver']}\n{solver['detail']}" for solver in solvers)]
     table = new_table(f"Two classifiers on the line, ε = {game['eps']}", headings, words=[""])
-    for k in (0, 1):
-        alone = [plain(solver["deterministic_risks"][k], ".4f") for solver in solvers]
-        table.add_row(f"risk of f{k + 1} alone", exact["deterministic_risks"][k], *alone)
-    for k in (0, 1):
-        weights = [plain(solver["weights"][k], ".4f") for solver in solvers]
-        table.add_row(f"best mixture, weight of f{k + 1}", exact["weights"][k], *weights)
+    for key, words in (("deterministic_risks", "risk of f{} alone"), ("weights", "best mixture, weight of f{}")):
+        for k in (0, 1):
+            table.add_row(words.format(k + 1), exact[key][k], *(f"{solver[key][k]:.4f}" for solver in solvers))
     table.add_section()
-    table.add_row("its risk, V_rand", exact["value"], *(plain(s["value"], ".4f") for s in solvers), style="bold")
-    table.add_row("attacker's guarantee, D", exact["dual"], *(plain(s["dual"], ".4f") for s in solvers), style="bold")
-    table.add_row("gap V_rand − D", exact["gap"], *(_tiny(s["gap"]) for s in solvers))
+    for key, words in (("value", "its risk, V_rand"), ("dual", "attacker's guarantee, D")):
+        table.add_row(words, exact[key], *(f"{solver[key]:.4f}" for solver in solvers), style="bold")
+    table.add_row("gap V_rand − D", exact["gap"], *(_tiny(solver["gap"]) for solver in solvers))
     table.add_row("D without randomness", exact["pure_attacker"], *[NONE] * len(solvers))
     lines = ["The attacker's optimal strategy:"]
     for point in game["attack"]:
@@ -113,61 +120,49 @@ def _motivating(game: dict[str, Any]) -> list[Table | str]:
             for move in point["moves"]
         ]
         lines.append(f"  label {point['label']:+d} at {point['point']}, mass {point['mass']}: {', '.join(moves)}")
-    if any(solver["start"] is not None for solver in solvers):
-        lines.append("Algorithm 1 and the entropic solver start at f1 alone; their D is a lower bound.")
-    return [table, "\n".join(lines)]
+    return table, [*lines, "Algorithm 1 and the entropic solver start at f1 alone; their D is a lower bound."]
 
 
-def _gaussians(game: dict[str, Any]) -> list[Table | str]:
-    seeds = game["seeds"]
+def _any_game(game: dict[str, Any], title: str = "", caption: str = "") -> tuple[Table, list[str]]:
+    """The values of every radius: of a game of the user's own, and of the Gaussians."""
+    seeds = sorted({run["seed"] for run in game["runs"]})
     which = f"seeds {seeds[0]} to {seeds[-1]}, mean [min, max]" if len(seeds) > 1 else f"seed {seeds[0]}"
-    table = new_table(
-        f"{game['num_classifiers']} linear classifiers on three Gaussians, {which}",
-        ["ε", "D", "V_rand", "V_det", "V_det − V_rand", "largest gap"],
-        caption=f"{game['num_points']:,} points, {game['candidates_per_point']:,} perturbations each:\n"
+    headings = ["ε", "D", "V_rand", "V_det", "V_det − V_rand", "largest gap"]
+    table = new_table(f"{title or game['name']}, {which}", headings, caption=caption)
+    for eps, runs in runs_by_radius(game).items():
+        # Rounding must not print a minus zero.
+        gains = [max(run["v_det"] - run["v_rand"], 0.0) for run in runs]
+        gain = f"{sum(gains) / len(gains):.4f}" + (f" [{min(gains):.4f}, {max(gains):.4f}]" if len(gains) > 1 else "")
+        values = [_mean(runs, key) for key in ("dual", "v_rand", "v_det")]
+        table.add_row(f"{eps:g}", *values, gain, _tiny(max(run["gap"] for run in runs)))
+    worst = _tiny(max(run["violation"] for run in game["runs"]))
+    return table, [f"D ≤ V_rand ≤ V_det holds in all {len(game['runs'])} games (largest violation {worst})."]
+
+
+def _gaussians(game: dict[str, Any]) -> tuple[Table, list[str]]:
+    table, lines = _any_game(
+        game,
+        f"{game['num_classifiers']} linear classifiers on three Gaussians",
+        f"{game['num_points']:,} points, {game['candidates_per_point']:,} perturbations each:\n"
         "lower estimates of the values on whole balls",
     )
-    for eps in game["eps"]:
-        runs = [run for run in game["runs"] if run["eps"] == eps]
-        gains = [run["v_det"] - run["v_rand"] for run in runs]
-        spread = f" [{_gain(min(gains))}, {_gain(max(gains))}]" if len(gains) > 1 else ""
-        table.add_row(
-            f"{eps:g}",
-            *(_mean([run[key] for run in runs]) for key in ("dual", "v_rand", "v_det")),
-            _gain(sum(gains) / len(gains)) + spread,
-            _tiny(max(run["gap"] for run in runs)),
-        )
-    order, found = game["order"], game["convergence"]
-    worst = _tiny(order["largest_violation"])
-    checked = f"D ≤ V_rand ≤ V_det holds in all {order['games']} games (largest violation {worst})"
     if 0 in game["eps"]:
-        checked += ", and V_rand = V_det at ε = 0"
-    errors = [f"  {_solver(entry)}: {_tiny(entry['error'])}" for entry in found["solvers"]]
-    title = (
+        lines.append("V_rand = V_det at ε = 0, as it must be.")
+    found = game["convergence"]
+    lines.append(
         f"R(best weights) − V_LP after {found['solvers'][0]['steps']:,} steps at ε = {found['eps']:g} "
         f"({found['candidates_per_point']} perturbations per point, V_LP = {found['v_lp']:.4f}):"
     )
-    return [table, checked + ".", "\n".join([title, *errors])]
+    for entry in found["solvers"]:
+        solver = entry["solver"] + ("" if entry["alpha"] is None else f", α = {entry['alpha']:g}")
+        lines.append(f"  {solver}: {_tiny(entry['error'])}")
+    return table, lines
 
 
-_PARTS = {"motivating": _motivating, "gaussians": _gaussians}
-
-
-def _solver(entry: dict[str, Any]) -> str:
-    return entry["solver"] + ("" if entry["alpha"] is None else f", α = {entry['alpha']:g}")
-
-
-def _tiny(value: float | None) -> str:
-    if value is None:
-        return NONE
+def _tiny(value: float) -> str:
     return "0" if abs(value) < 1e-15 else f"{value:.1e}"
 
 
-def _mean(values: list[float]) -> str:
+def _mean(runs: list[dict[str, Any]], key: str) -> str:
     # Equal values must not look different because rounding put them on either side of a half.
-    return f"{round(sum(values) / len(values), 9):.4f}"
-
-
-def _gain(value: float) -> str:
-    # Rounding must not print a minus zero.
-    return f"{max(value, 0.0):.4f}"
+    return f"{round(sum(run[key] for run in runs) / len(runs), 9):.4f}"

@@ -1,4 +1,4 @@
-"""What a run decided for itself, kept in its directory: continued elsewhere, it makes the same choices."""
+"""Automatic choices of a run, kept in its directory: continued on another machine, it makes the same choices."""
 
 import json
 import time
@@ -9,23 +9,24 @@ from typing import Any
 from mixadv.errors import UserError
 from mixadv.files import write_text
 
-# What a setting says that is chosen so.
+# The value of a setting that asks for an automatic choice.
 AUTO = "auto"
 FILE = "choices.json"
-# For as long do other processes wait for the first one's choice.
+# Seconds that other ranks wait for the choice of rank 0.
 PATIENCE = 600.0
 
 
 class Choices:
     """Choices by name, in ``run_dir/choices.json`` once the directory holds a run (its config.yaml).
 
-    Before that they are remembered, so that a command that is refused leaves nothing behind: `keep` writes them.
+    Before that they are in memory alone, so that a command that is refused leaves no files: `keep` writes them.
 
     Args:
-        run_dir: the run's directory. rank: this process's number; the first decides, the others take what it wrote.
+        run_dir: the run's directory.
+        rank: of this process; rank 0 decides, the others read what it wrote.
 
     Raises:
-        UserError: choices.json is damaged, or the first process has not decided in ten minutes.
+        UserError: choices.json is damaged, or rank 0 has not decided in ten minutes.
     """
 
     def __init__(self, run_dir: Path, rank: int = 0) -> None:
@@ -33,7 +34,7 @@ class Choices:
         self._made = self._read()
 
     def settle(self, name: str, decide: Callable[[], Any]) -> Any:
-        """What was chosen for `name`; else what `decide()` says now, a JSON value, kept from here on."""
+        """The kept choice for `name`; if there is none, `decide()`, a JSON value, which is kept."""
         if self._rank > 0:
             self._await(name)
         elif name not in self._made:
@@ -43,7 +44,7 @@ class Choices:
         return self._made[name]
 
     def keep(self) -> None:
-        """Write what was chosen so far (the first process alone does); nothing of an earlier command stays."""
+        """Write the choices made so far (rank 0 only); choices of an earlier command are replaced."""
         if self._rank == 0 and not self._made:
             self._path.unlink(missing_ok=True)
         elif self._rank == 0:
@@ -65,7 +66,7 @@ class Choices:
         return (self._folder / "config.yaml").exists()
 
     def _read(self) -> dict[str, Any]:
-        # Without a run there, the file is what an earlier command left.
+        # Without a run in the directory, the file is from an earlier command.
         if not self._path.exists() or not self._is_a_run():
             return {}
         try:

@@ -1,4 +1,4 @@
-"""The life of a run directory: claimed, continued, finished, and never overwritten."""
+"""A run directory from its lock to DONE: claimed, continued, finished, and never overwritten."""
 
 import errno
 import hashlib
@@ -35,11 +35,11 @@ class State(Enum):
 
 @contextmanager
 def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
-    """Give the directory to work in and what it holds already; no other process works there meanwhile.
+    """Lock a run directory; yields the directory to work in and its state.
 
-    With ``resume=never`` a directory in use is left alone, and a new one is made beside it: NAME.2, NAME.3, ...
-    A finished run is not locked: nobody writes there. A failure leaves FAILED with its reason, or no directory if
-    nothing was written.
+    With ``resume=never`` a directory that holds a run stays as it is, and a new one is made beside it: NAME.2, NAME.3,
+    ... A finished run is not locked, because nobody writes there. An exception inside leaves FAILED with its reason,
+    or no directory if nothing was written.
 
     Raises:
         UserError: the directory holds a run with other settings, or cannot be written.
@@ -58,13 +58,13 @@ def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
     run_dir = lock.folder
     try:
         remove_leftovers(run_dir)
-        # Looked at again: until the lock was had, another process may have been at work.
+        # Read again: another process may have worked here before this one got the lock.
         state = _state(run_dir, cfg)
         try:
             yield run_dir, state
         except Exception as error:
             if _holds_something(run_dir):
-                # A full disk may be what failed: that is the error to be told, not this one.
+                # If the disk is full, the first error is the one to report.
                 with suppress(OSError):
                     write_text(run_dir / "FAILED", one_line(error) + "\n")
             raise
@@ -87,7 +87,7 @@ def _state(run_dir: Path, cfg: DictConfig) -> State:
 
 
 def _as_saved(path: Path) -> Any:
-    """A config.yaml as plain containers. It may be another's: what it would take from here is left as it is written.
+    """A config.yaml as plain containers, interpolations not resolved: the file may come from somebody else.
 
     Raises:
         UserError: it is damaged.
@@ -95,14 +95,14 @@ def _as_saved(path: Path) -> Any:
     try:
         refuse_aliases(path)
         return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    # A text or a number alone is an OSError of OmegaConf's.
+    # OmegaConf.load raises OSError for a file that holds a bare text or number.
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} cannot be read ({reason}): restore it, or start anew with resume=never") from error
 
 
 def _fresh(run_dir: Path) -> DirectoryLock:
-    """The lock, taken, of the first of NAME, NAME.2, NAME.3, ... that nobody uses or is about to use."""
+    """Lock the first of NAME, NAME.2, NAME.3, ... that holds no run and that no other process has locked."""
     for number in itertools.count(1):
         path = run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}.{number}")
         if number > 1:
@@ -131,22 +131,22 @@ def _remove_if_empty(run_dir: Path) -> None:
         try:
             run_dir.rmdir()
         except OSError as error:
-            # Somebody has begun to work there.
+            # Another process has begun to write there.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
 
 
 def one_line(error: Exception) -> str:
-    """Why something failed: the message of a `UserError`, else the type as well."""
-    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return " ".join(said.split())
+    """An error in one line: the message of a `UserError`; for other errors the type as well."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
 
 
 def leave_reason(run_dir: Path, error: Exception) -> None:
-    """Leave FAILED for a job that came to nothing, so that the table of its sweep lists it.
+    """Write FAILED for a job that failed before it claimed its directory, so that the table of its sweep lists it.
 
-    Not where a run lies: that may be another's, and its own failures are there already; not while another process
-    works there; and not on a disk that takes no more, for the sweep goes on and tells the reason at its end.
+    Nothing is written if the directory holds a run or is locked, or if the disk is full: the sweep goes on and prints
+    the reason at its end.
     """
     with suppress(Held, OSError), DirectoryLock(run_dir):
         if not (run_dir / "config.yaml").exists():
@@ -154,19 +154,19 @@ def leave_reason(run_dir: Path, error: Exception) -> None:
 
 
 def digest(cfg: DictConfig) -> str:
-    """A fingerprint of the settings that decide what is computed."""
+    """SHA-256 of the settings that change what is computed."""
     flat = flat_settings(OmegaConf.to_container(cfg, resolve=True))
     kept = {key: value for key, value in flat.items() if not is_indifferent(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def seal(run_dir: Path, settings: str) -> None:
-    """Note in DONE the digest of the settings that the command gave, before files had a say in them."""
+    """Write into DONE the `digest` of the settings as the command gave them, without those that files decide."""
     write_text(run_dir / "DONE", settings + "\n")
 
 
 def is_sealed(run_dir: Path, settings: str) -> bool:
-    """Whether the run of these settings is finished there; nothing that it was made from is looked at."""
+    """Whether a finished run of these settings is there; the files that it was made from are not read."""
     done = run_dir / "DONE"
     return done.is_file() and done.read_text().strip() == settings
 
@@ -179,7 +179,7 @@ def _difference(saved: Any, cfg: DictConfig) -> str:
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
-    """config.yaml, resolved; a FAILED from an earlier try is withdrawn. The log of the run is written from here on."""
+    """Write config.yaml, resolved; remove FAILED of an earlier attempt; begin mixadv.log."""
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     (run_dir / "FAILED").unlink(missing_ok=True)
     begin_log(run_dir)
@@ -188,26 +188,25 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
 def write_results(
     run_dir: Path, found: results.Results, arrays: dict[str, np.ndarray], arrays_file: str = records.RECORDS
 ) -> None:
-    """The arrays, then results.json, each whole or not at all."""
+    """Write the arrays, then results.json, each whole or not at all."""
     write_arrays(run_dir / arrays_file, arrays)
     results.write(run_dir / results.FILE, found)
 
 
 def read_results(run_dir: Path) -> results.Results | None:
-    """The run's results, None where it has not come so far.
+    """The results of the run, or None while there are none. Damaged entries are unknown; the report names them.
 
     Raises:
         ValueError: results.json is no JSON object.
     """
     try:
-        # The report names damaged entries; here they are unknown.
         return results.read(run_dir / results.FILE)[0]
     except FileNotFoundError:
         return None
 
 
 def measured(run_dir: Path, metric: str) -> float:
-    """A number that the run in `run_dir` has measured, in [0, 1]; nan where it has not.
+    """An accuracy that the run in `run_dir` has measured, in [0, 1]; nan if it has not.
 
     Args:
         metric: ``test/robust_accuracy``, the expected accuracy under attack on the test images; or what selected the
@@ -221,6 +220,6 @@ def measured(run_dir: Path, metric: str) -> float:
 
 
 def mark_done(run_dir: Path) -> None:
-    """From here on the run is shown, not continued."""
+    """Write DONE: from now on the same command shows the run."""
     (run_dir / "FAILED").unlink(missing_ok=True)
     (run_dir / "DONE").touch()

@@ -1,7 +1,7 @@
 """One process at a time in a directory, whichever machine it runs on.
 
-The lock is the kernel's (`flock`) on the file `.lock` in the directory: it ends with its process, however that ends, so
-that a killed process leaves nothing to clean up. The file says who holds it and is removed at the end.
+The lock is the kernel's (`flock`) on the file `.lock` in the directory. The kernel releases it when the process ends,
+even if the process is killed. The file names the holder and is removed on release; filelock can do neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from mixadv.errors import UserError
 
 LOCK = ".lock"
-# `holder` takes a lock for a moment to see whether it is free.
+# Seconds to retry: `holder` takes a shared lock for a moment.
 PATIENCE = 0.3
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
@@ -30,9 +30,9 @@ class Held(UserError):
 
 
 class DirectoryLock:
-    """The lock of `folder`, to be entered; the folder is made if it does not exist.
+    """A context manager that locks `folder`, which is made if it does not exist.
 
-    On a file system without locks it says so in one line on standard error and holds nothing.
+    On a file system without locks it prints one line to standard error and locks nothing.
 
     Raises (on entering):
         Held: another process has it.
@@ -50,7 +50,7 @@ class DirectoryLock:
         self.release()
 
     def acquired(self) -> DirectoryLock:
-        """This lock, taken; raises as the class says."""
+        """Take the lock; raises as the class does."""
         path = self.folder / LOCK
         deadline = time.monotonic() + PATIENCE
         while self._descriptor is None:
@@ -58,11 +58,11 @@ class DirectoryLock:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
-                # Its last user has removed the folder since the line before.
+                # The last holder has just removed the folder.
                 continue
             try:
                 _flock(descriptor, exclusive=True)
-                # Else its last holder has removed the file: another one may lie there by now.
+                # If not, the last holder has removed the file, and there may be a new one.
                 if _is_same_file(descriptor, path):
                     self._descriptor = descriptor
             except BlockingIOError:
@@ -75,7 +75,7 @@ class DirectoryLock:
                 path.unlink(missing_ok=True)
                 print(
                     f"mixadv: the file system of {self.folder} has no locks ({error.strerror}): "
-                    "see to it that no other process works there",
+                    "make sure that no other process works there",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -93,17 +93,17 @@ class DirectoryLock:
         return self
 
     def release(self) -> None:
-        """Give the lock back; nothing happens where it is not held."""
+        """Release the lock; does nothing if it is not held."""
         if self._descriptor is None:
             return
-        # Removed while it is still locked: nobody can lock a file that is about to vanish and believe in it.
+        # Removed before it is unlocked: `acquired` checks that the file it locked is still there.
         (self.folder / LOCK).unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
 
 
 def holder(folder: Path) -> str | None:
-    """Who works in `folder`, as "pid 12 on host since 2024-05-01 12:00"; None if nobody does or nobody can say."""
+    """Who holds the lock of `folder`, as "pid 12 on host since 2024-05-01 12:00"; None if it is free or unreadable."""
     path = folder / LOCK
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -137,6 +137,6 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 def _said(path: Path) -> str:
     try:
-        return path.read_text().strip() or "it has not said which"
+        return path.read_text().strip() or "unknown"
     except OSError:
         return "it has just ended"

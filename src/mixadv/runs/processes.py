@@ -1,6 +1,6 @@
-"""Who computes: one process, or several that Lightning, torchrun or Slurm has started for one command.
+"""The processes of a command: one, or several that Lightning, torchrun or Slurm has started.
 
-Imports neither torch nor Lightning: a sweep asks for every job, the finished ones too.
+Imports neither torch nor Lightning, because a sweep needs it for every job, also for finished ones.
 """
 
 import os
@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 from mixadv.errors import UserError
 
-# Where the first process works; those that it starts itself find it here.
+# The environment variable that tells processes started by rank 0 its run directory.
 RUN_DIR = "MIXADV_RUN_DIR"
 
 
 def process_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's number among those that a launcher (torchrun, Slurm, Lightning) has started; 0 without one."""
+    """The rank of this process, if a launcher (torchrun, Slurm, Lightning) has started it; else 0."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if name in environment:
             return int(environment[name])
@@ -24,17 +24,17 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def process_place(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's number among those on its machine; 0 without a launcher."""
+    """The local rank of this process on its machine; 0 without a launcher."""
     return int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", 0)))
 
 
 def is_helper(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether another process of ours started this one to help it."""
+    """Whether rank 0 of this command started this process."""
     return RUN_DIR in environment and process_rank(environment) > 0
 
 
 def started_from_outside(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or Slurm started this process, beside others that run the same command."""
+    """Whether torchrun or Slurm started this process, with others that run the same command."""
     return any(name in environment for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
 
 
@@ -69,17 +69,17 @@ def devices(cfg: DictConfig) -> int:
 
 
 def rank(cfg: DictConfig) -> int:
-    """This process's number; 0 where there is one process, whatever launched it."""
+    """The rank of this process; 0 if there is one process, whatever launched it."""
     return process_rank() if number(cfg) > 1 else 0
 
 
 def place(cfg: DictConfig) -> int:
-    """This process's number on its machine; 0 where there is one process."""
+    """The local rank of this process; 0 if there is one process."""
     return process_place() if number(cfg) > 1 else 0
 
 
 def check(cfg: DictConfig, sweep: str | None) -> None:
-    """Refuse what several processes cannot do together.
+    """Refuse commands that several processes cannot run together.
 
     Raises:
         UserError: a sweep, a task of one process, more GPUs than there are, or a new directory on which they could not
@@ -106,5 +106,5 @@ def check(cfg: DictConfig, sweep: str | None) -> None:
 
 
 def work_in(run_dir: Path) -> None:
-    """Tell the processes that this one will start where it works."""
+    """Pass the run directory on to the processes that this one starts."""
     os.environ[RUN_DIR] = str(run_dir.absolute())

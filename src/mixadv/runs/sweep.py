@@ -1,8 +1,8 @@
-"""Sweeps: what became of every job, in whichever process and on whichever machine it ran.
+"""Sweeps: how every job ended, in whichever process and on whichever machine it ran.
 
-Hydra hands the results of a sweep's jobs to nobody, and stops at the first one that raised. Jobs therefore do not
-raise; they leave an `Outcome` in a hidden folder of the sweep's directory, and the command that started them reads it.
-What they return to Hydra's sweeper is a number.
+Hydra gives the results of a sweep's jobs to nobody, and stops at the first job that raises. Therefore jobs do not
+raise: each writes an `Outcome` into a hidden folder of the sweep's directory, and the command that started the sweep
+reads it. To Hydra's sweeper a job returns a number.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Outcome:
 
 
 class Sweep(Callback):
-    """Hydra's callback that follows a sweep; where jobs have processes of their own, a copy of it goes along.
+    """Hydra's callback for a sweep; jobs in processes of their own get a copy of it.
 
     Attributes:
         directory: the sweep's directory; None in a single run.
-        names: the jobs' names in order, as far as they can be known beforehand.
-        launcher: the class of Hydra's that starts them.
-        searches: whether a sweeper other than Hydra's own draws the jobs and reads their numbers.
+        names: the names of the jobs in order; empty if only the sweeper knows them.
+        launcher: import path of the launcher's class.
+        searches: whether a sweeper other than Hydra's own chooses the jobs by the numbers that they return.
     """
 
     # The sweep that this process has started, and the one that the job in this process belongs to.
@@ -78,28 +78,28 @@ class Sweep(Callback):
         Sweep.current = self
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """In the job's process: one on this machine stops with the process that started it."""
+        """In the job's process. A process that joblib started stops when its parent ends."""
         Sweep.of_job = self
         if self.launcher.endswith(".JoblibLauncher") and os.getpid() != self._pid:
             _stop_without(self._pid)
             if os.getppid() != self._pid:
-                # The queue still had this job.
+                # The parent has ended, but this job was still in the queue.
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """In the job's process, unless a signal has ended the job."""
         Sweep.of_job = None
         if self.directory is not None:
-            # Trainers and their modules refer to each other: memory that a job held is not to fail the next one.
+            # Trainers and modules refer to each other: free the memory of this job before the next one.
             gc.collect()
 
     def leave(self, number: int, outcome: Outcome) -> None:
-        """In the job's process: keep the outcome of job `number` for the process that has started the sweep."""
+        """In the job's process: write the outcome of job `number` for the process that started the sweep."""
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(self._folder / f"{number}.json", json.dumps(asdict(outcome)))
 
     def outcomes(self) -> list[Outcome]:
-        """One for each job, in order; those that left none are looked up in their directories."""
+        """One for each job, in order; for jobs that wrote none, their directories tell."""
         assert self.directory is not None
         left = {int(path.stem): Outcome(**json.loads(path.read_text())) for path in self._folder.glob("*.json")}
         count = max(len(self.names), max(left, default=-1) + 1)
@@ -111,16 +111,16 @@ class Sweep(Callback):
         who = holder(self.directory / name)
         if who is not None:
             return Outcome(name, ELSEWHERE, who)
-        return Outcome(name, MISSING, "it was not started, or its process ended without a word")
+        return Outcome(name, MISSING, "it was not started, or its process was killed")
 
     def close(self) -> None:
-        """Remove what the jobs have left for `outcomes`."""
+        """Remove the outcomes that the jobs wrote."""
         if self.directory is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def summary(directory: Path, outcomes: Sequence[Outcome]) -> str:
-    """What became of the jobs: counts, and those that another process is working on."""
+    """Counts of how the jobs ended, and a line for each job that another process is working on."""
     counted = {state: sum(outcome.state == state for outcome in outcomes) for state in (FAILED, ELSEWHERE, MISSING)}
     before = sum(outcome.state == BEFORE for outcome in outcomes)
     done = sum(outcome.state == DONE for outcome in outcomes) + before
@@ -143,14 +143,14 @@ def complaint(outcomes: Sequence[Outcome]) -> str:
 
 @cache
 def _stop_without(parent: int) -> None:
-    """Watch the process that started this one; when it is gone, stop as on SIGTERM."""
+    """Watch the process that started this one; when it ends, send SIGTERM to this process."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         while True:
             os.kill(os.getpid(), signal.SIGTERM)
-            # The first lets a run keep what it has; once nobody listens any more, the next ends the process.
+            # The first signal lets the run save its state; a later one ends the process.
             time.sleep(10)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -161,12 +161,12 @@ def _is_basic(config: DictConfig) -> bool:
 
 
 def _job_names(config: DictConfig) -> list[str]:
-    """The names that Hydra's own sweeper gives its jobs; of others nothing is known beforehand."""
+    """The names of the jobs of Hydra's own sweeper; other sweepers choose theirs later."""
     return job_names(list(config.hydra.overrides.task)) if _is_basic(config) else []
 
 
 def job_names(overrides: Sequence[str]) -> list[str]:
-    """The names of a sweep's directories: Hydra writes overrides anew, ``compile=False`` for ``compile=false``."""
+    """The names of a sweep's directories. Hydra rewrites overrides: ``compile=false`` becomes ``compile=False``."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

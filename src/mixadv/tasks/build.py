@@ -1,10 +1,7 @@
 """From configuration to objects, with refusals that name the key."""
 
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +18,20 @@ from mixadv.callbacks import Checkpoints
 from mixadv.config import parse_eps
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
+from mixadv.games.base import Playable
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss, ZeroOne
-from mixadv.members.checks import check_members
-from mixadv.members.recipe import are_plain, build_mixture, build_recipe, factories_of, recipe_name
-from mixadv.members.source import LoadedMember
-from mixadv.mixture import Mixture
-from mixadv.models import MODELS
 from mixadv.runs import processes
 from mixadv.threat_model import ThreatModel
 
 CHECKPOINTS = "mixadv.callbacks.Checkpoints"
-BYTES_PER_PARAMETER = 12  # float32 parameter, gradient and momentum
-# What the classes that are named below a key derive from.
+# The base class of what a key may name.
 KINDS: dict[str, type] = {
     "data": ImageDataModule,
     "loss": RobustLoss,
     "lambda_solver": LambdaSolver,
     "attack": Attack,
+    "game": Playable,
     "protocol.": Attack,
     "callbacks.": Callback,
     "logger.": Logger,
@@ -55,7 +48,7 @@ def instantiate(node: Any, key: str) -> Any:
         raise UserError(f"{key}={node} must be the settings of a class, with its _target_")
     settings = as_dict(node)
     if key in ("optimizer", "scheduler"):
-        # Every member has its own; the training calls what is built here for each of them.
+        # Each member has its own: the training calls the partial for each of them.
         settings["_partial_"] = True
     kind = next((kind for start, kind in KINDS.items() if key.startswith(start)), None)
     built = building.instantiate(settings, key, kind)
@@ -65,10 +58,10 @@ def instantiate(node: Any, key: str) -> Any:
 
 
 def resolve_device(cfg: DictConfig, place: int = 0) -> torch.device:
-    """The device of this process: ``trainer.accelerator`` auto is a CUDA GPU if there is one, else the CPU.
+    """The device of this process: for ``trainer.accelerator=auto`` a CUDA GPU if there is one, else the CPU.
 
     Args:
-        place: number of this process among those on its machine; it takes the GPU of that place in ``trainer.devices``.
+        place: local rank of this process; it takes the GPU at that place in ``trainer.devices``.
 
     Raises:
         UserError: no such device here.
@@ -97,32 +90,34 @@ def keys_of(overrides: Sequence[str]) -> list[str]:
     return [text.lstrip("+~").split("=", 1)[0] for text in overrides]
 
 
-def as_recorded(cfg: DictConfig, config: dict[str, Any], said: Sequence[str], where: str = "the mixture") -> DictConfig:
-    """`cfg` with data, eps and norm from the recipe of a mixture, except the keys that the command line `said`.
+def as_recorded(
+    cfg: DictConfig, config: dict[str, Any], given: Sequence[str], where: str = "the mixture"
+) -> DictConfig:
+    """`cfg` with data, eps and norm as a mixture records them, except the keys that the command line sets.
 
     Args:
         cfg: as composed.
-        config: the recipe, see `mixadv.members.store.read_mixture`.
-        said: keys, see `keys_of`.
-        where: whose recipe it is, for messages.
+        config: of the mixture, see `mixadv.members.store.read_mixture`.
+        given: the keys that the command line sets, see `keys_of`.
+        where: the mixture's name, for messages.
 
     Raises:
-        UserError: the recipe names data that are not of mixadv, and the command line does not say which to take.
+        UserError: the mixture names a data set that is not of mixadv, and the command line names none.
     """
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
-    if "data" not in said and "data" in config:
-        # Whom to ask for a download is not for a file to say that may come from anywhere.
-        kept = {k: value for k, value in config["data"].items() if k != "mirrors" and f"data.{k}" not in said}
+    if "data" not in given and "data" in config:
+        # Never take download mirrors from a mixture's file: it may come from an untrusted source.
+        kept = {k: value for k, value in config["data"].items() if k != "mirrors" and f"data.{k}" not in given}
         building.held_to_mixadv(kept, where)
         own = OmegaConf.create(kept)
-        for key in said:
+        for key in given:
             if key.startswith("data."):
                 OmegaConf.update(own, key.removeprefix("data."), OmegaConf.select(cfg, key))
         merged.data = own
-    if "eps" not in said and "eps" in config:
+    if "eps" not in given and "eps" in config:
         merged.eps = config["eps"]
-    if not any(key == "threat_model" or key.startswith("threat_model.") for key in said) and "threat_model" in config:
+    if not any(key == "threat_model" or key.startswith("threat_model.") for key in given) and "threat_model" in config:
         merged.threat_model.norm = config["threat_model"].get("norm")
     return merged
 
@@ -155,101 +150,8 @@ def build_threat_model(norm: str, eps: Any, image_shape: tuple[int, int, int]) -
     return ThreatModel(norm, radius)
 
 
-def model_recipe(model: Any, data: ImageDataModule, statistics: bool = True) -> dict[str, Any]:
-    """What it takes to build one member: the model's own settings and what the data fixes; see `member_recipes`.
-
-    A factory of the user's own gets what the data fixes where it has an argument of that name, and the settings do not
-    say otherwise: num_classes, image_shape (C, H, W), in_channels, mean and std (one number for each channel).
-
-    Args:
-        model: the settings, with the factory as ``_target_``.
-        data: loaded.
-        statistics: whether mean and std belong to what the data fixes; without them, a factory of the user's own may
-            lack arguments.
-
-    Raises:
-        UserError: no such factory, or arguments that it does not take.
-    """
-    settings = as_dict(model)
-    factory = building.named(settings.get("_target_"), "model")
-    fixed: dict[str, Any] = {"num_classes": data.num_classes, "image_shape": list(data.image_shape)}
-    if statistics:
-        fixed |= {"mean": list(data.mean), "std": list(data.std)}
-    target = settings.pop("_target_")
-    if factory in MODELS.values():
-        name = next(name for name, ours in MODELS.items() if ours is factory)
-        return {"name": name, **fixed, **settings}
-    for key, value in settings.items():
-        if key.startswith("_") or not are_plain({key: value}):
-            raise UserError(f"model.{key}={value}: models of your own take plain values (text, numbers, lists) alone")
-    taken, _ = building.arguments_of(factory)
-    fixed["in_channels"] = data.image_shape[0]
-    arguments = {key: value for key, value in fixed.items() if key in taken} | settings
-    building.check_arguments(factory, arguments, "model", given_later=not statistics)
-    parts = target.split(".")
-    depth = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in sys.modules)
-    return {"factory": f"{'.'.join(parts[:depth])}:{'.'.join(parts[depth:])}", "arguments": arguments}
-
-
-def check_own_model(recipe: dict[str, Any], data: ImageDataModule) -> None:
-    """Try a model of the user's own out on two images, each twice, before it is trained; mixadv's are known to work.
-
-    Raises:
-        UserError: it cannot be built, or is no classifier of these images; see `mixadv.members.checks.check_members`.
-    """
-    if "factory" not in recipe:
-        return
-    name = recipe_name(recipe)
-    # Pairs of the same image are another batch than all four.
-    images = data.train_images[[0, 0, -1, -1]] / 255
-    count = check_members([LoadedMember(build_recipe(recipe), name, name, recipe, "")], images)
-    if count != data.num_classes:
-        raise UserError(f"model: {name} tells {count} classes apart, but {data.name} has {data.num_classes}")
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be used on `device`; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def build_members(recipe: dict[str, Any], num_members: int, seed: int, device: torch.device) -> Mixture:
-    """A mixture of `num_members` fresh members, each initialised differently, as `seed` says.
-
-    Raises:
-        UserError: unknown model, settings it does not take, or more members than memory holds.
-    """
-    try:
-        # Code of others need not work without numbers.
-        with nullcontext() if "factory" in recipe else torch.device("meta"):
-            member = build_recipe(recipe)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
-    needed = num_members * BYTES_PER_PARAMETER * sum(p.numel() for p in member.parameters())
-    free = available_memory(device)
-    if free is not None and needed > free:
-        fit = num_members * free // needed
-        raise UserError(
-            f"L={num_members} members of model={recipe_name(recipe)} need {needed / 2**30:.1f} GiB to train, but only "
-            f"{free / 2**30:.1f} GiB are free on the {device.type}: choose "
-            + (f"at most L={fit}, or a smaller model=..." if fit else "a smaller model=... or model.width=...")
-        )
-    torch.manual_seed(seed)
-    config = {"L": num_members, "model": recipe}
-    # The user's own command has named the factory.
-    return build_mixture(config, factories_of(config)).train()
-
-
 def build_attack(node: Any, key: str) -> PGD:
-    """An attack whose iterates the caller may adapt (training and validation take PGD).
+    """The PGD attack of training or validation.
 
     Raises:
         UserError: it is another attack.
@@ -271,7 +173,7 @@ def build_protocol(cfg: DictConfig) -> dict[str, Attack]:
 
 
 def build_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
-    """What ``callbacks`` names, checkpoints always among them: a run is continued and measured from those.
+    """The callbacks that ``callbacks`` names. `Checkpoints` is always among them, because runs resume from its files.
 
     Raises:
         UserError: one of them cannot be built.
@@ -290,7 +192,7 @@ def build_callbacks(cfg: DictConfig, run_dir: Path) -> list[Callback]:
 
 
 def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
-    """What Lightning's Trainer has to know of devices and processes.
+    """The arguments of Lightning's Trainer for devices and processes.
 
     Raises:
         UserError: a strategy that cannot train a mixture.
@@ -301,7 +203,7 @@ def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
             f"trainer.strategy={wanted} cannot train a mixture, whose members are updated one at a time and attacked "
             "whole: leave it at auto; several processes average the gradients of each member"
         )
-    # A list names GPUs; on the CPU it says how many processes.
+    # A list names GPUs; on the CPU its length is the number of processes.
     named = isinstance(cfg.trainer.devices, ListConfig) and device.type != "cpu"
     settings: dict[str, Any] = {
         "accelerator": {"cpu": "cpu", "mps": "mps"}.get(device.type, "gpu"),

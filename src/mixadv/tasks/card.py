@@ -6,13 +6,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mixadv.members.recipe import factories_of, recipe_name
+from mixadv.members.recipe import Recipe, factories_of, member_recipes
 from mixadv.results import Results
 
 
 def model_card(results: Results, config: dict[str, Any]) -> str:
     """What a trained mixture is, what was measured, and how to load it."""
-    return _rendered(results, config, model=recipe_name(config["model"]))
+    return _rendered(results, config, model=Recipe.of(config["model"]).name)
 
 
 def solved_card(results: Results, config: dict[str, Any]) -> str:
@@ -37,6 +37,6 @@ def _rendered(results: Results, config: dict[str, Any], **more: Any) -> str:
     )
     ball = f"{config['threat_model']['norm']} ball of radius {config['eps']}"
     # Where code of others builds members, `load_mixture` has to be told whose.
-    factories = sorted(factories_of(config))
+    factories = sorted(factories_of(member_recipes(config)))
     template = environment.get_template("card.md.j2")
     return template.render(results=results, config=config, ball=ball, factories=factories, **more)

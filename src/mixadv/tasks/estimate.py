@@ -1,4 +1,4 @@
-"""How long a training will take, from one timed step on a few images."""
+"""Estimates the time of a training from timed steps on a few images."""
 
 import copy
 import time
@@ -6,9 +6,11 @@ import time
 import torch
 from torch import Tensor
 
+from mixadv import seeding
 from mixadv.mixture import Mixture
 from mixadv.training import MixtureTraining
 
+# A step that takes at least this long, in seconds, is extrapolated without timing more images.
 ENOUGH_SECONDS = 1.0
 
 
@@ -33,19 +35,26 @@ def seconds_per_batch(
     batch_size: int,
     device: torch.device,
 ) -> float:
-    """Seconds that one members step takes on a full batch of `batch_size`, extrapolated from few images.
+    """Seconds of one members step on a batch of `batch_size` images, extrapolated from fewer images.
 
-    Starts with two images and takes four times as many while a step is short; what is left is extrapolated by the
-    seconds per further image, so that the fixed cost of a step counts once. The step runs on a copy of the members
-    and on generators of its own: the training that follows is the same as without it.
+    Times a step on two images, then on four times as many until it takes `ENOUGH_SECONDS`. The rest is extrapolated by
+    the seconds per further image, so that the fixed cost of a step counts once. The steps use a copy of the members and
+    their own generators, so the training that follows is not changed.
+
+    Args:
+        module: the training to time.
+        image_shape: (C, H, W).
+        num_classes: of the data.
+        batch_size: images per batch.
+        device: where the training runs.
     """
     mixture = copy.deepcopy(module.mixture).to(device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = seeding.generator_for(0, "estimate", device=device)
 
     def timed(count: int) -> float:
         x = torch.rand(count, *image_shape, generator=generator, device=device)
         y = torch.randint(num_classes, (count,), generator=generator, device=device)
-        # The first call also pays for what libraries set up once.
+        # The first call includes the one-time setup of libraries.
         return min(_timed(module, mixture, x, y, generator, device) for _ in range(2))
 
     count = min(2, batch_size)
@@ -75,7 +84,7 @@ def _timed(
 
 
 def in_words(seconds: float) -> str:
-    """A duration as one says it: `40 seconds`, `3 hours`, `4 months`."""
+    """A duration in its largest suitable unit: `40 seconds`, `3 hours`, `4 months`."""
     for size, unit in ((30 * 86400, "months"), (86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -17,7 +17,6 @@ from mixadv.evaluation import EvaluationState
 from mixadv.members.recipe import member_recipes
 from mixadv.members.source import LoadedMember, Source
 from mixadv.mixture import Mixture
-from mixadv.models import MODELS
 from mixadv.report import write_report
 from mixadv.results import Data, Flag
 from mixadv.runs import processes
@@ -84,8 +83,7 @@ def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None
             f"weights=[...] has {len(given)} numbers, but members=[...] holds {len(members)}: {found}; give one for "
             "each in this order, or leave it out for 1/L each"
         )
-    # They sum to 1 within a tolerance, which must not be judged a second time.
-    return [weight / sum(given) for weight in given]
+    return given
 
 
 def _evaluate(
@@ -143,17 +141,8 @@ def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) ->
             raise UserError(f"{key}=...: task=evaluate takes it from the mixture; leave it out")
     merged = build.as_recorded(cfg, config, said, cfg.mixture)
     merged.L = int(config["L"])
-    recipes = config.get("models") or [config["model"]]
-    merged.model = {"_target_": ", ".join(dict.fromkeys(map(_target, recipes)))}
+    merged.model = {"_target_": ", ".join(dict.fromkeys(recipe.target for recipe in member_recipes(config)))}
     return merged
-
-
-def _target(recipe: dict[str, Any]) -> str:
-    """What the configuration of a training says of the model with this recipe."""
-    if "factory" in recipe:
-        return recipe["factory"].replace(":", ".")
-    factory = MODELS[recipe["name"]]
-    return f"{factory.__module__}.{factory.__name__}"
 
 
 def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -> DictConfig:
@@ -175,7 +164,7 @@ def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -
 def _check_fit(config: dict[str, Any], data: ImageDataModule) -> None:
     found = (data.num_classes, tuple(data.image_shape))
     # Members that are built by code say nothing of their own: then the mixture's recipe does.
-    for said in (config, *member_recipes(config)):
+    for said in (config, *(recipe.arguments for recipe in member_recipes(config))):
         if not {"num_classes", "image_shape"} <= set(said):
             continue
         shape = said["image_shape"]

@@ -1,4 +1,4 @@
-"""The loggers of a run, and what they get beside the history of its training."""
+"""Builds the loggers of a run and sends them settings, accuracies, images and figures."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +26,12 @@ from mixadv.threat_model import ThreatModel
 
 
 def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None) -> list[Logger]:
-    """What ``logger`` names, with what a run says of itself where they take it and the command does not say it.
+    """Build the loggers of the configuration.
+
+    Arguments ``save_dir``, ``name`` and ``group`` that a logger accepts and the command does not set come from the run.
 
     Raises:
-        UserError: one of them cannot be built.
+        UserError: a logger cannot be built.
     """
     own = {"save_dir": str(run_dir), "name": run_dir.name, "group": sweep}
     built = []
@@ -42,13 +44,13 @@ def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None) -> list[Log
 
 
 def with_history(loggers: Sequence[Logger], run_dir: Path) -> list[Logger]:
-    """`loggers` with `CSVLogger` in front: the logger of Weights & Biases reads its rows from metrics.csv."""
+    """`loggers` with a `CSVLogger` in front: `WandbLogger` sends the rows that it finds in metrics.csv."""
     return [CSVLogger(run_dir), *(logger for logger in loggers if not isinstance(logger, CSVLogger))]
 
 
 @contextmanager
 def logging_to(loggers: Sequence[Logger], cfg: DictConfig) -> Iterator[None]:
-    """Give the loggers the settings as hyperparameters; end them with the run's exit code whatever happens."""
+    """Log the settings as hyperparameters; at the end, close the loggers with the run's exit code."""
     code = 1
     try:
         choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
@@ -68,14 +70,14 @@ def logging_to(loggers: Sequence[Logger], cfg: DictConfig) -> Iterator[None]:
 
 
 def of_baseline(loggers: Sequence[Logger], cfg: DictConfig, run_dir: Path) -> list[Logger]:
-    """The loggers of the single model beside a mixture: in Weights & Biases the same run, else files of its own."""
+    """The loggers of the baseline: the same run in Weights & Biases, separate files for other loggers."""
     mirrors = [logger.baseline() for logger in loggers if isinstance(logger, WandbLogger)]
     others = [logger for logger in build_loggers(cfg, run_dir, None) if not isinstance(logger, WandbLogger)]
     return with_history([*others, *mirrors], run_dir)
 
 
 def log_accuracies(loggers: Sequence[Logger], results: Results, step: int) -> None:
-    """Log the measured accuracies; metrics.csv, the history of the training, does not take them."""
+    """Log the measured accuracies, except to metrics.csv, which holds the history of the training only."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.summary(results)
@@ -91,7 +93,7 @@ def log_examples(
     threat_model: ThreatModel,
     device: torch.device,
 ) -> None:
-    """A table of the first test images as the validation's attack leaves them, where a logger takes one."""
+    """Log a table of the first test images under the attack of the validation; only `WandbLogger` takes one."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and logger.num_images > 0 and processes.rank(cfg) == 0:
             x, y = (part[: logger.num_images].to(device) for part in next(iter(data.test_dataloader())))
@@ -100,7 +102,7 @@ def log_examples(
 
 
 def log_results(loggers: Sequence[Logger], results: Results, figures: Sequence[Path]) -> None:
-    """Accuracies, tables and figures of a run that does not train."""
+    """Log accuracies, tables and figures of a run without training."""
     log_accuracies(loggers, results, step=0)
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -37,6 +37,7 @@ from mixadv.files import write_arrays
 from mixadv.mixture import Mixture
 from mixadv.results import Curve, Curves, Flag, Game, Results
 from mixadv.runs import processes
+from mixadv.seeding import generator_for
 from mixadv.shipped import protocols, shipped_protocol
 from mixadv.tasks.build import as_dict, build_protocol, trainer_settings
 from mixadv.threat_model import ThreatModel
@@ -186,7 +187,7 @@ def example_images(
     class_names: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray, list[str], list[str], float]:
     """Clean and attacked images [N, C, H, W], their labels, which members the attack fooled, and eps."""
-    x_adv = attack(mixture, x, y, threat_model, torch.Generator(x.device).manual_seed(0))
+    x_adv = attack(mixture, x, y, threat_model, generator_for(0, "examples", device=x.device))
     with torch.no_grad(), mixture.attack_mode(plain=True):
         wrong = mixture.member_logits(x_adv).argmax(-1) != y
     fooled = [", ".join(str(int(k)) for k in column.nonzero().flatten()) or "none" for column in wrong.T]

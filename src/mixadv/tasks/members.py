@@ -14,7 +14,7 @@ from mixadv.members.checks import check_members
 from mixadv.members.recipe import factories_of
 from mixadv.members.source import LoadedMember, Source, with_unique_names
 from mixadv.results import Classifier, Flag
-from mixadv.tasks import build
+from mixadv.tasks import build, models
 
 # What members have to agree in to be compared: the game, and which images it is played on.
 DECIDES = (
@@ -57,9 +57,9 @@ def named_members(
         UserError: a member cannot be loaded or used, or does not fit the others or the data.
     """
     # The statistics of these images need not be those that a foreign network was trained with: only what was said.
-    recipe = build.model_recipe(cfg.model, data, statistics=False)
+    recipe = models.model_recipe(cfg.model, data, statistics=False)
     # A factory among the members is called without arguments; one that needs some is named as the model.
-    factories = [*(source.name for source in sources), *factories_of({"model": recipe})]
+    factories = [*(source.name for source in sources), *factories_of([recipe])]
     members = with_unique_names([m for source in sources for m in source.members(recipe, device, factories)])
     num_classes = check_members(members, x)
     if num_classes != data.num_classes:

@@ -32,6 +32,7 @@ from mixadv.report import draw_solution
 from mixadv.results import Accuracy, Certificate, Data, Fit, Game, History, Row, Solve
 from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, write_config, write_results
+from mixadv.seeding import derive_seed, generator_for
 from mixadv.simplex import uniform
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
@@ -40,9 +41,6 @@ from mixadv.tasks.measure import settings_of, with_header
 from mixadv.tasks.members import flags_of_other_splits, named_members, named_results
 from mixadv.threat_model import ThreatModel
 from mixadv.training.schedule import limited
-
-# Attacks that judge the weights start elsewhere than those that found them.
-FRESH = 100_003
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def solve_weights(
     other = [uniform(len(members)).tolist()]
     console.print("Attacking the weights anew on the images that chose them, then on the test set", highlight=False)
     parts = zip(x.split(data.eval_batch_size), y.split(data.eval_batch_size), strict=True)
-    fresh = evaluate(mixture, parts, attacks, threat_model, seed=cfg.seed + FRESH, other_weights=other)
+    fresh = evaluate(mixture, parts, attacks, threat_model, seed=derive_seed(cfg.seed, "fresh"), other_weights=other)
     loader = data.test_dataloader()
     limit = limited(cfg.trainer.limit_test_batches, len(loader))
     batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
@@ -165,7 +163,7 @@ def _play(
             weighing.threat_model,
             list(weighing.attacks.values()),
             ZeroOne(),
-            torch.Generator(weighing.device).manual_seed(weighing.cfg.seed),
+            generator_for(weighing.cfg.seed, "solve", device=weighing.device),
             batch_size=batch_size,
             on_attack=lambda images: progress.advance(task, images),
         )
@@ -209,7 +207,7 @@ def _rows(
 def _mixture_config(cfg: DictConfig, data: ImageDataModule, members: list[LoadedMember]) -> dict[str, Any]:
     return {
         "L": len(members),
-        "models": [member.recipe for member in members],
+        "models": [member.recipe.record() for member in members],
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},

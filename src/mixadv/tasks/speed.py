@@ -1,4 +1,4 @@
-"""``auto`` in precision and compile: what pays on the device, and in a run of this length."""
+"""The choices of ``trainer.precision=auto`` and ``compile=auto``, and the compilation of members."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,47 +17,53 @@ from mixadv.runs.choices import AUTO, Choices
 from mixadv.training import MixtureTraining
 from mixadv.training.generators import same_draws
 
-# Compiling takes one to three minutes, for graphs of the attack, the update and other sizes of batch; a GPU's training
-# of so many batches repays it. On two CPU cores it saves about a quarter (docs/performance.md).
+# Compiling the attack and the update, for several batch sizes, takes one to three minutes. A training on a GPU saves
+# more than that from about this number of batches. On two CPU cores it saves about a quarter (docs/performance.md).
 ENOUGH_BATCHES = 2000
 
 
 def settle_precision(cfg: DictConfig, device: torch.device, choices: Choices) -> str:
-    """Lightning's precision for training; auto is bf16-mixed on GPUs whose tensor cores compute in it, else 32-true.
+    """Lightning's precision for training: auto is bf16-mixed on GPUs with tensor cores for bfloat16, else 32-true.
 
-    Evaluation is in float32 always. On CPUs without instructions for bfloat16 autocast is many times slower.
+    Evaluation always uses float32. On CPUs without bfloat16 instructions, autocast is many times slower.
     """
     if cfg.trainer.precision != AUTO:
         return str(cfg.trainer.precision)
-    # Compute capability 8 is the first with them; is_bf16_supported() counts emulation.
+    # Compute capability 8 is the first with such cores; torch.cuda.is_bf16_supported() is also true for emulation.
     cores = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return str(choices.settle("trainer.precision", lambda: "bf16-mixed" if cores else "32-true"))
 
 
 def settle_compilation(cfg: DictConfig, batches: int, device: torch.device, choices: Choices) -> bool:
-    """Whether members are compiled; auto: on a GPU, in a training of at least `ENOUGH_BATCHES` batches.
+    """Whether to compile the members; auto: on a GPU, for a training of at least `ENOUGH_BATCHES` batches.
 
     Args:
-        batches: of the training; 0 for one that only measures.
+        cfg: the configuration.
+        batches: number of batches of the training; 0 for an evaluation.
+        device: where the members run.
+        choices: records the choice, see `mixadv.runs.choices`.
     """
     if cfg.compile != AUTO:
-        return _wanted(cfg)
+        return _is_required(cfg)
     return bool(choices.settle("compile", lambda: device.type == "cuda" and batches >= ENOUGH_BATCHES))
 
 
 def batches_of_training(cfg: DictConfig, module: MixtureTraining, data: ImageDataModule) -> int:
-    """How many batches t a training of ``trainer.max_epochs`` has."""
+    """The number of batches t in a training of ``trainer.max_epochs``."""
     limit = cfg.trainer.limit_train_batches
     return cfg.trainer.max_epochs * module.schedule.batches_in_epoch(data.batches_per_pass, limit)
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """What compiled members will be run on first: full batches, attacked and, if `trained`, in an update.
+    """The graphs that compiled members need first: full batches in an attack and, if `trained`, in an update.
 
     Args:
-        batch_size: images. image_shape: [C, H, W]. device: where they run.
-        trained: whether members are updated. bf16: whether under autocast.
+        batch_size: images per batch.
+        image_shape: (C, H, W).
+        device: where the members run.
+        trained: whether members are updated.
+        bf16: whether they run under autocast to bfloat16.
     """
 
     batch_size: int
@@ -67,11 +73,11 @@ class Graphs:
     bf16: bool = False
 
     def make(self, mixture: Mixture) -> None:
-        """Run each member once; random states, parameters and statistics stay as they are."""
+        """Run each member once. Random states, parameters and statistics are unchanged afterwards."""
         x = torch.full((self.batch_size, *self.image_shape), 0.5, device=self.device)
         y = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        # Attack mode puts back what the update changes.
+        # Attack mode restores the modes, flags and statistics that the update changes.
         with same_draws(self.device), torch.inference_mode(False), mixture.attack_mode(), autocast:
             value_and_gradient(mixture, ExpectedLoss(), x, y, None)
             for member in mixture.members if self.trained else ():
@@ -80,44 +86,44 @@ class Graphs:
 
 
 def compile_members(cfg: DictConfig, mixture: Mixture, graphs: Graphs, console: Console) -> None:
-    """Compile the members in place, and make the graphs of full batches first, whatever the run begins with.
+    """Compile the members in place, with the graphs of full batches first.
 
-    Where that fails, members run as they were written, which is said.
+    If compilation fails under ``compile=auto``, the members run uncompiled, and one line says so.
 
     Raises:
-        UserError: it fails, and ``compile=true`` asks for it.
+        UserError: compilation fails under ``compile=true``.
     """
     if graphs.batch_size < SMALL_BATCH and graphs.device.type == "cpu":
-        line = f"compile: batches of {graphs.batch_size} images run as written, {SMALL_BATCH} or more are compiled"
+        line = f"compile: batches of {graphs.batch_size} images run uncompiled; {SMALL_BATCH} or more are compiled"
         console.print(line, highlight=False, soft_wrap=True)
-    # Graphs of earlier jobs in this process count against the limit beyond which nothing is compiled any more.
+    # Torch stops compiling beyond a number of graphs; graphs of earlier jobs in this process must not count.
     torch.compiler.reset()
     mixture.to(graphs.device).compile()
     try:
         graphs.make(mixture)
     except torch.OutOfMemoryError:
         raise
-    # What compilers raise: errors of their own, of the toolchain that is not there, of a cache that cannot be written.
+    # Errors of the compiler, of a missing toolchain, or of a cache that cannot be written.
     except (RuntimeError, OSError, ImportError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-        if _wanted(cfg):
+        if _is_required(cfg):
             raise UserError(
                 f"compile=true: the members cannot be compiled here ({reason}): use compile=false"
             ) from error
         mixture.uncompile()
-        line = f"compile=auto: the members run as they were written, for they cannot be compiled here ({reason})"
+        line = f"compile=auto: the members run uncompiled, because they cannot be compiled here ({reason})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def settle_evaluation(
     cfg: DictConfig, data: ImageDataModule, mixture: Mixture, device: torch.device, choices: Choices, console: Console
 ) -> None:
-    """Compile the members of an evaluation where ``compile=true`` asks for it."""
+    """Compile the members of an evaluation under ``compile=true``."""
     if settle_compilation(cfg, 0, device, choices):
         graphs = Graphs(min(data.eval_batch_size, data.num_test), data.image_shape, device)
         compile_members(cfg, mixture, graphs, console)
 
 
-def _wanted(cfg: DictConfig) -> bool:
-    """Whether ``compile=true`` is said (quoted, it is text)."""
+def _is_required(cfg: DictConfig) -> bool:
+    """Whether the command says ``compile=true``; a quoted value is text."""
     return str(cfg.compile).lower() == "true"

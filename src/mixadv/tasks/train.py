@@ -24,15 +24,16 @@ from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
 from mixadv.lambda_solvers import Uniform
-from mixadv.members.recipe import factories_of
+from mixadv.members.recipe import Recipe
 from mixadv.members.store import load_mixture, save_mixture
 from mixadv.report import draw_curves
 from mixadv.results import Data
 from mixadv.runs import processes
 from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
+from mixadv.seeding import derive_seed
 from mixadv.signals import Signals
-from mixadv.tasks import build, speed
+from mixadv.tasks import build, models, speed
 from mixadv.tasks.card import model_card
 from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.tasks.logging_to import (
@@ -70,7 +71,7 @@ class Session:
     data: ImageDataModule
     device: torch.device
     threat_model: ThreatModel
-    recipe: dict[str, Any]
+    recipe: Recipe
     console: Console
     precision: str
     # What the module is made of beside its members.
@@ -100,8 +101,8 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     data = build.build_data(cfg.data)
     threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
     choices = Choices(run_dir, processes.rank(cfg))
-    precision, recipe = speed.settle_precision(cfg, device, choices), build.model_recipe(cfg.model, data)
-    build.check_own_model(recipe, data)
+    precision, recipe = speed.settle_precision(cfg, device, choices), models.model_recipe(cfg.model, data)
+    models.check_own_model(recipe, data)
     session = Session(cfg, data, device, threat_model, recipe, console, precision, parts)
     _check_division(cfg, data)
     with _memory_errors(cfg):
@@ -184,7 +185,7 @@ def _train_and_measure(session: Session, module: MixtureTraining, trainer: pl.Tr
     measured_before = read_results(run_dir)
     if measured_before is not None:
         log_accuracies(loggers, measured_before, module.t)
-        mixture = load_mixture(run_dir / "mixture", factories_of({"model": session.recipe}))
+        mixture = load_mixture(run_dir / "mixture", [session.recipe.name])
         log_examples(loggers, cfg, mixture, data, session.threat_model, device)
         return
     started = time.perf_counter()
@@ -240,7 +241,7 @@ def _module(session: Session) -> MixtureTraining:
     cfg, data = session.cfg, session.data
     recipe = {
         "L": cfg.L,
-        "model": session.recipe,
+        "model": session.recipe.record(),
         "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
         "eps": str(cfg.eps),
         "loss": build.as_dict(cfg.loss),
@@ -249,7 +250,7 @@ def _module(session: Session) -> MixtureTraining:
         "class_names": list(data.class_names),
         "seed": cfg.seed,
     }
-    mixture = build.build_members(session.recipe, cfg.L, cfg.seed, session.device)
+    mixture = models.build_members(session.recipe, cfg.L, cfg.seed, session.device)
     try:
         module = MixtureTraining(
             mixture,
@@ -329,7 +330,7 @@ def _fit(
         _announce(session, module)
     if session.compiled:
         _compile(session, module)
-    pl.seed_everything(cfg.seed, verbose=False)
+    pl.seed_everything(derive_seed(cfg.seed, "training") % 2**32, verbose=False)
     signals = Signals.active
     assert signals is not None
     try:

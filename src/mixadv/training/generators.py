@@ -1,4 +1,4 @@
-"""The generators that belong to no object: Python's, NumPy's, PyTorch's on the CPU and on every GPU."""
+"""The global generators: Python's, NumPy's, PyTorch's on the CPU and on every GPU."""
 
 import random
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def state() -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any]) -> None:
-    """Put them where `saved` left them; those of GPUs only on a machine with as many."""
+    """Restore the states `saved`; those of GPUs only if the machine has as many GPUs."""
     version, numbers, gauss = saved["python_generator"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
     name, keys, position, has_gauss, cached = saved["numpy_generator"]
@@ -35,7 +35,7 @@ def restore(saved: dict[str, Any]) -> None:
 
 @contextmanager
 def same_draws(device: torch.device) -> Iterator[None]:
-    """Members may draw (dropout): the run that follows draws what it would have drawn."""
+    """Inside, members may draw (dropout); afterwards torch's generators are as they were before."""
     cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         yield

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -33,22 +31,34 @@ from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch
 from mixadv.models import MODELS
 from mixadv.ranks import Ranks
-from mixadv.seeding import derive_seed
+from mixadv.seeding import generator_for
 from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
 from mixadv.training import generators, learning_rate
+from mixadv.training.checks import check_optimizer, check_trainer
 from mixadv.training.learning_rate import build_scheduler
 from mixadv.training.recorded import rebuilt, recorded
-from mixadv.training.replicas import Replicas
 from mixadv.training.schedule import Schedule
 from mixadv.training.shared_attack import DividedGame, SharedAttack
 from mixadv.training.update import add_gradient, running_statistics
 
-STATE_SCHEMA = 4
+STATE_SCHEMA = 5
 # Arguments of `MixtureTraining` that a checkpoint records; the members are recorded by their recipe.
 RECORDED = (
-    *("loss", "threat_model", "attack", "validation_attack", "solver", "kind", "T_theta", "optimizer", "scheduler"),
-    *("gradient_clip_val", "gradient_clip_algorithm", "seed", "micro_batch_size", "protocol"),
+    "loss",
+    "threat_model",
+    "attack",
+    "validation_attack",
+    "solver",
+    "kind",
+    "T_theta",
+    "optimizer",
+    "scheduler",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "seed",
+    "micro_batch_size",
+    "protocol",
 )
 
 
@@ -156,52 +166,30 @@ class MixtureTraining(pl.LightningModule):
         self.protocol = protocol
         self.predict = predict
         self.recipe = dict(recipe) if recipe is not None else _recipe_of(mixture)
-        self._try_optimizer()
+        check_optimizer(self.optimizer, self.scheduler, list(mixture.members))
         settings = {name: getattr(self, name) for name in RECORDED if name not in ("attack", "kind", "T_theta")}
         settings |= {"attack": attack, "kind": kind, "T_theta": T_theta}
         self.save_hyperparameters(recorded(settings))
 
-        # Known once a trainer says how long the training is, see `setup`.
+        # Set in `setup`, when a trainer is known.
         self.batches_per_epoch = self.total_batches = self.updates_per_member = 0
         self.check_every = 1
         self._begin()
         self.ranks = Ranks()
-        # The trainer's own settings, which change while it trains, by name.
+        # Settings of the trainer that the training changes, by name, with their original values.
         self._of_trainer: dict[str, Any] = {}
-        # Generators as they were before the batch under way, until that batch has changed something.
+        # States of the generators before the current batch, until that batch changes members or weights.
         self._before_batch: dict[str, Any] | None = None
         self.accuracies = torch.nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust", "ensemble")})
 
     def _begin(self, device: torch.device | str = "cpu") -> None:
-        """Nothing is done yet; members and weights are what they are."""
+        """Set counters and generators to the start of a training; members and weights stay as they are."""
         self.t = 0
         self.member_updates = [0] * self.mixture.num_members
-        self.member_generator = torch.Generator().manual_seed(self.seed)
-        self.attack_generator = torch.Generator(device).manual_seed(self.seed + 1)
+        self.member_generator = generator_for(self.seed, "members")
+        self.attack_generator = generator_for(self.seed, "attacks", device=device)
         self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
         self._bad_step: Tensor | None = None
-
-    def _try_optimizer(self) -> None:
-        """Refuse settings of optimizer and scheduler now, not when the training has begun."""
-        try:
-            optimizer = self.optimizer(self.mixture.members[0].parameters())
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"optimizer: {error}") from error
-        known: dict[int, int] = {}
-        for k, member in enumerate(self.mixture.members):
-            if known.setdefault(id(member), k) != k:
-                raise ValueError(f"members {known[id(member)]} and {k} are the same module: build one for each")
-        for group in optimizer.param_groups:
-            rates = {name: value for name, value in group.items() if isinstance(value, float)}
-            for name, value in rates.items():
-                if not math.isfinite(value):
-                    raise ValueError(f"optimizer: {name}={value} must be finite")
-            if not group["lr"] > 0:
-                raise ValueError(f"optimizer: lr={group['lr']} would learn nothing: give a positive rate, as lr=0.1")
-        try:
-            build_scheduler(self.scheduler, optimizer, 100)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"scheduler: {error}") from error
 
     def forward(self, x: Tensor) -> Tensor:
         """log sum_k lambda_k softmax(f_k(x)) [B, C], as `Mixture.forward`: the averaged prediction, not the draw."""
@@ -214,7 +202,7 @@ class MixtureTraining(pl.LightningModule):
         return optimizers, schedules
 
     def setup(self, stage: str) -> None:
-        """Find out who runs along and, before a fit, how long epochs and training are.
+        """Read from the trainer how many processes there are and, before a fit, how long epochs and training are.
 
         Raises:
             UserError: the trainer asks for what the algorithm cannot do; the message says what works.
@@ -223,53 +211,35 @@ class MixtureTraining(pl.LightningModule):
         device = self.trainer.strategy.root_device
         metrics: Any = self.accuracies.values()
         for metric in metrics:
-            # A test or validation of its own leaves tensors that a fit cannot change.
+            # A separate validation or test leaves inference tensors, which a fit cannot update.
             metric.reset()
         if stage != "fit":
             return
         self._set_lengths()
-        # Every check waits for the device, which costs nothing on the CPU.
+        # Each check of the loss waits for the device; on the CPU that costs nothing.
         self.check_every = 1 if device.type == "cpu" else 50
-        # A second fit begins anew from the members as they are; one that goes on takes up its state after this.
+        # A second fit starts from the members as they are. If it resumes, Lightning loads the state after this hook.
         self._begin(device)
 
     def teardown(self, stage: str) -> None:
-        """Give the trainer its own settings back."""
+        """Restore the settings of the trainer that `_set_for_now` changed."""
         for name, value in self._of_trainer.items():
             setattr(self.trainer, name, value)
         self._of_trainer.clear()
 
     def _set_for_now(self, name: str, value: Any) -> None:
-        """Set an attribute of the trainer until the fit is over."""
+        """Change an attribute of the trainer until the end of the fit."""
         self._of_trainer.setdefault(name, getattr(self.trainer, name))
         setattr(self.trainer, name, value)
 
     def _set_lengths(self) -> None:
         trainer: Any = self.trainer
         data = self._data()
-        strategy = trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, Replicas)):
-            wrong = type(strategy).__name__
-            raise UserError(
-                f"{wrong} cannot train a mixture, whose members are updated one at a time: use one device, or "
-                "several with strategy=mixadv.training.Replicas()"
-            )
-        if str(trainer.precision) in ("16-true", "bf16-true"):
-            raise UserError(f"precision={trainer.precision}: attacks need images in float32; use bf16-mixed")
-        if any(isinstance(callback, (BatchSizeFinder, LearningRateFinder)) for callback in trainer.callbacks):
-            raise UserError(
-                "BatchSizeFinder and LearningRateFinder try batches that the training then leaves out: give numbers; "
-                "micro_batch_size serves a batch that memory does not hold in parts"
-            )
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise UserError("the learning rate follows the share of the training that is done: set max_epochs")
-        for k, member in enumerate(self.mixture.members):
-            if not any(p.requires_grad for p in member.parameters()):
-                raise UserError(f"member {k} has no parameter that can be trained: leave it out, or unfreeze it")
+        check_trainer(trainer, list(self.mixture.members))
         length = self.schedule.batches_in_epoch(data.batches_per_pass, trainer.limit_train_batches)
         if length < 1:
             raise UserError("limit_train_batches=0 trains nothing: leave it out, or give 1 batch or more")
-        # Said in batches from here on: Lightning would take a share of the shortened epoch once more.
+        # A number of batches: Lightning would apply a share once more, to the shortened epoch.
         self._set_for_now("limit_train_batches", length)
         data.batches_per_epoch = self.batches_per_epoch = length
         data.overfit_batches = length if trainer.overfit_batches else None
@@ -291,24 +261,24 @@ class MixtureTraining(pl.LightningModule):
         return data
 
     def on_train_start(self) -> None:
-        """Write the first row of the history, or go on inside an epoch."""
+        """Log the state before the first batch, or prepare to resume inside an epoch."""
         if self.t == 0:
             for logger in self.loggers:
                 logger.log_metrics(self.progress(), 0)
         if self._data().train_dataloader().batches_left < self.batches_per_epoch:
-            # The first epoch is what is left of one; Lightning has to ask again for the length of the next.
+            # The first epoch is the rest of an interrupted one: Lightning must read the length of the next one again.
             self._set_for_now("reload_dataloaders_every_n_epochs", 1)
 
     def on_train_epoch_end(self) -> None:
-        """The next epoch begins."""
+        """Close the epoch of the data stream."""
         self._data().train_dataloader().close_epoch()
         if "val_check_interval" in self._of_trainer:
             self.trainer.val_check_interval = self._of_trainer.pop("val_check_interval")
-        # Lightning has counted a batch without examples as well.
+        # Lightning also counted the batch without examples.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.t
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Serve batch t to the members or to the weights, as the schedule says; one of no examples to nobody."""
+        """Run the members phase or weights phase of batch t, as the schedule says; skip a batch without examples."""
         x, y = batch
         if not len(y):
             return
@@ -318,7 +288,7 @@ class MixtureTraining(pl.LightningModule):
             self._record(self._weights_phase(x, y))
             return
         found = self._members_phase(x, y)
-        # For callbacks and progress bars, after every step.
+        # For callbacks and progress bars; loggers get a row every `log_every_n_steps` batches.
         for name, value in found.items():
             self.log(name, value, logger=False, batch_size=1, prog_bar=name == "train/loss")
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -326,9 +296,9 @@ class MixtureTraining(pl.LightningModule):
             self._record(found)
 
     def _record(self, values: dict[str, Any]) -> None:
-        """One row for every logger, and the values for callbacks and progress bars.
+        """Give every logger one row, and callbacks and progress bars the values.
 
-        Not through self.log alone: it would repeat the values of the last members phase in rows of weights phases.
+        self.log alone would repeat the values of the last members phase in the rows of weights phases.
         """
         numbers = {name: float(value) for name, value in {**values, **self.progress()}.items()}
         for name, number in numbers.items():
@@ -338,7 +308,7 @@ class MixtureTraining(pl.LightningModule):
             logger.log_metrics(numbers, self.t)
 
     def progress(self) -> dict[str, float]:
-        """What every row of the history has: epochs per model, updates of all members together, lambda."""
+        """The columns of every row: epochs per model, updates of all members together, lambda."""
         weights = self.mixture.weights.tolist()
         return {
             "epoch": self.epochs_done,
@@ -350,7 +320,7 @@ class MixtureTraining(pl.LightningModule):
         self.refuse_broken()
         most, generator = self.micro_batch_size, self.attack_generator
         attacks = [SharedAttack(self.weights_attack, self.ranks, most)]
-        # After a resume they come from a file.
+        # After a resume they come from a checkpoint, on the CPU.
         recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
         game = DividedGame(
             *(self.mixture, x, y, self.threat_model, attacks, self.loss, generator),
@@ -364,7 +334,7 @@ class MixtureTraining(pl.LightningModule):
                 f"the members' losses are not finite at step {self.t}: stopped, the last good checkpoint is kept. "
                 f"Lower {self._rate()}"
             ) from error
-        lam0 = self.mixture.weights.double().cpu()
+        lam0 = self.mixture.weights.to("cpu", torch.float64, copy=True)
         with self._interruptible():
             solution = self.solver.solve(game, lam0=lam0, generator=self.attack_generator)
         self._before_batch = None
@@ -403,14 +373,14 @@ class MixtureTraining(pl.LightningModule):
         optimizer.zero_grad()
         seen = add_gradient(member, self.loss, x, x_adv, y, self.micro_batch_size, self.manual_backward)
         gradients = [p.grad for p in member.parameters() if p.grad is not None]
-        # Statistics of batch norm too: members stay the same on all processes.
+        # Batch norm's statistics too, so that members stay the same in all processes.
         self.ranks.average_([*gradients, *running_statistics(member), seen])
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
         optimizer.step()
         self.member_updates[k] += 1
-        # Where a sampled schedule leads a member beyond its share, the last rate stays: not every schedule of torch
-        # goes on there, and some rise again.
+        # The sampled schedule may give a member more updates than its share. It keeps the last rate then: some
+        # schedulers of torch cannot go on, others rise again.
         scheduler = self._as_list(self.lr_schedulers())[k]
         if scheduler.last_epoch + 1 < self.updates_per_member:
             scheduler.step()
@@ -421,7 +391,7 @@ class MixtureTraining(pl.LightningModule):
         return one_or_many if isinstance(one_or_many, list) else [one_or_many]
 
     def _watch(self, loss: Tensor) -> None:
-        """Remember the first step whose loss was not finite; ask the device for it only every few steps."""
+        """Note the first step with a loss that is not finite; read it from the device only every few steps."""
         if self._bad_step is None:
             self._bad_step = torch.full((), -1, device=loss.device)
         now_bad = ~torch.isfinite(loss) & (self._bad_step < 0)
@@ -430,13 +400,13 @@ class MixtureTraining(pl.LightningModule):
             self.refuse_non_finite()
 
     def _interruptible(self) -> AbstractContextManager[None]:
-        """Inside, a signal may end the work at once: nothing changes that `abandon_batch` does not put back."""
-        # With several processes none may leave a collective operation that the others wait in.
+        """Inside, a signal may stop the work at once: `abandon_batch` restores all that changes."""
+        # With several processes, a signal must not interrupt one of them inside a collective operation.
         signals = Signals.active if self.ranks.size == 1 else None
         return nullcontext() if signals is None else signals.interruptible()
 
     def abandon_batch(self) -> bool:
-        """Undo the batch under way if it has changed nothing but generators; whether there was one."""
+        """Undo the current batch if it changed only generators; return whether it did."""
         if self._before_batch is None:
             return False
         self._set_generators(self._before_batch)
@@ -499,16 +469,16 @@ class MixtureTraining(pl.LightningModule):
         Of several processes each takes whole batches: the numbers are those of one.
         """
         x, y = self._own(batch, batch_idx)
-        generator = torch.Generator(x.device).manual_seed(self.seed + 2 + batch_idx)
+        draws = generator_for(self.seed, "validation", batch_idx, device=x.device)
         with self._interruptible(), torch.inference_mode(False), torch.enable_grad():
-            x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, generator)
-        # However training and attack compute, correctness is that of the plain float32 model.
+            x_adv = self.validation_attack(self.mixture, x, y, self.threat_model, draws)
+        # Training and attack may compute in other precisions; correctness is judged in plain float32.
         with torch.inference_mode(False), self.mixture.attack_mode(plain=True):
             robust = self.mixture.expected_accuracy(x_adv, y)
         self._log_accuracies("val", x, y, robust)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what else belongs into the row of a validation."""
+        """Log the other columns of the row of a validation."""
         self.log_dict({**self.progress(), "step": float(self.t)}, batch_size=1)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -533,11 +503,11 @@ class MixtureTraining(pl.LightningModule):
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         if self.predict == "probabilities":
             return self.mixture(x).exp()
-        generator = torch.Generator(x.device).manual_seed(derive_seed(self.seed, "predict", batch_idx))
-        return self.mixture.predict(x, generator)
+        return self.mixture.predict(x, generator_for(self.seed, "predict", batch_idx, device=x.device))
 
     def _own(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """The batch, or none of it where another process has it; tensors that attacks can differentiate."""
+        """The batch, or an empty one if another process serves it; no inference tensors, so that attacks can
+        differentiate."""
         x, y = batch if self.ranks.serves(batch_idx) else (batch[0][:0], batch[1][:0])
         if not x.is_inference():
             return x, y
@@ -551,8 +521,8 @@ class MixtureTraining(pl.LightningModule):
             ensemble = self.mixture.ensemble_accuracy(x, y)
         for name, values in {"clean": clean, "robust": robust, "ensemble": ensemble}.items():
             metric: Any = self.accuracies[name]
-            # Sums in float64 (where the device has it) do not depend on the batching. Said every time, for a metric
-            # that Lightning moves to a device computes in float32 again.
+            # Sums in float64 (if the device has it) do not depend on the batching. Set every time: a metric that
+            # Lightning moves to a device computes in float32 again.
             metric.set_dtype(clean.dtype)
             metric.update(values.to(clean.dtype))
             shown = name == "robust"
@@ -565,14 +535,14 @@ class MixtureTraining(pl.LightningModule):
 
     @property
     def validation_is_due(self) -> bool:
-        """Whether the epoch's last batch is done and its validation is still to come."""
+        """Whether the last batch of the epoch is done, but not its validation."""
         return self._data().train_dataloader().batches_left == 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know of, as tensors and plain containers: counters, generators, the recipe.
+        """Add counters, generators and the recipe, as tensors and plain containers.
 
-        Lightning's own loop counters are left out: they cannot express an epoch of which a part is left. It is told
-        the epoch alone when the training goes on.
+        Lightning's loop counters are dropped: they cannot express an interrupted epoch. Only the epoch number is
+        restored.
         """
         stream = self._data().train_dataloader()
         checkpoint.pop("loops", None)
@@ -590,7 +560,7 @@ class MixtureTraining(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up counters and generators, and tell the trainer how far the training is.
+        """Restore counters and generators, and set the trainer's own counters.
 
         Raises:
             UserError: the checkpoint is not one of ours, or of another schema or L.
@@ -621,12 +591,12 @@ class MixtureTraining(pl.LightningModule):
         self._set_generators(state)
         loop: Any = self.trainer.fit_loop
         loop.epoch_progress.current.processed = checkpoint["epoch"]
-        # Lightning refuses to validate every so many batches of an epoch that has fewer left.
+        # Lightning refuses a validation interval that is longer than the rest of the epoch.
         interval = self.trainer.val_check_interval
         left = (checkpoint["epoch"] + 1) * self.batches_per_epoch - self.t
         if isinstance(interval, int) and interval > left:
             self._set_for_now("val_check_interval", max(1, left))
-        # Callbacks such as weight averaging count by trainer.global_step, which is that of the optimizers.
+        # Callbacks such as weight averaging use trainer.global_step, which Lightning derives from these.
         steps = loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = checkpoint["global_step"]
         loop.epoch_loop._batches_that_stepped = self.t
@@ -642,14 +612,14 @@ class MixtureTraining(pl.LightningModule):
         weights_only: bool | None = None,
         **given: Any,
     ) -> "MixtureTraining":
-        """The training in a checkpoint, with the members as they were there; nothing in the file can run code.
+        """The training of a checkpoint, with its members; nothing in the file can run code.
 
         Args:
             checkpoint_path: a checkpoint of ours. map_location: the device, None for the CPU.
-            hparams_file, strict, weights_only: of Lightning's signature; files hold their settings, and are read whole
-                and without code whatever these say.
-            given: arguments of `MixtureTraining` that take the place of recorded ones; needed for those that are not
-                part of mixadv (``mixture`` for members of your own, ``loss``, ...).
+            hparams_file, strict, weights_only: ignored; they belong to Lightning's signature. The checkpoint holds its
+                settings, is read whole, and never runs code.
+            given: arguments of `MixtureTraining` that replace the recorded ones; needed for parts that are not of
+                mixadv (``mixture`` for members of your own, ``loss``, ...).
 
         Raises:
             UserError: it cannot be read, or names code that has to be given.
@@ -666,7 +636,7 @@ class MixtureTraining(pl.LightningModule):
             mixture = mixture_of_checkpoint(path, checkpoint)[0].train()
         parts = {key: rebuilt(settings[key], key) for key in RECORDED if key in settings and key not in given}
         parts["recipe"] = checkpoint.get("mixture_config")
-        # What a file holds may be of any kind.
+        # The content of a file may have any type.
         try:
             module = cls(mixture, **{**parts, **given})
             module.on_load_checkpoint(checkpoint)
@@ -679,7 +649,7 @@ class MixtureTraining(pl.LightningModule):
 
 def _recipe_of(mixture: Mixture) -> dict[str, Any] | None:
     recipes = [getattr(member, "recipe", None) for member in mixture.members]
-    # Members of others may have something else of that name.
+    # Members of the user may have another attribute of that name.
     if not all(isinstance(recipe, dict) and recipe.get("name") in MODELS for recipe in recipes):
         return None
     return {"L": len(recipes), "models": recipes}

@@ -1,8 +1,8 @@
-"""The parts of a training as plain containers, so that a checkpoint says what it was trained with, and back.
+"""The parts of a training as plain containers, for checkpoints, and back.
 
-A part is recorded as ``{"_target_": "module.Class", argument: value, ...}``. A checkpoint may come from anywhere, so
-only attacks, losses, solvers and threat models of mixadv, and optimizers and schedulers of ``torch.optim``, are built
-again; other parts are given by the caller.
+A part is recorded as ``{"_target_": "module.Class", argument: value, ...}``. A checkpoint may come from anywhere.
+Therefore only attacks, losses, solvers and threat models of mixadv, and optimizers and schedulers of ``torch.optim``,
+are built again; the caller gives other parts.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from mixadv.errors import UserError
 from mixadv.training import learning_rate
 
 PLAIN = (str, int, float, bool, type(None))
-# Where the classes are that an argument of a training is made of: plain settings, which do nothing when they are built.
+# Modules whose classes an argument of a training may be made of. Building them has no side effects.
 HOMES = {
     "loss": ("mixadv.losses",),
     "threat_model": ("mixadv.threat_model",),
@@ -31,7 +31,7 @@ HOMES = {
     "optimizer": ("torch.optim",),
     "scheduler": ("torch.optim.lr_scheduler", learning_rate.__name__),
 }
-# What the others are.
+# Types of the other arguments.
 NUMBERS = {
     "kind": (str,),
     "T_theta": (int,),

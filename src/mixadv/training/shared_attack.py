@@ -66,7 +66,7 @@ class SharedAttack:
 class DividedGame(MixtureGame):
     """The game on a batch whose attacks divide it themselves: members see at most `micro_batch_size` images at once.
 
-    Given as `MixtureGame.batch_size` it would divide the draws of the starts too, and so change them.
+    `MixtureGame.batch_size` would also split the random starts and so change the result.
 
     Args:
         micro_batch_size: the most images in one call of a member; None for no limit. Others: see `MixtureGame`.

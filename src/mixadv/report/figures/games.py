@@ -1,4 +1,4 @@
-"""The figures of the built-in games, from results.json and game.npz."""
+"""The figures of runs of ``task=game``, from results.json and game.npz."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixadv.errors import UserError
+from mixadv.files import read_arrays
 from mixadv.report.figures.style import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure, save
 from mixadv.report.files import read_run
-from mixadv.report.game_tables import ANEW, DAMAGED, read_game
+from mixadv.report.game_tables import damage_named, read_game, runs_by_radius
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 POSITIVE, NEGATIVE, ATTACK = CLEAN, ROBUST, VALUE
 MIXTURE, GREY = MEMBERS[0], "#666666"
 _LEGEND: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 11, "handlelength": 2.6}
-_FLOOR = 1e-5  # of the errors that are drawn
+_FLOOR = 1e-7  # of the errors that are drawn
 
 
 def draw_game(run_dir: str | Path) -> Path:
@@ -31,132 +31,137 @@ def draw_game(run_dir: str | Path) -> Path:
     """
     path = Path(run_dir)
     game = read_game(read_run(path))
-    try:
-        with open(path / "game.npz", "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
-        raise UserError(f"{path / 'game.npz'} cannot be read: {error}; run the game again with resume=never") from error
-    figure = motivating_figure if game["name"] == "motivating" else gaussians_figure
-    try:
+    with damage_named(path):
+        figure = {"motivating": motivating_figure, "gaussians": gaussians_figure}.get(game["name"], any_figure)
+        arrays = read_arrays(path / "game.npz") or {}
         return save(lambda: figure(game, arrays), path / "game.png")
-    except DAMAGED as error:
-        raise UserError(f"the results of the game in {path} are damaged ({type(error).__name__}): {ANEW}") from error
 
 
 # --- the motivating example --------------------------------------------------------------------------------
 
 
 def motivating_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Figure:
-    """The line with its atoms, balls, decision regions and the attack; beside it the risk against lam_1.
+    """The line with the points, where the attacker can and does move them, and what the classifiers predict; beside
+    it the error rate under attack against the probability of f1.
 
     Its axes are labelled "line" and "risk".
     """
-    figure = new_figure(5.6, f"Two classifiers on the line, ε = {game['eps']}")
     exact = game["exact"]
+    alone = min(exact["deterministic_risks"], key=Fraction)
+    pays = Fraction(exact["value"]) < Fraction(alone)
+    title = "Choosing between two classifiers at random " + ("beats each of them" if pays else "gains nothing here")
+    figure = new_figure(5.8, f"{title} (the attacker moves points by at most ε = {game['eps']})")
     _draw_line(figure.add_axes((0.02, 0.185, 0.555, 0.655), label="line"), game, arrays["thresholds"])
     _draw_risk(figure.add_axes((0.645, 0.245, 0.325, 0.595), label="risk"), exact, arrays["curve"])
     footnote(
         figure,
-        f"The mixture ({', '.join(exact['weights'])}) has risk {exact['value']}; the better classifier alone has "
-        f"{min(exact['deterministic_risks'], key=Fraction)}. The attacker is sure of {exact['dual']} with the moves "
-        f"drawn, and of {exact['pure_attacker']} with moves that are not random. All numbers are exact.",
+        f"The best mixture draws f1 with probability {exact['weights'][0]}, anew for every point, and is wrong with "
+        f"probability {exact['value']} under attack; the better classifier alone with {alone}. The attacker does not "
+        f"see the draw. It is sure of {exact['dual']} with the moves shown, and of {exact['pure_attacker']} without "
+        "random moves. All numbers are exact.",
     )
     return figure
 
 
 def _draw_line(axes: Axes, game: dict[str, Any], thresholds: np.ndarray) -> None:
-    eps = float(Fraction(game["eps"]))
-    places = [float(Fraction(point["point"])) for point in game["attack"]]
+    eps, points = _number(game["eps"]), sorted(game["attack"], key=lambda point: Fraction(point["point"]))
+    places = [_number(point["point"]) for point in points]
     reach = max(map(abs, places)) + eps + 0.25
-    axes.set(xlim=(-reach, reach), ylim=(-1.66, 1.42))
+    axes.set(xlim=(-reach, reach), ylim=(-1.66, 1.2), yticks=[])
     axes.axhline(0, color="black", linewidth=1.2, zorder=1)
     for k, (at, side) in enumerate(thresholds):
         y = -1.06 - 0.5 * k
-        for low, high, label, outer in ((-reach, at, -side, "left"), (at, reach, side, "right")):
-            colour = POSITIVE if label > 0 else NEGATIVE
+        for low, high, label in ((-reach, at, -side), (at, reach, side)):
+            colour, sign = _look(label)
             axes.fill_between([low, high], y, y + 0.38, color=colour, alpha=0.22, linewidth=0)
-            x = low + 0.08 if outer == "left" else high - 0.08
-            words = f"f{k + 1} says {'+1' if label > 0 else '−1'}"
-            axes.text(x, y + 0.18, words, ha=outer, va="center", color=colour, fontweight="bold")
+            x, ha = (0.01, "left") if low < at else (0.99, "right")
+            words: Any = {"ha": ha, "va": "center", "color": colour, "fontweight": "bold"}
+            axes.text(x, y + 0.18, f"f{k + 1} predicts {sign}", transform=axes.get_yaxis_transform(), **words)
         axes.plot([at, at], [y, 0.12], color=GREY, linestyle=DASHES[2], linewidth=1.3, zorder=0)
-    for i, (point, x) in enumerate(zip(game["attack"], places, strict=True)):
-        colour = POSITIVE if point["label"] > 0 else NEGATIVE
-        if eps > 0:
-            # Neighbouring balls may overlap: each has a height of its own.
-            y = -0.27 - 0.14 * i
-            ends = "|-|,widthA=0.3,widthB=0.3"
-            look = {"arrowstyle": ends, "color": colour, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.6}
-            axes.annotate("", xy=(x - eps, y), xytext=(x + eps, y), arrowprops=look)
-        size = 1000 * float(Fraction(point["mass"]))
-        shape = "o" if point["label"] > 0 else "s"
-        axes.scatter([x], [0], s=size, color=colour, marker=shape, zorder=3, edgecolors="white", linewidths=1.5)
-        sign = "+1" if point["label"] > 0 else "−1"
-        about = f"label {sign}, mass {point['mass']}"
-        axes.text(x, 1.36, about, ha="center", va="top", fontsize=12, color=colour)
-        _draw_moves(axes, point, x)
-    ticks = sorted({Fraction(0), *(Fraction(p["point"]) for p in game["attack"]), *map(Fraction, thresholds[:, 0])})
-    axes.set_xticks([float(tick) for tick in ticks], [_text(tick) for tick in ticks])
-    axes.set_yticks([])
+    for i, point in enumerate(points):
+        # Neighbouring balls may overlap: each has a height of its own.
+        _draw_point(axes, point, eps, -0.27 - 0.14 * i)
+        words = {"ha": "center", "va": "top", "color": _look(point["label"])[0], "fontsize": 12}
+        lines = "\n".join(_what_happens(point, thresholds))
+        axes.text((i + 0.5) / len(points), 0.99, lines, transform=axes.transAxes, **words)
+    ticks = sorted({0.0, *places, *thresholds[:, 0]})
+    axes.set_xticks(ticks, [_text(Fraction(tick)) for tick in ticks])
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    axes.set_title("Points and their balls, decisions, and the attacker's optimal moves")
+    axes.set_title("Points, how far the attacker can move them (bars), its best moves (arrows)")
 
 
-def _draw_moves(axes: Axes, point: dict[str, Any], x: float) -> None:
-    """Arcs from the point to where the attacker sends it, with probabilities."""
+def _draw_point(axes: Axes, point: dict[str, Any], eps: float, height: float) -> None:
+    """A point, its ball at a height of its own, and arrows to where the attacker sends it."""
+    x, (colour, sign) = _number(point["point"]), _look(point["label"])
+    axes.plot([x - eps, x + eps], [height, height], color=colour, marker="|", markersize=9, linewidth=1.6)
+    shape: Any = {"marker": "o" if sign == "+1" else "s", "s": 1000 * _number(point["mass"])}
+    axes.scatter([x], [0], color=colour, zorder=3, **shape)
+    for to in (_number(move["to"]) for move in point["moves"]):
+        if to != x:
+            arrow: Any = {"arrowstyle": "-|>", "mutation_scale": 18, "color": ATTACK, "linewidth": 2, "shrinkA": 8}
+            arrow["connectionstyle"] = f"arc3,rad={0.55 if to < x else -0.55}"
+            axes.annotate("", xy=(to, 0.04), xytext=(x, 0.04), arrowprops=arrow)
+
+
+def _what_happens(point: dict[str, Any], thresholds: np.ndarray) -> list[str]:
+    """The point in words, and for each of its moves the classifiers that are wrong there."""
+    lines = [f"label {_look(point['label'])[1]}, {point['mass']} of the data"]
     for move in point["moves"]:
-        to, chance = float(Fraction(move["to"])), Fraction(move["probability"])
-        if to == x:
-            text = "stays" if chance == 1 else f"stays with\nprobability {chance}"
-            axes.text(x, 0.24, text, ha="center", va="bottom", color=ATTACK, fontsize=12)
-            continue
-        sign = 1 if to > x else -1
-        look = {"arrowstyle": "-|>", "mutation_scale": 18, "color": ATTACK, "linewidth": 2, "shrinkA": 0, "shrinkB": 2}
-        look["connectionstyle"] = f"arc3,rad={-0.55 * sign}"
-        axes.annotate("", xy=(to, 0.04), xytext=(x + 0.03 * sign, 0.2), arrowprops=look)
-        text = f"to {_text(Fraction(move['to']))}" + ("" if chance == 1 else f"\nwith probability {chance}")
-        # The words of two moves from one point stand on either side of it, those of a single one behind it.
-        if len(point["moves"]) == 1:
-            axes.text(x + 0.1 * sign, 0.3, text, ha="right" if sign > 0 else "left", color=ATTACK, fontsize=12)
-        else:
-            axes.text(x + 0.45 * sign, 0.52, text, ha="center", va="bottom", color=ATTACK, fontsize=12)
+        positive = thresholds[:, 1] * (_number(move["to"]) - thresholds[:, 0]) >= 0
+        fooled = [f"f{k + 1}" for k, says in enumerate(positive) if says != (point["label"] > 0)]
+        where = "stays" if move["to"] == point["point"] else f"to {_text(move['to'])}"
+        chance = "" if move["probability"] == "1" else f" (p = {move['probability']})"
+        lines.append(f"{where}, fools {' and '.join(fooled) or 'neither'}{chance}")
+    return lines
 
 
 def _draw_risk(axes: Axes, exact: dict[str, Any], curve: np.ndarray) -> None:
-    first, value, dual, pure = (
-        float(Fraction(text)) for text in (exact["weights"][0], exact["value"], exact["dual"], exact["pure_attacker"])
-    )
-    top = float(curve[:, 1].max())
-    axes.set(xlim=(0, 1), ylim=(0, 1.3 * top))
+    value, dual, pure = (_number(exact[name]) for name in ("value", "dual", "pure_attacker"))
+    axes.set(xlim=(0, 1), ylim=(0, 1.3 * float(curve[:, 1].max())))
 
-    def say(text: str, x: float, y: float, offset: tuple[int, int], colour: str, ha: Any = "center") -> None:
-        va: Any = "bottom" if offset[1] > 0 else "top"
-        axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", color=colour, fontsize=12, ha=ha, va=va)
+    def note(text: str, x: float, y: float, offset: tuple[int, int], colour: str, ha: Any = "center") -> None:
+        look: Any = {"textcoords": "offset points", "va": "bottom" if offset[1] > 0 else "top", "fontsize": 12}
+        axes.annotate(text, (x, y), xytext=offset, color=colour, ha=ha, **look)
 
     axes.axhline(dual, color=ATTACK, linestyle=DASHES[1])
     axes.axhline(pure, color=GREY, linestyle=DASHES[2])
     axes.plot(curve[:, 0], curve[:, 1], color="black", linewidth=2.5)
-    for k, ha in ((0, "right"), (1, "left")):
-        alone = exact["deterministic_risks"][k]
-        height = float(Fraction(alone))
-        axes.plot([1 - k], [height], "s", color="black", markersize=9, clip_on=False, zorder=4)
-        say(f"f{k + 1} alone: {alone}", 1 - k, height, (8 if k else -8, 9), "black", ha)
+    for k, (risk, ha) in enumerate(zip(exact["deterministic_risks"], ("right", "left"), strict=True)):
+        axes.plot([1 - k], [_number(risk)], "s", color="black", markersize=9, clip_on=False, zorder=4)
+        note(f"f{k + 1} alone: {risk}", 1 - k, _number(risk), (16 * k - 8, 9), "black", ha)
+    first = _number(exact["weights"][0])
     axes.plot([first], [value], "o", color=MIXTURE, markersize=12, zorder=4)
-    say(f"best mixture: {exact['value']}", first, value, (0, 30), MIXTURE)
-    if pure == dual:
-        say(f"D = {exact['dual']}, the attacker's guarantee, random or not", 0.5, dual, (0, -6), ATTACK)
-    else:
-        say(f"D = {exact['dual']}, the attacker's guarantee", 0.5, dual, (0, -6), ATTACK)
-        say(f"{exact['pure_attacker']}, its guarantee without randomness", 0.5, pure, (0, -6), GREY)
+    note(f"best mixture: {exact['value']}", first, value, (0, 30), MIXTURE)
+    note(f"{exact['dual']}: what the attacker is sure of", 0.5, dual, (0, -6), ATTACK)
+    if pure < dual:
+        note(f"{exact['pure_attacker']}: the same without random moves", 0.5, pure, (0, -6), GREY)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "1/4", "1/2", "3/4", "1"])
-    axes.set(xlabel="weight λ1 of f1 (f2 has 1 − λ1)", ylabel="adversarial risk R(λ)", title="Risk of their mixtures")
+    axes.set(xlabel="probability λ1 of drawing f1 (else f2)", ylabel="error rate under attack, R(λ)")
+    axes.set_title("Error rate of every mixture")
 
 
-def _text(value: Fraction) -> str:
+def _number(text: str) -> float:
+    return float(Fraction(text))
+
+
+def _text(value: Fraction | str) -> str:
     return str(value).replace("-", "−")
 
 
-# --- the Gaussians -----------------------------------------------------------------------------------------
+def _look(label: float) -> tuple[str, str]:
+    """The colour and the sign of a label."""
+    return (POSITIVE, "+1") if label > 0 else (NEGATIVE, "−1")
+
+
+# --- the Gaussians, and games of the user's own ------------------------------------------------------------
+
+
+def any_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Figure:
+    """The values against eps."""
+    figure = new_figure(5.8, game["name"])
+    _draw_values(figure.add_axes((0.3, 0.27, 0.4, 0.58), label="values"), game)
+    return figure
 
 
 def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Figure:
@@ -164,18 +169,17 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
 
     Its axes are labelled "plane", "convergence" and "values".
     """
-    figure = new_figure(6.6, f"{game['num_classifiers']} random linear classifiers on three Gaussians")
-    count = len(game["seeds"])
+    figure = new_figure(6.8, f"The best mixture of {game['num_classifiers']} random linear classifiers under attack")
+    found, count = game["convergence"], len(game["seeds"])
     _draw_plane(figure, figure.add_axes((0.035, 0.335, 0.3, 0.535), label="plane"), game, arrays)
     _draw_convergence(figure.add_axes((0.405, 0.335, 0.255, 0.535), label="convergence"), game, arrays)
-    _draw_values(figure.add_axes((0.725, 0.335, 0.258, 0.535), label="values"), game, arrays)
-    found = game["convergence"]
+    _draw_values(figure.add_axes((0.725, 0.335, 0.258, 0.535), label="values"), game)
     footnote(
         figure,
         f"{game['num_points']:,} points; the attacker chooses among the point and {game['candidates_per_point'] - 1:,} "
-        f"uniform points of its ball ({found['candidates_per_point'] - 1:,} in the middle), so values are lower "
-        "estimates of those on whole balls. Middle, solid: R at the best weights so far minus V of the linear program; "
-        "the entropic solver minimises F, so R need only come within α log m of V. Dotted: F minus min F, where known"
+        f"random points within ε ({found['candidates_per_point'] - 1:,} in the middle); with the whole ball the values "
+        "would be at least as large. Middle: how far the iterative solvers are from the exact V_rand; the "
+        "entropic one minimises a smoothed risk and need only come within α log m"
         + (f". Right: mean, minimum and maximum over {count} seeds." if count > 1 else "."),
     )
     return figure
@@ -184,85 +188,70 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
 def _draw_plane(figure: Figure, axes: Axes, game: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    points, positive, weights = arrays["points"], arrays["labels"] > 0, arrays["weights"]
-    extent = (-6.2, 6.2, -4.4, 4.4)
-    x, y = np.meshgrid(np.linspace(extent[0], extent[1], 500), np.linspace(extent[2], extent[3], 360))
-    grid = np.stack([x, y], axis=-1)
-    said = (grid @ arrays["normals"].T + arrays["offsets"] >= 0) @ weights
+    weights = arrays["weights"]
+    left, right, low, high = extent = (-6.2, 6.2, -4.4, 4.4)
+    grid = np.stack(np.meshgrid(np.linspace(left, right, 500), np.linspace(low, high, 360)), axis=-1)
+    positive = (grid @ arrays["normals"].T + arrays["offsets"] >= 0) @ weights
     colours = LinearSegmentedColormap.from_list("decision", ["#F3B98F", "#FFFFFF", "#9CC8E6"])
-    image = axes.imshow(said, extent=extent, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto", zorder=0)
-    for mask, colour, marker, label in ((positive, POSITIVE, "o", "Y = +1"), (~positive, NEGATIVE, "x", "Y = −1")):
-        face: dict[str, Any] = {"edgecolors": "none"} if marker == "o" else {}
-        x, y = points[mask].T
-        axes.scatter(x, y, s=11, c=colour, marker=marker, alpha=0.55, linewidths=0.8, label=label, **face)
-    span = np.array([-20.0, 20.0])
+    image = axes.imshow(positive, extent=extent, origin="lower", cmap=colours, vmin=0, vmax=1, aspect="auto", zorder=0)
+    for label, marker in ((1, "o"), (-1, "x")):
+        colour, sign = _look(label)
+        x, y = arrays["points"][arrays["labels"] == label].T
+        look: dict[str, Any] = {"markersize": 3.5, "markeredgewidth": 0.8, "alpha": 0.55}
+        axes.plot(x, y, marker, color=colour, label=f"label {sign}", **look)
     for normal, offset, weight in zip(arrays["normals"], arrays["offsets"], weights, strict=True):
-        along = np.array([-normal[1], normal[0]])
-        ends = -offset * normal + span[:, None] * along
-        look: dict[str, Any] = {"color": "#888888", "alpha": 0.45, "linewidth": 0.8, "linestyle": DASHES[2]}
-        if (used := float(weight)) > 1e-6:
-            look = {"color": "black", "alpha": 0.35 + 0.65 * used, "linewidth": 1.2 + 3.0 * used}
+        ends = -offset * normal + 20 * np.outer([-1, 1], [-normal[1], normal[0]])
+        look = {"color": "#888888", "alpha": 0.45, "linewidth": 0.8, "linestyle": DASHES[2]}
+        if weight > 1e-6:
+            look = {"color": "black", "alpha": 0.35 + 0.65 * weight, "linewidth": 1.2 + 3.0 * weight}
         axes.plot(*ends.T, **look)
-    axes.set(xlim=(extent[0], extent[1]), ylim=(extent[2], extent[3]))
-    axes.grid(visible=False)
-    axes.set_xlabel("x1")
-    axes.set_ylabel("x2", labelpad=-4)
-    axes.set_title(f"Optimal mixture at ε = {game['show_eps']:g}, seed {game['seeds'][0]}")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, markerscale=2, fontsize=11, columnspacing=1)
-    bar = figure.colorbar(
-        image, cax=figure.add_axes((0.075, 0.185, 0.22, 0.022), label="bar"), orientation="horizontal"
+    axes.set(
+        xlim=(left, right), ylim=(low, high), title=f"Best mixture at ε = {game['show_eps']:g}, seed {game['seeds'][0]}"
     )
+    axes.grid(visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, markerscale=2, fontsize=11, columnspacing=1)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.075, 0.2, 0.22, 0.022), label="bar"), orientation="horizontal")
     bar.ax.tick_params(labelsize=11)
     bar.ax.grid(visible=False)
-    bar.set_label("probability that it says +1 (lines: classifiers, by weight)", fontsize=11)
+    bar.set_label("probability of predicting +1\n(lines: classifiers; thicker means more weight)", fontsize=11)
 
 
 def _draw_convergence(axes: Axes, game: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    steps, errors = arrays["oracle_steps"], _above(arrays["oracle_errors"])
-    axes.plot(steps, errors, color="black", marker="o", markersize=5, label="Algorithm 1")
-    total = arrays["value_errors"].shape[1] - 1
-    at = np.arange(1, total + 1)
-    values = _above(arrays["value_errors"][:, 1:])
+    oracle, entropic = (_drawn(arrays[name]) for name in ("oracle_errors", "value_errors"))
+    axes.plot(arrays["oracle_steps"], oracle, color="black", marker="o", markersize=5, label="Algorithm 1")
+    at = np.arange(1, entropic.shape[1])
     for k, alpha in enumerate(arrays["alphas"]):
-        look: dict[str, Any] = {"color": MEMBERS[k % 4], "linestyle": DASHES[k // 4 % len(DASHES)]}
-        axes.plot(at, values[k], label=f"entropic, α = {alpha:g}", **look)
-        # Below this the least F is not known well enough to be subtracted.
-        smoothed = _above(arrays["smoothed_errors"][k, 1:], 10 * arrays["certificates"][k])
-        axes.plot(at, smoothed, color=MEMBERS[k % 4], linestyle=":", linewidth=1.6)
-    top = float(np.nanmax([*errors, *values.ravel(), 10 * _FLOOR], initial=10 * _FLOOR))
-    # Along the upper edge of the data and down from its middle, so that no line runs through the words.
-    end = float(max(total, 2))
-    guides = ((-0.5, 2.2 * top, 1.0, end, 1.2), (-2.0, 2.2 * top / np.sqrt(end / 12), end / 12, end, 3.0))
-    for power, height, start, stop, place in guides:
-        x = np.array([start, stop])
-        axes.plot(x, height * (x / start) ** power, color="#999999", linewidth=1.3, linestyle=DASHES[1], zorder=0)
-        label = "$T^{-1/2}$" if power > -1 else "$T^{-2}$"
-        axes.text(start * place, 1.25 * height * place**power, label, color=GREY, fontsize=13, ha="left", va="bottom")
-    axes.set(xscale="log", yscale="log", ylim=(_FLOOR, 8 * top), xlim=(1, end))
+        axes.plot(at, entropic[k, 1:], color=MEMBERS[k % len(MEMBERS)], label=f"entropic, α = {alpha:g}")
+    top = float(np.nanmax([*oracle, *entropic.ravel(), 10 * _FLOOR]))
+    low = float(np.nanmin([*oracle, *entropic.ravel(), top / 100]))
+    end = max(len(at), 2)
+    axes.plot([1, end], [3 * top, 3 * top * end**-0.5], color="#999999", linestyle=DASHES[1], zorder=0)
+    axes.text(1.2, 3.6 * top, "$T^{-1/2}$", color=GREY, fontsize=13)
+    axes.set(xscale="log", yscale="log", xlim=(1, end), ylim=(low / 3, 8 * top))
     axes.set_xlabel("steps T", labelpad=1)
-    axes.set(ylabel="error", title=f"Convergence at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
+    axes.set_ylabel("R(best weights so far) − V_rand")
+    axes.set_title(f"Solvers at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
     axes.legend(ncols=-(-(1 + len(arrays["alphas"])) // 4), **_LEGEND)
 
 
-def _above(errors: np.ndarray, floor: float = 0.0) -> np.ndarray:
-    """The errors, nan where a logarithmic axis cannot or should not show them."""
-    return np.where(errors > max(floor, _FLOOR / 100), errors, np.nan)
+def _drawn(errors: np.ndarray) -> np.ndarray:
+    """The errors, nan below the accuracy of the linear program."""
+    return np.where(errors > _FLOOR, errors, np.nan)
 
 
-def _draw_values(axes: Axes, game: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    eps = arrays["eps"]
+def _draw_values(axes: Axes, game: dict[str, Any]) -> None:
+    by_radius = runs_by_radius(game)
+    eps = list(by_radius)
     for name, label, look in (
         ("v_det", "V_det, best classifier alone", {"color": VALUE, "marker": "s"}),
-        ("v_rand", "V_rand, optimal mixture", {"color": MIXTURE, "marker": "o"}),
-        ("dual", "D, the attacker's guarantee", {"color": "black", "linestyle": DASHES[2], "linewidth": 1.8}),
+        ("v_rand", "V_rand, best mixture", {"color": MIXTURE, "marker": "o"}),
+        ("dual", "D, what the attacker is sure of", {"color": "black", "linestyle": DASHES[2], "linewidth": 1.8}),
     ):
-        values = arrays[name]
-        axes.plot(eps, values.mean(0), markersize=5, label=label, **look)
-        if len(values) > 1 and name != "dual":
-            axes.fill_between(eps, values.min(0), values.max(0), color=look["color"], alpha=0.22, linewidth=0)
-    axes.set_ylim(0, 1)
-    margin = 0.03 * float(eps[-1] - eps[0]) or 0.5
-    axes.set_xlim(float(eps[0]) - margin, float(eps[-1]) + margin)
-    axes.set_xlabel("ε, radius of the ℓ2 ball", labelpad=1)
-    axes.set(ylabel="adversarial risk", title="Values of the game")
+        values = np.array([[run[name] for run in runs] for runs in by_radius.values()])
+        axes.plot(eps, values.mean(1), markersize=5, label=label, **look)
+        if name != "dual":
+            axes.fill_between(eps, values.min(1), values.max(1), color=look["color"], alpha=0.22, linewidth=0)
+    axes.set(ylim=(0, 1), ylabel="error rate under attack", title="Best classifier and best mixture")
+    axes.margins(x=0.03)
+    axes.set_xlabel("ε, how far the attacker can move a point", labelpad=1)
     axes.legend(**_LEGEND)
