@@ -26,9 +26,9 @@ from mixadv.game import Equilibrium
 from mixadv.lambda_solvers import OracleSubgradient, Uniform
 from mixadv.lambda_solvers.driver import LambdaSolver
 from mixadv.loggers.csv import CSVLogger
-from mixadv.metrics_file import MetricsFile, standard_columns
 from mixadv.losses import AT, TRADES
 from mixadv.members.store import load_mixture
+from mixadv.metrics_file import MetricsFile, standard_columns
 from mixadv.mixture import Mixture
 from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel

@@ -32,9 +32,9 @@ from conftest import OUTSIDE, QUIET, TINY
 from mixadv.errors import UserError
 from mixadv.loggers import wandb_link
 from mixadv.loggers.csv import CSVLogger
-from mixadv.metrics_file import MetricsFile
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE, SUPERSEDED
+from mixadv.metrics_file import MetricsFile
 from mixadv.results import Accuracy, Attack, Classifier, Results
 from mixadv.training import MixtureTraining
 from wandb_service import BLOCK, Offline, Service

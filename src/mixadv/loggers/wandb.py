@@ -21,8 +21,8 @@ from torch import nn
 
 from mixadv.errors import UserError
 from mixadv.loggers.accuracies import accuracies_of
-from mixadv.metrics_file import FILE, RowReader, as_numbers
 from mixadv.loggers.wandb_link import Link
+from mixadv.metrics_file import FILE, RowReader, as_numbers
 from mixadv.results import Results
 
 MODES = ("online", "offline", "disabled")
