@@ -334,7 +334,7 @@ def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_
     for module in (search, pgd):
         monkeypatch.setattr(module, "value_and_gradient", and_a_signal)
     # Its trial step attacks too, before there is anything to keep.
-    monkeypatch.setattr(task, "_announce", lambda *_: None)
+    monkeypatch.setattr(task, "announce", lambda *_: None)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(ToldToStop) as stop:
         train(setting, tmp_path / "run")

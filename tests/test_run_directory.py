@@ -440,7 +440,7 @@ def test_a_crash_while_writing_keeps_the_old_file_whole(tmp_path, cfg, monkeypat
 def test_provenance_names_versions_and_the_commit(monkeypatch):
     import torch
 
-    from mixadv.tasks.measure import provenance
+    from mixadv.tasks.provenance import provenance
 
     found = provenance()
     assert (

@@ -31,7 +31,7 @@ from mixadv.config import run_name
 from mixadv.report import read_run
 from mixadv.runs.locks import DirectoryLock
 from mixadv.runs.sweep import Sweep
-from mixadv.tasks import build, train
+from mixadv.tasks import train
 
 ROOT = Path(__file__).resolve().parents[1]
 # Less than a second for each job.
@@ -106,10 +106,10 @@ def test_failures_do_not_stop_the_others_and_only_they_are_run_again(command, tm
     argv = ["-m", "seed=0,1,2", *DIGITS, "name=s"]
     real = train.measure
 
-    def broken(cfg, *args):
-        if cfg.seed == 1:
+    def broken(session, *args):
+        if session.cfg.seed == 1:
             raise ZeroDivisionError("inside")
-        return real(cfg, *args)
+        return real(session, *args)
 
     monkeypatch.setattr(train, "measure", broken)
     first = command(*argv)
@@ -198,10 +198,10 @@ def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(command, tmp_path, 
     argv = ["-m", "seed=1,2", *DIGITS, "name=s"]
     real = train.measure
 
-    def interrupted(cfg, *args):
-        if cfg.seed == 1:
+    def interrupted(session, *args):
+        if session.cfg.seed == 1:
             raise KeyboardInterrupt
-        return real(cfg, *args)
+        return real(session, *args)
 
     monkeypatch.setattr(train, "measure", interrupted)
     first = command(*argv)
@@ -671,26 +671,26 @@ def test_of_24_jobs_four_fail_at_run_time_and_exactly_these_are_run_again(comman
     whole = torn.read_bytes()
     torn.write_bytes(whole[: len(whole) // 2])
     nan, memory, defect = 9, 14, 20
-    real_optimizer, real_measure = build.build_optimizer, train.measure
+    real_parts, real_measure = train._parts, train.measure
 
-    def build_optimizer(cfg):
+    def parts(cfg):
         if cfg.seed == nan:
             cfg = cfg.copy()
             cfg.optimizer.lr = 1e30
-        return real_optimizer(cfg)
+        return real_parts(cfg)
 
-    def measure(cfg, *args):
-        if cfg.seed == memory:
+    def measure(session, *args):
+        if session.cfg.seed == memory:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        if cfg.seed == defect:
+        if session.cfg.seed == defect:
             raise KeyError("weights")
-        return real_measure(cfg, *args)
+        return real_measure(session, *args)
 
     images = ("data=image_folder", "data.root=images/${seed}", "data.channels=1", "data.num_val=8", "data.padding=0")
     size = [text for text in MICRO if not text.startswith("data.")]
     argv = ["-m", f"seed={','.join(map(str, range(24)))}", *images, "data.batch_size=10", *size, "name=s"]
     with monkeypatch.context() as injected:
-        injected.setattr(build, "build_optimizer", build_optimizer)
+        injected.setattr(train, "_parts", parts)
         injected.setattr(train, "measure", measure)
         first = command(*argv)
     sweep = tmp_path / "outputs" / "sweeps" / "s"

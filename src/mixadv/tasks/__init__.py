@@ -1,4 +1,4 @@
-"""What the command line can do; the only place that sees the configuration and builds objects from it."""
+"""The tasks of the command line: they see the configuration and build objects from it."""
 
 import math
 import os
@@ -20,9 +20,9 @@ class Ended(NamedTuple):
     """How a task ended.
 
     Attributes:
-        worked: whether there was anything left to do.
-        metric: what ``optimized_metric`` names, in [0, 1]; nan for a task that does not measure it, and in processes
-            that help another one.
+        worked: False if the run was finished before.
+        metric: the accuracy that ``optimized_metric`` names, in [0, 1]; nan for a task that does not measure it, and in
+            processes other than rank 0.
     """
 
     worked: bool
@@ -30,16 +30,16 @@ class Ended(NamedTuple):
 
 
 def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str | None) -> Ended:
-    """Run ``cfg.task`` in `run_dir`; a finished run there is shown instead, in a sweep in one line.
+    """Run ``cfg.task`` in `run_dir`. A finished run is shown instead; in a sweep it gets one line.
 
     Args:
         cfg: a checked configuration.
-        run_dir: where its files go.
-        overrides: what the command line said.
+        run_dir: for its files.
+        overrides: of the command line.
         sweep: name of the sweep this run belongs to.
 
     Raises:
-        UserError: something outside the program has to be fixed; the message says what.
+        UserError: the message says what the user has to do.
         Held: another process works in `run_dir`.
     """
     if cfg.task == "report":
@@ -55,16 +55,16 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         print(f"{run_dir.name} is done", flush=True)
         return Ended(False, measured(run_dir, cfg.optimized_metric))
     cfg, work = _prepared(cfg, overrides, sweep)
-    # What members and mixtures record of themselves has not been looked at yet.
+    # Settings that come from recorded members and mixtures are not checked yet.
     check(cfg)
     if processes.rank(cfg) > 0:
-        with _told_to_stop(cfg):
+        with _stopped_by_signals(cfg):
             _help_along(cfg, run_dir, work)
         return Ended(True)
     with claimed(run_dir, cfg) as (path, state):
         if state is not State.DONE:
             processes.work_in(path)
-            with _told_to_stop(cfg):
+            with _stopped_by_signals(cfg):
                 work(cfg, path, state)
             if cfg.trainer.fast_dev_run:
                 return Ended(True)
@@ -80,14 +80,14 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
 
 
 @contextmanager
-def _told_to_stop(cfg: DictConfig) -> Iterator[None]:
-    """Signals end the work; training has its own way of ending. A Slurm job that was sent SIGUSR1 is queued again."""
+def _stopped_by_signals(cfg: DictConfig) -> Iterator[None]:
+    """Signals stop the work; a training handles them itself. A Slurm job that gets SIGUSR1 is requeued."""
     try:
         with nullcontext() if cfg.task == "train" else Signals():
             yield
     except Stopped as stop:
         if stop.signum == signal.SIGUSR1:
-            # Rich, which the console is made of, costs --help time.
+            # Imported here because rich would slow down --help.
             from mixadv.console import say
 
             requeue(say)
@@ -95,7 +95,7 @@ def _told_to_stop(cfg: DictConfig) -> Iterator[None]:
 
 
 def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any]]:
-    """The settings, settled where files have a say in them, and what to do: called with (cfg, run_dir, state)."""
+    """`cfg` with the settings that recorded members decide, and the task: a function of (cfg, run_dir, state)."""
     if cfg.task == "train":
         from mixadv.tasks.train import train
 
@@ -121,21 +121,21 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
 
 
 def _help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> None:
-    """The part of every process but the first: it computes along, and leaves the directory's files to the first."""
+    """Run the task in a process other than rank 0: it computes its part and writes no files."""
     from mixadv.runs.directory import State
 
-    # Started from outside, it knows what its command says; started by the first process, what that one says.
+    # Rank 0 passes the directory to the processes that it starts; others take it from their command.
     run_dir = Path(os.environ.get(processes.RUN_DIR, run_dir))
     if not (run_dir / "DONE").exists():
         work(cfg, run_dir, State.UNFINISHED)
 
 
 def show(run_dir: Path, *, done_before: bool = False) -> None:
-    """Print the tables of a finished run, and draw its curves where it has a history."""
+    """Print the tables of a finished run, and draw its curves if it has a history."""
     from mixadv.console import Console
     from mixadv.report import draw_curves, read_run, show_run
 
-    # Names come from files: nothing in them is markup.
+    # Text from files must not be read as markup.
     console = Console(markup=False)
     if done_before:
         where = os.path.relpath(run_dir)

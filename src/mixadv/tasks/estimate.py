@@ -8,10 +8,40 @@ from torch import Tensor
 
 from mixadv import seeding
 from mixadv.mixture import Mixture
+from mixadv.tasks.session import Session
+from mixadv.tasks.speed import batches_of_training
 from mixadv.training import MixtureTraining
 
 # A step that takes at least this long, in seconds, is extrapolated without timing more images.
 ENOUGH_SECONDS = 1.0
+# Seconds beyond which a training on a CPU is announced with the presets that fit a CPU.
+LONG_ON_CPU = 86400
+PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small_at (a small net on part of CIFAR-10)"
+
+
+def announce(session: Session, module: MixtureTraining) -> None:
+    """Print an estimate of the length of the training, and smaller presets if it takes more than a day on a CPU."""
+    cfg, data, device = session.cfg, session.data, session.device
+    epochs = cfg.trainer.max_epochs
+    # At most as many images at once as in the training itself.
+    part = min(data.batch_size, module.micro_batch_size or data.batch_size)
+    per_part = seconds_per_batch(module, data.image_shape, data.num_classes, part, device)
+    per_batch = per_part * data.batch_size / part
+    total = batches_of_training(cfg, module, data)
+    member_batches = module.schedule.member_batches_in(total)
+    steps = module.validation_attack.num_steps / max(1, module.training_attack.num_steps)
+    validations = epochs / (cfg.trainer.check_val_every_n_epoch or 1) * steps * data.num_val / data.batch_size
+    phases = total - member_batches
+    seconds = per_batch * (member_batches + phases * module.solver.attack_cost() + validations)
+    members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
+    threads = torch.get_num_threads()
+    cores = f"{threads} CPU core{'s' if threads > 1 else ''}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    times = f"{epochs} epoch{'s' if epochs > 1 else ''}"
+    line = f"Training {members} for {times} each on {hardware}: about {in_words(seconds)}"
+    if device.type == "cpu" and seconds > LONG_ON_CPU:
+        line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"
+    session.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """``task=evaluate``: attack an exported mixture, a checkpoint, or members with weights on the test set."""
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
@@ -19,30 +17,34 @@ from mixadv.members.source import LoadedMember, Source
 from mixadv.mixture import Mixture
 from mixadv.report import write_report
 from mixadv.results import Data, Flag
-from mixadv.runs import processes
-from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, flags_of_other_splits, named_members, named_results
-from mixadv.training.schedule import limited
+from mixadv.tasks.session import Session
 
-# Images on which members are tried out before the attacks.
+# The number of images on which members are tried before the attacks.
 TRIED = 8
 
 
 def evaluate_mixture(
     cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, mixture: Mixture, config: dict[str, Any]
 ) -> None:
-    """Measure a mixture and its recipe `config` under ``cfg.protocol``, in a claimed directory.
+    """Measure a mixture under ``cfg.protocol``, in a claimed directory.
+
+    Args:
+        cfg: the checked configuration.
+        run_dir: claimed; `state` is what it holds.
+        sweep: name of the sweep this run belongs to.
+        mixture: to be measured. config: what it records of itself.
 
     Raises:
         UserError: data that do not fit it.
     """
-    data = build.build_data(cfg.data)
-    _check_fit(config, data)
-    _evaluate(cfg, run_dir, sweep, mixture, data)
+    session = Session.begin(cfg, run_dir)
+    _check_fit(config, session.data)
+    _evaluate(session, sweep, mixture)
 
 
 def evaluate_members(
@@ -56,21 +58,21 @@ def evaluate_members(
         UserError: members that cannot be loaded or do not fit one another or the data, or another number of weights
             than of members.
     """
-    data = build.build_data(cfg.data)
+    session = Session.begin(cfg, run_dir)
+    data = session.data
     x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
-    members = named_members(cfg, sources, data, x, build.resolve_device(cfg, processes.place(cfg)))
+    members = named_members(cfg, sources, data, x, session.device)
     mixture = Mixture([member.module for member in members], _weights(cfg, members))
-    console = Console(quiet=processes.rank(cfg) > 0)
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
         line = f"member {k}: {member.name}, weight {weight:.4f} (from {member.source}, {member.note})"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    # Test images are those of the data set in every split.
+        session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    # Every split has the same test images.
     evidence = (
         ": it did not learn from the training images that this run's settings describe. It knows no test images from "
         "that, but members that learned from different images are not compared on equal terms."
     )
     flags = flags_of_other_splits(cfg, sources, "another-split", evidence, ", or train the members on one split")
-    _evaluate(cfg, run_dir, sweep, mixture, data, members, flags)
+    _evaluate(session, sweep, mixture, members, flags)
 
 
 def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
@@ -87,30 +89,23 @@ def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None
 
 
 def _evaluate(
-    cfg: DictConfig,
-    run_dir: Path,
+    session: Session,
     sweep: str | None,
     mixture: Mixture,
-    data: ImageDataModule,
     members: Sequence[LoadedMember] = (),
     flags: Sequence[Flag] = (),
 ) -> None:
-    device = build.resolve_device(cfg, processes.place(cfg))
-    threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
-    # Refused here, it leaves no directory behind that the mended command could not use.
+    cfg, run_dir, data = session.cfg, session.run_dir, session.data
+    # Refused before the directory is written: the corrected command can use it.
     build.build_protocol(cfg)
     loggers = build_loggers(cfg, run_dir, sweep)
-    if processes.rank(cfg) == 0:
+    if session.is_first:
         write_config(run_dir, cfg)
-    mixture.to(device)
-    choices, console = Choices(run_dir, processes.rank(cfg)), Console(quiet=processes.rank(cfg) > 0)
-    speed.settle_evaluation(cfg, data, mixture, device, choices, console)
+    mixture.to(session.device)
+    speed.compile_for_evaluation(session, mixture)
     started = time.perf_counter()
-    loader = data.test_dataloader()
-    limit = limited(cfg.trainer.limit_test_batches, len(loader))
-    batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
     with logging_to(loggers, cfg):
-        measured = measure(cfg, mixture, batches, threat_model, device, run_dir, data.class_names)
+        measured = measure(session, mixture)
         if measured is None:
             return
         results, arrays = measured
@@ -123,23 +118,23 @@ def _evaluate(
         )
         write_results(run_dir, results, arrays)
         EvaluationState(run_dir / STATE).clear()
-        # The report says of a run what its files say: that it is done, too.
+        # Before the report, which shows the state of the run.
         mark_done(run_dir)
         write_report(run_dir)
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
 
 
 def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) -> DictConfig:
-    """`cfg` with data, eps and norm from the mixture's recipe, except what the command line says itself.
+    """`cfg` with data, eps and norm as the mixture records them, except the keys that the command line sets.
 
     Raises:
-        UserError: the command line says what only the mixture can.
+        UserError: the command line sets a key that only the mixture can decide.
     """
-    said = build.keys_of(overrides)
-    for key in said:
+    given = build.keys_of(overrides)
+    for key in given:
         if key in ("experiment", "L", "model") or key.startswith("model."):
             raise UserError(f"{key}=...: task=evaluate takes it from the mixture; leave it out")
-    merged = build.as_recorded(cfg, config, said, cfg.mixture)
+    merged = build.as_recorded(cfg, config, given, cfg.mixture)
     merged.L = int(config["L"])
     merged.model = {"_target_": ", ".join(dict.fromkeys(recipe.target for recipe in member_recipes(config)))}
     return merged
@@ -149,13 +144,13 @@ def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -
     """`cfg` with data, eps and norm as for `as_recorded_by_members`, and L = the number of members named.
 
     Raises:
-        UserError: the records disagree, or the command line says L.
+        UserError: the records disagree, or the command line sets L.
     """
     if "L" in build.keys_of(overrides):
         raise UserError("L=...: task=evaluate counts the members that are named; leave it out")
     merged = as_recorded_by_members(cfg, sources, overrides).copy()
     counts = [1 if source.record is None else source.record.get("L") for source in sources]
-    # A record that does not say it is refused when it is loaded.
+    # A record without L is refused when the members are loaded.
     if all(isinstance(count, int) for count in counts):
         merged.L = sum(counts)
     return merged
@@ -163,12 +158,12 @@ def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -
 
 def _check_fit(config: dict[str, Any], data: ImageDataModule) -> None:
     found = (data.num_classes, tuple(data.image_shape))
-    # Members that are built by code say nothing of their own: then the mixture's recipe does.
-    for said in (config, *(recipe.arguments for recipe in member_recipes(config))):
-        if not {"num_classes", "image_shape"} <= set(said):
+    # Recipes of factories may lack these keys; the config of the mixture has them.
+    for record in (config, *(recipe.arguments for recipe in member_recipes(config))):
+        if not {"num_classes", "image_shape"} <= set(record):
             continue
-        shape = said["image_shape"]
-        wanted = (said["num_classes"], tuple(shape) if isinstance(shape, (list, tuple)) else shape)
+        shape = record["image_shape"]
+        wanted = (record["num_classes"], tuple(shape) if isinstance(shape, (list, tuple)) else shape)
         if wanted != found:
             raise UserError(
                 f"the mixture takes images {wanted[1]} in {wanted[0]} classes, but {data.name} has {found[1]} in "

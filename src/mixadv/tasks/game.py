@@ -16,7 +16,7 @@ from mixadv.report.figures.games import draw_game
 from mixadv.results import Results
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks.build import as_dict, instantiate
-from mixadv.tasks.measure import device_name, provenance
+from mixadv.tasks.provenance import device_name, provenance
 
 
 def play_game(cfg: DictConfig, run_dir: Path, state: State) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from mixadv.config import parse_eps
-from mixadv.data.base import ImageDataModule
 from mixadv.instantiate import arguments_of, named
 from mixadv.loggers.accuracies import accuracies_of
 from mixadv.loggers.csv import CSVLogger
@@ -18,11 +18,10 @@ from mixadv.loggers.hyperparameters import flat_config
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.mixture import Mixture
 from mixadv.results import Results
-from mixadv.runs import processes
+from mixadv.seeding import generator_for
 from mixadv.signals import Stopped
 from mixadv.tasks import build
-from mixadv.tasks.measure import example_images
-from mixadv.threat_model import ThreatModel
+from mixadv.tasks.session import Session
 
 
 def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None) -> list[Logger]:
@@ -85,20 +84,26 @@ def log_accuracies(loggers: Sequence[Logger], results: Results, step: int) -> No
             logger.log_metrics(accuracies_of(results), step)
 
 
-def log_examples(
-    loggers: Sequence[Logger],
-    cfg: DictConfig,
-    mixture: Mixture,
-    data: ImageDataModule,
-    threat_model: ThreatModel,
-    device: torch.device,
-) -> None:
+def log_examples(loggers: Sequence[Logger], session: Session, mixture: Mixture) -> None:
     """Log a table of the first test images under the attack of the validation; only `WandbLogger` takes one."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger.num_images > 0 and processes.rank(cfg) == 0:
-            x, y = (part[: logger.num_images].to(device) for part in next(iter(data.test_dataloader())))
-            attack = build.build_attack(cfg.protocol.validation, "protocol.validation")
-            logger.images(*example_images(mixture.to(device), x, y, attack, threat_model, data.class_names))
+        if isinstance(logger, WandbLogger) and logger.num_images > 0 and session.is_first:
+            logger.images(*_example_images(session, mixture.to(session.device), logger.num_images))
+
+
+def _example_images(
+    session: Session, mixture: Mixture, count: int
+) -> tuple[np.ndarray, np.ndarray, list[str], list[str], float]:
+    """Clean and attacked test images [N, C, H, W], their labels, which members the attack fooled, and eps."""
+    attack = build.build_attack(session.cfg.protocol.validation, "protocol.validation")
+    x, y = (part[:count] for part in next(iter(session.test_batches())))
+    draws = generator_for(session.cfg.seed, "examples", device=x.device)
+    x_adv = attack(mixture, x, y, session.threat_model, draws)
+    with torch.no_grad(), mixture.attack_mode(plain=True):
+        wrong = mixture.member_logits(x_adv).argmax(-1) != y
+    fooled = [", ".join(str(int(k)) for k in column.nonzero().flatten()) or "none" for column in wrong.T]
+    labels = [session.data.class_names[int(label)] for label in y]
+    return x.cpu().numpy(), x_adv.cpu().numpy(), labels, fooled, session.threat_model.eps
 
 
 def log_results(loggers: Sequence[Logger], results: Results, figures: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""The classifiers that ``members=[...]`` names, and what their records decide: for task=solve and task=evaluate."""
+"""The classifiers of ``members=[...]``, and the settings that their records decide."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,12 +16,12 @@ from mixadv.members.source import LoadedMember, Source, with_unique_names
 from mixadv.results import Classifier, Flag
 from mixadv.tasks import build, models
 
-# What members have to agree in to be compared: the game, and which images it is played on.
+# Keys in which members must agree to be compared: the game, and its images.
 DECIDES = (
     *("eps", "threat_model.norm", "data._target_", "data.root"),
     *("data.val_fraction", "data.num_val", "data.num_train", "data.num_test", "data.image_size"),
 )
-# Which images are for training and which for validation follows from these.
+# Keys that decide which images are for training and which for validation.
 SPLITS = ("data._target_", "data.val_fraction", "data.num_val", "data.num_train")
 
 

@@ -1,9 +1,8 @@
 """``task=solve``: the optimal weights over classifiers that exist already."""
 
-import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ from torch import Tensor
 
 from mixadv import records
 from mixadv.attacks.search import Attack
-from mixadv.config import parse_eps
-from mixadv.console import Console
-from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationRecord, equilibrium_of, evaluate, pool_of
 from mixadv.evaluation.record import accuracy_of
@@ -30,73 +26,59 @@ from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
 from mixadv.results import Accuracy, Certificate, Data, Fit, Game, History, Row, Solve
-from mixadv.runs.choices import Choices
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.seeding import derive_seed, generator_for
 from mixadv.simplex import uniform
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
-from mixadv.tasks.measure import settings_of, with_header
 from mixadv.tasks.members import flags_of_other_splits, named_members, named_results
-from mixadv.threat_model import ThreatModel
-from mixadv.training.schedule import limited
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """What the steps of the task share."""
-
-    cfg: DictConfig
-    mixture: Mixture
-    threat_model: ThreatModel
-    attacks: dict[str, Attack]
-    device: torch.device
-    console: Console
+from mixadv.tasks.provenance import header_of, settings_of
+from mixadv.tasks.session import Session
 
 
 def solve_weights(
     cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, sources: Sequence[Source]
 ) -> None:
-    """Weigh the members of `sources` on validation images and measure the result on the test set, in a claimed folder.
+    """Weigh the members of `sources` on validation images, and measure the mixture on the test set.
 
     The weights are those of the game whose payoff is the 0/1 loss and whose best response is every attack of the
-    protocol; `cfg.lambda_solver` plays it. The test set is used once, for the table.
+    protocol; ``cfg.lambda_solver`` solves it. The test set is used once, for the table.
+
+    Args:
+        cfg: the checked configuration.
+        run_dir: claimed; `state` is what it holds.
+        sweep: name of the sweep this run belongs to.
+        sources: the entries of ``members=[...]``.
 
     Raises:
         UserError: members that cannot be loaded, or do not fit one another or the data.
     """
-    console = Console()
     started = time.perf_counter()
-    device = build.resolve_device(cfg)
     solver = build.instantiate(cfg.lambda_solver, "lambda_solver")
     if not solver.adapts:
         raise UserError("lambda_solver=uniform solves nothing: use lp, oracle or entropic (1/L is in the table anyway)")
     attacks, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
-    data = build.build_data(cfg.data)
-    threat_model = build.build_threat_model(cfg.threat_model.norm, cfg.eps, data.image_shape)
-    x, y = _validation_images(cfg, data, device)
-    members = named_members(cfg, sources, data, x[:8], device)
+    session = Session.begin(cfg, run_dir)
+    x, y = _validation_images(session)
+    members = named_members(cfg, sources, session.data, x[:8], session.device)
     if len(members) < 2:
         raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
-    mixture = Mixture([member.module for member in members]).to(device)
-    weighing = Weighing(cfg, mixture, threat_model, attacks, device, console)
+    mixture = Mixture([member.module for member in members]).to(session.device)
     write_config(run_dir, cfg)
-    choices = Choices(run_dir)
-    speed.settle_evaluation(cfg, data, mixture, device, choices, console)
+    speed.compile_for_evaluation(session, mixture)
 
-    solution, game, seconds = _play(weighing, solver, x, y, data.eval_batch_size)
+    solution, game, seconds = _play(session, mixture, attacks, solver, x, y)
     mixture.set_weights(solution.weights)
-    other = [uniform(len(members)).tolist()]
-    console.print("Attacking the weights anew on the images that chose them, then on the test set", highlight=False)
-    parts = zip(x.split(data.eval_batch_size), y.split(data.eval_batch_size), strict=True)
-    fresh = evaluate(mixture, parts, attacks, threat_model, seed=derive_seed(cfg.seed, "fresh"), other_weights=other)
-    loader = data.test_dataloader()
-    limit = limited(cfg.trainer.limit_test_batches, len(loader))
-    batches = ((x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit))
-    test = evaluate(mixture, batches, attacks, threat_model, seed=cfg.seed, other_weights=other)
-    # As the solver gave them: the mixture's own may be rounded.
-    test.weights = solution.weights.numpy()
+    session.console.print(
+        "Attacking the weights anew on the images that chose them, then on the test set", highlight=False
+    )
+    size, equal = session.data.eval_batch_size, [uniform(len(members)).tolist()]
+    parts = zip(x.split(size), y.split(size), strict=True)
+    fresh_seed = derive_seed(cfg.seed, "fresh")
+    fresh = evaluate(mixture, parts, attacks, session.threat_model, seed=fresh_seed, other_weights=equal)
+    batches = session.test_batches()
+    test = evaluate(mixture, batches, attacks, session.threat_model, seed=cfg.seed, other_weights=equal)
 
     fit = Fit(
         num_examples=len(y),
@@ -106,27 +88,30 @@ def solve_weights(
         num_points=game.num_perturbations,
         seconds=round(seconds, 3),
     )
-    found = with_header(test.results(settings_of(cfg)), cfg, threat_model, device)
-    doubts = flags_of_other_splits(
-        cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
-    )
+    lam = mixture.weights.cpu()
+    found = test.results(settings_of(cfg))
     results = replace(
         found,
+        **header_of(session),
         members=named_results(found.members, members),
-        game=Game(**equilibrium_of(pool_of(test), solution.weights)),
-        flags=tuple(doubts),
+        game=Game(**equilibrium_of(pool_of(test), lam)),
+        flags=tuple(
+            flags_of_other_splits(
+                cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
+            )
+        ),
         solve=Solve(
             fit=fit,
-            certificate=_certificate(game, fresh, solution.weights),
-            rows=_rows([m.name for m in members], solution.weights, game, fresh, test),
+            certificate=_certificate(game, fresh, lam),
+            rows=_rows([m.name for m in members], lam, game, fresh, test),
             history=History(*(tuple(solution.history.get(f.name, ())) for f in fields(History))),
         ),
-        data=Data(data.name, num_val=data.num_val, num_test=data.num_test),
+        data=Data(session.data.name, num_val=session.data.num_val, num_test=session.data.num_test),
         seconds={"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
     )
-    mixture_config = _mixture_config(cfg, data, members)
-    save_mixture(mixture, run_dir / "mixture", mixture_config, solved_card(results, mixture_config))
-    arrays = test.arrays() | {records.UNIFORM_ROBUST: test.worst_case(np.asarray(other[0]))}
+    config = _mixture_config(session, members)
+    save_mixture(mixture, run_dir / "mixture", config, solved_card(results, config))
+    arrays = test.arrays() | {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal[0]))}
     write_results(run_dir, results, arrays)
     draw_solution(run_dir)
     with logging_to(loggers, cfg):
@@ -134,10 +119,8 @@ def solve_weights(
     mark_done(run_dir)
 
 
-def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> tuple[Tensor, Tensor]:
-    loader = data.val_dataloader()
-    limit = limited(cfg.trainer.limit_val_batches, len(loader))
-    parts = [(x.to(device), y.to(device)) for x, y in itertools.islice(loader, limit)]
+def _validation_images(session: Session) -> tuple[Tensor, Tensor]:
+    parts = list(session.validation_batches())
     if sum(len(y) for _, y in parts) < 2:
         raise UserError(
             "weights are fitted on the validation split, which has fewer than 2 images: set data.num_val=1000"
@@ -146,25 +129,25 @@ def _validation_images(cfg: DictConfig, data: ImageDataModule, device: torch.dev
 
 
 def _play(
-    weighing: Weighing, solver: LambdaSolver, x: Tensor, y: Tensor, batch_size: int
+    session: Session, mixture: Mixture, attacks: Mapping[str, Attack], solver: LambdaSolver, x: Tensor, y: Tensor
 ) -> tuple[Equilibrium, FiniteGame, float]:
-    """The solver's answer, all points that it provoked, and seconds."""
+    """Solve the game on the images x, y: the solution, the game on all points that the attacks found, seconds."""
     started = time.perf_counter()
     columns = (TextColumn("Weighing {task.fields[members]} members on {task.fields[images]} validation images"),)
     progress = Progress(
-        *columns, BarColumn(), TextColumn("{task.completed} attacked"), TimeElapsedColumn(), console=weighing.console
+        *columns, BarColumn(), TextColumn("{task.completed} attacked"), TimeElapsedColumn(), console=session.console
     )
     with progress:
-        task = progress.add_task("", members=weighing.mixture.num_members, images=len(y), total=None)
+        task = progress.add_task("", members=mixture.num_members, images=len(y), total=None)
         game = MixtureGame(
-            weighing.mixture,
+            mixture,
             x,
             y,
-            weighing.threat_model,
-            list(weighing.attacks.values()),
+            session.threat_model,
+            list(attacks.values()),
             ZeroOne(),
-            generator_for(weighing.cfg.seed, "solve", device=weighing.device),
-            batch_size=batch_size,
+            generator_for(session.cfg.seed, "solve", device=session.device),
+            batch_size=session.data.eval_batch_size,
             on_attack=lambda images: progress.advance(task, images),
         )
         solution = solver.solve(game, generator=game.generator)
@@ -204,17 +187,12 @@ def _rows(
     return (*rows, row("uniform mixture", uniform(len(names))), optimal)
 
 
-def _mixture_config(cfg: DictConfig, data: ImageDataModule, members: list[LoadedMember]) -> dict[str, Any]:
+def _mixture_config(session: Session, members: list[LoadedMember]) -> dict[str, Any]:
     return {
         "L": len(members),
         "models": [member.recipe.record() for member in members],
-        "num_classes": data.num_classes,
-        "image_shape": list(data.image_shape),
-        "threat_model": {"norm": cfg.threat_model.norm, "eps": parse_eps(cfg.eps)},
-        "eps": str(cfg.eps),
-        "data": build.as_dict(cfg.data),
-        "data_name": data.name,
-        "class_names": list(data.class_names),
-        "seed": cfg.seed,
+        "num_classes": session.data.num_classes,
+        "image_shape": list(session.data.image_shape),
+        **session.mixture_record(),
         "members": [member.source for member in members],
     }

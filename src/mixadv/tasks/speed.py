@@ -14,6 +14,7 @@ from mixadv.errors import UserError
 from mixadv.losses import cross_entropy
 from mixadv.mixture import SMALL_BATCH, Mixture
 from mixadv.runs.choices import AUTO, Choices
+from mixadv.tasks.session import Session
 from mixadv.training import MixtureTraining
 from mixadv.training.generators import same_draws
 
@@ -115,13 +116,12 @@ def compile_members(cfg: DictConfig, mixture: Mixture, graphs: Graphs, console: 
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def settle_evaluation(
-    cfg: DictConfig, data: ImageDataModule, mixture: Mixture, device: torch.device, choices: Choices, console: Console
-) -> None:
+def compile_for_evaluation(session: Session, mixture: Mixture) -> None:
     """Compile the members of an evaluation under ``compile=true``."""
-    if settle_compilation(cfg, 0, device, choices):
+    data, device = session.data, session.device
+    if settle_compilation(session.cfg, 0, device, session.choices):
         graphs = Graphs(min(data.eval_batch_size, data.num_test), data.image_shape, device)
-        compile_members(cfg, mixture, graphs, console)
+        compile_members(session.cfg, mixture, graphs, session.console)
 
 
 def _is_required(cfg: DictConfig) -> bool:
