@@ -21,7 +21,7 @@ from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.members import as_recorded_by_members, flags_of_other_splits, named_members, named_results
+from mixadv.tasks.members import as_recorded_by_members, flags_of_other_splits, load_members, named_results
 from mixadv.tasks.session import Session
 
 # The number of images on which members are tried before the attacks.
@@ -61,7 +61,7 @@ def evaluate_members(
     session = Session.begin(cfg, run_dir)
     data = session.data
     x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
-    members = named_members(cfg, sources, data, x, session.device)
+    members = load_members(session, sources, x)
     mixture = Mixture([member.module for member in members], _weights(cfg, members))
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
         line = f"member {k}: {member.name}, weight {weight:.4f} (from {member.source}, {member.note})"

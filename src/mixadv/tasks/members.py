@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from mixadv.config import parse_eps
-from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.members.checks import check_members
 from mixadv.members.recipe import factories_of
 from mixadv.members.source import LoadedMember, Source, with_unique_names
 from mixadv.results import Classifier, Flag
 from mixadv.tasks import build, models
+from mixadv.tasks.session import Session
 
 # Keys in which members must agree to be compared: the game, and its images.
 DECIDES = (
@@ -26,17 +25,17 @@ SPLITS = ("data._target_", "data.val_fraction", "data.num_val", "data.num_train"
 
 
 def as_recorded_by_members(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -> DictConfig:
-    """`cfg` with data, eps and norm as the members' own records say, except what the command line says itself.
+    """`cfg` with data, eps and norm as the members record them, except the keys that the command line sets.
 
     Raises:
         UserError: the records disagree, and the command line does not decide.
     """
-    said = build.keys_of(overrides)
+    given = build.keys_of(overrides)
     first: tuple[str, DictConfig] | None = None
     for source in sources:
         if source.record is None:
             continue
-        own = build.as_recorded(cfg, source.record, said, source.name)
+        own = build.as_recorded(cfg, source.record, given, source.name)
         if first is None:
             first = source.name, own
         for key in DECIDES:
@@ -46,21 +45,22 @@ def as_recorded_by_members(cfg: DictConfig, sources: Sequence[Source], overrides
     return cfg if first is None else first[1]
 
 
-def named_members(
-    cfg: DictConfig, sources: Sequence[Source], data: ImageDataModule, x: Tensor, device: torch.device
-) -> list[LoadedMember]:
-    """Every classifier of the sources that ``cfg.members`` names, tried out on the images x `[B, C, H, W]`, B >= 2.
+def load_members(session: Session, sources: Sequence[Source], x: Tensor) -> list[LoadedMember]:
+    """The classifiers of all sources, on the device, tried on the images x `[B, C, H, W]`, B >= 2.
 
     A source that is a mixture gives all its members.
 
     Raises:
         UserError: a member cannot be loaded or used, or does not fit the others or the data.
     """
-    # The statistics of these images need not be those that a foreign network was trained with: only what was said.
-    recipe = models.model_recipe(cfg.model, data, statistics=False)
-    # A factory among the members is called without arguments; one that needs some is named as the model.
+    data = session.data
+    # A foreign network may have been trained with other statistics than those of these images: mean and std are used
+    # only if the command gives them.
+    recipe = models.model_recipe(session.cfg.model, data, statistics=False)
+    # A factory in members=[...] gets no arguments; a factory that needs some is named as the model.
     factories = [*(source.name for source in sources), *factories_of([recipe])]
-    members = with_unique_names([m for source in sources for m in source.members(recipe, device, factories)])
+    loaded = [member for source in sources for member in source.members(recipe, session.device, factories)]
+    members = with_unique_names(loaded)
     num_classes = check_members(members, x)
     if num_classes != data.num_classes:
         raise UserError(
@@ -71,7 +71,7 @@ def named_members(
 
 
 def named_results(results: Sequence[Classifier], members: Sequence[LoadedMember]) -> tuple[Classifier, ...]:
-    """The members' results with the names and sources of `members`, as they are where there are none."""
+    """The members' results with their names, sources and notes; unchanged if `members` is empty."""
     if not members:
         return tuple(results)
     pairs = zip(results, members, strict=True)
@@ -81,10 +81,13 @@ def named_results(results: Sequence[Classifier], members: Sequence[LoadedMember]
 def flags_of_other_splits(
     cfg: DictConfig, sources: Sequence[Source], name: str, evidence: str, remedy: str
 ) -> list[Flag]:
-    """A flag of this name for every source that records another split of the same data than `cfg` has.
+    """A flag for every source that records another split of the same data than `cfg` has.
 
     Args:
-        evidence: what follows from it. remedy: what to do besides leaving the keys of the split out.
+        cfg: the configuration. sources: of the members.
+        name: of the flag.
+        evidence: what follows from the other split.
+        remedy: what to do, besides leaving the keys of the split out.
     """
     flags = []
     for source in sources:
@@ -92,12 +95,12 @@ def flags_of_other_splits(
             continue
         own = OmegaConf.create({"data": source.record["data"]})
         there, here = ({key: OmegaConf.select(node, key) for key in SPLITS} for node in (own, cfg))
-        said = ", ".join(f"{key}={there[key]} there, {here[key]} here" for key in SPLITS if there[key] != here[key])
-        if said and there["data._target_"] == here["data._target_"]:
+        changed = ", ".join(f"{key}={there[key]} there, {here[key]} here" for key in SPLITS if there[key] != here[key])
+        if changed and there["data._target_"] == here["data._target_"]:
             flags.append(
                 Flag(
                     name,
-                    f"{source.name} was trained with another split ({said}){evidence}",
+                    f"{source.name} was trained with another split ({changed}){evidence}",
                     f"Leave the keys of the split out, so that they are the members' own{remedy}.",
                 )
             )

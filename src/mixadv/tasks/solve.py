@@ -32,7 +32,7 @@ from mixadv.simplex import uniform
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
-from mixadv.tasks.members import flags_of_other_splits, named_members, named_results
+from mixadv.tasks.members import flags_of_other_splits, load_members, named_results
 from mixadv.tasks.provenance import header_of, settings_of
 from mixadv.tasks.session import Session
 
@@ -61,7 +61,7 @@ def solve_weights(
     attacks, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
     session = Session.begin(cfg, run_dir)
     x, y = _validation_images(session)
-    members = named_members(cfg, sources, session.data, x[:8], session.device)
+    members = load_members(session, sources, x[:8])
     if len(members) < 2:
         raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
     mixture = Mixture([member.module for member in members]).to(session.device)
