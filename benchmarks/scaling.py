@@ -25,11 +25,19 @@ from mixadv.losses import AT
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.models import build_member
-from mixadv.report.figures.style import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure
+from mixadv.report.figures.style import (
+    CLEAN_COLOUR,
+    DASHES,
+    MEMBER_COLOURS,
+    ROBUST_COLOUR,
+    VALUE_COLOUR,
+    footnote,
+    new_figure,
+)
 from mixadv.report.figures.style import save as save_figure
 
 KINDS = ("shared", "sampled", "weights")
-COLOURS = {"shared": CLEAN, "sampled": ROBUST, "weights": VALUE}
+COLOURS = {"shared": CLEAN_COLOUR, "sampled": ROBUST_COLOUR, "weights": VALUE_COLOUR}
 LABELS = {"shared": "batch, shared", "sampled": "batch, sampled", "weights": "a best response for the weights"}
 BASE = {"L": 2, "B": 64, "K": 10}
 SOLVERS = {
@@ -121,7 +129,7 @@ def draw(rows: list[dict[str, Any]], args: argparse.Namespace, machine: str) -> 
             x, y, model = zip(
                 *[(r["at"], r["ms"], r.get("model ms")) for r in curves if r["what"] == what], strict=True
             )
-            colour = COLOURS.get(what, MEMBERS[j])
+            colour = COLOURS.get(what, MEMBER_COLOURS[j])
             axes.plot(x, y, marker="o", color=colour, linestyle=DASHES[j], label=LABELS.get(what, what))
             if model[0] is not None:
                 axes.plot(x, model, "x", color=colour, markersize=10, markeredgewidth=2)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Does a mixture pay? Tables and figures of a study, whose runs share one eps:
+"""Tables and figures of a study: do mixtures pay? All its runs have the same eps.
 
     python studies/figures.py results/small
 
-prints the differences between its settings and writes into that folder `differences.csv`, `accuracy.png` (test accuracy
-against L under several attacks), `training.png` (validation accuracy under attack after every epoch), `weights.png`
+prints the differences between the settings and writes into that folder `differences.csv`, `accuracy.png` (test accuracy
+against L under several attacks), `training.png` (validation accuracy under attack against epochs), `weights.png`
 (lambda during training) and `cost.png`. `python run.py task=report runs=results/small` writes report.csv and report.png
-beside them.
+into the same folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from settings import SAMPLED, SHARED, UNIFORM, Groups, Setting, grouped
 
 from mixadv.report import find_runs
 from mixadv.report.cells import NONE, Column, Table, on_console, print_whole, write_csv
@@ -46,14 +47,6 @@ from mixadv.report.figures.style import (
 from mixadv.report.files import Run
 from mixadv.report.names import format_ball
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD
-from mixadv.report.settings import (
-    SAMPLED,
-    SHARED,
-    UNIFORM,
-    Groups,
-    Setting,
-    grouped,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +65,7 @@ QUESTIONS = (EQUAL_EPOCHS, EQUAL_COMPUTING, LEARNED, SCHEDULES, MEASURED, MEASUR
 
 
 class Answer(NamedTuple):
-    """A difference that answers one of the questions: `first` minus `second`, the names of two settings."""
+    """A difference that answers a question: `first` minus `second`, the names of two settings."""
 
     question: str
     first: str
@@ -81,10 +74,10 @@ class Answer(NamedTuple):
 
 
 def answers_of(runs: Sequence[Run]) -> tuple[list[Answer], list[str]]:
-    """All answers that `runs` and their baselines can give, and a line for whatever could not be used.
+    """All answers from `runs` and their baselines, and one line for each run that cannot be used.
 
-    Runs are compared that differ in what is asked and in nothing else, were measured by the same attacks on the same
-    images, and have the same seed (a run that was only measured is compared with every seed).
+    Two runs are compared if they differ only in the setting of the question, have the same seed, and were measured by
+    the same attacks on the same images. A run that was only measured is compared with every seed.
     """
     groups = grouped([run for run in runs if run.robust.value is not None])
     names = names_of(list(groups))
@@ -117,7 +110,7 @@ def answers_of(runs: Sequence[Run]) -> tuple[list[Answer], list[str]]:
 
 
 def _question(a: Setting, b: Setting) -> str | None:
-    """What the difference a - b answers, if anything."""
+    """The question that the difference a - b answers, if any."""
     if a.num_members < 2 or b.origin or a == b:
         return None
     if a.origin:
@@ -127,7 +120,7 @@ def _question(a: Setting, b: Setting) -> str | None:
     if b.is_single:
         if a.epochs == b.epochs:
             return EQUAL_EPOCHS
-        # One shared attack for all members: L members cost what L models cost, the weights phases aside.
+        # With one shared attack, L members cost as much as L models, apart from the weights phases.
         shared = a.schedule == SHARED and a.epochs is not None
         return EQUAL_COMPUTING if shared and b.epochs == a.num_members * (a.epochs or 0) else None
     if (a.num_members, a.epochs) != (b.num_members, b.epochs):
@@ -154,12 +147,12 @@ ANSWERS: tuple[Column[Answer], ...] = (
 
 
 def write_answers(answers: Sequence[Answer], path: str | Path) -> Path:
-    """Every answer in full precision, fractions: one row per question, pair, seed (and their mean) and measure."""
+    """Write fractions in full precision: one row per question, pair, seed (or their mean) and measure."""
     return write_csv(path, Table("", ANSWERS, answers))
 
 
 class Pair(NamedTuple):
-    """All measures of one question, pair of settings and group of seeds."""
+    """All measures for one question, pair of settings and group of seeds."""
 
     question: str
     first: str
@@ -168,7 +161,7 @@ class Pair(NamedTuple):
     found: dict[str, Difference]
 
     def points(self, measure: str) -> str:
-        """A difference in points with its interval."""
+        """A difference in percentage points with its interval."""
         if measure not in self.found:
             return NONE
         points, low, high = self.found[measure].comparison.in_points()
@@ -182,14 +175,14 @@ class Pair(NamedTuple):
 
 
 def answers_table(answers: Sequence[Answer]) -> Table[Pair]:
-    """One row for each question and pair of settings, of several seeds their mean; points of accuracy."""
+    """One row for each question and pair of settings, in percentage points; several seeds are averaged."""
     rows: dict[tuple[str, str, str], dict[tuple[int, ...], dict[str, Difference]]] = defaultdict(dict)
     for question, first, second, one in answers:
         rows[question, first, second].setdefault(one.seeds, {})[one.measure] = one
     pairs = []
-    for asked, by_seeds in rows.items():
-        shown = by_seeds if asked[0] == BEST_MEMBER else [max(by_seeds, key=len)]
-        pairs += [Pair(*asked, seeds, by_seeds[seeds]) for seeds in shown]
+    for names, by_seeds in rows.items():
+        shown = by_seeds if names[0] == BEST_MEMBER else [max(by_seeds, key=len)]
+        pairs += [Pair(*names, seeds, by_seeds[seeds]) for seeds in shown]
     columns: list[Column[Pair]] = [
         Column("question", "question", lambda pair: pair.question, words=True, fold=14),
         Column("pair", "first minus second", lambda pair: f"{pair.first} – {pair.second}", words=True, fold=18),
@@ -203,8 +196,8 @@ def answers_table(answers: Sequence[Answer]) -> Table[Pair]:
         "Differences in robust accuracy, points [95 % interval]",
         columns,
         pairs,
-        caption="Paired by test image. Intervals cover the draw of test images, not that of training seeds.\n"
-        "All points = members + gap: the members' weighted mean against the one model, and the matching-penny gap.",
+        caption="Paired by test image. Intervals cover the draw of test images, not of training seeds.\n"
+        "All points = members + gap: the members' weighted mean minus the one model, and the matching-penny gap.",
     )
 
 
@@ -221,7 +214,7 @@ TITLES = {
 
 
 def study_figures(runs: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
-    """By the names of their files, how the figures are built that have something to show."""
+    """File name -> function that builds its figure, for the figures with data."""
     groups = grouped(runs)
     figures: dict[str, tuple[Any, Any]] = {
         "accuracy.png": (accuracy_figure, accuracies_on_test(groups)),
@@ -233,20 +226,20 @@ def study_figures(runs: Sequence[Run]) -> dict[str, Callable[[], Figure]]:
 
 
 def usual_epochs(settings: Sequence[Setting]) -> float | None:
-    """The length that most of the trained settings have; of equally many the first."""
+    """The most frequent number of epochs of the trained settings; the first one of equally frequent numbers."""
     lengths = Counter(setting.epochs for setting in settings if not setting.origin)
     return lengths.most_common(1)[0][0] if lengths else None
 
 
 def names_of(settings: Sequence[Setting], with_size: bool = True) -> dict[Setting, str]:
-    """A name for each setting that tells it from the others and says no more than that.
+    """The shortest name for each setting that distinguishes it from the others.
 
-    Without `with_size` mixtures that differ in L alone have one name.
+    Without `with_size`, mixtures that differ only in L have the same name.
     """
     trained = [setting for setting in settings if not setting.origin]
     usual = usual_epochs(settings)
     losses, schedules = {s.loss for s in trained}, {s.schedule for s in trained if s.schedule}
-    # A loss and a solver have settings that others do not have: those are told where they differ within one.
+    # Losses and solvers have different keys: a key is in the names if it differs within one loss or solver.
     varied = set()
     for loss in losses:
         varied |= {key for key, _ in _differing([s.rest for s in trained if s.loss == loss])}
@@ -268,7 +261,7 @@ def _differing(sets: Sequence[frozenset[tuple[str, str]]]) -> set[tuple[str, str
 
 
 def headline(groups: Groups) -> str:
-    """Data, norm and eps of all the runs."""
+    """Data, norm and eps of all runs."""
     runs = [run for of_setting in groups.values() for run in of_setting]
     data = sorted({run.data for run in runs if run.data})
     balls = sorted({format_ball(run.norm, run.eps) for run in runs if run.eps is not None})
@@ -276,7 +269,7 @@ def headline(groups: Groups) -> str:
 
 
 def accuracies_on_test(groups: Groups) -> dict[Setting, dict[str, list[float]]]:
-    """By setting and measure, one number per run that has results."""
+    """Setting and measure -> one number per run with results."""
     every = {setting: mean_accuracies(runs) for setting, runs in groups.items()}
     return {setting: means for setting, means in every.items() if means}
 
@@ -284,11 +277,11 @@ def accuracies_on_test(groups: Groups) -> dict[Setting, dict[str, list[float]]]:
 def accuracy_figure(groups: Groups, values: Mapping[Setting, Mapping[str, list[float]]]) -> Figure:
     """Clean accuracy, and robust accuracy under PGD-20, under APGD and at all points found, against L.
 
-    Lines are means over seeds, bands reach from their minimum to their maximum. The axes are labelled by measures.
+    Lines are means over seeds, bands their minimum to maximum. The axes are labelled with the measures.
     """
     measures = [m for m in TITLES if any(m in v for v in values.values())]
     settings = list(values)
-    # Settings of one line differ in L alone.
+    # The settings of a line differ only in L.
     labels = names_of(settings, with_size=False)
     rows = math.ceil(len(set(labels.values())) / 3)
     height = 5.2 + 0.3 * rows
@@ -333,7 +326,7 @@ def _accuracy_panel(
         if not line:
             continue
         colour, marker = LINE_COLOURS[i % len(LINE_COLOURS)], MARKERS[i % len(MARKERS)]
-        # Side by side, where lines meet.
+        # Points of different lines at the same L stand side by side.
         aside = 0.44 * ((i + 0.5) / len(lines) - 0.5)
         at = [s.num_members + aside for s in line]
         means = [float(np.mean(values[s])) for s in line]
@@ -344,8 +337,8 @@ def _accuracy_panel(
             if mixtures and all(s.epochs != line[0].epochs for s in mixtures):
                 axes.axhline(means[0], color=colour, linestyle=DASHES[1], linewidth=1.3)
         elif not line[0].origin:
-            # From the one model that was trained as long, if there is one.
-            start = next((s for s in values if s.is_single and _beside(s, line[0])), None)
+            # The line starts at the single model with the same number of epochs, if there is one.
+            start = next((s for s in values if s.is_single and _same_training(s, line[0])), None)
             if start is not None:
                 at, means = [1 + aside, *at], [float(np.mean(values[start])), *means]
                 low, high = [min(values[start]), *low], [max(values[start]), *high]
@@ -353,12 +346,12 @@ def _accuracy_panel(
             axes.fill_between(at, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
-def _beside(single: Setting, mixture: Setting) -> bool:
+def _same_training(single: Setting, mixture: Setting) -> bool:
     return (single.loss, single.epochs, single.rest) == (mixture.loss, mixture.epochs, mixture.rest)
 
 
 def validation_curves(groups: Groups) -> dict[Setting, list[Points]]:
-    """By setting, of each run that has them: epochs [n] and validation accuracies under attack [n]."""
+    """Setting -> epochs [n] and validation accuracies under attack [n] of each run that has them."""
     curves: dict[Setting, list[Points]] = defaultdict(list)
     for setting, runs in groups.items():
         for run in runs:
@@ -369,7 +362,7 @@ def validation_curves(groups: Groups) -> dict[Setting, list[Points]]:
 
 
 def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Points]]) -> Figure:
-    """Validation accuracy under attack after every epoch; a panel, whose axes have its name, for each loss."""
+    """Validation accuracy under attack against epochs, one panel for each loss, whose axes have its name."""
     usual = usual_epochs(list(curves))
     shown = [s for s in curves if s.epochs == usual]
     names = names_of(shown)
@@ -381,12 +374,12 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Points]]) 
     for i, loss in enumerate(losses):
         axes = figure.add_subplot(1, len(losses), i + 1, label=loss, sharey=first)
         first = first or axes
-        seen: Counter[int] = Counter()
+        with_size: Counter[int] = Counter()
         for setting in (s for s in shown if s.loss == loss):
             x, y = _by_seed(curves[setting])
-            # Settings of one L have one colour, and a dash each.
-            kind = seen[setting.num_members]
-            seen[setting.num_members] += 1
+            # Settings with the same L have the same colour and different dashes.
+            kind = with_size[setting.num_members]
+            with_size[setting.num_members] += 1
             look: dict[str, Any] = {"color": LINE_COLOURS[sizes.index(setting.num_members) % len(LINE_COLOURS)]}
             label = names[setting].removeprefix(f"{loss}, ") + (f" ({len(y)} seeds)" if len(y) > 1 else "")
             dash, marker = DASHES[kind % len(DASHES)], MARKERS[kind % len(MARKERS)] if len(x) <= 30 else ""
@@ -408,14 +401,14 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Points]]) 
 
 
 def _by_seed(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray]:
-    """All epochs [n] of the curves, and their values [seeds, n], nan where one has not come so far."""
+    """All epochs [n] of the curves, and their values [seeds, n], nan where a run has none."""
     rounded = [dict(zip(np.round(x, 6).tolist(), y.tolist(), strict=True)) for x, y in curves]
     epochs = sorted(set().union(*rounded))
     return np.array(epochs), np.array([[of_seed.get(at, math.nan) for at in epochs] for of_seed in rounded])
 
 
 def learned_weights(groups: Groups) -> dict[Setting, list[Run]]:
-    """The runs, by setting, that learn lambda and have begun to."""
+    """Setting -> its runs with learned lambda in their history."""
     learned = {
         setting: [run for run in runs if len(column(run, "lambda/0")[0])]
         for setting, runs in groups.items()
@@ -425,7 +418,7 @@ def learned_weights(groups: Groups) -> dict[Setting, list[Run]]:
 
 
 def weights_figure(groups: Groups, learned: Groups) -> Figure:
-    """Lambda during training, a panel for each setting."""
+    """Lambda during training, one panel for each setting."""
     names = names_of(list(learned))
     columns = min(3, len(learned))
     rows = math.ceil(len(learned) / columns)
@@ -459,12 +452,12 @@ def weights_figure(groups: Groups, learned: Groups) -> Figure:
 
 
 def _lambdas(run: Run) -> int:
-    """How many weights the history has."""
+    """The number of weights in the history."""
     return sum(name.startswith("lambda/") for name in run.history)
 
 
 def timed_runs(groups: Groups) -> dict[Setting, list[tuple[float, Run]]]:
-    """By setting the finished trainings, each with its seconds."""
+    """Setting -> (seconds, run) of its finished trainings."""
     timed: dict[Setting, list[tuple[float, Run]]] = defaultdict(list)
     for setting, runs in groups.items():
         for run in runs:
@@ -474,7 +467,7 @@ def timed_runs(groups: Groups) -> dict[Setting, list[tuple[float, Run]]]:
 
 
 def cost_figure(groups: Groups, timed: Mapping[Setting, Sequence[tuple[float, Run]]]) -> Figure:
-    """Seconds of training for each member, and robust accuracy against those of the whole training.
+    """Seconds of training per member, and robust accuracy against the seconds of the whole training.
 
     Its axes are labelled "cost" and "return".
     """
@@ -519,7 +512,7 @@ def _kind(setting: Setting) -> int:
 
 
 def main(root: str | Path, console: Console) -> list[Path]:
-    """Print the differences between the settings of the runs in `root`, and write table and figures there."""
+    """Print the differences between the settings of the runs in `root`, and write the table and figures into it."""
     root, runs = Path(root), find_runs(root)
     answers, notes = answers_of(runs)
     for note in notes:

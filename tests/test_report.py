@@ -414,7 +414,7 @@ def test_unpaired_difference_when_records_cannot_be_paired(run_dir: Path) -> Non
     np.savez(file, **{**arrays, "labels": arrays["labels"][:-1], "robust": arrays["robust"][:-1]})
     check("")
     np.savez(file, **{**arrays, "robust": arrays["robust"] * 0.9})
-    check("does not belong to its results.json")
+    check("does not match the results.json")
     np.savez(file, labels=arrays["labels"])
     check("has no 'robust'")
     file.write_bytes(b"PK\x03\x04 torn")

@@ -78,8 +78,8 @@ class Page(HTMLParser):
         return {row[0][0]: row[1:] for row in self.tables[caption]}
 
 
-CLASSIFIERS, ACCURACY = "Accuracy of everybody, clean and attacked", "Accuracy per attack"
-COST, FOUND = "Cost and settings", "Who was first to find the worst cases, in images"
+CLASSIFIERS, ACCURACY = "Clean and robust accuracy", "Accuracy per attack"
+COST, FOUND = "Cost and settings", "Images by the attack that found their worst case first"
 
 
 def read(path: Path) -> Page:
@@ -250,7 +250,7 @@ def test_who_found_the_worst_cases_adds_up(tmp_path: Path, quick: None, weights:
     head, *body = page.tables[FOUND]
     assert [words for words, _ in head] == [
         "attack",
-        *(f"aimed at {whom}" for whom in ("mixture", "members", "averaged twin", "other weights")),
+        *(f"on {target}" for target in ("mixture", "members", "averaged twin", "other weights")),
     ]
     assert [row[0][0] for row in body] == list(results["attacks"])
     for row in body:
@@ -296,7 +296,7 @@ def test_without_flags_the_page_says_what_was_checked(tmp_path: Path, quick: Non
     for checks, words in (
         (list(CHECKS), f"Checked: {', '.join(CHECKS)}."),
         ([], "Checked: nothing."),
-        (..., f"do not say which of these checks ran: {', '.join(CHECKS)}."),
+        (..., f"Not recorded which of these checks ran: {', '.join(CHECKS)}."),
     ):
         edit(tmp_path / "run", checks=checks)
         write_report(tmp_path / "run")
@@ -307,7 +307,7 @@ def test_without_flags_the_page_says_what_was_checked(tmp_path: Path, quick: Non
     edit(tmp_path / "run", flags=...)
     write_report(tmp_path / "run")
     said = read(tmp_path / "run").text
-    assert "do not say whether anything was flagged" in said
+    assert "Flags are not recorded" in said
     assert "No flag was raised" not in said
 
 
@@ -453,7 +453,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, quick: None) -> None:
         "Robust accuracy: not measured.",
         "No attack is recorded.",
         "Not computed in this run.",
-        "The run has no data for: attacks.png, eps.png, steps.png, examples.png.",
+        "No data for: attacks.png, eps.png, steps.png, examples.png.",
         "Hardwarenot recorded",
     ):
         assert words in said
@@ -474,8 +474,8 @@ def test_damage_is_told_at_the_top(tmp_path: Path, quick: None) -> None:
     top = said[: said.index("Robust accuracy at most")]
     for words in ("examples.npz cannot be read", "curves.eps is not an object", "not a png"):
         assert words in top
-    assert "records.npz does not belong to its results.json" in top
-    assert "does not say which attack found each worst case" in said
+    assert "records.npz does not match the results.json" in top
+    assert "does not contain which attack found each worst case" in said
 
 
 def test_runs_in_every_state_have_a_page(tmp_path: Path, quick: None) -> None:
@@ -491,7 +491,7 @@ def test_runs_in_every_state_have_a_page(tmp_path: Path, quick: None) -> None:
         assert "Robust accuracy: not measured." in page.text
     (tmp_path / "empty").mkdir()
     write_report(tmp_path / "empty")
-    assert "the files do not say on which data" in read(tmp_path / "empty").text
+    assert "data and threat model unknown" in read(tmp_path / "empty").text
 
 
 def test_a_run_of_training_has_its_baseline_and_curves(tmp_path: Path, quick: None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from conftest import TINY, Trained, run_command
 from evaluated_run import known, write_evaluation
 from mixadv import results as results_module
 from mixadv.results import (
@@ -164,13 +165,26 @@ opened = []
 def hook(event, arguments):
     if event == "open" and isinstance(arguments[0], str) and "r" in str(arguments[1]):
         opened.append(arguments[0])
-from mixadv.report import report
-from rich.console import Console
 sys.addaudithook(hook)
-report(sys.argv[1], Console(quiet=True))
+if "=" in sys.argv[-1]:
+    from mixadv.main import main
+    main()
+else:
+    from mixadv.report import report
+    from rich.console import Console
+    report(sys.argv[1], Console(quiet=True))
 print(*opened, sep="\\n")
 """
-FILES = ("results.json", "metrics.csv", "records.npz", "examples.npz", "DONE", "config.yaml")
+FILES = ("results.json", "metrics.csv", "records.npz", "examples.npz", "game.npz", "DONE", "config.yaml")
+
+
+def opens(root: Path, *argv: object, cwd: Path | None = None) -> Counter[str]:
+    """How often each of `FILES` below `root` is opened for reading by a report of `root`, or by a command."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING, *(argv or (root,))], capture_output=True, text=True, check=True, cwd=cwd
+    )
+    lines = map(Path, done.stdout.splitlines())
+    return Counter(str(line.relative_to(root)) for line in lines if line.name in FILES and line.is_relative_to(root))
 
 
 @pytest.mark.parametrize("kind", ["one", "many"])
@@ -182,13 +196,33 @@ def test_a_report_opens_each_file_once(tmp_path: Path, kind: str) -> None:
         members = np.random.default_rng(0).random((3, 400)) < 0.4
         with np.load(path / "records.npz") as file:
             np.savez(path / "records.npz", **{**file, "members_robust": members})
-    done = subprocess.run([sys.executable, "-c", COUNTING, root], capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if Path(line).name in FILES and Path(line).is_relative_to(root)]
-    counts = Counter(str(Path(line).relative_to(root)) for line in lines)
+    counts = opens(root)
     assert {f"a/{name}" for name in FILES[:3]} <= set(counts)
     # A table of many runs needs no records of baselines.
     assert {f"a/baseline/{name}" for name in (FILES[:3] if kind == "one" else FILES[:2])} <= set(counts)
     assert set(counts.values()) == {1}
+
+
+def test_the_report_of_a_game_opens_each_file_once(tmp_path: Path) -> None:
+    assert run_command(tmp_path, "task=game", "game.num_steps=5", "name=one").rc == 0
+    counts = opens(tmp_path / "outputs" / "game" / "one")
+    assert counts["results.json"] == counts["game.npz"] == 1
+
+
+def test_the_page_and_the_table_of_an_evaluation_share_what_is_read(trained: Trained, tmp_path: Path) -> None:
+    attacks = [text for text in TINY if text.startswith("protocol.attacks")]
+    argv = (
+        "task=evaluate",
+        f"mixture={trained.path}",
+        "data.num_test=20",
+        "protocol.diagnosed=0",
+        *attacks,
+        "name=one",
+    )
+    counts = opens(tmp_path / "outputs" / "evaluate" / "one", *argv, cwd=tmp_path)
+    assert counts["records.npz"] == counts["examples.npz"] == 1
+    # The second time for the accuracy that `optimized_metric` names.
+    assert counts["results.json"] == 2
 
 
 def test_the_types_need_neither_torch_nor_rich() -> None:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from mixadv.report.figures.sweep import sweep_figure
 from mixadv.report.files import read_run
 from mixadv.report.names import number
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
-from mixadv.report.settings import grouped, setting_of
 
 SCRIPT = Path(__file__).resolve().parents[1] / "studies" / "figures.py"
 
 
 def script() -> Any:
-    """studies/figures.py as a module."""
+    """studies/figures.py as a module, with its folder on the path as when it is run."""
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("study_figures", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -43,6 +44,7 @@ figures = script()
 BEST_MEMBER, EQUAL_COMPUTING, EQUAL_EPOCHS = figures.BEST_MEMBER, figures.EQUAL_COMPUTING, figures.EQUAL_EPOCHS
 LEARNED, MEASURED, MEASURED_SINGLE = figures.LEARNED, figures.MEASURED, figures.MEASURED_SINGLE
 SCHEDULES, answers_of, names_of = figures.SCHEDULES, figures.answers_of, figures.names_of
+grouped, setting_of = figures.grouped, importlib.import_module("settings").setting_of
 
 COUNT = 60
 PASSES = ("pgd-20", "apgd-ce", "apgd-dlr", "arc", "apgd-ce on member 0")
@@ -308,11 +310,11 @@ def test_runs_on_other_images_are_not_compared(study: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda a: {**a, "robust": 0.5 * a["robust"]}, "does not belong to its results.json"),
+        (lambda a: {**a, "robust": 0.5 * a["robust"]}, "does not match the results.json"),
         (lambda a: {**a, "robust": np.where(np.arange(COUNT) == 3, np.nan, a["robust"])}, "one finite number"),
         (lambda a: {**a, "attack/pgd-20": a["clean"] * np.nan}, "one finite number"),
         (lambda a: {**a, "attack/pgd-20": a["clean"].astype(str)}, ""),
-        (lambda a: {**a, "attack/pgd-20": np.array(["x"] * COUNT)}, "not numbers"),
+        (lambda a: {**a, "attack/pgd-20": np.array(["x"] * COUNT)}, "not numeric"),
         (lambda a: {**a, "clean": a["clean"][:, None]}, "one finite number"),
         (lambda a: {key: value[..., :1] for key, value in a.items()}, "fewer than two images"),
         (lambda a: {key: value[..., :0] for key, value in a.items()}, "fewer than two images"),

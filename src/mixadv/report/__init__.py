@@ -1,11 +1,10 @@
 """Figures and tables from the files of a run.
 
-Imports neither torch nor, before something is drawn, matplotlib.
+This package does not import torch, and it imports matplotlib only to draw.
 
-A *run directory* holds `config.yaml`, `results.json`, `metrics.csv`, `records.npz` and `DONE` or `FAILED`; a
-baseline lives in `baseline/` below it with the same files. Everything here reads those files and nothing
-else, so that a finished, a failed and a still running run can be looked at from any machine. `read_run` reads
-them once; what draws and prints takes the `Run`.
+A *run directory* holds `config.yaml`, `results.json`, `metrics.csv`, `records.npz` and `DONE` or `FAILED`, and its
+baseline has the same files in `baseline/`. A report uses nothing but these files, so it works for finished, failed and
+running runs on any machine. `read_run` reads them once; tables and figures take the `Run`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from mixadv.report.figures.curves import draw_curves
 from mixadv.report.figures.games import draw_game
 from mixadv.report.figures.solve import draw_solution
 from mixadv.report.figures.sweep import draw_sweep
-from mixadv.report.files import Run, find_runs, read_run
+from mixadv.report.files import Run, find_runs, opened, read_run
 from mixadv.report.game_tables import games_table, is_game
 from mixadv.report.page import write_report
 from mixadv.report.show import show_run
@@ -32,6 +31,7 @@ __all__ = [
     "draw_solution",
     "draw_sweep",
     "find_runs",
+    "opened",
     "read_run",
     "report",
     "show_run",
@@ -42,11 +42,10 @@ __all__ = [
 
 
 def report(root: str | Path, console: Console) -> list[Path]:
-    """Everything that can be said about the runs in `root`; returns the files written.
+    """Print and draw the runs in `root`; returns the written files.
 
-    One run: its `curves.png` is drawn anew (if it has a history) and its table printed. Several: a table of all of
-    them is printed, and `report.csv` and `report.png` (only if a run has results: accuracy against eps, or against L
-    where all have one eps) are written into `root`.
+    For one run: draw its figures and its page again, and print its tables. For several: print a table, and write
+    `report.csv` and, if a run has results, `report.png` (see `draw_sweep`) into `root`.
 
     Raises:
         UserError: `root` does not exist, holds no run, or cannot be written to.
@@ -55,8 +54,8 @@ def report(root: str | Path, console: Console) -> list[Path]:
     runs = find_runs(root)
     if not runs:
         raise UserError(
-            f"no runs in {root}: looked, there and in every folder below, for results.json, metrics.csv, "
-            "config.yaml, DONE or FAILED; give the directory of a run or of a sweep (runs=DIR)"
+            f"no runs in {root}: neither there nor in a folder below is a results.json, metrics.csv, config.yaml, DONE "
+            "or FAILED; give the directory of a run or of a sweep (runs=DIR)"
         )
     if len(runs) == 1:
         return _report_one(runs[0], console)
@@ -81,7 +80,7 @@ def _report_one(run: Run, console: Console) -> list[Path]:
     if run.has_history:
         written.append(draw_curves(run))
     if is_game(run) and (run.path / "game.npz").exists():
-        written.append(draw_game(run.path))
+        written.append(draw_game(run))
     if run.results.attacks:
         written.append(write_report(run))
     show_run(run, console)

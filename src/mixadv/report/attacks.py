@@ -1,69 +1,76 @@
-"""What every attack found: the rows of its table, and the names of who is attacked.
+"""The accuracies of each classifier under each attack, and their table.
 
-Three classifiers are kept apart. The *mixture* draws a member with its weights; its accuracies are exact
-expectations over the draw. A *member* stands alone. The *averaged twin* predicts the argmax of the members'
-averaged probabilities: a deterministic classifier, never called the mixture.
+There are three kinds of classifiers. The *mixture* draws a member with its weights; its accuracies are exact
+expectations over the draw. A *member* is used alone. The *averaged twin* predicts the argmax of the members' averaged
+probabilities; it is deterministic, and it is not the mixture.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from mixadv.redaction import printable
-from mixadv.report.cells import Column, Table, seen
+from mixadv.report.cells import Column, Table, of_view
 from mixadv.report.files import Run
 from mixadv.report.names import group_name
 from mixadv.results import UNKNOWN, Accuracy, Attack, Curve
 
 TWIN = "averaged twin"
-WHOLE = ("mixture", "model")  # the latter where there is one member
+WHOLE = ("mixture", "model")  # "model" if L = 1
+T = TypeVar("T")
 
 
 def classifiers(run: Run) -> list[str]:
-    """Names of who is attacked: "mixture", "member 0", ..., "averaged twin"; with one member it is all there is."""
+    """The names of the classifiers: "mixture", "member 0", ..., "averaged twin"; only "model" if L = 1."""
     count = len(run.results.members) or run.num_members or 0
     return ["model"] if count == 1 else ["mixture", *(f"member {k}" for k in range(count)), TWIN]
 
 
 def is_single(run: Run) -> bool:
-    """Whether there is one member, so that model, mixture and averaged twin are one."""
+    """Whether L = 1: the mixture, its member and the averaged twin are the same classifier."""
     return classifiers(run)[0] == "model"
 
 
+def _by_classifier(run: Run, mixture: T, members: Sequence[T], twin: T, unknown: T) -> dict[str, T]:
+    """Classifier -> its value; `unknown` for members without one."""
+    known = {**dict.fromkeys(WHOLE, mixture), TWIN: twin, **{f"member {k}": one for k, one in enumerate(members)}}
+    return {name: known.get(name, unknown) for name in classifiers(run)}
+
+
 def worst_cases(run: Run) -> dict[str, Accuracy]:
-    """Per classifier the accuracy on the worst of all points found by anyone, with its interval."""
-    twin = run.results.averaged_twin
-    known = dict.fromkeys(WHOLE, run.robust) | {TWIN: twin.robust if twin else UNKNOWN}
-    known |= {f"member {k}": member.robust for k, member in enumerate(run.results.members)}
-    return {who: known.get(who, UNKNOWN) for who in classifiers(run)}
+    """Classifier -> its accuracy at the worst of all points found in all passes."""
+    twin, members = run.results.averaged_twin, [member.robust for member in run.results.members]
+    return _by_classifier(run, run.robust, members, twin.robust if twin else UNKNOWN, UNKNOWN)
 
 
 class Lines(NamedTuple):
-    """Values [n] per classifier over ascending x [n], nan where the files have a gap."""
+    """Classifier -> values [n] over ascending x [n]; nan if a value is unknown."""
 
     x: np.ndarray
     of: dict[str, np.ndarray]
 
 
 def lines_of(run: Run, curve: Curve | None) -> Lines | None:
-    """The lines of a curve of the results; None where there is none."""
+    """The lines of a curve of the results; None without values."""
     if curve is None:
         return None
-    given = {**dict.fromkeys(WHOLE, curve.mixture), TWIN: curve.averaged_twin}
-    given |= {f"member {k}": values for k, values in enumerate(curve.members)}
+    given = _by_classifier(run, curve.mixture, curve.members, curve.averaged_twin, ())
     order = np.argsort(curve.x, kind="stable")
-    lines = {who: np.array(given[who], dtype=np.float64)[order] for who in classifiers(run) if given.get(who)}
+    lines = {name: np.array(values, dtype=np.float64)[order] for name, values in given.items() if values}
     return Lines(np.array(curve.x)[order], lines) if lines else None
 
 
 class AttackRow(NamedTuple):
-    """What an evaluation found with one attack, or at all points.
+    """One attack of an evaluation, or all of them together.
 
-    values: accuracy of every classifier when it is attacked itself, by name, the mixture first, that with its interval.
-    attack: the entry of the results.
+    Attributes:
+        name: of the attack.
+        values: classifier -> its accuracy when it is attacked itself. The mixture is first and has an interval.
+        attack: the entry of the results; None for all attacks together.
     """
 
     name: str
@@ -72,8 +79,8 @@ class AttackRow(NamedTuple):
 
     @property
     def parts(self) -> tuple[float | None, ...]:
-        """The members' accuracies; () where none is known."""
-        members = tuple(at.value for who, at in self.values.items() if who.startswith("member "))
+        """The members' accuracies [L]; () if all are unknown."""
+        members = tuple(at.value for name, at in self.values.items() if name.startswith("member "))
         return members if any(value is not None for value in members) else ()
 
     @property
@@ -84,22 +91,21 @@ class AttackRow(NamedTuple):
         return sum(known) if known else None
 
     def get(self, name: str) -> Any:
-        """An entry of the attack; "" where the row is not of one attack."""
+        """An attribute of the attack; "" for all attacks together."""
         return "" if self.attack is None else getattr(self.attack, name)
 
 
 def attack_rows(run: Run) -> list[AttackRow]:
-    """One row for each attack, in the order of the protocol."""
+    """One row per attack, in the order of the protocol."""
     rows = []
     for name, attack in run.results.attacks.items():
-        known = {f"member {k}": Accuracy(value) for k, value in enumerate(attack.members)}
-        known |= dict.fromkeys(WHOLE, Accuracy.of(attack.mixture, run.num_examples))
-        known[TWIN] = Accuracy(attack.averaged_twin)
-        rows.append(AttackRow(name, {who: known.get(who, UNKNOWN) for who in classifiers(run)}, attack))
+        mixture, members = Accuracy.of(attack.mixture, run.num_examples), [Accuracy(value) for value in attack.members]
+        values = _by_classifier(run, mixture, members, Accuracy(attack.averaged_twin), UNKNOWN)
+        rows.append(AttackRow(name, values, attack))
     return rows
 
 
-# Views: `accuracy` on a console, `page` and `cost` on a page; `parts` where there are several members.
+# Views: `accuracy` on the console, `page` and `cost` on the page; `parts`: left out if L = 1.
 ATTACKS: tuple[Column[AttackRow], ...] = (
     Column("attack", "attack", lambda row: printable(row.name), views="accuracy page cost", words=True, fold=1),
     Column("mixture", "mixture % [95 %]", lambda row: next(iter(row.values.values())), ".1%", views="accuracy page"),
@@ -128,12 +134,12 @@ ATTACKS: tuple[Column[AttackRow], ...] = (
 
 
 def attacks_table(run: Run, view: str = "accuracy") -> Table[AttackRow]:
-    """Per attack: accuracies of everybody when attacked themselves, worst cases it was first to find, what it cost.
+    """Per attack: the accuracies of the attacked classifiers, the number of worst cases found, seconds, settings.
 
-    "from parts" is the mixture's expected accuracy at the points that the attack found against its parts;
-    "seconds" counts those passes as well.
+    "from parts" is the mixture's expected accuracy at the points that the attack found against its parts. "seconds"
+    includes the attacks on the parts.
     """
-    columns = seen(ATTACKS, view)
+    columns = of_view(ATTACKS, view)
     if is_single(run):
         columns = [column for column in columns if "parts" not in column.views.split()]
         columns = [replace(c, heading="model % [95 %]") if c.key == "mixture" else c for c in columns]
@@ -146,14 +152,14 @@ def attacks_table(run: Run, view: str = "accuracy") -> Table[AttackRow]:
         columns,
         rows,
         caption="Each classifier is attacked itself. From parts: the mixture at the points found against its parts. "
-        "Worst found: images whose worst point this attack, on whomever, was the first to find.",
+        "Worst found: number of images whose worst point was first found by this attack, on any classifier.",
         bold=(last,),
         sections=(last - 1,),
     )
 
 
 def settings_text(settings: Any, with_class: bool = True) -> str:
-    """How an attack was called, "PGD(num_steps=20, restarts=5)", or its arguments alone; "" where files do not say."""
+    """The settings of an attack as "PGD(num_steps=20, restarts=5)", or only its arguments; "" if unknown."""
     if not isinstance(settings, dict):
         return ""
     rest = ", ".join(

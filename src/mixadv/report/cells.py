@@ -1,14 +1,14 @@
-"""Tables: one model of rows and columns, shown on a console, written as csv, or shown on a page (`page.html.j2`).
+"""Tables: one model of rows and columns for the console, csv files and the page (`page.html.j2`).
 
-Columns hold fractions and seconds as they are; how they are shown is the column's business. A new column is one
-`Column` in the list of its table: `tables.RESULTS`, `attacks.ATTACKS` or `solve.SOLUTION`.
+A column returns fractions and seconds; its `form` rounds them for display. To add a column, add one `Column` to
+`tables.RESULTS`, `attacks.ATTACKS` or `solve.SOLUTION`.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ Row = TypeVar("Row")
 
 
 class Number(NamedTuple):
-    """A number in a cell: in full precision, and as it is shown."""
+    """A number in a cell: its value in full precision, and its rounded text."""
 
     value: float
     text: str
@@ -35,14 +35,15 @@ class Column(Generic[Row]):
     """One column of a table.
 
     Attributes:
-        key: its name in csv files.
-        heading: its name elsewhere.
-        of: the value of a row: text, a number, an accuracy with its interval, a tuple of such values, or None.
-        form: how numbers are shown, as for `format`; per cent come without their sign (it stands in the heading).
-        views: where the column is shown; the table's module says which views there are.
-        ends: whether csv files have columns key_low and key_high for the ends of an interval.
-        words: whether it begins on the left. fold: None, or the least width to which a console may break its lines.
-        style: of a row's cell on a console.
+        key: the name in csv files.
+        heading: the name on the console and the page.
+        of: row -> value: text, a number, an accuracy with its interval, a tuple of such values, or None (unknown).
+        form: format of the numbers, as for `format`, or a function; percent signs are dropped (the heading has one).
+        views: names of the views that show the column, separated by spaces; each list of columns has its own views.
+        ends: whether csv files get the columns key_low and key_high for the interval.
+        words: whether the text is aligned to the left.
+        fold: the least width to which a console may wrap the cells; None: they are not wrapped.
+        style: row -> rich style of its cell on a console.
     """
 
     key: str
@@ -56,7 +57,7 @@ class Column(Generic[Row]):
     style: Callable[[Row], str] | None = None
 
     def cell(self, row: Row) -> list[str | Number]:
-        """What is shown of a row, in pieces."""
+        """The cell of a row: pieces of text and numbers."""
         return _pieces(self.of(row), self.form)
 
 
@@ -75,15 +76,18 @@ def _pieces(value: Any, form: str | Callable[[Any], str]) -> list[str | Number]:
 
 
 def text_of(value: Any, form: str | Callable[[Any], str] = ".1%") -> str:
-    """A value as a cell shows it; by default in per cent, with one decimal."""
+    """A value as text, formatted as in a cell; by default a percentage with one decimal."""
     return "".join(piece if isinstance(piece, str) else piece.text for piece in _pieces(value, form))
 
 
 @dataclass(frozen=True)
 class Table(Generic[Row]):
-    """A table that can be shown anywhere.
+    """A table, independent of where it is printed.
 
-    bold: rows that stand out. sections: rows after which a line is drawn.
+    Attributes:
+        title, columns, rows, caption: its content.
+        bold: indices of rows in bold.
+        sections: indices of rows with a line below.
     """
 
     title: str
@@ -94,30 +98,20 @@ class Table(Generic[Row]):
     sections: Collection[int] = ()
 
     def cells(self) -> list[list[list[str | Number]]]:
-        """Rows of cells, each in pieces."""
+        """The cells of every row, see `Column.cell`."""
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
 
-def seen(columns: Iterable[Column[Row]], view: str) -> list[Column[Row]]:
+def of_view(columns: Iterable[Column[Row]], view: str) -> list[Column[Row]]:
     """The columns of a view, in their order."""
     return [column for column in columns if view in column.views.split()]
-
-
-def without_ends(column: Column[Row]) -> Column[Row]:
-    """A column of accuracies without their intervals."""
-    return replace(column, of=lambda row: column.of(row).value)
-
-
-def plain(value: Any, form: str = "") -> str:
-    """A value in the form of `format`; a dash for None."""
-    return text_of(value, form)
 
 
 # --- on a console ------------------------------------------------------------------------------------------
 
 
 def on_console(table: Table[Row], **look: Any) -> RichTable:
-    """The table for a console; `look` are further arguments of rich's table."""
+    """The table for a console; `look` holds further arguments of `rich.table.Table`."""
     made = new_table(
         table.title,
         [column.heading for column in table.columns],
@@ -127,9 +121,10 @@ def on_console(table: Table[Row], **look: Any) -> RichTable:
         **look,
     )
     for i, row in enumerate(table.rows):
-        styles = (column.style(row) if column.style else "" for column in table.columns)
-        words = (text_of(column.of(row), column.form) for column in table.columns)
-        cells = [Text(text, style=style) for text, style in zip(words, styles, strict=True)]
+        cells = [
+            Text(text_of(column.of(row), column.form), style=column.style(row) if column.style else "")
+            for column in table.columns
+        ]
         add_row(made, cells, style="bold" if i in table.bold else "")
         if i in table.sections:
             made.add_section()
@@ -145,11 +140,13 @@ def new_table(
     caption: str = "",
     **look: Any,
 ) -> RichTable:
-    """An empty table; nothing in its title and caption is markup.
+    """An empty rich table; its title and caption are plain text, not markup.
 
-    words: headings of columns of words, which begin on the left.
-    folds: headings of columns that may be broken into lines, each with its least width.
-    look: further arguments of rich's table.
+    Args:
+        title, headings, caption: plain text.
+        words: the headings of columns that are aligned to the left.
+        folds: heading -> least width, for columns whose cells may be wrapped.
+        look: further arguments of `rich.table.Table`.
     """
     table = RichTable(title=Text(title), caption=Text(caption), title_justify="left", caption_justify="left", **look)
     folds = folds or {}
@@ -165,12 +162,12 @@ def new_table(
 
 
 def add_row(table: RichTable, cells: Iterable[str | Text], style: str = "") -> None:
-    """Add a row, in which nothing is markup."""
+    """Add a row; its cells are plain text, not markup."""
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
 
 
 def print_whole(table: RichTable, console: Console) -> None:
-    """Print a table; on a console that is too narrow for it, too wide rather than with columns lost."""
+    """Print a table with all its columns, even if that is wider than the console."""
     needed = console.measure(table, options=console.options.update(width=10_000)).minimum
     if needed > console.width:
         table.width = needed
@@ -181,7 +178,7 @@ def print_whole(table: RichTable, console: Console) -> None:
 
 
 def write_csv(path: str | Path, table: Table[Row]) -> Path:
-    """Write a table as csv in full precision, whole or not at all; what is not known is empty.
+    """Write a table as csv, atomically: numbers in full precision, unknown values as empty cells.
 
     Raises:
         UserError: `path` cannot be written.
@@ -206,5 +203,5 @@ def _values(column: Column[Row], row: Row) -> tuple[Any, ...]:
 
 
 def _harmless(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Quote text that a spreadsheet would run as a formula, by an apostrophe in front."""
     return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value

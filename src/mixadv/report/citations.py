@@ -1,10 +1,10 @@
-"""The papers behind the numbers of an evaluation."""
+"""The papers of the attacks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# (who, what and where; number at arXiv), by the algorithm with which the name of an attack begins.
+# First part of an attack's name -> (citation, arXiv number).
 _PAPERS = {
     "apgd": (
         "APGD: F. Croce, M. Hein. Reliable evaluation of adversarial robustness with an ensemble of diverse "
@@ -29,6 +29,6 @@ _PAPERS = {
 
 
 def papers_of(attacks: Iterable[str]) -> list[tuple[str, str]]:
-    """The papers of the algorithms with which the attacks' names begin, each once, in our order."""
+    """(citation, arXiv number) of each algorithm that the attacks' names begin with, without repetition."""
     used = {name.partition("-")[0] for name in attacks}
     return [paper for algorithm, paper in _PAPERS.items() if algorithm in used]

@@ -1,7 +1,7 @@
-"""Is one more robust than the other? Differences between runs on the same test images, with their intervals.
+"""Differences in accuracy between classifiers or runs on the same test images, with 95 % intervals.
 
-`settings.grouped` gives the runs of each setting (repetitions that differ in the seed alone), `mean_accuracies` their
-means over seeds, and `differences` compares two settings image by image and seed by seed.
+For groups of runs that differ in the seed alone, `mean_accuracies` gives the accuracies of each run, and `differences`
+compares two groups seed by seed and image by image.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         difference, low, high: fractions.
-        paired: whether it was computed example by example.
-        num_examples: test images of the pairing, or of the first evaluation.
+        paired: whether it was computed image by image.
+        num_examples: the number of test images; if unpaired, that of the first evaluation.
         note: why it is not paired, else "".
     """
 
@@ -41,19 +41,19 @@ class Comparison(NamedTuple):
         return f"{100 * self.difference:+.1f}", f"{100 * self.low:+.1f}", f"{100 * self.high:+.1f}"
 
     def in_words(self) -> str:
-        """Difference and interval as they stand in a sentence."""
+        """Difference and interval as part of a sentence."""
         points, low, high = self.in_points()
         return f"{points} points, 95 % interval [{low}, {high}]"
 
     def verdict(self, higher: str, lower: str, neither: str = "no difference is shown") -> str:
-        """`higher` or `lower` where the whole interval is on that side of 0, else `neither`."""
+        """`higher` or `lower` if the whole interval is on that side of 0, else `neither`."""
         if self.low > 0:
             return higher
         return lower if self.high < 0 else neither
 
 
 def paired(differences: np.ndarray) -> Comparison:
-    """The comparison of differences d [N] per example, see `paired_interval`."""
+    """The comparison of differences d [N] per image, see `paired_interval`."""
     low, mean, high = paired_interval(differences)
     return Comparison(mean, low, high, True, len(differences), "")
 
@@ -62,13 +62,13 @@ def paired(differences: np.ndarray) -> Comparison:
 
 
 def compare_with_baseline(run: Run) -> Comparison | None:
-    """Mixture against its baseline; None without a baseline or without results of both.
+    """Mixture minus baseline; None without a baseline or without results of both.
 
-    With per-example robust accuracies a_i, b_i over the same N >= 2 test images the interval is paired, on
-    d_i = a_i - b_i:  mean(d) ± z s(d) / sqrt(N), s with N - 1. Otherwise it is the normal approximation for
-    independent estimates, half width sqrt(h_a^2 + h_b^2) from the half widths of the two intervals: wider,
-    since it ignores that both were measured on the same images. Either covers the draw of the test images,
-    not that of the training seed.
+    If both have per-image robust accuracies a_i, b_i on the same N >= 2 test images, the interval is paired: with
+    d_i = a_i - b_i it is mean(d) ± z s(d) / sqrt(N), s with N - 1. Otherwise it is the normal approximation for
+    independent estimates, with half width sqrt(h_a^2 + h_b^2) from the half widths of the two intervals. That is
+    wider, because it ignores that both were measured on the same images. Both intervals cover the draw of the test
+    images, not the training seed.
     """
     other = run.baseline
     if other is None or run.robust.value is None or other.robust.value is None:
@@ -87,10 +87,9 @@ def compare_with_baseline(run: Run) -> Comparison | None:
 
 
 def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
-    """The mixture against its member with the highest robust accuracy on these images, paired; None if L < 2.
+    """The best member's index, and the mixture minus that member, paired; None if L < 2 or without usable records.
 
-    Choosing the member on the same images favours it a little. None also where the records do not hold
-    every member's accuracies for the images of the results.
+    The best member has the highest robust accuracy on these images. The choice on the same images favours it a little.
     """
     try:
         found = measured(run)
@@ -103,7 +102,7 @@ def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
 
 
 def member_sentence(run: Run) -> str:
-    """One sentence: mixture minus its best member; "" where there is nothing to compare."""
+    """One sentence: mixture minus its best member; "" if there is nothing to compare."""
     found = compare_with_best_member(run)
     if found is None:
         return ""
@@ -116,7 +115,7 @@ def member_sentence(run: Run) -> str:
 
 
 def baseline_sentence(run: Run) -> str:
-    """One sentence: does mixture minus baseline exceed its interval? "" where there is nothing to compare."""
+    """One sentence: mixture minus baseline; "" if there is nothing to compare."""
     result = compare_with_baseline(run)
     if result is None:
         return ""
@@ -126,15 +125,15 @@ def baseline_sentence(run: Run) -> str:
     if math.isnan(result.low):
         return (
             f"Mixture minus baseline: {points} points of robust accuracy; without intervals in results.json "
-            "nothing can be said about chance."
+            "the uncertainty is unknown."
         )
     verdict = result.verdict(
         "the mixture is more robust than the baseline", "the mixture is less robust than the baseline"
     )
     return (
         f"Mixture minus baseline: {points} points of robust accuracy, 95 % interval [{low}, {high}] "
-        f"({how}{count}): {verdict}, as far as the draw of test images goes "
-        "(the training seed is not in the interval)."
+        f"({how}{count}): {verdict}. "
+        "The interval covers the draw of the test images, not the training seed."
     )
 
 
@@ -142,7 +141,7 @@ def baseline_sentence(run: Run) -> str:
 
 
 def measured_by_seed(runs: Iterable[Run], notes: list[str]) -> dict[int, Measured]:
-    """The records of the runs of one setting by their seeds; a line is added to `notes` for what cannot be used."""
+    """Seed -> records, for the runs of one setting; each unusable run adds a line to `notes`."""
     by_seed: dict[int, Measured] = {}
     for run in runs:
         if run.robust.value is None:
@@ -152,7 +151,7 @@ def measured_by_seed(runs: Iterable[Run], notes: list[str]) -> dict[int, Measure
         except ValueError as error:
             notes.append(str(error))
             continue
-        # The baselines of several runs are the same training.
+        # Baselines of several runs are repetitions with equal numbers: no reason for a note.
         known = by_seed.setdefault(run.seed or 0, found)
         if not np.array_equal(known.accuracies[ALL], found.accuracies[ALL]):
             notes.append(f"{run.path} repeats setting and seed of another run")
@@ -160,7 +159,7 @@ def measured_by_seed(runs: Iterable[Run], notes: list[str]) -> dict[int, Measure
 
 
 def mean_accuracies(runs: Iterable[Run]) -> dict[str, list[float]]:
-    """Per measure one number for each run that has results; of damaged records those that the results hold."""
+    """Measure -> one mean for each run with results. Runs without usable records have only clean and all points."""
     means: dict[str, list[float]] = {}
     for run in runs:
         if run.robust.value is None or run.clean.value is None:
@@ -178,10 +177,10 @@ class Difference(NamedTuple):
     """Accuracy of one setting minus that of another, for one `measure`.
 
     Attributes:
-        seeds: of the trainings compared; of several the per-image differences are averaged before the interval is
-            made, which therefore covers the draw of test images, not that of seeds.
-        measure: see `Measured`; also the two parts of a mixture's difference from one model at all points, the
-            "mean of the members" (minus the one model's) and the "matching-penny gap".
+        seeds: of the compared trainings. For several seeds the interval is that of the per-image differences averaged
+            over seeds: it covers the draw of test images, not of seeds.
+        measure: see `Measured`. The difference of a mixture from a single model at all points has two parts: "mean of
+            the members" (minus the single model) and "matching-penny gap".
         comparison: the difference with its 95 % interval.
     """
 
@@ -191,21 +190,22 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Which of the two is ahead, or that the interval does not resolve it; "" for a part of a difference."""
+        """ "first", "second", or "unresolved" if the interval contains 0; "" for a part of a difference."""
         return "" if self.measure in (MEMBERS, GAP) else self.comparison.verdict("first", "second", "unresolved")
 
 
 def differences(
     first: Mapping[int, Measured], second: Mapping[int, Measured], *, parts: bool = False
 ) -> tuple[list[Difference], list[int]]:
-    """`first` minus `second`, both by seed, for each seed that both have and for the mean of several.
+    """`first` minus `second` for each common seed, and for the mean over seeds if there are several.
 
     Args:
-        parts: add the parts of the difference at all points: `first` are mixtures, `second` single models.
+        first, second: seed -> records of one setting.
+        parts: add the two parts of the difference at all points; `first` are mixtures, `second` single models.
 
     Returns:
-        One difference per measure and group of seeds, and the seeds whose runs were measured on other images or by
-        other attacks, which are left out.
+        One difference per measure and group of seeds; and the seeds that were left out because their runs have other
+        images or attacks.
     """
     each: dict[int, dict[str, np.ndarray]] = {}
     like: Measured | None = None

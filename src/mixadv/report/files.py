@@ -1,7 +1,7 @@
-"""Reading the files of a run, each once, and nothing that depends on how they are shown.
+"""Reading the files of a run. Nothing here depends on how they are shown.
 
-A report must never fail because one run of a sweep was killed or damaged, and must never hide that it was:
-what cannot be read becomes a line in `Run.notes`, which every view prints.
+A killed or damaged run must not make the report of a sweep fail, and the damage must not be hidden: each unreadable
+file becomes a line in `Run.notes`, which every view prints.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _MARKERS = (results.FILE, METRICS, "DONE", "FAILED", LOCK)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one run directory says. Its files are read once; hand the run on rather than its path.
+    """The content of a run directory. Each file is read once: pass the `Run` on, not its path.
 
     Attributes:
         path: the directory.
-        state: "done", "running" (a process works on it), "failed" or "unfinished".
-        reason: why it failed (the text of `FAILED`), or the process that works on it, else "".
-        results: what `results.json` says; nothing is known while there is none.
-        has_results: whether there is a `results.json` that can be read.
-        history: the columns of `metrics.csv`, each [rows] float64, nan where a row has no value.
-        baseline: the run in `baseline/`, if there is one.
-        config: the resolved configuration (from `results.json`, before that from `config.yaml`).
-        notes: what was there and could not be read, one line each.
+        state: "done", "running" (a process holds its lock), "failed" or "unfinished".
+        reason: of a failed run, the text of `FAILED`; of a running one, its process; else "".
+        results: the content of `results.json`; all unknown without a readable file.
+        has_results: whether `results.json` exists and can be read.
+        history: the columns of `metrics.csv`, each [rows] float64, nan for empty cells.
+        baseline: the run in `baseline/`, or None.
+        config: the resolved configuration, from `results.json`, else from `config.yaml`.
+        notes: one line for each file or entry that cannot be read.
     """
 
     path: Path
@@ -59,10 +59,6 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def get(self, key: str) -> Any:
-        """`task` or `game` of the results, as the tables of games ask for them."""
-        return self.results.played if key == "game" else getattr(self.results, key)
-
     @cached_property
     def _records(self) -> dict[str, np.ndarray] | ValueError | None:
         try:
@@ -72,10 +68,10 @@ class Run:
 
     @property
     def records(self) -> dict[str, np.ndarray]:
-        """The arrays of `records.npz`, read when they are first asked for.
+        """The arrays of `records.npz`, read at the first access.
 
         Raises:
-            ValueError: there is no such file, or it cannot be read.
+            ValueError: the file is missing or cannot be read.
         """
         found = self._records
         if found is None:
@@ -122,7 +118,7 @@ class Run:
 
     @property
     def was_only_measured(self) -> bool:
-        """Whether the configuration is that of a measurement, and says nothing of how the members were trained."""
+        """Whether the run trained nothing: its configuration does not describe how its members were trained."""
         return self.task in ("evaluate", "solve")
 
     @property
@@ -131,7 +127,7 @@ class Run:
 
     @property
     def solver(self) -> str:
-        """What gave the weights; "" where that was another run."""
+        """The solver of the weights; "" if another run chose them."""
         return "" if self.task == "evaluate" else group_name(self.config.get("lambda_solver"))
 
     @property
@@ -140,19 +136,19 @@ class Run:
 
     @property
     def training_seconds(self) -> float | None:
-        """Wall seconds of the training, validation included, of all the processes that continued it together."""
+        """Wall seconds of the whole training with validation, summed over all sessions of a resumed run."""
         known = self.last("seconds")
         return self.results.seconds.get("train") if known is None else known
 
     def last(self, name: str) -> float | None:
-        """The last value of a column of the history, None where it has none."""
+        """The last finite value of a column of the history; None if there is none."""
         values = self.history.get(name, np.array([]))
         values = values[np.isfinite(values)]
         return float(values[-1]) if len(values) else None
 
     @property
     def images(self) -> str:
-        """On how many test images, and of how many, it was measured; "" where the files do not say."""
+        """The number of measured test images, and of the whole test set if that is larger; "" if unknown."""
         whole = self.results.data.num_test
         if self.num_examples is None:
             return ""
@@ -170,9 +166,9 @@ def _whole(value: Any) -> int | None:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run directory in whatever state it is.
+    """Read a run directory, in any state.
 
-    `DONE` without a readable `results.json` counts as failed. Damage elsewhere is listed in `notes`.
+    `DONE` without a readable `results.json` counts as failed. All other damage is listed in `notes`.
 
     Raises:
         UserError: `path` is not a directory.
@@ -198,8 +194,8 @@ def read_run(path: str | Path) -> Run:
     if (path / "DONE").exists():
         state = "done" if found is not None else "failed"
         reason = "" if found is not None else "marked DONE, but results.json is missing or damaged"
-    elif (who := holder(path)) is not None:
-        state, reason = "running", who
+    elif (process := holder(path)) is not None:
+        state, reason = "running", process
     elif (path / "FAILED").exists():
         state = "failed"
         with _noting(path / "FAILED", notes):
@@ -212,12 +208,12 @@ def read_run(path: str | Path) -> Run:
 
 
 def opened(run: Run | str | Path) -> Run:
-    """The run itself, or the run in a directory; raises as `read_run` does."""
+    """The run itself, or the run read from a directory; raises as `read_run` does."""
     return run if isinstance(run, Run) else read_run(run)
 
 
 def is_run(path: Path) -> bool:
-    """Whether `path` is a run directory; a folder of Hydra's own configuration is not one."""
+    """Whether `path` is a run directory. A folder of configuration files for Hydra is not one."""
     if any((path / name).is_file() for name in _MARKERS):
         return True
     try:
@@ -228,8 +224,9 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(root: str | Path) -> list[Run]:
-    """Every run in `root` and below, in natural order of path. A run's own folders, its baseline among them,
-    and hidden folders are not searched.
+    """All runs in `root` and below, in natural order of their paths.
+
+    Hidden folders and the folders inside a run (such as its baseline) are not searched.
 
     Raises:
         UserError: `root` is not a directory.
@@ -248,11 +245,7 @@ def find_runs(root: str | Path) -> list[Run]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """`mixadv.files.replacing` for a figure or a table.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
+    """`mixadv.files.replacing`, but an `OSError` becomes a `UserError`."""
     try:
         with replacing(path) as temporary:
             yield temporary
@@ -262,6 +255,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _noting(path: Path, notes: list[str]) -> Iterator[None]:
+    """Turn a failure to read `path` into a line of `notes`; a missing file is no failure."""
     try:
         yield
     except FileNotFoundError:

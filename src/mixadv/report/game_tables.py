@@ -1,4 +1,4 @@
-"""Tables of runs of ``task=game``; the only place that reads the entry `game` of their results.json."""
+"""Tables of runs of ``task=game``, whose results (`Results.played`) differ from game to game."""
 
 from __future__ import annotations
 
@@ -19,30 +19,29 @@ from mixadv.report.files import Run
 from mixadv.report.names import group_name, short_names
 
 ANEW = "run the game again with resume=never"
-# What fails on results that task=game has not written.
+# Raised when the results have not the form that task=game writes.
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def is_game(run: Run) -> bool:
-    """Whether it is a run of ``task=game``, finished or not."""
-    return (run.get("task") or run.config.get("task")) == "game"
+    """Whether this is a run of ``task=game``, finished or not."""
+    return run.task == "game"
 
 
 def read_game(run: Run) -> dict[str, Any]:
-    """The entry `game` of a finished run's results.json.
+    """The results of a finished game.
 
     Raises:
         UserError: the run has none.
     """
-    game = run.get("game")
-    if not is_game(run) or not isinstance(game, dict):
+    if run.results.played is None:
         raise UserError(f"{run.path} holds no results of task=game: {ANEW}")
-    return game
+    return run.results.played
 
 
 @contextmanager
 def damage_named(run_dir: Path) -> Iterator[None]:
-    """Turn what fails on damaged results into a `UserError` that names the run."""
+    """Turn the exceptions of damaged results into a `UserError` that names the run."""
     try:
         yield
     except DAMAGED as error:
@@ -52,7 +51,7 @@ def damage_named(run_dir: Path) -> Iterator[None]:
 
 
 def print_game(run: Run, console: Console) -> None:
-    """Print the values of a finished game: its table, and the attacker's strategy or the order that was checked.
+    """Print the table of a finished game, and the attacker's strategy or the check D <= V_rand <= V_det.
 
     Raises:
         UserError: the run has no results of a game.
@@ -66,7 +65,7 @@ def print_game(run: Run, console: Console) -> None:
 
 
 def games_table(runs: Sequence[Run]) -> Table:
-    """One row per run of ``task=game``, in the order given: its state and its values at the largest radius."""
+    """One row per run of ``task=game``, in the given order: state, and values at the largest radius."""
     words = ("run", "state", "game")
     table = new_table(
         f"{len(runs)} games",
@@ -96,7 +95,7 @@ def _at_largest_radius(game: dict[str, Any]) -> list[str]:
 
 
 def runs_by_radius(game: dict[str, Any]) -> dict[float, list[dict[str, Any]]]:
-    """Radius, in increasing order -> its runs, one for each seed."""
+    """Radius, ascending -> its entries, one for each seed."""
     radii = sorted({run["eps"] for run in game["runs"]})
     return {eps: [run for run in game["runs"] if run["eps"] == eps] for eps in radii}
 
@@ -105,12 +104,12 @@ def _motivating(game: dict[str, Any]) -> tuple[Table, list[str]]:
     exact, solvers = game["exact"], game["solvers"]
     headings = ["", "exact", *(f"{solver['solver']}\n{solver['detail']}" for solver in solvers)]
     table = new_table(f"Two classifiers on the line, ε = {game['eps']}", headings, words=[""])
-    for key, words in (("deterministic_risks", "risk of f{} alone"), ("weights", "best mixture, weight of f{}")):
+    for key, label in (("deterministic_risks", "risk of f{} alone"), ("weights", "best mixture, weight of f{}")):
         for k in (0, 1):
-            table.add_row(words.format(k + 1), exact[key][k], *(f"{solver[key][k]:.4f}" for solver in solvers))
+            table.add_row(label.format(k + 1), exact[key][k], *(f"{solver[key][k]:.4f}" for solver in solvers))
     table.add_section()
-    for key, words in (("value", "its risk, V_rand"), ("dual", "attacker's guarantee, D")):
-        table.add_row(words, exact[key], *(f"{solver[key]:.4f}" for solver in solvers), style="bold")
+    for key, label in (("value", "its risk, V_rand"), ("dual", "attacker's guarantee, D")):
+        table.add_row(label, exact[key], *(f"{solver[key]:.4f}" for solver in solvers), style="bold")
     table.add_row("gap V_rand − D", exact["gap"], *(_tiny(solver["gap"]) for solver in solvers))
     table.add_row("D without randomness", exact["pure_attacker"], *[NONE] * len(solvers))
     lines = ["The attacker's optimal strategy:"]
@@ -124,13 +123,13 @@ def _motivating(game: dict[str, Any]) -> tuple[Table, list[str]]:
 
 
 def _any_game(game: dict[str, Any], title: str = "", caption: str = "") -> tuple[Table, list[str]]:
-    """The values of every radius: of a game of the user's own, and of the Gaussians."""
+    """The values at every radius, for any game with the entries of `played["runs"]`."""
     seeds = sorted({run["seed"] for run in game["runs"]})
     which = f"seeds {seeds[0]} to {seeds[-1]}, mean [min, max]" if len(seeds) > 1 else f"seed {seeds[0]}"
     headings = ["ε", "D", "V_rand", "V_det", "V_det − V_rand", "largest gap"]
     table = new_table(f"{title or game['name']}, {which}", headings, caption=caption)
     for eps, runs in runs_by_radius(game).items():
-        # Rounding must not print a minus zero.
+        # Without the maximum a rounding error prints as -0.0000.
         gains = [max(run["v_det"] - run["v_rand"], 0.0) for run in runs]
         gain = f"{sum(gains) / len(gains):.4f}" + (f" [{min(gains):.4f}, {max(gains):.4f}]" if len(gains) > 1 else "")
         values = [_mean(runs, key) for key in ("dual", "v_rand", "v_det")]
@@ -164,5 +163,5 @@ def _tiny(value: float) -> str:
 
 
 def _mean(runs: list[dict[str, Any]], key: str) -> str:
-    # Equal values must not look different because rounding put them on either side of a half.
+    # Rounded first: equal values with other rounding errors must print alike.
     return f"{round(sum(run[key] for run in runs) / len(runs), 9):.4f}"

@@ -1,4 +1,4 @@
-"""How numbers, choices and runs are read and written by people: "8/255", "oracle", "eps=0.1"."""
+"""Names and numbers in the notation of readers: "8/255", "oracle", "eps=0.1"."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def number(value: Any) -> float | None:
 
 
 def group_name(value: Any) -> str:
-    """Name of a choice of a configuration group: its `name`, else the class it builds; "" if neither."""
+    """The name of an entry of a configuration group: its `name`, else the class it builds; "" if it has neither."""
     if isinstance(value, dict):
         value = value.get("name") or str(value.get("_target_", "")).rpartition(".")[2]
     name = str(value or "")
@@ -42,7 +42,7 @@ def group_name(value: Any) -> str:
 
 
 def format_eps(eps: float | None) -> str:
-    """The radius as people write it: "8/255" for whole grey levels, else a decimal."""
+    """The radius as text: "8/255" for whole grey levels, else a decimal."""
     if eps is None:
         return "–"
     levels = eps * 255
@@ -52,17 +52,17 @@ def format_eps(eps: float | None) -> str:
 
 
 def norm_symbol(norm: str) -> str:
-    """The norm as figures write it."""
+    """The symbol of a norm: "ℓ∞" or "ℓ2"."""
     return {"linf": "ℓ∞", "l2": "ℓ2"}.get(norm, norm)
 
 
 def format_ball(norm: str, eps: float | None) -> str:
-    """The threat model in words, for example "ℓ∞, ε = 8/255"."""
+    """The threat model as text, for example "ℓ∞, ε = 8/255"."""
     return ", ".join(part for part in (norm_symbol(norm), f"ε = {format_eps(eps)}") if part)
 
 
 def natural_key(path: str | Path) -> tuple[tuple[tuple[int, float, str], ...], ...]:
-    """Sort key under which numbers in names count as numbers: eps=0.05 < eps=0.1, run2 < run10."""
+    """Sort key that compares numbers in names by value: eps=0.05 < eps=0.1, run2 < run10."""
     pieces = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
     return tuple(
         tuple((0, float(t), "") if i % 2 else (1, 0.0, t) for i, t in enumerate(pieces.split(part)) if t)
@@ -71,7 +71,7 @@ def natural_key(path: str | Path) -> tuple[tuple[tuple[int, float, str], ...], .
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Each path below the deepest folder that holds them all."""
+    """The paths relative to their deepest common folder."""
     if not paths:
         return []
     common = os.path.commonpath([path.resolve().parent for path in paths])

@@ -1,8 +1,8 @@
-"""`report.html`: one page with everything that a reader of an evaluation asks for, from the files of its run.
+"""`report.html`: an evaluation on one page, from the files of its run.
 
-The page is whole by itself: figures and style are inside it, it runs no script, and a content policy forbids it to
-load anything. Its words stand in `page.html.j2`, which escapes all that comes from files; here is what they are about.
-Every cell that shows an accuracy, a risk or a time carries the number in full precision.
+The page is self-contained: figures and style are embedded, it has no scripts, and its content policy forbids loading
+anything. This module prepares the values; the text is in `page.html.j2`, which escapes all strings from files.
+Numbers in cells also have their full precision, as the value of a `data` element.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from mixadv.report.tables import results_table
 from mixadv.results import Game
 
 CHECKS = {
-    "zero-gradients": "gradients that vanish at the clean images",
-    "probabilities": "members that return probabilities where logits are expected",
-    "random-outputs": "outputs that differ from call to call",
-    "batch-dependent": "outputs that depend on the other images of the batch",
-    "black-box-beats-white-box": "an attack without gradients that finds more than those with them",
-    "noise-beats-pgd": "random noise that finds more than PGD",
-    "more-steps-do-not-hurt": "a loss that does not grow with the number of steps",
-    "larger-eps-does-not-hurt": "an accuracy that does not fall as the ball grows",
-    "ce-and-dlr-disagree": "two losses of the same attack that lead to very different accuracies",
-    "robust-above-clean": "an accuracy under attack above the clean one",
-    "survives-grey": "accuracy that is left where the ball holds a grey image",
+    "zero-gradients": "gradients vanish at the clean images",
+    "probabilities": "members return probabilities instead of logits",
+    "random-outputs": "outputs differ from call to call",
+    "batch-dependent": "outputs depend on the other images of the batch",
+    "black-box-beats-white-box": "an attack without gradients finds more than those with gradients",
+    "noise-beats-pgd": "random noise finds more than PGD",
+    "more-steps-do-not-hurt": "the loss does not grow with the number of steps",
+    "larger-eps-does-not-hurt": "the accuracy does not fall as eps grows",
+    "ce-and-dlr-disagree": "two losses of the same attack lead to very different accuracies",
+    "robust-above-clean": "the accuracy under attack is above the clean accuracy",
+    "survives-grey": "images are classified correctly although the ball contains a grey image",
 }
 _HERE = Path(__file__).parent
 
 
 def write_report(run: Run | str | Path) -> Path:
-    """Draw the figures of an evaluation anew and write `report.html` with them inside, whole or not at all.
+    """Draw the figures of an evaluation and write `report.html`, which embeds them, atomically.
 
-    Works on any run directory: what its files do not say is named as missing, and so is what cannot be read.
+    Works on any run directory: the page names missing data and unreadable files.
 
     Raises:
-        UserError: there is no such directory, or it cannot be written.
+        UserError: the directory does not exist or cannot be written.
     """
     run = opened(run)
     damage: list[str] = []
@@ -124,7 +124,7 @@ def _shown(value: Any) -> Any:
 
 
 def _about(run: Run) -> dict[str, Any]:
-    """What was measured, and how."""
+    """The values of the title, the headline and the texts of the figures."""
     ball = format_ball(run.norm, run.eps) if run.eps is not None else ""
     protocol = f"protocol {run.results.protocol}" if run.results.protocol else ""
     count = len(run.results.members) or run.num_members
@@ -147,23 +147,22 @@ def _doubts(run: Run) -> dict[str, Any]:
 
 
 def _classifiers(run: Run) -> Table[Any]:
-    # Of one classifier alone there are neither members nor an averaged twin.
-    who = ["mixture"] if is_single(run) else classifiers(run)
-    return results_table(run, "Accuracy of everybody, clean and attacked", [*who, "baseline"])
+    names = ["mixture"] if is_single(run) else classifiers(run)
+    return results_table(run, "Clean and robust accuracy", [*names, "baseline"])
 
 
 class _Finder(NamedTuple):
-    """An attack, and by whom it was aimed at, how often it was the first to find the worst case."""
+    """An attack, and target -> number of images whose worst case it found first against this target."""
 
     attack: str
     counts: dict[str, int]
 
 
 def _found(run: Run) -> dict[str, Any] | None:
-    """Who was first to find the worst cases; None where the records do not say.
+    """The table of the passes that found the worst cases first; None without records of that.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the records are damaged.
     """
     if not (run.path / records.RECORDS).exists():
         return None
@@ -174,29 +173,30 @@ def _found(run: Run) -> dict[str, Any] | None:
         raise ValueError(f"{run.path / records.RECORDS} does not name an attack for each image")
     counts = Counter(_attack_and_target(str(name)) for name in found)
     stayed = counts.pop((records.CLEAN, ""), 0)
-    targets = list(dict.fromkeys(["mixture", "members", TWIN, *(whom for _, whom in sorted(counts))]))
+    targets = list(dict.fromkeys(["mixture", "members", TWIN, *(target for _, target in sorted(counts))]))
     names = dict.fromkeys([*run.results.attacks, *(name for name, _ in sorted(counts))])
-    rows = [_Finder(name, {whom: counts[name, whom] for whom in targets}) for name in names]
+    rows = [_Finder(name, {target: counts[name, target] for target in targets}) for name in names]
     columns: list[Column[_Finder]] = [Column("attack", "attack", lambda row: row.attack, words=True)]
-    columns += [Column(whom, f"aimed at {whom}", partial(_count, whom=whom), "d") for whom in targets]
+    columns += [Column(target, f"on {target}", partial(_count, target=target), "d") for target in targets]
     shown = rows if counts and not is_single(run) else []
-    return {"table": Table("Who was first to find the worst cases, in images", columns, shown), "stayed": stayed}
+    return {"table": Table("Images by the attack that found their worst case first", columns, shown), "stayed": stayed}
 
 
-def _count(row: _Finder, whom: str) -> int:
-    return row.counts[whom]
+def _count(row: _Finder, target: str) -> int:
+    return row.counts[target]
 
 
 def _attack_and_target(key: str) -> tuple[str, str]:
-    name, _, whom = key.partition(records.ON)
+    """The attack of a pass, and the kind of classifier that it is against."""
+    name, _, target = key.partition(records.ON)
     if key == records.CLEAN:
         return key, ""
     known = {"member": "members", "averaged": TWIN, "other": "other weights"}
-    return name, known.get(whom.partition(" ")[0], whom or "mixture")
+    return name, known.get(target.partition(" ")[0], target or "mixture")
 
 
 def _needed(run: Run) -> float | None:
-    """What the matching-penny gap has to exceed: the mean risk of the members less the least; None if not known."""
+    """Mean risk of the members minus the least; the mixture beats its best member if its gap is larger."""
     known = [member.robust.value for member in run.results.members]
     accuracies = [value for value in known if value is not None]
     weights = run.results.weights
@@ -206,7 +206,7 @@ def _needed(run: Run) -> float | None:
 
 
 def _picture(path: Path) -> dict[str, Any]:
-    """A figure as the page holds it, with its size, so that nothing moves while it is decoded."""
+    """A png in base64, with its size: the browser reserves the space before it decodes the image."""
     png = path.read_bytes()
     if png[:8] != b"\x89PNG\r\n\x1a\n" or png[12:16] != b"IHDR":
         raise ValueError(f"{path.name} is not a png")
@@ -215,6 +215,6 @@ def _picture(path: Path) -> dict[str, Any]:
 
 
 def _in_examples(examples: Examples | None) -> list[tuple[str, str]]:
-    """The label of each image of examples.png, and which members are wrong there."""
+    """For each image of examples.png its label, and which members are wrong."""
     assert examples is not None
     return [(label, wrong_members(examples.correct[:, i])) for i, label in enumerate(examples.labels[:MOST])]

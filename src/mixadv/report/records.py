@@ -1,4 +1,4 @@
-"""What runs measured image by image, as far as it can be compared."""
+"""The per-image accuracies in records.npz, checked against results.json."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ _READ = (records.CLEAN, records.ROBUST, records.MEMBERS_ROBUST, _PGD, records.UN
 
 
 class Measured(NamedTuple):
-    """What one run's records say.
+    """Accuracies of one run per test image.
 
     Attributes:
-        accuracies: measure -> expected accuracy per test image [N] float64, as far as the records have it: "clean";
-            "pgd-20", "apgd" (the lower of all APGD attacks on the mixture) and "all points" (found by anyone), under
-            these; "mean of the members", sum_k lambda_k of the members' own, and "matching-penny gap", what the mixture
-            has above it; "equal weights", at all points, of the mixture with weights 1/L (from task=solve).
-        members: of each member alone [L, N], or None.
-        labels: of the images [N].
-        how: data, norm, eps and attacks: numbers that differ in it are not compared.
+        accuracies: measure -> [N] float64. Measures that the records lack are left out:
+
+            - "clean": expected accuracy a_i of the mixture on the clean image;
+            - "pgd-20", "apgd", "all points": its minimum over the clean image and the points of PGD-20, of all APGD
+              attacks on the mixture, of all passes;
+            - "mean of the members": m_i = sum_k lambda_k r_ki, where r_ki = 1 if member k is right at all points;
+            - "matching-penny gap": "all points" minus m_i;
+            - "equal weights": "all points" for the mixture with weights 1/L (only task=solve).
+        members: r [L, N], or None.
+        labels: [N].
+        how: data, norm, eps and attacks as text. Runs are comparable only if it is equal.
     """
 
     accuracies: dict[str, np.ndarray]
@@ -36,15 +40,15 @@ class Measured(NamedTuple):
     how: str
 
     def comparable(self, other: Measured) -> bool:
-        """Whether both were measured in the same way on the same images."""
+        """Whether both have the same data, threat model, attacks and images."""
         return self.how == other.how and np.array_equal(self.labels, other.labels)
 
 
 def measured(run: Run) -> Measured:
-    """The run's records, checked against its results.
+    """The records of a run.
 
     Raises:
-        ValueError: there are no records, or they are damaged or not those of the results.
+        ValueError: they are missing or damaged, or do not match the results.
     """
     path, arrays = run.path / records.RECORDS, run.records
     if missing := [name for name in (records.LABELS, records.CLEAN, records.ROBUST) if name not in arrays]:
@@ -54,24 +58,24 @@ def measured(run: Run) -> Measured:
     try:
         numbers = {name: array.astype(np.float64) for name, array in kept.items()}
     except (TypeError, ValueError):
-        raise ValueError(f"{path} holds something that is not numbers") from None
+        raise ValueError(f"{path} has an array that is not numeric") from None
     members = numbers.pop(records.MEMBERS_ROBUST, None)
     if not all(a.shape == labels.shape and a.ndim == 1 and np.isfinite(a).all() for a in numbers.values()):
-        raise ValueError(f"{path} is not one finite number per image")
+        raise ValueError(f"{path} has an array that is not one finite number per image")
     if len(labels) < 2:
         raise ValueError(f"{path} has fewer than two images")
     found = {CLEAN: numbers[records.CLEAN], ALL: numbers[records.ROBUST]}
-    # Stale records beside newer results would give an interval about other numbers than the table's.
+    # Records of an older run beside new results would give intervals that do not fit the table.
     if run.robust.value is None or not abs(found[ALL].mean() - run.robust.value) <= 1e-4:
-        raise ValueError(f"{path} does not belong to its results.json")
+        raise ValueError(f"{path} does not match the results.json beside it")
     for measure, attacks in ((PGD, [_PGD]), (APGD, [name for name in numbers if name.startswith(_APGD)])):
         if attacks and attacks[0] in numbers:
-            # An attacker may leave an image as it is.
+            # The attacker may keep the clean image.
             found[measure] = np.min([found[CLEAN], *(numbers[name] for name in attacks)], axis=0)
     if records.UNIFORM_ROBUST in numbers:
         found[EVEN] = numbers[records.UNIFORM_ROBUST]
     weights = run.results.weights
-    if members is not None and (not weights or members.shape != (len(weights), len(labels))):
+    if members is not None and members.shape != (len(weights), len(labels)):
         members = None
     if members is not None:
         found[MEMBERS] = np.asarray(weights) @ members

@@ -1,4 +1,4 @@
-"""A run on the console, whatever task it was."""
+"""Print a run of any task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FILES = (
 
 
 def show_run(run: Run, console: Console) -> None:
-    """Print a run: its table, the comparison with its baseline, what is wrong, where the files are."""
+    """Print a run: tables, comparisons, state, flags, damage, times and files."""
 
     def say(text: str, style: str = "") -> None:
         console.print(Text(text, style=style))
@@ -57,14 +57,14 @@ def show_run(run: Run, console: Console) -> None:
     if run.results.seconds:
         say("Time: " + ", ".join(f"{name} {value:.0f} s" for name, value in run.results.seconds.items()))
     here = [name for name in _FILES if (run.path / name).exists()]
-    # Unwrapped, so that the path can be copied.
+    # Not wrapped, so that the path can be copied.
     console.print(Text(f"Files: {printable(run.path)}"), soft_wrap=True)
     if here:
         say(f"       {', '.join(here)}")
 
 
 def _progress(run: Run) -> str:
-    """How far an unfinished run came, from its history."""
+    """The progress of an unfinished run, from its history."""
     epochs, robust = run.last("epoch"), run.last("val/robust_accuracy")
     if epochs is None:
         return ""

@@ -1,4 +1,4 @@
-"""What `task=solve` found: the table of members and mixtures, and the certificate in words."""
+"""The results of `task=solve`: the table of members and mixtures, and the certificate in sentences."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SOLUTION: tuple[Column[_Line], ...] = (
 
 
 def solution_table(run: Run) -> Table[_Line]:
-    """Every member alone, uniform and optimal weights: clean and robust accuracies, the test set's with intervals.
+    """Clean and robust accuracies of every member and of the mixtures with uniform and with optimal weights.
 
-    *pool*: over the points that chose the weights, on the validation images. *fresh attacks*: the same images, new
-    attacks on everybody. *test*: the test images, attacked for the first time.
+    Column pool: at the points that chose the weights, on the validation images. Column fresh: on the same images,
+    under new attacks. Column test: on the test images, with 95 % intervals.
     """
     weights, rows = run.results.weights, solution_of(run).rows
     lines = [_Line(row, weights[k] if k < len(weights) else "") for k, row in enumerate(rows)]
@@ -47,34 +47,34 @@ def solution_table(run: Run) -> Table[_Line]:
 
 
 def solution_of(run: Run) -> Solve:
-    """What the results hold of task=solve; nothing is known where that is missing."""
+    """The results of task=solve; all unknown if the run has none."""
     return run.results.solve or Solve()
 
 
 def solution_caption(run: Run) -> str:
-    """What the columns are, for table and figure."""
+    """A description of the columns, for table and figure."""
     fit = solution_of(run).fit
     return (
-        f"Robust accuracy: pool, on the points that chose the weights ({fit.num_examples} validation images, "
-        f"{fit.num_attacks} responses of the attacker, {fit.status}); fresh, new attacks there; test, "
-        f"{run.num_examples} test images. Attacks: {', '.join(run.results.attacks)}; every point is replayed on "
-        f"everybody{_alone(run)}."
+        f"Robust accuracy. Pool: at the points that chose the weights ({fit.num_examples} validation images, "
+        f"{fit.num_attacks} responses of the attacker, {fit.status}). Fresh: on the same images under new attacks. "
+        f"Test: {run.num_examples} test images. Attacks: {', '.join(run.results.attacks)}; every point is replayed "
+        f"on all classifiers{_alone(run)}."
     )
 
 
 def _alone(run: Run) -> str:
-    """Which attacks were repeated against members alone."""
+    """The attacks that were repeated on single members, as the end of a sentence."""
     some = [name for name, one in run.results.attacks.items() if any(value is not None for value in one.members)]
     return f"; members alone are attacked by {', '.join(some)}" if some else ""
 
 
 def solution_sentences(run: Run) -> list[str]:
-    """The certificate, and what holds beyond the interval on the test set."""
+    """Sentences on the certificate, and on the paired differences on the test set."""
     solution = solution_of(run)
     known, rows = solution.certificate, solution.rows
     if known.value_lp is None or known.value_at_weights is None or len(rows) < 3:
         return []
-    # Rounded so that the sentences stay true: the limit up, what is reached down.
+    # Rounded in the safe direction: the upper bound up, the reached accuracy down.
     limit = math.ceil(1e4 * (1 - known.value_lp) - 1e-6) / 100
     reached = math.floor(1e4 * (1 - known.value_at_weights) + 1e-6) / 100
     apart = 100 * max(0.0, known.value_at_weights - known.value_lp)
@@ -88,12 +88,12 @@ def solution_sentences(run: Run) -> list[str]:
     if notes:
         sentences.append(f"Inputs: {'; '.join(notes)}.")
     if solution.fit.status == "stopped":
-        sentences.append("The value was still moving when the rounds were over: raise lambda_solver.num_rounds.")
+        sentences.append("The value had not converged after the last round: raise lambda_solver.num_rounds.")
     return [*sentences, *_differences(run, rows)]
 
 
 def _differences(run: Run, rows: tuple[Row, ...]) -> list[str]:
-    """The optimal mixture against the best member on the validation images and the uniform mixture, on test images."""
+    """The optimal mixture against the uniform one, and against the member that is best on the validation images."""
     weights = run.results.weights
     try:
         found = measured(run)

@@ -1,20 +1,21 @@
-"""The table of results: who has which accuracy, of one run or of many."""
+"""The table of results: the accuracies of the classifiers of one or several runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from mixadv.report.attacks import TWIN, classifiers, settings_text
-from mixadv.report.cells import Column, Table, on_console, seen, without_ends, write_csv
+from mixadv.report.cells import Column, Table, of_view, on_console, write_csv
 from mixadv.report.files import Run
-from mixadv.report.names import format_ball, format_eps, norm_symbol, short_names
+from mixadv.report.names import format_ball, format_eps, norm_symbol, number, short_names
 from mixadv.report.records import APGD, GAP, PGD, measured
-from mixadv.report.settings import setting_of
+from mixadv.report.settings import relevant_settings
 from mixadv.results import UNKNOWN, Accuracy
 
 _STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinished": "yellow"}
@@ -23,9 +24,12 @@ _STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinishe
 class Line(NamedTuple):
     """A row of the table of results: one classifier of a run.
 
-    who: "mixture", "member 0", ..., "ensemble" (the averaged twin, on clean images only), "averaged twin" or
-    "baseline"; label: the same for readers. robust: at the worst of all points found by anyone. weight: of a member.
-    name: of the run among others.
+    Attributes:
+        who: "mixture", "member 0", ..., "ensemble" (the averaged twin on clean images), "averaged twin" or "baseline".
+        label: its name on the console and the page.
+        clean, robust: on clean images, and at the worst of all points found in all passes.
+        weight: lambda_k of a member; "" for other classifiers.
+        name: the short name of the run in a table of several.
     """
 
     run: Run
@@ -37,7 +41,7 @@ class Line(NamedTuple):
     name: str = ""
 
     def under(self, measure: str) -> float | None:
-        """Of the mixture, its mean of a measure of `records`."""
+        """The mixture's mean of a measure of `records.Measured`; None if unknown and for other classifiers."""
         try:
             each = measured(self.run).accuracies.get(measure) if self.who == "mixture" else None
         except ValueError:
@@ -45,14 +49,18 @@ class Line(NamedTuple):
         return None if each is None else float(each.mean())
 
 
-def _of_setting(name: str) -> Any:
-    """How the run was trained, as far as it says."""
+def _of_training(run: Run, key: str) -> str | None:
+    """A setting of the training; None if unknown."""
+    return None if run.was_only_measured else relevant_settings(run.config).get(key)
 
-    def of(line: Line) -> Any:
-        setting = setting_of(line.run)
-        return None if setting is None else getattr(setting, name)
 
-    return of
+def _schedule(line: Line) -> str | None:
+    # For one member all schedules are the same.
+    return None if line.run.num_members == 1 else _of_training(line.run, "schedule.kind")
+
+
+def _epochs(line: Line) -> float | None:
+    return number(_of_training(line.run, "trainer.max_epochs"))
 
 
 def _state(line: Line) -> str:
@@ -65,8 +73,8 @@ def _baseline(line: Line) -> float | None:
     return line.run.baseline.robust.value if line.run.baseline else None
 
 
-# Views: `run`, the classifiers of one run, on a console and on its page; `sweep`, the mixtures of many runs, on a
-# console; `csv`, the classifiers of many runs, in report.csv.
+# Views: `run`, the classifiers of one run on the console and the page; `sweep`, the mixtures of several runs on the
+# console; `csv`, all classifiers of several runs in report.csv.
 RESULTS: tuple[Column[Line], ...] = (
     Column("run", "run", lambda line: line.name, views="sweep csv", words=True, fold=12),
     Column(
@@ -86,8 +94,8 @@ RESULTS: tuple[Column[Line], ...] = (
     Column("L", "L", lambda line: line.run.num_members, views="sweep csv"),
     Column("loss", "loss", lambda line: line.run.loss or None, views="sweep csv", words=True),
     Column("solver", "solver", lambda line: line.run.solver or None, views="sweep csv", words=True),
-    Column("schedule", "schedule", _of_setting("schedule"), views="csv"),
-    Column("epochs", "epochs", _of_setting("epochs"), views="csv"),
+    Column("schedule", "schedule", _schedule, views="csv"),
+    Column("epochs", "epochs", _epochs, views="csv"),
     Column("seed", "seed", lambda line: line.run.seed, views="sweep csv"),
     Column("train_seconds", "training, s", lambda line: line.run.training_seconds, ".0f", views="csv"),
     Column("num_examples", "images", lambda line: line.run.num_examples, views="csv"),
@@ -104,8 +112,8 @@ RESULTS: tuple[Column[Line], ...] = (
 )
 
 
-def everybody(run: Run, name: str = "") -> dict[str, Line]:
-    """All that were measured, by their `Line.who`: the members, the mixture, its averaged twin and the baseline."""
+def rows_of(run: Run, name: str = "") -> dict[str, Line]:
+    """`Line.who` -> row: the members, the mixture, its averaged twin (also as "ensemble") and the baseline."""
     found, results = {}, run.results
     for k, member in enumerate(results.members):
         weight = results.weights[k] if results.weights else None
@@ -123,47 +131,48 @@ def everybody(run: Run, name: str = "") -> dict[str, Line]:
 
 
 def results_table(run: Run, title: str, who: Iterable[str], caption: str = "") -> Table[Line]:
-    """The classifiers of one run, members first.
+    """The classifiers `who` of a run, members first, with the intervals that the evaluation stored.
 
-    "mixture" is the randomized classifier, its accuracies exact expectations over the draw of a member. All intervals
-    are those that the evaluation stored.
+    "mixture" is the randomized classifier; its accuracies are exact expectations over the draw of a member.
     """
-    lines = [line for name, line in everybody(run).items() if name in who]
+    lines = [line for name, line in rows_of(run).items() if name in who]
     first = next((i for i, line in enumerate(lines) if line.who == "mixture"), 0)
-    return Table(title, seen(RESULTS, "run"), lines, caption, bold=(first,), sections=(first - 1,))
+    return Table(title, of_view(RESULTS, "run"), lines, caption, bold=(first,), sections=(first - 1,))
 
 
 def run_table(run: Run) -> RichTable:
-    """`results_table` for a console, with the ensemble accuracy: argmax of the averaged probabilities."""
-    seed = [] if run.seed is None else [f"seed {run.seed}"]
+    """`results_table` for the console, with the ensemble accuracy: that of the averaged twin on clean images."""
+    title = headline(run, "" if run.seed is None else f"seed {run.seed}")
     who = [*(f"member {k}" for k in range(len(run.results.members))), "mixture", "ensemble", "baseline"]
-    return on_console(results_table(run, " · ".join([*headline_parts(run), *seed]), who, _caption(run)))
+    return on_console(results_table(run, title, who, _caption(run)))
 
 
 def sweep_table(runs: Sequence[Run]) -> RichTable:
-    """One row per run, in the order given; loss and solver move to the caption where all runs share them."""
+    """One row per run, in the given order. Loss and solver stand in the caption if all runs have the same."""
     common = len(runs) > 1 and len({(run.loss, run.solver) for run in runs}) == 1
     moved = {"loss", "solver"} if common else set()
-    columns = [column for column in seen(RESULTS, "sweep") if column.key not in moved]
-    columns = [without_ends(column) if column.key == "clean" else column for column in columns]
-    lines = [everybody(run, name)["mixture"] for run, name in _named(runs)]
+    columns = [column for column in of_view(RESULTS, "sweep") if column.key not in moved]
+    # Without its interval, for width.
+    columns = [
+        replace(column, of=lambda line: line.clean.value) if column.key == "clean" else column for column in columns
+    ]
+    lines = [rows_of(run, name)["mixture"] for run, name in _named(runs)]
     caption = _sweep_caption(runs, common)
     return on_console(Table(f"{len(runs)} runs", columns, lines, caption), box=SIMPLE_HEAD, pad_edge=False)
 
 
 def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
-    """Write a tidy csv, fractions in full precision: one row per run and classifier.
+    """Write a tidy csv, one row per run and classifier; accuracies are fractions in full precision.
 
-    Column `who` is "mixture", "ensemble" (clean only), "member 0", ..., "baseline". Column `robust` is at all points
-    found, `pgd_20` under PGD-20 and `apgd` under all APGD attacks on the mixture, each alone; `matching_penny_gap` is
-    the mixture's robust accuracy minus sum_k lambda_k of its members'. A run without results has one row, `who` =
-    "mixture", its numbers empty.
+    Column `who` is "mixture", "ensemble" (clean only), "member 0", ..., "baseline". `robust` is the accuracy at all
+    points found; `pgd_20`, `apgd` and `matching_penny_gap` are those of `records.Measured`. A run without results has
+    one row with `who` = "mixture" and empty numbers.
 
     Raises:
         UserError: `path` cannot be written.
     """
     lines = [line for run, name in _named(runs) for line in _written(run, name)]
-    return write_csv(path, Table("", seen(RESULTS, "csv"), lines))
+    return write_csv(path, Table("", of_view(RESULTS, "csv"), lines))
 
 
 def _named(runs: Sequence[Run]) -> Iterable[tuple[Run, str]]:
@@ -172,7 +181,7 @@ def _named(runs: Sequence[Run]) -> Iterable[tuple[Run, str]]:
 
 def _written(run: Run, name: str) -> list[Line]:
     """The rows of report.csv for a run."""
-    found = everybody(run, name)
+    found = rows_of(run, name)
     order = ["mixture"]
     order += ["ensemble"] if run.results.ensemble_accuracy is not None else []
     order += [f"member {k}" for k in range(len(run.results.members))]
@@ -180,11 +189,11 @@ def _written(run: Run, name: str) -> list[Line]:
     return [found[who] for who in order]
 
 
-def headline_parts(run: Run) -> list[str]:
-    """Data, L, loss, solver and threat model, those that are known."""
+def headline(run: Run, *more: str) -> str:
+    """Data, L, loss, solver and threat model, as far as they are known, and `more`; else the name of the run."""
     parts = [run.data, f"L = {run.num_members}" if run.num_members is not None else "", run.loss, run.solver]
     parts.append(format_ball(run.norm, run.eps) if run.eps is not None else "")
-    return [part for part in parts if part]
+    return " · ".join(part for part in (*parts, *more) if part) or run.path.name
 
 
 def _caption(run: Run) -> str:

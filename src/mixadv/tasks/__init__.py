@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from mixadv.config import check
 from mixadv.runs import processes
 from mixadv.signals import Signals, Stopped, requeue
+
+if TYPE_CHECKING:
+    from mixadv.report import Run
 
 
 class Ended(NamedTuple):
@@ -65,12 +68,12 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
         if state is not State.DONE:
             processes.work_in(path)
             with _stopped_by_signals(cfg):
-                work(cfg, path, state)
+                run = work(cfg, path, state)
             if cfg.trainer.fast_dev_run:
                 return Ended(True)
             seal(path, settings)
     if state is not State.DONE:
-        show(path)
+        show(run or path)
         return Ended(True, measured(path, cfg.optimized_metric))
     if sweep is not None:
         print(f"{path.name} is done", flush=True)
@@ -130,17 +133,17 @@ def _help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> Non
         work(cfg, run_dir, State.UNFINISHED)
 
 
-def show(run_dir: Path, *, done_before: bool = False) -> None:
-    """Print the tables of a finished run, and draw its curves if it has a history."""
+def show(run: "Run | Path", *, done_before: bool = False) -> None:
+    """Print the tables of a finished run or of the run in a directory, and draw its curves if it has a history."""
     from mixadv.console import Console
-    from mixadv.report import draw_curves, read_run, show_run
+    from mixadv.report import draw_curves, opened, show_run
 
     # Text from files must not be read as markup.
     console = Console(markup=False)
+    run = opened(run)
     if done_before:
-        where = os.path.relpath(run_dir)
+        where = os.path.relpath(run.path)
         console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)
-    run = read_run(run_dir)
-    if run.has_history and not (done_before and (run_dir / "curves.png").exists()):
+    if run.has_history and not (done_before and (run.path / "curves.png").exists()):
         draw_curves(run)
     show_run(run, console)

@@ -15,7 +15,7 @@ from mixadv.evaluation import EvaluationState
 from mixadv.members.recipe import member_recipes
 from mixadv.members.source import LoadedMember, Source
 from mixadv.mixture import Mixture
-from mixadv.report import write_report
+from mixadv.report import Run, read_run, write_report
 from mixadv.results import Data, Flag
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks import build, speed
@@ -30,7 +30,7 @@ TRIED = 8
 
 def evaluate_mixture(
     cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, mixture: Mixture, config: dict[str, Any]
-) -> None:
+) -> Run | None:
     """Measure a mixture under ``cfg.protocol``, in a claimed directory.
 
     Args:
@@ -39,17 +39,20 @@ def evaluate_mixture(
         sweep: name of the sweep this run belongs to.
         mixture: to be measured. config: what it records of itself.
 
+    Returns:
+        The finished run; None in processes other than rank 0.
+
     Raises:
         UserError: data that do not fit it.
     """
     session = Session.begin(cfg, run_dir)
     _check_fit(config, session.data)
-    _evaluate(session, sweep, mixture)
+    return _evaluate(session, sweep, mixture)
 
 
 def evaluate_members(
     cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, sources: Sequence[Source]
-) -> None:
+) -> Run | None:
     """Measure the mixture of the members of `sources` with ``cfg.weights`` (None: 1/L) as `evaluate_mixture` does.
 
     In results.json each member also has a name, source and note.
@@ -72,7 +75,7 @@ def evaluate_members(
         "that, but members that learned from different images are not compared on equal terms."
     )
     flags = flags_of_other_splits(cfg, sources, "another-split", evidence, ", or train the members on one split")
-    _evaluate(session, sweep, mixture, members, flags)
+    return _evaluate(session, sweep, mixture, members, flags)
 
 
 def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
@@ -94,7 +97,7 @@ def _evaluate(
     mixture: Mixture,
     members: Sequence[LoadedMember] = (),
     flags: Sequence[Flag] = (),
-) -> None:
+) -> Run | None:
     cfg, run_dir, data = session.cfg, session.run_dir, session.data
     # Refused before the directory is written: the corrected command can use it.
     build.build_protocol(cfg)
@@ -107,7 +110,7 @@ def _evaluate(
     with logging_to(loggers, cfg):
         measured = measure(session, mixture)
         if measured is None:
-            return
+            return None
         results, arrays = measured
         results = replace(
             results,
@@ -120,8 +123,10 @@ def _evaluate(
         EvaluationState(run_dir / STATE).clear()
         # Before the report, which shows the state of the run.
         mark_done(run_dir)
-        write_report(run_dir)
+        run = read_run(run_dir)
+        write_report(run)
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
+    return run
 
 
 def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) -> DictConfig:

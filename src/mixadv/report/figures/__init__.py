@@ -1,1 +1,1 @@
-"""Figures, one file for each family; all of them in one style."""
+"""Figures, one module for each family, in the style of `style.py`."""

@@ -1,4 +1,4 @@
-"""The figure of a training: accuracy, lambda and loss over the epochs."""
+"""The figure of a training: accuracy, lambda and losses against epochs."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mixadv.report.figures.style import (
     whisker,
 )
 from mixadv.report.files import Run, opened
-from mixadv.report.tables import headline_parts
+from mixadv.report.tables import headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Placed by hand: matplotlib's automatic layouts shrink the axes to make room for legends below them.
+# Fixed positions: matplotlib's automatic layouts shrink the axes for the legends below them.
 _BOTTOM, _HEIGHT, _LEGEND_TOP = 0.32, 0.55, 0.205
 _PANELS = {"accuracy": (0.05, 0.245), "test": (0.3, 0.125), "lambda": (0.485, 0.215), "loss": (0.765, 0.222)}
 
 
 def draw_curves(run: Run | str | Path) -> Path:
-    """Draw `curves.png` of a run from its history and, once it has them, its results.
+    """Draw `curves.png` of a run from its history and, if there are any, its results.
 
-    Three panels over epochs per model: validation accuracy of the mixture (and, dashed, of the baseline) with
-    the test results and their 95 % intervals beside it; lambda; training loss and value of the game.
+    Three panels against epochs per model: validation accuracy of the mixture (dashed: of the baseline); lambda;
+    training loss and value of the game. Test accuracies with 95 % intervals stand beside the first panel.
 
     Raises:
         UserError: there is no history to draw, or the directory cannot be written.
@@ -50,7 +50,7 @@ def draw_curves(run: Run | str | Path) -> Path:
 
 def curves_figure(run: Run) -> Figure:
     """The figure of `draw_curves`; its axes are labelled "accuracy", "test", "lambda" and "loss"."""
-    figure = new_figure(6.0, " · ".join(headline_parts(run)) or run.path.name)
+    figure = new_figure(6.0, headline(run))
     panels: dict[str, Axes] = {}
     for name, (left, width) in _PANELS.items():
         share: dict[str, Any] = {"sharey" if name == "test" else "sharex": panels.get("accuracy")}
@@ -75,7 +75,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns, many = 1 if axes.get_label() == "loss" else 2, len(labels) > 6
     if many:
-        # A column for each of many members is too wide with its full name.
+        # Full names are too wide for many columns.
         labels = [label.removeprefix("member ") for label in labels]
         columns = math.ceil(len(labels) / (2 if len(labels) <= 12 else 3))
     figure.legend(
@@ -93,10 +93,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs per model [n] and values [n] of a column of the history, from the rows that have both."""
-    empty = np.array([])
-    epochs, values = run.history.get("epoch", empty), run.history.get(name, empty)
-    if len(epochs) != len(values):
-        return empty, empty
+    if not {"epoch", name} <= run.history.keys():
+        return np.array([]), np.array([])
+    epochs, values = run.history["epoch"], run.history[name]
     keep = np.isfinite(epochs) & np.isfinite(values)
     return epochs[keep], values[keep]
 
@@ -154,7 +153,7 @@ def _draw_test(axes: Axes, run: Run) -> None:
 
 
 def weight_of(run: Run, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and lambda_k during training; weights keep their value from one weights phase to the next."""
+    """Epochs [n] and lambda_k [n] of the weights phases, and the last value once more at the end of the history."""
     x, y = column(run, f"lambda/{k}")
     if not len(x):
         return x, y
@@ -205,7 +204,7 @@ def _footer(run: Run) -> str:
     if run.robust.value is None:
         return "" if run.state == "done" else f"{run.state}: no test results yet"
     count = "" if run.num_examples is None else f"{run.num_examples:,} test images; "
-    names = ", ".join(run.results.attacks) or "an attack that the results do not name"
+    names = ", ".join(run.results.attacks) or "an unknown attack"
     ensemble = run.results.ensemble_accuracy
     return f"Test: {count}robust = worst case per image over {names}; bars are 95 % intervals over test images." + (
         f" Ensemble accuracy (clean): {ensemble:.3f}." if ensemble is not None and run.num_members != 1 else ""

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: accuracy per attack and against eps, loss against steps, attacked images."""
+"""Figures of an evaluation: accuracy per attack, accuracy against eps, loss against steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixadv.report.figures.examples import Examples, examples_figure
 from mixadv.report.figures.style import CLEAN_COLOUR, ROBUST_COLOUR, footnote, member_style, new_figure, spaced
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
-from mixadv.report.tables import headline_parts
+from mixadv.report.tables import headline
 from mixadv.results import Accuracy
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ _LOOKS: Any = {
         "zorder": 3,
     },
 }
-_MARKERS = "o^vPX*<>"  # of members: more of them than colours
+_MARKERS = "o^vPX*<>"  # of members: more markers than colours, so that the pairs differ
 _LEGEND, _ABOVE, _BELOW = 2.35, 0.65, 1.15  # inches
 _TWIN_NOTE = "Averaged twin: argmax of the averaged probabilities, another classifier."
 
 
 def evaluation_figures(run: Run, examples: Examples | None) -> dict[str, Callable[[], Figure]]:
-    """File name -> what builds its figure, for those that have data; `examples` as `read_examples` gives them."""
+    """File name -> function that builds its figure, for the figures with data; for `examples` see `read_examples`."""
     figures: dict[str, Callable[[], Figure]] = {}
     if any(at.value is not None for row in attack_rows(run) for at in row.values.values()):
         figures["attacks.png"] = partial(attacks_figure, run)
@@ -61,17 +61,17 @@ def evaluation_figures(run: Run, examples: Examples | None) -> dict[str, Callabl
 
 
 def eps_lines(run: Run) -> Lines | None:
-    """Accuracies over eps, if the results have them."""
+    """Accuracies against eps; None if the results have none."""
     return lines_of(run, run.results.curves.eps if run.results.curves else None)
 
 
 def steps_lines(run: Run) -> Lines | None:
-    """Losses over steps, if the results have them."""
+    """Losses against steps; None if the results have none."""
     return lines_of(run, run.results.curves.steps if run.results.curves else None)
 
 
 def look(who: str) -> dict[str, Any]:
-    """Colour, marker and line of a classifier, the same in every figure of an evaluation."""
+    """Colour, marker and line of a classifier, the same in all figures of an evaluation."""
     if who.startswith("member "):
         k = int(who.removeprefix("member "))
         return {**member_style(k), "marker": _MARKERS[k % len(_MARKERS)], "markersize": 5.5}
@@ -79,21 +79,22 @@ def look(who: str) -> dict[str, Any]:
 
 
 def attacks_figure(run: Run) -> Figure:
-    """Accuracy of every classifier under every attack against itself, one row per attack; its axes: "attacks".
+    """Accuracy of each classifier when it is attacked itself, one row per attack; its axes are labelled "attacks".
 
-    The last row, a line and a band are the worst case over all points found, with its 95 % interval.
+    The last row is the worst case over all points found. A line and a band show that of the mixture with its 95 %
+    interval.
     """
-    rows, worst, everybody = attack_rows(run), worst_cases(run), classifiers(run)
+    rows, worst, targets = attack_rows(run), worst_cases(run), classifiers(run)
     names = [*(_shortened(row.name) for row in rows), ALL]
-    tall = max(0.5, 0.11 * len(everybody) + 0.1)
-    height = _ABOVE + _BELOW + max(tall * len(names), 0.29 * len(everybody) + 0.8)
+    tall = max(0.5, 0.11 * len(targets) + 0.1)
+    height = _ABOVE + _BELOW + max(tall * len(names), 0.29 * len(targets) + 0.8)
     figure, axes = _panel(run, "attacks", 0.35 + 0.105 * max(map(len, names)), height)
-    offsets = np.linspace(-0.32, 0.32, len(everybody)) if len(everybody) > 1 else [0.0]
-    for who, offset in zip(everybody, offsets, strict=True):
+    offsets = np.linspace(-0.32, 0.32, len(targets)) if len(targets) > 1 else [0.0]
+    for who, offset in zip(targets, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
         spans = [row.values[who] for row in rows]
         _draw_intervals(axes, [*spans, worst[who]], float(offset), who, style)
-    name, final = everybody[0], worst[everybody[0]]
+    name, final = targets[0], worst[targets[0]]
     if final.value is not None:
         axes.axvline(final.value, color=ROBUST_COLOUR, linewidth=1.4, label="worst case", zorder=1)
         if final.ends is not None:
@@ -106,7 +107,7 @@ def attacks_figure(run: Run) -> Figure:
     spread = max(0.0, 0.1 - (high - low)) / 2
     axes.set(xlim=(max(low - spread, -0.01), min(high + spread, 1.01)), xlabel="accuracy")
     _legend(figure, axes)
-    notes = ["Every classifier is attacked itself; the last row is its worst case over all points found by anyone."]
+    notes = ["Every classifier is attacked itself; the last row is its worst case over the points of all attacks."]
     if name == "mixture":
         notes.append(f"Mixture: exact expected accuracy. {_TWIN_NOTE}")
     footnote(figure, " ".join([*notes, "Bars and band: 95 % intervals over test images."]))
@@ -114,7 +115,7 @@ def attacks_figure(run: Run) -> Figure:
 
 
 def _draw_intervals(axes: Axes, at: list[Accuracy], offset: float, who: str, style: dict[str, Any]) -> None:
-    """A marker per row that has a value, and a bar where it has an interval."""
+    """Draw a marker for each known value, and a bar over its interval."""
     known = [(row + offset, here) for row, here in enumerate(at) if here.value is not None]
     axes.plot([here.value or 0.0 for _, here in known], [y for y, _ in known], label=who, **style)
     for y, here in known:
@@ -123,7 +124,7 @@ def _draw_intervals(axes: Axes, at: list[Accuracy], offset: float, who: str, sty
 
 
 def eps_figure(run: Run, curve: Lines) -> Figure:
-    """Accuracy against eps, with a band for the mixture's 95 % interval; its axes: "eps"."""
+    """Accuracy against eps, with a band for the mixture's 95 % interval; its axes are labelled "eps"."""
     figure, axes = _panel(run, "eps")
     count = _count(run)
     _draw_lines(axes, curve)
@@ -140,12 +141,12 @@ def eps_figure(run: Run, curve: Lines) -> Figure:
     axes.set_xlabel(printable(f"ε (radius of the {norm_symbol(run.norm)} ball, in input units)"), parse_math=False)
     axes.set_ylabel("accuracy")
     _legend(figure, axes)
-    footnote(figure, _note("Accuracy should fall to nothing where the ball holds every image.", count, curve))
+    footnote(figure, _note("Accuracy should fall to 0 when the ball contains all images.", count, curve))
     return figure
 
 
 def steps_figure(run: Run, curve: Lines) -> Figure:
-    """Loss that the attack reached against its number of steps; its axes: "steps"."""
+    """Loss of the attack against its number of steps; its axes are labelled "steps"."""
     figure, axes = _panel(run, "steps")
     _draw_lines(axes, curve)
     steps = sorted({float(x) for x in curve.x})
@@ -157,12 +158,12 @@ def steps_figure(run: Run, curve: Lines) -> Figure:
     axes.set(xlabel="steps of the attack", ylabel="loss at the points found")
     _legend(figure, axes)
     count = _count(run)
-    footnote(figure, _note("A flat end says that further steps find nothing more.", count, curve))
+    footnote(figure, _note("A flat end means that further steps would gain nothing.", count, curve))
     return figure
 
 
 def _panel(run: Run, name: str, left: float = 0.85, height: float = 5.6) -> tuple[Figure, Axes]:
-    figure = new_figure(height, " · ".join(headline_parts(run)) or run.path.name)
+    figure = new_figure(height, headline(run))
     box = (left / 14, _BELOW / height, (14 - left - _LEGEND) / 14, (height - _ABOVE - _BELOW) / height)
     return figure, figure.add_axes(box, label=name)
 

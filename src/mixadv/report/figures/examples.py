@@ -1,4 +1,4 @@
-"""Pictures of what the attacks found: clean image, attacked image and their difference, from examples.npz."""
+"""The figure of examples.npz: clean images, attacked images and their differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixadv.files import read_arrays
 from mixadv.redaction import printable
 from mixadv.report.figures.style import footnote, new_figure
 from mixadv.report.files import Run
-from mixadv.report.tables import headline_parts
+from mixadv.report.tables import headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,12 +24,13 @@ _LEFT, _HEADING, _BELOW = 1.15, 0.6, 0.9  # inches
 
 
 class Examples(NamedTuple):
-    """Attacked images with what happened to them.
+    """The content of examples.npz.
 
     Attributes:
-        x, x_adv: [K, C, H, W] in [0, 1], C = 1 or 3.
-        labels: K names. found_by: K names of passes, "clean" where no point was worse than x itself.
+        x, x_adv: clean and attacked images [K, C, H, W] in [0, 1], C = 1 or 3.
+        labels: K names of classes.
         correct: [L, K] bool, which members are right at x_adv.
+        found_by: K names of passes; "clean" if no point was worse than x.
     """
 
     x: np.ndarray
@@ -40,10 +41,10 @@ class Examples(NamedTuple):
 
 
 def read_examples(run: Run) -> Examples | None:
-    """The content of `examples.npz`; None where there is none, or no image in it.
+    """The content of `examples.npz`; None if it does not exist or has no images.
 
     Raises:
-        ValueError: the file is damaged, or its arrays do not fit each other.
+        ValueError: the file is damaged, or the shapes of its arrays do not match.
     """
     path = run.path / records.EXAMPLES
     arrays = read_arrays(path)
@@ -69,31 +70,31 @@ def read_examples(run: Run) -> Examples | None:
 
 
 def amplification(difference: np.ndarray) -> float:
-    """The largest of ..., 0.5, 1, 2, 5, 10, ... that keeps factor · |difference| <= 1/2, and 1 if that is 0.
+    """The largest factor in ..., 0.5, 1, 2, 5, 10, ... with factor · |difference| <= 1/2; 1 if the difference is 0.
 
-    With it 1/2 + factor · difference fits into [0, 1] without being cut.
+    Then 1/2 + factor · difference is in [0, 1].
     """
     largest = float(np.abs(difference).max(initial=0.0))
     if largest == 0:
         return 1.0
-    # A hair of tolerance: 8/255 as float32 may lie above 8/255.
+    # With a tolerance, because 8/255 in float32 may be above 8/255.
     limit = 0.5 / largest * (1 + 1e-6)
     decade = 10.0 ** math.floor(math.log10(limit))
     return max(step * decade for step in (1.0, 2.0, 5.0) if step * decade <= limit)
 
 
 def examples_figure(run: Run, examples: Examples) -> Figure:
-    """A grid: per image a column of clean, attacked and amplified difference; its axes are "clean 0", ...
+    """A grid with one column per image: clean, attacked, amplified difference; its axes are labelled "clean 0", ...
 
-    Above a column stands the label; below, which members are wrong at the attacked image and the pass that found
-    it. The difference is shown as 1/2 + factor · (x_adv - x), so that grey is no change.
+    The label is above a column; below are the members that are wrong at the attacked image, and the pass that found
+    it. The difference is drawn as 1/2 + factor · (x_adv - x): grey is no change.
     """
     count = min(len(examples.x), MOST)
     columns, bands = min(count, COLUMNS), math.ceil(count / COLUMNS)
     cell = (13.85 - _LEFT) / COLUMNS
     band = 3 * cell + _HEADING + _BELOW
     height = 0.55 + bands * band + 0.65
-    figure = new_figure(height, " · ".join([*headline_parts(run), "worst cases found"]))
+    figure = new_figure(height, headline(run, "worst cases found"))
     difference = examples.x_adv - examples.x
     factor = amplification(difference[:count])
     rows = {"clean": examples.x, "attacked": examples.x_adv, "difference": 0.5 + factor * difference}
@@ -118,7 +119,7 @@ def examples_figure(run: Run, examples: Examples) -> Figure:
 
 
 def wrong_members(correct: np.ndarray) -> str:
-    """In words, which members are wrong: correct [L] bool."""
+    """In words, which members are wrong, from correct [L] bool."""
     if len(correct) == 1:
         return "right" if correct[0] else "wrong"
     wrong = np.flatnonzero(~correct)
@@ -143,7 +144,7 @@ def _caption(examples: Examples, count: int, factor: float) -> str:
 
 
 def _show(axes: Axes, image: np.ndarray) -> None:
-    """One image [C, H, W] in [0, 1], its pixels as they are."""
+    """Draw one image [C, H, W] in [0, 1] without interpolation."""
     pixels = np.clip(image.transpose(1, 2, 0), 0.0, 1.0).astype(np.float64)
     if pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
@@ -157,5 +158,5 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 
 def _wrapped(text: str, width: int, most: int) -> str:
-    """At most `most` lines of `width` characters; what is left out leaves an ellipsis."""
+    """At most `most` lines of `width` characters; longer text ends in an ellipsis."""
     return textwrap.fill(printable(text), width, max_lines=most, placeholder="…")

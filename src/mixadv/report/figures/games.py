@@ -1,4 +1,4 @@
-"""The figures of runs of ``task=game``, from results.json and game.npz."""
+"""The figures of ``task=game``, from results.json and game.npz."""
 
 from __future__ import annotations
 
@@ -9,40 +9,48 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixadv.files import read_arrays
-from mixadv.report.figures.style import CLEAN, DASHES, MEMBERS, ROBUST, VALUE, footnote, new_figure, save
-from mixadv.report.files import read_run
+from mixadv.report.figures.style import (
+    CLEAN_COLOUR,
+    DASHES,
+    MEMBER_COLOURS,
+    ROBUST_COLOUR,
+    VALUE_COLOUR,
+    footnote,
+    new_figure,
+    save,
+)
+from mixadv.report.files import Run, opened
 from mixadv.report.game_tables import damage_named, read_game, runs_by_radius
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-POSITIVE, NEGATIVE, ATTACK = CLEAN, ROBUST, VALUE
-MIXTURE, GREY = MEMBERS[0], "#666666"
+POSITIVE, NEGATIVE, ATTACK = CLEAN_COLOUR, ROBUST_COLOUR, VALUE_COLOUR
+MIXTURE, GREY = MEMBER_COLOURS[0], "#666666"
 _LEGEND: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 11, "handlelength": 2.6}
-_FLOOR = 1e-7  # of the errors that are drawn
+_FLOOR = 1e-7  # smaller errors are not drawn
 
 
-def draw_game(run_dir: str | Path) -> Path:
+def draw_game(run: Run | str | Path) -> Path:
     """Draw `game.png` of a run of ``task=game`` from its files.
 
     Raises:
         UserError: the files are missing or damaged, or the directory cannot be written.
     """
-    path = Path(run_dir)
-    game = read_game(read_run(path))
-    with damage_named(path):
+    run = opened(run)
+    game = read_game(run)
+    with damage_named(run.path):
         figure = {"motivating": motivating_figure, "gaussians": gaussians_figure}.get(game["name"], any_figure)
-        arrays = read_arrays(path / "game.npz") or {}
-        return save(lambda: figure(game, arrays), path / "game.png")
+        arrays = read_arrays(run.path / "game.npz") or {}
+        return save(lambda: figure(game, arrays), run.path / "game.png")
 
 
 # --- the motivating example --------------------------------------------------------------------------------
 
 
 def motivating_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Figure:
-    """The line with the points, where the attacker can and does move them, and what the classifiers predict; beside
-    it the error rate under attack against the probability of f1.
+    """Left: points, balls, moves of the attacker and predictions on the line. Right: R(lambda) against lambda_1.
 
     Its axes are labelled "line" and "risk".
     """
@@ -79,10 +87,10 @@ def _draw_line(axes: Axes, game: dict[str, Any], thresholds: np.ndarray) -> None
             axes.text(x, y + 0.18, f"f{k + 1} predicts {sign}", transform=axes.get_yaxis_transform(), **words)
         axes.plot([at, at], [y, 0.12], color=GREY, linestyle=DASHES[2], linewidth=1.3, zorder=0)
     for i, point in enumerate(points):
-        # Neighbouring balls may overlap: each has a height of its own.
+        # At different heights, because balls may overlap.
         _draw_point(axes, point, eps, -0.27 - 0.14 * i)
         words = {"ha": "center", "va": "top", "color": _look(point["label"])[0], "fontsize": 12}
-        lines = "\n".join(_what_happens(point, thresholds))
+        lines = "\n".join(_described(point, thresholds))
         axes.text((i + 0.5) / len(points), 0.99, lines, transform=axes.transAxes, **words)
     ticks = sorted({0.0, *places, *thresholds[:, 0]})
     axes.set_xticks(ticks, [_text(Fraction(tick)) for tick in ticks])
@@ -92,7 +100,7 @@ def _draw_line(axes: Axes, game: dict[str, Any], thresholds: np.ndarray) -> None
 
 
 def _draw_point(axes: Axes, point: dict[str, Any], eps: float, height: float) -> None:
-    """A point, its ball at a height of its own, and arrows to where the attacker sends it."""
+    """A point, its ball (a bar at `height`), and an arrow for each move of the attacker."""
     x, (colour, sign) = _number(point["point"]), _look(point["label"])
     axes.plot([x - eps, x + eps], [height, height], color=colour, marker="|", markersize=9, linewidth=1.6)
     shape: Any = {"marker": "o" if sign == "+1" else "s", "s": 1000 * _number(point["mass"])}
@@ -104,12 +112,12 @@ def _draw_point(axes: Axes, point: dict[str, Any], eps: float, height: float) ->
             axes.annotate("", xy=(to, 0.04), xytext=(x, 0.04), arrowprops=arrow)
 
 
-def _what_happens(point: dict[str, Any], thresholds: np.ndarray) -> list[str]:
-    """The point in words, and for each of its moves the classifiers that are wrong there."""
+def _described(point: dict[str, Any], thresholds: np.ndarray) -> list[str]:
+    """A point in words, then each of its moves with the classifiers that it fools."""
     lines = [f"label {_look(point['label'])[1]}, {point['mass']} of the data"]
     for move in point["moves"]:
         positive = thresholds[:, 1] * (_number(move["to"]) - thresholds[:, 0]) >= 0
-        fooled = [f"f{k + 1}" for k, says in enumerate(positive) if says != (point["label"] > 0)]
+        fooled = [f"f{k + 1}" for k, sign in enumerate(positive) if sign != (point["label"] > 0)]
         where = "stays" if move["to"] == point["point"] else f"to {_text(move['to'])}"
         chance = "" if move["probability"] == "1" else f" (p = {move['probability']})"
         lines.append(f"{where}, fools {' and '.join(fooled) or 'neither'}{chance}")
@@ -150,11 +158,11 @@ def _text(value: Fraction | str) -> str:
 
 
 def _look(label: float) -> tuple[str, str]:
-    """The colour and the sign of a label."""
+    """Colour and sign of a label."""
     return (POSITIVE, "+1") if label > 0 else (NEGATIVE, "−1")
 
 
-# --- the Gaussians, and games of the user's own ------------------------------------------------------------
+# --- the Gaussians, and other games -----------------------------------------------------------------------
 
 
 def any_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Figure:
@@ -165,7 +173,7 @@ def any_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Figure:
 
 
 def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Figure:
-    """The plane with the optimal mixture, convergence of the solvers, and the values against eps.
+    """The optimal mixture in the plane, the convergence of the solvers, and the values against eps.
 
     Its axes are labelled "plane", "convergence" and "values".
     """
@@ -221,7 +229,7 @@ def _draw_convergence(axes: Axes, game: dict[str, Any], arrays: dict[str, np.nda
     axes.plot(arrays["oracle_steps"], oracle, color="black", marker="o", markersize=5, label="Algorithm 1")
     at = np.arange(1, entropic.shape[1])
     for k, alpha in enumerate(arrays["alphas"]):
-        axes.plot(at, entropic[k, 1:], color=MEMBERS[k % len(MEMBERS)], label=f"entropic, α = {alpha:g}")
+        axes.plot(at, entropic[k, 1:], color=MEMBER_COLOURS[k % len(MEMBER_COLOURS)], label=f"entropic, α = {alpha:g}")
     top = float(np.nanmax([*oracle, *entropic.ravel(), 10 * _FLOOR]))
     low = float(np.nanmin([*oracle, *entropic.ravel(), top / 100]))
     end = max(len(at), 2)
@@ -235,7 +243,7 @@ def _draw_convergence(axes: Axes, game: dict[str, Any], arrays: dict[str, np.nda
 
 
 def _drawn(errors: np.ndarray) -> np.ndarray:
-    """The errors, nan below the accuracy of the linear program."""
+    """The errors, nan where they are below the accuracy of the linear program."""
     return np.where(errors > _FLOOR, errors, np.nan)
 
 
@@ -243,7 +251,7 @@ def _draw_values(axes: Axes, game: dict[str, Any]) -> None:
     by_radius = runs_by_radius(game)
     eps = list(by_radius)
     for name, label, look in (
-        ("v_det", "V_det, best classifier alone", {"color": VALUE, "marker": "s"}),
+        ("v_det", "V_det, best classifier alone", {"color": VALUE_COLOUR, "marker": "s"}),
         ("v_rand", "V_rand, best mixture", {"color": MIXTURE, "marker": "o"}),
         ("dual", "D, what the attacker is sure of", {"color": "black", "linestyle": DASHES[2], "linewidth": 1.8}),
     ):

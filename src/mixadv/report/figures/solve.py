@@ -1,4 +1,4 @@
-"""The figure of `task=solve`: how value and bound met, the weights, and everybody's accuracy."""
+"""The figure of `task=solve`: bounds and weights per round, and accuracies."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 
 def draw_solution(run: Run | str | Path) -> Path:
-    """Draw `solve.png`: how value and bound met, and everybody's robust accuracy with intervals.
+    """Draw `solve.png`: the bounds on the optimal robust accuracy and lambda against rounds; the robust accuracy of
+    the members and mixtures with 95 % intervals.
 
     Raises:
-        UserError: the results are not those of task=solve, or the directory cannot be written.
+        UserError: the run has no results of task=solve, or the directory cannot be written.
     """
     run = opened(run)
     if not solution_of(run).rows:
-        raise UserError(f"nothing to draw in {run.path}: its results.json is not that of task=solve")
+        raise UserError(f"nothing to draw in {run.path}: its results.json has no results of task=solve")
     return save(lambda: solution_figure(run), run.path / "solve.png")
 
 

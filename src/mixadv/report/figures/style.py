@@ -1,9 +1,8 @@
-"""The style that all figures share, and how they are saved: for the width of a README (1400 pixels).
+"""The common style of all figures: 1400 pixels wide, the width of a README.
 
-Figures are built through matplotlib's object interface on the Agg canvas, never through pyplot: no window,
-no global figure, and nothing left over for the program that called. The palette is that of Okabe and Ito,
-which people with the common colour-vision deficiencies can tell apart; line styles and marker shapes repeat
-what the colours say.
+Figures use matplotlib's object interface on the Agg canvas instead of pyplot: no windows, and no global state of the
+calling program is changed. The palette is that of Okabe and Ito (2008), for readers with colour-vision deficiencies;
+line styles and markers distinguish the same curves once more.
 """
 
 from __future__ import annotations
@@ -26,12 +25,10 @@ if TYPE_CHECKING:
 
 CLEAN_COLOUR, ROBUST_COLOUR = "#0072B2", "#D55E00"
 MEMBER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-# One colour for each L, or for each line of a figure.
+# For lines that are no members: one colour for each L or setting.
 LINE_COLOURS = ("#444444", CLEAN_COLOUR, ROBUST_COLOUR, *MEMBER_COLOURS)
 MARKERS = "osD^vPX*"
 LOSS_COLOUR, VALUE_COLOUR = "#444444", "#882255"
-# The names that figures/games.py and benchmarks/scaling.py use.
-CLEAN, ROBUST, MEMBERS, VALUE = CLEAN_COLOUR, ROBUST_COLOUR, MEMBER_COLOURS, VALUE_COLOUR
 DASHES: Any = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))
 STYLE: Any = {
     "text.usetex": False,
@@ -54,16 +51,16 @@ STYLE: Any = {
 
 
 def save(build: Callable[[], Figure], path: Path) -> Path:
-    """Build a figure in our style and write it as a png, all or nothing."""
+    """Build a figure in `STYLE` and write it as png, atomically."""
     import matplotlib.text
 
-    # Fonts are measured while saving, so the style has to hold until then.
+    # Saving measures fonts, so it needs the style too.
     with matplotlib.rc_context(STYLE), writing(path) as temporary:
         figure = build()
         try:
             figure.savefig(temporary, format="png", dpi=100)
         except ValueError:
-            # A name from a file that matplotlib takes for a formula.
+            # A text from a file is not valid mathtext.
             for text in figure.findobj(matplotlib.text.Text):
                 text.set_parse_math(False)
             figure.savefig(temporary, format="png", dpi=100)
@@ -71,7 +68,7 @@ def save(build: Callable[[], Figure], path: Path) -> Path:
 
 
 def new_figure(height: float, title: str) -> Figure:
-    """An empty figure as wide as a README, `height` in inches of 100 pixels; nothing in its title is a formula."""
+    """An empty figure, 14 inches wide and `height` inches high (100 pixels per inch); its title is plain text."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,14 +79,14 @@ def new_figure(height: float, title: str) -> Figure:
 
 
 def key(label: str, **look: Any) -> Artist:
-    """An entry of a legend that stands for nothing drawn."""
+    """A legend entry without a line in the axes."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], label=label, **look)
 
 
 def spaced(ticks: Iterable[float], share: float) -> list[float]:
-    """The ticks, less those whose labels would run into another's: closer than `share` of the whole axis."""
+    """The ticks without those closer to the previous one than `share` of the axis: their labels would overlap."""
     at = sorted(set(ticks))
     kept: list[float] = []
     for x in at:
@@ -99,13 +96,13 @@ def spaced(ticks: Iterable[float], share: float) -> list[float]:
 
 
 def footnote(figure: Figure, text: str) -> None:
-    """Small print at the bottom of a figure, wrapped to its width."""
+    """Add small text at the bottom of a figure, wrapped to its width."""
     lines = textwrap.fill(text, 155)
     figure.text(0.5, 0.1 / figure.get_figheight(), lines, ha="center", va="bottom", fontsize=11, color="#555555")
 
 
 def member_style(k: int) -> dict[str, Any]:
-    """Colour and line style of member k, the same in every panel and figure."""
+    """Colour and line style of member k, the same in all figures."""
     return {
         "color": MEMBER_COLOURS[k % len(MEMBER_COLOURS)],
         "linestyle": DASHES[k // len(MEMBER_COLOURS) % len(DASHES)],
@@ -113,7 +110,7 @@ def member_style(k: int) -> dict[str, Any]:
 
 
 def whisker(axes: Axes, x: float, at: Accuracy, **look: Any) -> None:
-    """A marker at a value, if it is known, and a bar over its interval."""
+    """Draw a marker at a value, if it is known, and a bar over its interval."""
     if at.value is None:
         return
     error = None
@@ -123,7 +120,7 @@ def whisker(axes: Axes, x: float, at: Accuracy, **look: Any) -> None:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values [n] -> [n]; at the ends over those of them that exist."""
+    """Centred mean over `window` values, [n] -> [n]; the window is cut at the ends."""
     if window <= 1:
         return values
     total = np.concatenate([[0.0], np.cumsum(values)])

@@ -1,4 +1,4 @@
-"""The figure of a sweep: test accuracy against eps, or against L where all runs have one eps."""
+"""The figure of a sweep: test accuracy against eps, or against L if all runs have the same eps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixadv.errors import UserError
 from mixadv.report.figures.style import DASHES, LINE_COLOURS, MARKERS, footnote, new_figure, save, spaced
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
-from mixadv.report.settings import described
+from mixadv.report.settings import relevant_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,12 +22,11 @@ COLOURS = LINE_COLOURS[1:]
 
 
 def draw_sweep(runs: Sequence[Run], path: str | Path) -> Path:
-    """Draw clean and robust test accuracy into `path` (a png), one line per setting: against eps, or against L where
-    all runs have one eps.
+    """Draw clean and robust test accuracy into `path` (a png): against eps, or against L if all runs have the same eps.
 
-    A setting is (L, loss, solver) and whatever else differs between runs that share these and eps, the seed
-    excepted: only repetitions of one experiment are averaged, within a band from their minimum to their
-    maximum. Dashed lines are the settings' baselines.
+    There is one line for each setting: L, loss, solver, and every other key, except for the seed, whose value differs
+    between runs with equal L, loss, solver and eps. Each point is the mean over the runs of the setting (its seeds),
+    within a band from their minimum to their maximum. Dashed lines are the baselines.
 
     Raises:
         UserError: no run has results, or `path` cannot be written.
@@ -101,7 +100,7 @@ def _title(runs: Sequence[Run], over_eps: bool) -> str:
 
 
 def _line(axes: Axes, by_x: Mapping[float, Sequence[Run]], measure: str, band: bool = True, **look: Any) -> bool | None:
-    """Mean over the runs at each x; True if a band was drawn, None if there was nothing to draw."""
+    """Draw the mean over the runs at each x; True with a band, False without one, None if no run has a value."""
     values = {x: [v for run in same if (v := getattr(run, measure).value) is not None] for x, same in by_x.items()}
     points = sorted((x, at) for x, at in values.items() if at)
     if not points:
@@ -147,8 +146,8 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 def _extras(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Per run, "key=value" for every setting in which runs with equal (eps, L, loss, solver) differ."""
-    # What was only measured does not say how its members were trained.
-    trained = [{} if run.was_only_measured else described(run.config) for run in runs]
+    # The configuration of a measurement does not describe the training of its members.
+    trained = [{} if run.was_only_measured else relevant_settings(run.config) for run in runs]
     flat = [{"data": run.data, "norm": run.norm, **own} for run, own in zip(runs, trained, strict=True)]
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, run in enumerate(runs):
