@@ -174,7 +174,7 @@ def test_torchvisions_network_answers_as_torchvisions(tmp_path, torchvision_net,
     x = images(3, 16, 16, n=3)
     assert answers_as(one(path, recipe), torchvision_net, x)
     asked = one(path, {**recipe, "mean": [0.4, 0.5, 0.6], "std": (0.2, 0.3, 0.25)})
-    assert asked.note.startswith("normalised as asked")
+    assert asked.note.startswith("normalised with the given mean and std")
     assert asked.recipe.arguments["std"] == [0.2, 0.3, 0.25]
     mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]
     with torch.no_grad():
@@ -251,9 +251,9 @@ def test_a_path_may_hold_a_colon_and_a_tilde(here, net, monkeypatch):
         ),
         (lambda s: s.update({"7.weight": s["7.weight"].T}), "'7.weight' has the shape (32, 5), the model (5, 32)"),
         (lambda s: s.update({"9.bias": torch.zeros(10)}), "'9.bias' has the shape (10,), the model (4,)"),
-        (lambda s: s.update({"9.bias": torch.zeros(4).to_sparse()}), "'9.bias' is no dense tensor"),
-        (lambda s: s.update({"9.bias": torch.zeros(4, device="meta")}), "'9.bias' is no dense tensor"),
-        (lambda s: s.update({"9.bias": torch.zeros(4, dtype=torch.complex64)}), "'9.bias' is no dense tensor"),
+        (lambda s: s.update({"9.bias": torch.zeros(4).to_sparse()}), "'9.bias' is not a dense tensor"),
+        (lambda s: s.update({"9.bias": torch.zeros(4, device="meta")}), "'9.bias' is not a dense tensor"),
+        (lambda s: s.update({"9.bias": torch.zeros(4, dtype=torch.complex64)}), "'9.bias' is not a dense tensor"),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(tmp_path, net, change, said):
@@ -287,7 +287,7 @@ def test_a_normalisation_that_divides_by_zero_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        (None, "say what they belong to with model=... and data=..."),
+        (None, "name their architecture with model=... and data=..."),
         ({**RECIPE, "name": "vgg"}, "choose one of resnet18"),
         ({**RECIPE, "depth": 3}, "model=small_cnn: "),
         ({**RECIPE, "mean": MEAN}, "give both mean and std"),
@@ -377,7 +377,7 @@ def test_truncated_files_are_refused(tmp_path, net, form, share):
     else:
         torch.save(net.state_dict(), path, _use_new_zipfile_serialization=form == ".pt")
     os.truncate(path, max(1, int(share * path.stat().st_size)))
-    assert "cut short or something else): save or download it again" in refused_source(path)
+    assert "truncated or of another kind): save or download it again" in refused_source(path)
 
 
 def test_a_safetensors_header_may_begin_as_a_tag_does(tmp_path, net):

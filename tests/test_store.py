@@ -305,9 +305,9 @@ def odd_buffer(value):
     ("module", "said"),
     [
         (Extra(2, 2), "members.0._extra_state is a str: only tensors can be exported"),
-        (odd_buffer(torch.zeros(2).to_sparse()), "members.0.odd is no dense tensor"),
-        (odd_buffer(torch.zeros(2, device="meta")), "members.0.odd is no dense tensor"),
-        (odd_buffer(torch.zeros(2, dtype=torch.complex128)), "cannot hold tensors of torch.complex128"),
+        (odd_buffer(torch.zeros(2).to_sparse()), "members.0.odd is not a dense tensor"),
+        (odd_buffer(torch.zeros(2, device="meta")), "members.0.odd is not a dense tensor"),
+        (odd_buffer(torch.zeros(2, dtype=torch.complex128)), "cannot store tensors of torch.complex128"),
     ],
 )
 def test_what_safetensors_cannot_hold_is_refused(tmp_path, module, said):

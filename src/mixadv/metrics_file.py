@@ -1,4 +1,4 @@
-"""The file metrics.csv: its one writer and its one reader."""
+"""The file metrics.csv: its writer and its readers."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ FILE = "metrics.csv"
 
 
 def standard_columns(num_members: int = 0) -> tuple[str, ...]:
-    """The columns with which metrics.csv begins; others follow when somebody logs them.
+    """The first columns of metrics.csv; columns of other callbacks and loggers follow.
 
     Args:
         num_members: L, for the columns ``lambda/0`` to ``lambda/L-1``.
@@ -40,10 +40,10 @@ def standard_columns(num_members: int = 0) -> tuple[str, ...]:
 
 
 class RowReader:
-    """Reads the complete rows of a metrics.csv, each once, while somebody else writes it.
+    """Reads each complete row of a metrics.csv once, also while another object appends rows.
 
-    A last line without its line end is not complete: its writer is not done, or was killed.
-    If the file is replaced (a new column, dropped rows), as many rows as were read before are passed over.
+    A last line without a line end is incomplete: it is still being written, or its writer was killed. If the file is
+    replaced (new columns, dropped rows), the reader skips as many rows as it has read before.
 
     Args:
         path: the file; it need not exist yet.
@@ -54,14 +54,14 @@ class RowReader:
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
-        self._mark: tuple[int, bytes] | None = None  # of the file whose rows up to `_position` are read
+        self._mark: tuple[int, bytes] | None = None  # inode and header of the file that `_position` refers to
         self._position = self._index = 0
 
     def new(self) -> list[dict[str, str]]:
-        """The rows that were added since the last call: column -> text, empty where the row has no value.
+        """The rows added since the last call: column -> text, empty without a value.
 
         Raises:
-            ValueError: a complete line that does not fit the header; the message has its number.
+            ValueError: a complete line has another number of cells than the header.
         """
         if not self.path.exists():
             return []
@@ -73,15 +73,15 @@ class RowReader:
             added = file.read()
         added = added[: added.rfind(b"\n") + 1]
         rows = _rows((header + added).decode(), self._index)
-        seen_before = max(0, self.count - self._index)
+        num_old = max(0, self.count - self._index)
         self._position += len(added)
         self._index += len(rows)
         self.count = max(self.count, self._index)
-        return rows[seen_before:]
+        return rows[num_old:]
 
 
 def _rows(text: str, before: int) -> list[dict[str, str]]:
-    """The rows of a header and the lines below it, in front of which the file has `before` others."""
+    """The rows in a header and the lines below it; the file has `before` other rows between them."""
     lines = csv.reader(io.StringIO(text, newline=""))
     columns = next(lines, [])
     rows = []
@@ -93,19 +93,19 @@ def _rows(text: str, before: int) -> list[dict[str, str]]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """All complete rows of a metrics.csv: column -> text; none where there is no file.
+    """All complete rows of a metrics.csv, column -> text; [] if the file does not exist.
 
-    A last line that a crash has torn is left out, whatever it holds: half a number still reads as a number.
+    A last line without a line end is left out, because half a number may look like a number.
 
     Raises:
-        ValueError: a complete line that does not fit the header; the message has its number.
+        ValueError: a complete line has another number of cells than the header.
     """
     return RowReader(path).new()
 
 
 def read_columns(path: Path) -> "dict[str, np.ndarray]":
-    """The columns of a metrics.csv, [rows] float64, nan for empty cells; raises as `read_rows` does, also for text."""
-    import numpy as np  # the logger of a training starts without it
+    """Column -> values [rows] float64, nan for empty cells; raises as `read_rows` does, and ValueError for text."""
+    import numpy as np  # imported here because the loggers do not need it
 
     rows = read_rows(path)
     if not rows:
@@ -113,13 +113,13 @@ def read_columns(path: Path) -> "dict[str, np.ndarray]":
     try:
         values = [[float(cell) if cell.strip() else math.nan for cell in row.values()] for row in rows]
     except ValueError as error:
-        raise ValueError(f"a cell is no number: {error}") from None
+        raise ValueError(f"a cell is not a number: {error}") from None
     table = np.array(values, dtype=np.float64)
     return {name: table[:, i] for i, name in enumerate(rows[0])}
 
 
 def as_numbers(row: Mapping[str, str]) -> dict[str, float]:
-    """The cells of a row that hold a value, as int or float.
+    """The cells of a row that are not empty, as int or float.
 
     Raises:
         ValueError: a cell is not a number.
@@ -128,13 +128,13 @@ def as_numbers(row: Mapping[str, str]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """A table to which rows are appended; new columns may come.
+    """A csv file to which rows are appended; rows may have new columns.
 
     An existing file keeps its complete rows and its columns. Nothing is written before the first row.
 
     Args:
         path: the file.
-        columns: the first columns, in their order; others follow in the order in which they come.
+        columns: the first columns; others follow in the order of their first row.
     """
 
     def __init__(self, path: Path, columns: Sequence[str] = standard_columns()) -> None:
@@ -147,16 +147,18 @@ class MetricsFile:
         return read_rows(self.path)
 
     def truncate(self, step: int, *, validated: bool = True) -> list[dict[str, str]]:
-        """Drop the rows of what happened after batch `step`: a resumed run makes them again.
+        """Drop the rows after batch `step`, because a resumed run writes them again.
+
+        Rows of callbacks at `step`, which have no ``member_updates``, are dropped too: they belong to the next batch,
+        because Lightning increments its counter at the end of a batch.
 
         Args:
-            step: number of the last batch done; 0 keeps nothing, for the training writes its first row again.
-            validated: False where the validation after that batch, if any, is still to come: its row goes too, and
-                what follows it. Rows of callbacks at `step`, which have no ``member_updates``, belong to the next
-                batch: Lightning counts a batch when it is done.
+            step: number of finished batches; 0 drops all rows, because the training writes its first row again.
+            validated: False if the validation after that batch will be repeated: its row and the rows after it are
+                dropped.
 
         Returns:
-            The rows that stay.
+            The remaining rows.
         """
         kept, is_over = [], False
         for row in self.rows():
@@ -170,7 +172,7 @@ class MetricsFile:
         return kept
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row; columns without a value stay empty. A new column rewrites the file once."""
+        """Append one row; a row with a new column rewrites the file."""
         is_known = set(row) <= set(self.columns)
         if not self._is_ready or not is_known:
             self._write(self.rows(), row)
@@ -179,7 +181,7 @@ class MetricsFile:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def _write(self, rows: list[dict[str, str]], *more: Mapping[str, Any]) -> None:
-        """Write the whole file beside the old one, then put it in its place."""
+        """Replace the file atomically."""
         self.columns = list(dict.fromkeys([*self.columns, *(name for row in (*rows, *more) for name in row)]))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

@@ -1,8 +1,8 @@
-"""results.json: what stands in it, and the one place that writes and reads it.
+"""The content of results.json, its writer and its reader.
 
-Accuracies, risks and weights are fractions in [0, 1], times are seconds. The field of a class is the key in the file,
-except where `at` names another place; docs/files.md lists the keys. `read` is lenient: an entry of a wrong type
-becomes unknown and is named, everything else is kept.
+Accuracies, risks and weights are fractions in [0, 1], times are seconds. Fields have the names of their keys in the
+file, unless `at` gives another path; docs/files.md lists the keys. `read` is lenient: an entry of a wrong type becomes
+unknown and is reported, all other entries are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Accuracy(NamedTuple):
-    """A mean over test images in [0, 1] with the ends of its 95 % interval; None for what is not known."""
+    """A mean over test images in [0, 1] with the ends of its 95 % interval; None if unknown."""
 
     value: float | None = None
     low: float | None = None
@@ -37,7 +37,7 @@ class Accuracy(NamedTuple):
     def of(cls, mean: float | None, count: int | None) -> Accuracy:
         """The mean of `count` values in [0, 1], with Wilson's interval (`confidence_interval`).
 
-        There is no interval where the count is unknown or the mean is no fraction.
+        Without an interval if `count` is unknown or the mean is outside [0, 1].
         """
         if mean is None or count is None or count < 1 or not 0 <= mean <= 1:
             return cls(mean)
@@ -45,7 +45,7 @@ class Accuracy(NamedTuple):
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Both ends of the interval, if they are known."""
+        """Both ends of the interval; None if one is unknown."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
@@ -53,19 +53,19 @@ UNKNOWN = Accuracy()
 
 
 def at(*keys: str, ends: tuple[str, ...] = (), null: bool = False) -> dict[str, Any]:
-    """Metadata of a field that stands in the file under other keys than its name.
+    """Metadata of a field whose place in the file differs from its name.
 
     Args:
-        keys: one key, or a path of keys; by default the field's name.
-        ends: of an accuracy, the path of its interval.
-        null: an unknown value is written as null; by default its key is left out.
+        keys: the path of keys; by default the field's name.
+        ends: the path of keys of an accuracy's interval.
+        null: whether an unknown value is written as null; by default its key is left out.
     """
     return {"keys": keys, "ends": ends, "null": null}
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A member, or the averaged twin. `robust` is at the worst of all points that were found against anyone."""
+    """A member or the averaged twin. `robust`: its accuracy at the worst of all points found in all passes."""
 
     clean: float | None = None
     robust: Accuracy = field(default=UNKNOWN, metadata=at("robust", ends=("ci95",)))
@@ -76,12 +76,16 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Attack:
-    """What one attack did to everybody, each attacked itself, and what that cost.
+    """The accuracies under one attack against each classifier, and its cost.
 
-    mixture: the exact expected accuracy. ensemble_accuracy: of the averaged prediction at the same points.
-    replayed_from_parts: the mixture's accuracy at the points found against its parts. members, averaged_twin: their
-    accuracies; None where the attack is not repeated on parts. worst_found: images whose worst point it was the first
-    to find. settings: how it was called.
+    Attributes:
+        mixture: the exact expected accuracy.
+        ensemble_accuracy: accuracy of the averaged twin at the points found against the mixture.
+        replayed_from_parts: expected accuracy of the mixture at the points found against its parts.
+        members, averaged_twin: accuracies of the parts, each attacked itself; None if the attack is not repeated on it.
+        worst_found: number of images whose worst point was first found by this attack.
+        seconds, seconds_on_parts: wall seconds of the attack on the mixture, and on its parts.
+        settings: the arguments of the attack.
     """
 
     mixture: float | None = field(default=None, metadata=at("expected_accuracy"))
@@ -97,7 +101,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Curve:
-    """Values [n] of everybody over `eps` or `steps` [n], in any order; None marks a gap."""
+    """Values [n] of each classifier over `eps` or `steps` [n], in any order; None: unknown."""
 
     eps: tuple[float, ...] = ()
     steps: tuple[float, ...] = ()
@@ -110,7 +114,7 @@ class Curve:
         return self.eps or self.steps
 
     def fault(self) -> str:
-        """What does not fit together, if anything."""
+        """A message if the number of values differs from the number of points, else ""."""
         lines = {"mixture": self.mixture, "averaged_twin": self.averaged_twin}
         lines |= {f"members[{k}]": line for k, line in enumerate(self.members)}
         wrong = [f"{len(line)} values of {name}" for name, line in lines.items() if line and len(line) != len(self.x)]
@@ -128,7 +132,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Game:
-    """The finite game of 0/1 losses on all points found; see `mixadv.evaluation.equilibrium_of`."""
+    """The finite game with 0/1 losses on all points found; see `mixadv.evaluation.equilibrium_of`."""
 
     value_at_weights: float | None = None
     value_lp: float | None = None
@@ -138,7 +142,7 @@ class Game:
 
 @dataclass(frozen=True)
 class Flag:
-    """A reason for distrust: its name, one sentence with the numbers, and one on what to do."""
+    """A reason for distrust: its name, a sentence with the numbers, and a remedy."""
 
     name: str = ""
     evidence: str = ""
@@ -147,7 +151,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Data:
-    """The data set and how many images of it there are."""
+    """The data set and the sizes of its splits."""
 
     name: str | None = None
     num_train: int | None = None
@@ -157,7 +161,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Fit:
-    """How task=solve found the weights, on `num_examples` validation images."""
+    """The run of the solver in task=solve, on `num_examples` validation images."""
 
     num_examples: int | None = None
     solver: str | None = None
@@ -169,7 +173,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Certificate(Game):
-    """The game on the validation images, and the risks of the best member and of equal weights in it."""
+    """The game on the validation images; also the risks of the best member and of equal weights."""
 
     best_member: float | None = None
     value_at_uniform: float | None = None
@@ -177,10 +181,13 @@ class Certificate(Game):
 
 @dataclass(frozen=True)
 class Row:
-    """A member alone or a mixture, as task=solve compares them.
+    """The accuracies of a single member or of a mixture in task=solve.
 
-    weights: None for the optimal mixture, whose weights are those of the run. clean, test: on the test images, test at
-    all points found. pool, fresh: on the validation images, at the points that chose the weights and under new attacks.
+    Attributes:
+        who: its name.
+        weights: None for the optimal mixture, whose weights are `Results.weights`.
+        clean, test: on the test images: clean, and at all points found.
+        pool, fresh: on the validation images: at the points that chose the weights, and under new attacks.
     """
 
     who: str = ""
@@ -193,7 +200,7 @@ class Row:
 
 @dataclass(frozen=True)
 class History:
-    """Per round of the solver: its value, the lower bound so far, and the weights [L]."""
+    """Per round of the solver: value, best lower bound so far, weights [L]."""
 
     value: tuple[float | None, ...] = ()
     lower_bound: tuple[float | None, ...] = ()
@@ -202,7 +209,7 @@ class History:
 
 @dataclass(frozen=True)
 class Solve:
-    """What task=solve adds: the members in `rows` come first, then equal weights, then the optimal ones."""
+    """The results of task=solve; `rows` holds the members, then the uniform and the optimal mixture."""
 
     fit: Fit = field(default_factory=Fit)
     certificate: Certificate = field(default_factory=Certificate)
@@ -212,10 +219,10 @@ class Solve:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run has found. `weights` is lambda as the game used it, float64: it stands nowhere else.
+    """The results of a run.
 
-    game: of the points found. played: in a run of task=game, what that found, as plain containers; it stands in the
-    file under the key `game`.
+    `weights` is lambda [L], float64, as the game used it. `game` is the game on all points found. `played` holds the
+    results of task=game as plain containers, under the key `game` of the file.
     """
 
     schema: int = SCHEMA
@@ -251,15 +258,17 @@ class Results:
 
 
 def write(path: Path, results: Results) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file atomically."""
     write_text(path, json.dumps(to_json(results), indent=2) + "\n")
 
 
 def read(path: Path) -> tuple[Results, list[str]]:
-    """The results in a file, and one line for each entry that is damaged. All text in them is printable.
+    """The results in a file, and one line for each damaged entry. All strings are made printable.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is no JSON object. OSError: it cannot be read.
+        FileNotFoundError: the file does not exist.
+        OSError: it cannot be read.
+        ValueError: it is not a JSON object.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -276,9 +285,9 @@ def to_json(results: Results) -> dict[str, Any]:
 
 
 def from_json(content: Mapping[str, Any]) -> tuple[Results, list[str]]:
-    """The results in the content of a file, and one line for each entry that is damaged.
+    """The results in the content of a file, and one line for each damaged entry.
 
-    What a missing or damaged entry would say is unknown (None or empty); entries that no class names are ignored.
+    Missing and damaged entries are unknown (None or empty); unknown keys are ignored.
     """
     if content.get("task") == "game":
         content = {**content, "played": content.get("game"), "game": None}
@@ -313,7 +322,7 @@ def _plain(value: Any) -> Any:
 
 
 def _put(content: dict[str, Any], keys: tuple[str, ...], value: Any, null: bool = False) -> None:
-    # What says nothing is left out.
+    # Unknown values and empty objects are left out.
     if (value is None and not null) or (is_dataclass(value) and not _plain(value)):
         return
     *folders, last = keys
@@ -332,7 +341,7 @@ def _kinds(kind: type) -> dict[str, Any]:
 
 
 def _object(kind: type[T], content: Any, where: str, problems: list[str]) -> T:
-    """An object of the class; unknown throughout where `content` is no object, or where its parts do not fit."""
+    """An object of the class; all unknown if `content` is not an object or has inconsistent lengths."""
     if not isinstance(content, Mapping):
         problems.append(f"{where} is not an object")
         return kind()
@@ -352,7 +361,7 @@ def _object(kind: type[T], content: Any, where: str, problems: list[str]) -> T:
 
 
 def _at(expected: Any, content: Any, keys: tuple[str, ...], where: str, problems: list[str]) -> Any:
-    """The entry under a path of keys, None where it is missing, null or damaged."""
+    """The entry under a path of keys; None if it is missing, null or damaged."""
     for i, key in enumerate(keys):
         if not isinstance(content, Mapping):
             problems.append(f"{_under(where, *keys[:i])} is not an object")
@@ -375,7 +384,7 @@ def _under(where: str, *keys: str) -> str:
 
 
 def _value(expected: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """`value` as the expected type; None, and a line in `problems`, where it is something else."""
+    """`value` as the expected type; else None, and a line in `problems`."""
     parts = get_args(expected)
     if isinstance(expected, UnionType):
         return None if value is None else _value(parts[0], value, where, problems)
@@ -385,12 +394,12 @@ def _value(expected: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _object(expected, value, where, problems)  # type: ignore[arg-type]
     kind = get_origin(expected) or expected
     if kind is dict and isinstance(value, Mapping):
-        read_in = {str(key): _value(parts[1], part, _under(where, str(key)), problems) for key, part in value.items()}
-        return {key: part for key, part in read_in.items() if part is not None or parts[1] is Any}
+        parsed = {str(key): _value(parts[1], part, _under(where, str(key)), problems) for key, part in value.items()}
+        return {key: part for key, part in parsed.items() if part is not None or parts[1] is Any}
     if kind is tuple and isinstance(value, list):
         whole = tuple(_value(parts[0], part, f"{where}[{i}]", problems) for i, part in enumerate(value))
         return None if None in whole and not isinstance(parts[0], UnionType) else whole
-    # Larger integers are no counts, and some are no floats; nan is not smaller than anything.
+    # Integers beyond 64 bits may overflow a float. The comparison is False for nan.
     if kind in (int, float) and type(value) in (int, float) and abs(value) < 2**63 and kind(value) == value:
         return kind(value)
     if kind is str and isinstance(value, str):

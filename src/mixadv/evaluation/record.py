@@ -1,4 +1,4 @@
-"""What was found about a mixture, example by example, and the numbers that follow from it."""
+"""Per-example results of an evaluation, and the numbers computed from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,18 +13,19 @@ from mixadv.results import Accuracy, Attack, Classifier, Results
 
 @dataclass
 class EvaluationRecord:
-    """What was found, per example, so that every number can be computed again.
+    """The correctness of every classifier at every point found, per example.
 
-    A pass is one attack against one classifier: "NAME" is attack NAME against the mixture, "NAME on member k",
-    "NAME on averaged twin" and "NAME on other weights j" are the same attack against parts or variants of it. Points
-    of every pass were replayed on everybody.
+    A pass is one attack against one classifier: "NAME" is attack NAME against the mixture; "NAME on member k", "NAME
+    on averaged twin" and "NAME on other weights j" are the same attack against its parts, or against the mixture with
+    other weights. The points of every pass are replayed on all members and on the averaged twin.
 
     Attributes:
-        weights: lambda [L], float64. labels: [N].
-        clean: per-member correctness [L, N] on the clean images.
-        ensemble_clean: [N], correctness of the argmax of the averaged probabilities.
-        found: pass -> per-member correctness [L, N] at its points.
-        ensemble: pass -> [N], the averaged prediction at the same points.
+        weights: lambda [L], float64.
+        labels: [N].
+        clean: correctness of the members on the clean images [L, N].
+        ensemble_clean: correctness of the averaged twin (argmax of the averaged probabilities) there [N].
+        found: pass -> correctness of the members at its points [L, N].
+        ensemble: pass -> correctness of the averaged twin at its points [N].
         seconds: pass -> wall seconds over all examples.
         images: pass (and "clean") -> the first attacked images [K, C, H, W].
     """
@@ -44,34 +45,34 @@ class EvaluationRecord:
         return [key for key in self.found if ON not in key]
 
     def expected(self, correct: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        """sum_k lambda_k correct_k: [L, N] -> float64 [N], with `weights` in the place of lambda where given."""
+        """sum_k lambda_k correct_k, [L, N] -> float64 [N]; `weights` [L] replaces lambda."""
         return (self.weights if weights is None else weights) @ correct.astype(np.float64)
 
     def points(self) -> np.ndarray:
-        """Correctness of every member at every point found by anyone, the clean image first: [P, L, N] bool."""
+        """Correctness of every member at the clean image and the points of all passes: [P, L, N] bool."""
         return np.stack([self.clean, *self.found.values()]).astype(bool)
 
     def worst_case(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """Per example, the lowest exact expected accuracy over all points found by anyone: [N].
+        """Per example, the lowest exact expected accuracy over the clean image and the points of all passes: [N].
 
-        Points found against a single member are replayed on the mixture: an attack on the mixture misses some of
-        them, and leaving them out would overstate it. Other `weights` [L] may be asked for; they are judged fairly
-        only if they were attacked as well.
+        Points found against single members count too: an attack on the mixture misses some of them, so without them
+        the accuracy would be overestimated. `weights` [L] replaces lambda; the result is comparable only if the mixture
+        with these weights was attacked as well.
         """
         return np.min([self.expected(correct, weights) for correct in self.points()], axis=0)
 
     def found_by(self) -> list[str]:
-        """Per example the first pass that reached the worst case, "clean" where x itself is."""
+        """Per example the first pass that reached the worst case; "clean" if the clean image is the worst case."""
         names = [records.CLEAN, *self.found]
         first = np.argmin([self.expected(correct) for correct in self.points()], axis=0)
         return [names[int(index)] for index in first]
 
     def members_worst_case(self) -> np.ndarray:
-        """Per example, whether each member survives all points found by anyone: [L, N] bool."""
+        """Per example, whether each member is right at all points: [L, N] bool."""
         return np.all(self.points(), axis=0)
 
     def averaged_twin_worst_case(self) -> np.ndarray:
-        """Per example, whether the argmax of the averaged probabilities survives all points found by anyone: [N]."""
+        """Per example, whether the averaged twin is right at all points: [N]."""
         return np.all([self.ensemble_clean, *self.ensemble.values()], axis=0)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -90,7 +91,7 @@ class EvaluationRecord:
         return arrays | {records.MEMBER_CORRECT + key: correct for key, correct in self.found.items()}
 
     def results(self, settings: Mapping[str, Any]) -> Results:
-        """The measured part of results.json; `settings` maps attack names to what they were called with."""
+        """The measured part of results.json; `settings`: name of an attack -> its arguments."""
         first = self.found_by()
         members = zip(self.clean, self.members_worst_case(), strict=True)
         clean_twin = float(self.ensemble_clean.mean())
@@ -107,10 +108,10 @@ class EvaluationRecord:
         )
 
     def _attack(self, name: str, first: list[str], settings: Mapping[str, Any]) -> Attack:
-        """Accuracies of everybody under one attack against them, what its replayed points add, and what it cost."""
+        """The entry of one attack; `first` is `found_by`."""
         passes = [key for key in self.found if key == name or key.startswith(name + ON)]
         parts = [self.expected(self.found[key]) for key in passes[1:]]
-        # A single model is its own only member.
+        # With L = 1, attacks on the mixture are attacks on its member.
         on_member = [name if len(self.weights) == 1 else f"{name}{ON}member {k}" for k in range(len(self.weights))]
         alone = [float(self.found[key][k].mean()) if key in self.found else None for k, key in enumerate(on_member)]
         twin = f"{name}{ON}averaged twin"

@@ -1,4 +1,4 @@
-"""What a classifier must be before attacks and games can use it."""
+"""Checks that a classifier can be used by attacks and games."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixadv.members.source import LoadedMember
 from mixadv.mixture import Mixture
 
 _CHOOSE = "choose the data=... it takes, or wrap it in a factory"
-# What an evaluation flags, see `answers`, is refused of a member beforehand.
+# Flags of an evaluation (see `answers`) for which a member is refused -> message.
 _REFUSED = {
     "probabilities": "outputs probabilities, not logits: return log-probabilities or logits",
     "random-outputs": "answers the same images differently each time: remove what is random in eval mode",
@@ -22,20 +22,21 @@ _REFUSED = {
 
 
 def check_members(members: Sequence[LoadedMember], x: Tensor) -> int:
-    """The number of classes C, after every member has shown on a batch that attacks and games can use it.
+    """Check every member on a batch; returns the number of classes C.
 
-    Each maps x `[B, ...]` to finite logits `[B, C]` (log-probabilities are logits too) with the same C, not to
-    probabilities; leaves x as it is; gives the same when asked again and in smaller batches; and has a gradient with
-    respect to x, finite, and not zero throughout where the logits depend on x. Probes and thresholds are those of the
-    flags of an evaluation, see `mixadv.evaluation.probes`.
+    A member must map x `[B, ...]` to finite logits `[B, C]` (log-probabilities are logits, probabilities are refused)
+    with the same C for all members. It must not change x in place, must return the same logits for the same images in a
+    second call and in smaller batches, and its gradient with respect to x must be finite, and not zero for all images
+    if the logits depend on x. Probes and thresholds are those of the flags of an evaluation, see
+    `mixadv.evaluation.probes`.
 
     Args:
-        members: what a `Source` gave.
-        x: images in [0, 1], B >= 2; moved to each member's device. Smaller batches begin at B = 3.
+        members: from `Source.members`.
+        x: images in [0, 1], B >= 2, moved to each member's device; B >= 3 for the test of smaller batches.
 
     Raises:
         ValueError: fewer than two images, or no members.
-        UserError: one of them is not such a map; the message names it.
+        UserError: a member fails a check; the message names it.
     """
     if len(x) < 2 or not members:
         raise ValueError(f"{len(members)} members and {len(x)} images: give a member and two images at least")
@@ -55,8 +56,8 @@ def _check_member(member: LoadedMember, x: Tensor) -> int:
     x = x.to(tensors[0].device) if tensors else x
     try:
         with torch.no_grad():
-            seen = x.clone()
-            logits = member.module(seen)
+            own = x.clone()
+            logits = member.module(own)
     except Exception as error:
         raise UserError(f"{this} fails on images {tuple(x.shape[1:])} ({_reason(error)}): {_CHOOSE}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
@@ -64,11 +65,11 @@ def _check_member(member: LoadedMember, x: Tensor) -> int:
         raise UserError(f"{this} returns {got} for {len(x)} images, not logits [batch, classes]: wrap it in a factory")
     if not logits.is_floating_point() or not logits.isfinite().all():
         raise UserError(f"{this} returns logits that are not all finite numbers: check its file and its inputs")
-    if not torch.equal(seen, x):
+    if not torch.equal(own, x):
         raise UserError(f"{this} changes its input in place: make its first layer return a new tensor")
     try:
         found = answers(Mixture([member.module]), x.clone())
-    # This batch it has answered.
+    # The whole batch worked above, so the size of the batch must be the reason.
     except Exception as error:
         raise UserError(f"{this} {_REFUSED['batch-dependent']} ({_reason(error)})") from error
     for name, sentence in _REFUSED.items():
@@ -87,7 +88,7 @@ def _check_gradient(this: str, module: nn.Module, x: Tensor) -> None:
     try:
         with torch.enable_grad():
             logits = module(leaf)
-            # Weights that differ: the gradient of a plain sum of log-probabilities may vanish.
+            # With different weights, because the gradient of a plain sum of log-probabilities may vanish.
             weighted = (logits * torch.arange(1.0, logits.shape[1] + 1, device=logits.device)).sum(1)
             gradient = torch.autograd.grad(weighted.sum(), leaf)[0]
     except Exception as error:
@@ -97,6 +98,6 @@ def _check_gradient(this: str, module: nn.Module, x: Tensor) -> None:
         ) from error
     if not gradient.isfinite().all():
         raise UserError(f"{this} has gradients that are not finite: attacks need them; smooth its forward")
-    # Rounding and thresholds: an attack would find nothing, and the member would look robust.
+    # With rounding or thresholds an attack finds nothing, and the member would look robust.
     if (logits != logits[0]).any() and nothing_to_climb(gradient, weighted.detach().abs()).all():
         raise UserError(f"{this} has no gradient though its answers vary: remove rounding and steps from its forward")

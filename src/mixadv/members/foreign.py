@@ -1,4 +1,4 @@
-"""Parameters that were saved elsewhere, read without running code and fitted to a model of ours."""
+"""Loads parameters that other programs saved, without running code, into a model of mixadv or a factory's."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mixadv.errors import UserError
 from mixadv.members.recipe import Recipe
 from mixadv.models import MODELS
 
-# The keys under which programs save a state dict; the first one that is there is taken.
+# The keys under which programs save a state dict, by priority.
 NESTS = ("state_dict", "model_state_dict", "model", "net", "ema")
 IN_A_FACTORY = "load it in a factory members=[module:callable]"
 
 
 def read_file(path: Path) -> Mapping[Any, Any]:
-    """The mapping in a file of safetensors or PyTorch, as tensors on the CPU and plain containers; no code runs.
+    """The mapping in a file of safetensors or PyTorch: tensors on the CPU and plain containers. No code is run.
 
     Raises:
-        UserError: it is empty, torn, changed, something else, or holds other objects.
+        UserError: the file is empty, damaged, changed, of another kind, or holds other objects.
     """
     head = b""
     try:
@@ -43,7 +43,7 @@ def read_file(path: Path) -> Mapping[Any, Any]:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            # Content that torch.load warns about is refused below.
+            # If torch.load warns about the content, it is refused below.
             warnings.simplefilter("ignore")
             content = load_tensors(path)
     except UserError:
@@ -58,7 +58,7 @@ def read_file(path: Path) -> Mapping[Any, Any]:
 def _unreadable(path: Path, head: bytes, error: Exception) -> UserError:
     refused = re.search(r"GLOBAL ([\w.]+)(?= was not an allowed| whose module)", str(error))
     program = "TorchScript" in str(error)
-    # Pickles of protocol 2 and later begin with 0x80.
+    # Pickles of protocol 2 and later begin with the byte 0x80.
     whole = head[:1] == b"\x80" or zipfile.is_zipfile(path)
     if refused or program or (isinstance(error, pickle.UnpicklingError) and whole):
         kind = f" ({refused[1]})" if refused else " (a TorchScript program)" if program else ""
@@ -67,16 +67,16 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> UserError:
             f"safetensors, or {IN_A_FACTORY}"
         )
     kind = "safetensors" if isinstance(error, SafetensorError) else "PyTorch"
-    # In a torn file torch.load seeks beyond the end, which is an invalid argument.
+    # For a truncated file torch.load raises EINVAL, because it seeks beyond the end.
     reason = isinstance(error, OSError) and error.errno != errno.EINVAL and error.strerror
-    reason = reason or "it is cut short or something else"
+    reason = reason or "it is truncated or of another kind"
     return UserError(f"{path} is not a readable {kind} file ({reason}): save or download it again")
 
 
 def _state_dicts(content: Mapping[Any, Any], depth: int = 4) -> list[tuple[str, dict[str, Tensor]]]:
-    """Every state dict under `NESTS` and the keys that lead to it; else `content` itself, if it holds tensors."""
+    """(path of keys, state dict) for every state dict under `NESTS`; else `content`, if it holds tensors."""
     found = []
-    # A pickled mapping can contain itself.
+    # The depth is limited because a pickled mapping can contain itself.
     for nest in NESTS if depth else ():
         inner = content.get(nest)
         if isinstance(inner, Mapping):
@@ -86,17 +86,17 @@ def _state_dicts(content: Mapping[Any, Any], depth: int = 4) -> list[tuple[str, 
 
 
 def to_member(path: Path, content: Mapping[Any, Any], default_recipe: Recipe | None) -> tuple[nn.Module, Recipe, str]:
-    """The member that `default_recipe` builds, with the parameters in `content`; its own recipe, and a note.
+    """The member that `default_recipe` builds, with the parameters in `content`; its recipe; and a note for tables.
 
-    The parameters are those of a member (``normalize.*``, ``net.*``) or of its bare net (``conv1.weight``, ...).
-    Mean and standard deviation come from the file if it has them, else from the recipe, else there are none; the note
-    says which. `path` is for messages.
+    The parameters are those of a member (``normalize.*``, ``net.*``) or of its net alone (``conv1.weight``, ...). Mean
+    and standard deviation come from the file, else from the recipe; without either the images are not normalised. The
+    note names the case. `path` is for messages.
 
     Raises:
-        UserError: no state dict in `content`, or parameters that do not fit.
+        UserError: `content` has no state dict, or its parameters do not fit.
     """
     if default_recipe is None:
-        raise UserError(f"{path} holds parameters alone: say what they belong to with model=... and data=...")
+        raise UserError(f"{path} holds only parameters: name their architecture with model=... and data=...")
     states = _state_dicts(content)
     if not states:
         has = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
@@ -120,7 +120,7 @@ def to_member(path: Path, content: Mapping[Any, Any], default_recipe: Recipe | N
     elif normalised:
         note, recipe = "normalised as in the file", _with_statistics(path, recipe, member)
     else:
-        note = "normalised as asked" if "mean" in arguments else "no normalisation"
+        note = "normalised with the given mean and std" if "mean" in arguments else "no normalisation"
     if where:
         others = ", ".join(other for other, _ in states[1:])
         note += f"; from {where}" + (f" (not {others})" if others else "")
@@ -128,17 +128,21 @@ def to_member(path: Path, content: Mapping[Any, Any], default_recipe: Recipe | N
 
 
 def _with_statistics(path: Path, recipe: Recipe, member: nn.Module) -> Recipe:
-    """The recipe with the mean and standard deviation that the member was given by the file."""
+    """The recipe with the mean and standard deviation that were loaded from the file."""
     found = {key: member.get_buffer(f"normalize.{key}").flatten().tolist() for key in ("mean", "std")}
     if not all(s > 0 for s in found["std"]):
-        raise UserError(f"{path} has normalize.std={found['std']}: every entry must be positive; mend the file")
+        raise UserError(f"{path} has normalize.std={found['std']}: every entry must be positive; correct the file")
     return Recipe(recipe.name, recipe.arguments | found)
 
 
 class _Fit(NamedTuple):
-    """One way to read the names of a file: which names of `target` are missing, which of the file are unexpected.
+    """One way to map the names in a file to those of a target, the member or its net.
 
-    keys: name in the target -> name in the file. is_whole: whether the target is the member, not its bare net.
+    Attributes:
+        missing: names of the target that the file lacks.
+        unexpected: names in the file that the target lacks.
+        is_whole: whether the target is the member.
+        keys: name in the target -> name in the file.
     """
 
     missing: list[str]
@@ -148,11 +152,11 @@ class _Fit(NamedTuple):
 
 
 def _fits(keys: dict[str, str], targets: Sequence[Mapping[str, Tensor]]) -> list[_Fit]:
-    """How the names fit each target as they are, and without the first part that all of them share, and so on."""
+    """The fits for each target, with the full names and then without each common prefix."""
     fits = []
     while True:
         for target in targets:
-            # Only training reads the number of batches, and old files do not have it.
+            # num_batches_tracked is only used in training, and old files lack it.
             missing = [key for key in target if key not in keys and not key.endswith(".num_batches_tracked")]
             unexpected = [key for key in keys if key not in target]
             fits.append(_Fit(missing, unexpected, target is targets[0], keys))
@@ -162,14 +166,15 @@ def _fits(keys: dict[str, str], targets: Sequence[Mapping[str, Tensor]]) -> list
 
 
 def _load(place: str, recipe: Recipe, member: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Load `state` into `member`, or into the bare net of a model of ours; whether it holds the normalisation too.
+    """Load `state` into `member` or its net, by the best of `_fits`; True if `state` includes the normalisation.
 
-    Names that torch.compile and AveragedModel add are dropped. Of the ways to read the rest, see `_fits`, the one that
-    fits best counts.
+    Names that torch.compile and AveragedModel add are dropped.
     """
     keys = {".".join(part for part in key.split(".") if part != "_orig_mod"): key for key in state}
     if len(keys) < len(state):
-        raise UserError(f"{place} holds parameters twice, compiled and not: remove one of them, or {IN_A_FACTORY}")
+        raise UserError(
+            f"{place} holds parameters twice, compiled and not compiled: remove one copy, or {IN_A_FACTORY}"
+        )
     keys = {key: own for key, own in keys.items() if key.rpartition(".")[2] != "n_averaged"}
     whole = member.state_dict()
     net = {key.removeprefix("net."): value for key, value in whole.items() if key.startswith("net.")}
@@ -198,4 +203,4 @@ def _check_fit(
             shapes = f"has the shape {tuple(new.shape)}, the model {tuple(old.shape)}"
             raise UserError(f"{place} does not fit model={recipe.name}: {own!r} {shapes}; {remedy}")
         if new.layout != torch.strided or new.is_quantized or new.is_meta or new.is_complex():
-            raise UserError(f"{place}: {own!r} is no dense tensor of real numbers; convert it, or {IN_A_FACTORY}")
+            raise UserError(f"{place}: {own!r} is not a dense tensor of real numbers; convert it, or {IN_A_FACTORY}")

@@ -1,4 +1,4 @@
-"""From what the command line names to classifiers: every file is opened once."""
+"""Loads the classifiers that ``members=[...]`` names; every file is opened once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ KINDS = "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .c
 class LoadedMember:
     """One classifier, x `[B, C, H, W]` in [0, 1] -> logits `[B, num_classes]`.
 
-    module: in eval mode.
-    name: short, for tables; see `with_unique_names`.
-    source: the name of its `Source`.
-    recipe: what builds it again.
-    note: how its inputs are normalised, and from which part of a file it comes.
+    Attributes:
+        module: in eval mode.
+        name: short, for tables; see `with_unique_names`.
+        source: the name of its `Source`.
+        recipe: builds the module again.
+        note: the normalisation of its inputs, and the part of the file that holds its parameters.
     """
 
     module: nn.Module
@@ -39,19 +40,17 @@ class LoadedMember:
 
 
 class Source:
-    """One entry of ``members=[...]``: what it records of itself, and its members when they are asked for.
+    """One entry of ``members=[...]``. Opening a source builds no module and imports no code.
 
     Attributes:
-        name: an exported mixture, a run directory or a checkpoint of ours; a state dict, which may lie under one of
-            `NESTS` and whose keys may share a prefix such as ``module.``; or ``module:callable``, see
-            `mixadv.members.factory.build_factory`. What exists as a path is a path.
-        record: a mixture's recipe, and its eps, norm and data if it was trained here; None for a state dict and for
-            ``module:callable``.
-
-    Opening a source builds nothing and imports no code.
+        name: an exported mixture, a run directory or a checkpoint of mixadv; a state dict, which may be under one of
+            the keys `NESTS` and whose keys may have a common prefix such as ``module.``; or ``module:callable``, see
+            `mixadv.members.factory.build_factory`. An existing path is never read as ``module:callable``.
+        record: the recipe of a mixture, with its eps, norm and data if mixadv trained it; None for a state dict and
+            for ``module:callable``.
 
     Raises:
-        UserError: nothing there, unreadable, changed since it was written, or objects other than tensors.
+        UserError: the file is missing, unreadable, changed, or holds objects other than tensors.
     """
 
     def __init__(self, name: str) -> None:
@@ -73,17 +72,16 @@ class Source:
         device: torch.device | str = "cpu",
         factories: Sequence[str] = (),
     ) -> list[LoadedMember]:
-        """The classifiers: every member of a mixture, or one. To be asked once: what was read of a file is let go.
+        """All members of a mixture, or the one classifier. Call it once: it releases the content of the file.
 
         Args:
-            default_recipe: what builds a state dict's member.
-                `mean` and `std` are for networks saved without normalisation of ours; without them, such a network
-                sees the images as they are.
-            device: where the members go.
+            default_recipe: builds the member of a state dict. Its `mean` and `std` are used if the state dict has no
+                normalisation of mixadv's; without them the images are not normalised.
+            device: the device of the members.
             factories: import paths that a mixture's recipe may name, see `mixadv.members.store.read_mixture`.
 
         Raises:
-            UserError: parameters that do not fit the recipe, a factory that fails.
+            UserError: the parameters do not fit the recipe, or a factory fails.
         """
         path, content, self._content = self._path, self._content, None
         if path is None:
@@ -100,14 +98,14 @@ class Source:
                 for name, (module, recipe) in zip(names, pairs, strict=True)
             ]
         else:
-            assert content is not None, "the members were asked for before"
+            assert content is not None, "members() was called before"
             module, recipe, note = to_member(path, content, default_recipe)
             found = [LoadedMember(module, path.stem, self.name, recipe, note)]
         return [replace(member, module=member.module.to(device).eval()) for member in found]
 
 
 def with_unique_names(members: Sequence[LoadedMember]) -> list[LoadedMember]:
-    """The same members; names that several have are numbered, as in ``best (2)``."""
+    """The members with unique names: repeated names are numbered, as in ``best (2)``."""
     taken: set[str] = set()
     renamed = []
     for member in members:
@@ -121,8 +119,8 @@ def with_unique_names(members: Sequence[LoadedMember]) -> list[LoadedMember]:
 
 
 def _path(source: str) -> Path | None:
-    """The file or folder that `source` names; None where it is the import path of a factory."""
-    # "~" is the shell's to expand, but not inside members=[...].
+    """The file or folder that `source` names; None if it is the import path of a factory."""
+    # Shells do not expand "~" inside members=[...].
     path = Path(os.path.expanduser(source))
     if not os.path.exists(path):
         if FACTORY.fullmatch(source):
@@ -136,7 +134,7 @@ def _path(source: str) -> Path | None:
 
 
 def _place(path: Path) -> str:
-    """What a mixture is called: folders and files that every run has say nothing, the run's own name does."""
+    """The name of a mixture: that of its run instead of names that all runs share, such as mixture/."""
     place = Path(os.path.abspath(path))
     name = place.stem if place.is_file() else place.name
     if place.parent.name == "checkpoints":

@@ -1,4 +1,4 @@
-"""Mixtures on disk: a folder of safetensors, config.json and a card, from which nothing can run code."""
+"""Mixtures on disk: a folder with safetensors, config.json and a model card. Reading it runs no code from it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ from mixadv.files import replacing
 from mixadv.members.recipe import Recipe, check_factories, check_size, checked_config, member_recipes
 from mixadv.mixture import Mixture
 
-# What config.json holds: schema 1 one recipe `model` for all members, schema 2 a list `models` with one for each.
+# Key of the recipes in config.json -> its schema: one recipe for all members, or a list with one for each.
 EXPORT_SCHEMAS = {"model": 1, "models": 2}
 WEIGHTS_FILE = "mixture.safetensors"
 CONFIG_FILE = "config.json"
 
 
 def save_mixture(mixture: Mixture, directory: Path, config: Mapping[str, Any], card: str) -> None:
-    """Write `directory` with the parameters, the recipe `config` (plain JSON) and README.md = `card`.
+    """Write the parameters, the recipe `config` (plain JSON) and README.md = `card` into `directory`, each atomically.
 
-    Each file is written beside its place and renamed. Where all members have one recipe, config.json holds it
-    once, as ``model``. Tensors that members share (tied parameters) are stored once for each name.
+    If all members have the same recipe, config.json holds it once, as ``model``. Tensors that members share (tied
+    parameters) are stored once for each name.
 
     Raises:
-        ValueError: `config` is not the recipe of so many members.
-        UserError: a member keeps something that safetensors cannot hold.
+        ValueError: `config` has another number of members.
+        UserError: the state of a member has values that safetensors cannot store.
     """
     recipes = member_recipes(config)
     if len(recipes) != mixture.num_members:
-        raise ValueError(f"the mixture has {mixture.num_members} members, its recipe says L={len(recipes)}")
+        raise ValueError(f"the mixture has {mixture.num_members} members, its recipe has L={len(recipes)}")
     form = "model" if all(recipe == recipes[0] for recipe in recipes) else "models"
     own = {"model": recipes[0].record()} if form == "model" else {"models": [recipe.record() for recipe in recipes]}
     rest = {key: value for key, value in config.items() if key not in ("schema", "L", "model", "models", "weights")}
@@ -55,13 +55,13 @@ def _save_tensors(state: Mapping[str, Any], path: Path) -> None:
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{name} is a {type(value).__name__}: only tensors can be exported; make it a buffer")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            raise UserError(f"{name} is no dense tensor with values: only those can be exported; make it one")
-    # A copy each: safetensors refuses tensors that share memory.
+            raise UserError(f"{name} is not a dense tensor with values: only those can be exported; convert it")
+    # Copied, because safetensors refuses tensors that share memory.
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     try:
         save_file(tensors, path)
     except KeyError as error:
-        raise UserError(f"safetensors cannot hold tensors of {error}: convert them before the export") from error
+        raise UserError(f"safetensors cannot store tensors of {error}: convert them before the export") from error
 
 
 def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixture, dict[str, Any]]:
@@ -69,12 +69,12 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
 
     Args:
         path: an exported ``mixture/`` folder, a run directory that holds one, or a training checkpoint (.ckpt).
-        factories: import paths ``package.module:callable`` that may build members, see `build_factory`. A
-            recipe that names any other code is refused; the parameters come from the file all the same.
+        factories: import paths ``package.module:callable`` that may build members, see `build_factory`. A recipe
+            that names other code is refused. The parameters come from the file in any case.
 
     Raises:
-        UserError: nothing usable there: missing, torn, of another schema, naming an unknown model or code that
-            is not in `factories`.
+        UserError: the mixture is missing or damaged, has another schema, or names an unknown model or code that is not
+            in `factories`.
     """
     path = Path(path)
     if path.suffix == ".ckpt":
@@ -88,26 +88,26 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
 
 
 def read_config(path: str | Path, checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The recipe alone of the mixture at `path`, checked but not built: no parameters, no code.
+    """The checked recipe of the mixture at `path`; no parameters are read from a folder, and no code is imported.
 
     Args:
         path: see `read_mixture`.
-        checkpoint: what was loaded of it, where it is a training checkpoint and read already.
+        checkpoint: the content of a training checkpoint that is already loaded.
 
     Raises:
-        UserError: as for `read_mixture`, as far as the recipe tells.
+        UserError: as `read_mixture`, for errors in the recipe.
     """
     path = Path(path)
     if checkpoint is None and path.suffix != ".ckpt":
         return _folder(path)[1]
     config = (checkpoint or read_checkpoint(path)).get("mixture_config")
     if config is None:
-        raise UserError(f"{path} does not say how to build its mixture: it was not written by mixadv")
+        raise UserError(f"{path} has no recipe of its mixture: it was not written by mixadv")
     return checked_config(path, config)
 
 
 def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The exported folder at `path` or in it, and its recipe."""
+    """The exported folder, `path` or its subfolder mixture/, and its recipe."""
     folder = path if (path / CONFIG_FILE).is_file() else path / "mixture"
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"no mixture at {path}: expected a folder with {CONFIG_FILE}, a run directory or a .ckpt file")
@@ -132,7 +132,7 @@ def mixture_of_checkpoint(
     """The mixture in a loaded training checkpoint, in eval mode, and its recipe; `path` is for messages.
 
     Raises:
-        UserError: the checkpoint is not ours, or as for `read_mixture`.
+        UserError: the checkpoint was not written by mixadv, or as `read_mixture`.
     """
     config = read_config(path, checkpoint)
     stored = checkpoint.get("state_dict")
@@ -146,7 +146,7 @@ def mixture_of_checkpoint(
 def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], factories: Sequence[str]) -> Mixture:
     num_members = config.get("L")
     try:
-        # Before they are built: a tampered recipe may ask for more than memory holds.
+        # Checked before building: a manipulated recipe may need more memory than there is.
         if isinstance(num_members, int) and num_members > (held := torch.as_tensor(state.get("weights", [])).numel()):
             raise ValueError(f"there are weights for {held} members")
         recipes = member_recipes(config)
@@ -154,12 +154,12 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
         check_size(recipes, state)
         mixture = Mixture([recipe.build() for recipe in recipes])
         mixture.load_state_dict(state)
-        # The file's lambda has to be one: set_weights refuses anything else.
+        # set_weights refuses weights that are not in the simplex.
         mixture.set_weights(mixture.weights.clone())
         _check_content(config, recipes, mixture)
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-        # load_state_dict puts its reasons below a heading.
+        # The first line of load_state_dict is only a heading.
         reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
         reason = reason[:200] + "..." * (len(reason) > 200)
         raise UserError(
@@ -169,19 +169,19 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
 
 
 def _check_content(config: Mapping[str, Any], recipes: Sequence[Recipe], mixture: Mixture) -> None:
-    """Numbers are numbers, and the weights that the recipe repeats for its readers are those that count."""
+    """Check that all parameters are finite, and that the weights in the recipe equal those of the mixture."""
     for k, (recipe, member) in enumerate(zip(recipes, mixture.members, strict=True)):
-        # Code of others may keep infinities in its buffers.
+        # Factories may use infinities in buffers, for example as masks.
         for name, tensor in member.named_parameters() if recipe.is_factory else member.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"members.{k}.{name} holds numbers that are not finite")
     held = mixture.weights.tolist()
-    said = config.get("weights", held)
-    numbers = isinstance(said, list) and [type(weight) in (int, float) for weight in said] == [True] * len(held)
-    if not numbers or any(not abs(a - b) <= 1e-6 for a, b in zip(said, held, strict=True)):
+    stated = config.get("weights", held)
+    numbers = isinstance(stated, list) and [type(weight) in (int, float) for weight in stated] == [True] * len(held)
+    if not numbers or any(not abs(a - b) <= 1e-6 for a, b in zip(stated, held, strict=True)):
         shown = ",".join(f"{weight:.6g}" for weight in held)
         raise ValueError(
-            f"weights={said} there, [{shown}] in the file; task=evaluate members=[...] tries other weights"
+            f"the recipe has weights={stated}, the file [{shown}]; task=evaluate members=[...] takes other weights"
         )
 
 

@@ -190,7 +190,7 @@ def _written(run: Run, name: str) -> list[Line]:
 
 
 def headline(run: Run, *more: str) -> str:
-    """Data, L, loss, solver and threat model, as far as they are known, and `more`; else the name of the run."""
+    """The known ones of data, L, loss, solver and threat model, and `more`; the name of the run if there are none."""
     parts = [run.data, f"L = {run.num_members}" if run.num_members is not None else "", run.loss, run.solver]
     parts.append(format_ball(run.norm, run.eps) if run.eps is not None else "")
     return " · ".join(part for part in (*parts, *more) if part) or run.path.name

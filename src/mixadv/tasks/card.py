@@ -1,4 +1,4 @@
-"""README.md of an exported mixture: its words stand in `card.md.j2`."""
+"""The model card, README.md of an exported mixture, from the template `card.md.j2`."""
 
 import math
 from pathlib import Path
@@ -11,17 +11,17 @@ from mixadv.results import Results
 
 
 def model_card(results: Results, config: dict[str, Any]) -> str:
-    """What a trained mixture is, what was measured, and how to load it."""
+    """The model card of a trained mixture."""
     return _rendered(results, config, model=Recipe.of(config["model"]).name)
 
 
 def solved_card(results: Results, config: dict[str, Any]) -> str:
-    """What a mixture of existing classifiers is, what was measured, and how to load it."""
+    """The model card of a mixture of existing classifiers, from task=solve."""
     assert results.solve is not None
     known = results.solve.certificate
     assert known.value_lp is not None
     assert known.value_at_weights is not None
-    # Rounded so that the sentence stays true.
+    # Rounded in the safe direction: the upper bound up, the reached accuracy down.
     limit = math.ceil(1e4 * (1 - known.value_lp) - 1e-6) / 1e4
     reached = math.floor(1e4 * (1 - known.value_at_weights) + 1e-6) / 1e4
     return _rendered(results, config, solve=results.solve, limit=limit, reached=reached)
@@ -36,7 +36,7 @@ def _rendered(results: Results, config: dict[str, Any], **more: Any) -> str:
         undefined=StrictUndefined,
     )
     ball = f"{config['threat_model']['norm']} ball of radius {config['eps']}"
-    # Where code of others builds members, `load_mixture` has to be told whose.
+    # `load_mixture` needs the import paths of factories.
     factories = sorted(factories_of(member_recipes(config)))
     template = environment.get_template("card.md.j2")
     return template.render(results=results, config=config, ball=ball, factories=factories, **more)

@@ -1,4 +1,4 @@
-"""``task=report``: tables and curves over a directory of runs."""
+"""``task=report``: tables and figures of a directory of runs."""
 
 from omegaconf import DictConfig
 
@@ -6,12 +6,12 @@ from mixadv.console import Console
 
 
 def report_runs(cfg: DictConfig) -> None:
-    """Show and draw everything below ``cfg.runs``.
+    """Print and draw the runs in ``cfg.runs``.
 
     Raises:
-        UserError: there is no run below it.
+        UserError: there is no run, or the directory cannot be written.
     """
     from mixadv.report import report
 
-    # Names come from files: nothing in them is markup.
+    # Text from files must not be read as markup.
     report(cfg.runs, Console(markup=False))
