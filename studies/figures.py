@@ -39,7 +39,6 @@ from mixadv.report.figures.style import (
     LINE_COLOURS,
     MARKERS,
     footnote,
-    key,
     member_style,
     new_figure,
     save,
@@ -49,6 +48,7 @@ from mixadv.report.names import format_ball
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -400,6 +400,13 @@ def training_figure(groups: Groups, curves: Mapping[Setting, Sequence[Points]]) 
     return figure
 
 
+def _entry(label: str, **look: Any) -> Artist:
+    """A legend entry without a line in the axes."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **look)
+
+
 def _by_seed(curves: Sequence[Points]) -> tuple[np.ndarray, np.ndarray]:
     """All epochs [n] of the curves, and their values [seeds, n], nan where a run has none."""
     rounded = [dict(zip(np.round(x, 6).tolist(), y.tolist(), strict=True)) for x, y in curves]
@@ -443,10 +450,10 @@ def weights_figure(groups: Groups, learned: Groups) -> Figure:
             axes.set_ylabel("weight λ")
         if i >= len(learned) - columns:
             axes.set_xlabel("epochs per model")
-    handles = [key(f"member {k}", color=member_style(k)["color"]) for k in range(most)]
+    handles = [_entry(f"member {k}", color=member_style(k)["color"]) for k in range(most)]
     dashes = (DASHES[i % len(DASHES)] for i in range(len(seeds)))
-    handles += [key(f"seed {s}", color="#222222", linestyle=dash) for s, dash in zip(seeds, dashes, strict=True)]
-    handles.append(key("1/L", color="#555555", linestyle=":"))
+    handles += [_entry(f"seed {s}", color="#222222", linestyle=dash) for s, dash in zip(seeds, dashes, strict=True)]
+    handles.append(_entry("1/L", color="#555555", linestyle=":"))
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.1 / height), ncols=len(handles))
     return figure
 
@@ -496,11 +503,11 @@ def cost_figure(groups: Groups, timed: Mapping[Setting, Sequence[tuple[float, Ru
         xlim=(0, None),
     )
     handles = [
-        key(f"L = {n}", linestyle="", marker="o", color=LINE_COLOURS[i % len(LINE_COLOURS)])
+        _entry(f"L = {n}", linestyle="", marker="o", color=LINE_COLOURS[i % len(LINE_COLOURS)])
         for i, n in enumerate(sizes)
     ]
     kinds = dict.fromkeys(map(_kind, timed))
-    handles += [key(_KINDS[kind], linestyle="", marker=MARKERS[kind], color="#999999") for kind in kinds]
+    handles += [_entry(_KINDS[kind], linestyle="", marker=MARKERS[kind], color="#999999") for kind in kinds]
     pays.legend(handles=handles, loc="best", fontsize=11)
     devices = sorted({device for found in timed.values() for _, run in found if (device := run.results.device)})
     footnote(figure, "; ".join(["points: seeds; seconds include validation", *devices]))

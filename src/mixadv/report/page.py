@@ -67,7 +67,7 @@ def write_report(run: Run | str | Path) -> Path:
     drawn = {name: save(build, run.path / name) for name, build in evaluation_figures(run, examples).items()}
     if (run.path / "curves.png").is_file():
         drawn["curves.png"] = run.path / "curves.png"
-    found, pictures = None, {}
+    found, pictures, ran = None, {}, run.results.checks
     with _noting(damage):
         found = _found(run)
     for name, path in drawn.items():
@@ -84,7 +84,9 @@ def write_report(run: Run | str | Path) -> Path:
     environment.filters["exact"] = repr
     page = environment.get_template("page.html.j2").render(
         **_about(run),
-        **_doubts(run),
+        checks=CHECKS,
+        ran=ran,
+        unchecked=[name for name in CHECKS if ran is not None and name not in ran],
         run=run,
         results=run.results,
         damage=[*run.notes, *damage],
@@ -134,15 +136,6 @@ def _about(run: Run) -> dict[str, Any]:
         "ball": ball,
         "single": is_single(run),
         "first": classifiers(run)[0],
-    }
-
-
-def _doubts(run: Run) -> dict[str, Any]:
-    ran = run.results.checks
-    return {
-        "checks": CHECKS,
-        "ran": ran,
-        "unchecked": [name for name in CHECKS if ran is not None and name not in ran],
     }
 
 

@@ -54,18 +54,14 @@ def solution_of(run: Run) -> Solve:
 def solution_caption(run: Run) -> str:
     """A description of the columns, for table and figure."""
     fit = solution_of(run).fit
+    on_members = [name for name, one in run.results.attacks.items() if any(value is not None for value in one.members)]
+    alone = f"; members alone are attacked by {', '.join(on_members)}" if on_members else ""
     return (
         f"Robust accuracy. Pool: at the points that chose the weights ({fit.num_examples} validation images, "
         f"{fit.num_attacks} responses of the attacker, {fit.status}). Fresh: on the same images under new attacks. "
         f"Test: {run.num_examples} test images. Attacks: {', '.join(run.results.attacks)}; every point is replayed "
-        f"on all classifiers{_alone(run)}."
+        f"on all classifiers{alone}."
     )
-
-
-def _alone(run: Run) -> str:
-    """The attacks that were repeated on single members, as the end of a sentence."""
-    some = [name for name, one in run.results.attacks.items() if any(value is not None for value in one.members)]
-    return f"; members alone are attacked by {', '.join(some)}" if some else ""
 
 
 def solution_sentences(run: Run) -> list[str]:

@@ -92,8 +92,7 @@ def attacks_figure(run: Run) -> Figure:
     offsets = np.linspace(-0.32, 0.32, len(targets)) if len(targets) > 1 else [0.0]
     for who, offset in zip(targets, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
-        spans = [row.values[who] for row in rows]
-        _draw_intervals(axes, [*spans, worst[who]], float(offset), who, style)
+        _draw_intervals(axes, [*(row.values[who] for row in rows), worst[who]], float(offset), who, style)
     name, final = targets[0], worst[targets[0]]
     if final.value is not None:
         axes.axvline(final.value, color=ROBUST_COLOUR, linewidth=1.4, label="worst case", zorder=1)

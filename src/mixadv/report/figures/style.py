@@ -19,7 +19,6 @@ from mixadv.report.files import writing
 from mixadv.results import Accuracy
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -76,13 +75,6 @@ def new_figure(height: float, title: str) -> Figure:
     FigureCanvasAgg(figure)
     figure.suptitle(printable(title), fontsize=16, y=1 - 0.12 / height, parse_math=False)
     return figure
-
-
-def key(label: str, **look: Any) -> Artist:
-    """A legend entry without a line in the axes."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], label=label, **look)
 
 
 def spaced(ticks: Iterable[float], share: float) -> list[float]:
