@@ -688,10 +688,16 @@ WEIGHT = "members.1.net.1.weight"
 MIXTURES = {
     "NaN parameter": (lambda f: with_entry(f, WEIGHT, float("nan")), f"{WEIGHT} holds numbers that are not finite"),
     "infinite deviation": (lambda f: with_entry(f, "members.2.normalize.std", float("inf")), "not finite"),
-    "other weights in the recipe": (lambda f: with_config(f, weights=[1, 0, 0]), "weights=[1, 0, 0] there"),
-    "too few weights in the recipe": (lambda f: with_config(f, weights=[0.5, 0.5]), "weights=[0.5, 0.5] there"),
-    "weights that are text": (lambda f: with_config(f, weights="1,0,0"), "weights=1,0,0 there"),
-    "weights that are NaN": (lambda f: with_config(f, weights=[float("nan")] * 3), "weights=[nan, nan, nan] there"),
+    "other weights in the recipe": (lambda f: with_config(f, weights=[1, 0, 0]), "has weights=[1, 0, 0], the file ["),
+    "too few weights in the recipe": (
+        lambda f: with_config(f, weights=[0.5, 0.5]),
+        "has weights=[0.5, 0.5], the file [",
+    ),
+    "weights that are text": (lambda f: with_config(f, weights="1,0,0"), "has weights=1,0,0, the file ["),
+    "weights that are NaN": (
+        lambda f: with_config(f, weights=[float("nan")] * 3),
+        "has weights=[nan, nan, nan], the file [",
+    ),
     "weights that are negative": (
         lambda f: (with_tensors(f, weights=torch.tensor([1.5, -0.5, 0])), with_config(f, weights=[1.5, -0.5, 0])),
         "weights",
