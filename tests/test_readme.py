@@ -1,6 +1,7 @@
 """README and docs: every command composes, the examples run, and pages, numbers and links fit the program."""
 
 import json
+import pkgutil
 import re
 import shlex
 import sys
@@ -411,6 +412,17 @@ def test_the_house_of_the_contributors_names_every_module_and_room():
     names = {f"{path.name}/" if path.is_dir() else path.name for path in entries}
     assert len(names) > 20
     assert [name for name in sorted(names) if name not in re.split(r"[\s,]+", house)] == []
+
+
+def test_the_names_of_code_that_contributors_read_exist():
+    """`tasks.members.load_members` is found below mixadv; a file such as `results.json` is none of these."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = {path.stem for path in (ROOT / "src" / "mixadv").iterdir() if not path.name.startswith("_")}
+    names = {name for name in re.findall(r"`(\w+(?:\.\w+)+)`", text) if name.partition(".")[0] in rooms}
+    names = {name for name in names if name.rpartition(".")[2] not in ("json", "py", "csv", "npz", "yaml")}
+    assert len(names) > 8
+    for name in sorted(names):
+        assert pkgutil.resolve_name(f"mixadv.{name}") is not None
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in PAGES)])
