@@ -506,7 +506,7 @@ def test_what_a_killed_writer_left_is_removed(train, whole, tmp_path):
         stop_at(patch, ("batch", 5))
         with pytest.raises(Stopped):
             train("at-oracle-shared", directory)
-    for name in (".best.ckpt.0123abcd.tmp", ".last.ckpt.next.tmp"):
+    for name in (".best.ckpt.0123abcd.tmp", ".last.ckpt.00000000.tmp"):
         (directory / "checkpoints" / name).write_bytes(b"half")
     train("at-oracle-shared", directory)
     assert not list(directory.rglob("*.tmp"))

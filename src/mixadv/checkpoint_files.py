@@ -106,10 +106,15 @@ def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
 
 
 def newest(directory: Path, say: Callable[[str], None], *, first: bool = True) -> Path | None:
-    """The checkpoint to go on from: last.ckpt, or the one before it where that cannot be read; None before the first.
+    """The checkpoint to resume from: last.ckpt, or previous.ckpt if that one cannot be read; None if there is none.
 
-    A last.ckpt that cannot be read is set aside as last.ckpt.torn, where nothing overwrites it, and said to be so; of
-    several processes the `first` does that.
+    An unreadable last.ckpt is renamed to last.ckpt.torn, and a message is printed; with several ranks, only rank 0 does
+    this.
+
+    Args:
+        directory: of the checkpoints.
+        say: prints the message.
+        first: whether this process has rank 0.
 
     Raises:
         UserError: there are checkpoints, and none can be read.

@@ -17,6 +17,8 @@ from mixadv.files import remove_leftovers
 from mixadv.signals import Signals, Stopped
 from mixadv.training import MixtureTraining
 
+# Of the checkpoint that is about to become last.ckpt; `remove_leftovers` knows such names.
+NEXT = "00000000"
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
@@ -188,7 +190,7 @@ class Checkpoints(ModelCheckpoint):
             return
         module.refuse_broken()
         last = Path(str(self.dirpath)) / LAST
-        beside = last.with_name(f".{LAST}.next.tmp")
+        beside = last.with_name(f".{LAST}.{NEXT}.tmp")
         self.last_model_path = str(last)
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
