@@ -204,6 +204,10 @@ class Checkpoints(ModelCheckpoint):
 class WholeFiles(TorchCheckpointIO):
     """Lightning's checkpoint I/O with atomic writes and a digest of the content in the file."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: tuple[Path, dict[str, Any]] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `write_checkpoint`."""
         path = Path(path)
@@ -212,4 +216,11 @@ class WholeFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """See `read_checkpoint`; only tensors and plain containers are read, whatever `weights_only` is."""
-        return read_checkpoint(Path(path))
+        held, self._held = self._held, None
+        return held[1] if held is not None and held[0] == Path(path) else read_checkpoint(Path(path))
+
+    def read(self, path: Path, *, with_digest: bool = False) -> dict[str, Any]:
+        """`read_checkpoint`; the content is held for the next `load_checkpoint`, so that a file is read once."""
+        checkpoint = read_checkpoint(path, with_digest=with_digest)
+        self._held = path, checkpoint
+        return checkpoint

@@ -307,7 +307,10 @@ def _fit(session: TrainingSession, module: MixtureTraining, trainer: pl.Trainer)
         The epochs per model of the best members, and the score that chose them by its name.
     """
     folder = session.run_dir / "checkpoints"
-    last = newest(folder, session.console.print, first=session.is_first)
+    files = trainer.strategy.checkpoint_io
+    # A plugin of the user may take the place of ours.
+    read = files.read if isinstance(files, WholeFiles) else read_checkpoint
+    last = newest(folder, session.console.print, first=session.is_first, read=read)
     if last is None and session.is_first:
         announce(session, module)
     if session.compiled:
