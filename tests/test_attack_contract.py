@@ -78,8 +78,11 @@ def many_linear_examples():
 
 
 def test_every_attack_has_its_case():
-    ours = {attack for attack in SearchAttack.__subclasses__() if attack.__module__.startswith("mixadv.")}
-    assert {type(case.attack) for case in CASES.values()} == ours
+    ours, todo = set(), [SearchAttack]
+    while todo:
+        todo += (found := todo.pop().__subclasses__())
+        ours.update(attack for attack in found if attack.__module__.startswith("mixadv."))
+    assert {type(case.attack) for case in CASES.values()} == ours, "a new attack gets a line in CASES"
 
 
 # --- what comes back ---------------------------------------------------------------------------------------

@@ -161,6 +161,21 @@ def test_lambda_stays_in_float64_whatever_the_members_are_in(tables):
     assert again.weights.tolist() == lam
 
 
+def test_lambda_follows_the_members_to_other_storage():
+    """meta and back without values, shared memory, and what torch does to a module's tensors in general."""
+    lam = [0.1, 0.2, 0.7]
+    mixture = Mixture([nn.Linear(2, 3) for _ in range(3)], lam)
+    mixture.share_memory()
+    assert all(tensor.is_shared() for tensor in (*mixture.parameters(), mixture.weights))
+    assert mixture.weights.tolist() == lam
+    mixture.to("meta")
+    assert all(tensor.is_meta for tensor in (*mixture.parameters(), mixture.weights))
+    mixture.to_empty(device="cpu")
+    assert (mixture.weights.shape, mixture.weights.dtype, mixture.weights.device.type) == ((3,), torch.float64, "cpu")
+    mixture.set_weights(lam)
+    assert mixture.weights.tolist() == lam
+
+
 def test_weights_are_normalised_once(tables):
     """What sums to 1 up to rounding is kept bit for bit; what misses 1 by more is divided by its sum."""
     mixture, _, _ = tables

@@ -20,7 +20,7 @@ from evaluated_run import ATTACKS, FLAGS, write_evaluation
 from mixadv.report import page as page_module
 from mixadv.report.citations import papers_of
 from mixadv.report.page import CHECKS, write_report
-from test_report import write_run
+from trained_run import write_run
 
 EIGHT = (0.1, 0.2, 0.05, 0.15, 0.1, 0.1, 0.1, 0.2)
 VOID = {"meta", "img", "br", "link", "input", "hr", "base"}

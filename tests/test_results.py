@@ -30,7 +30,7 @@ from mixadv.results import (
     to_json,
     write,
 )
-from test_report import write_run
+from trained_run import write_run
 
 STORED = sorted((Path(__file__).resolve().parents[1] / "results").glob("*/*/results.json"))
 FULL = Results(

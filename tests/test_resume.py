@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -500,13 +501,28 @@ def test_from_a_torn_checkpoint_the_run_goes_on_with_the_one_before(train, whole
     assert path.with_name("last.ckpt.torn").read_bytes() == torn
 
 
+def test_a_resumed_training_reads_its_checkpoint_once(train, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, ("batch", 5))
+        with pytest.raises(Stopped):
+            train("at-oracle-shared", directory)
+    opened = []
+    load = torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda path, **settings: opened.append(Path(path).name) or load(path, **settings)
+    )
+    train("at-oracle-shared", directory)
+    assert Counter(opened) == {"last.ckpt": 1, "best.ckpt": 1}
+
+
 def test_what_a_killed_writer_left_is_removed(train, whole, tmp_path):
     directory = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, ("batch", 5))
         with pytest.raises(Stopped):
             train("at-oracle-shared", directory)
-    for name in (".best.ckpt.0123abcd.tmp", ".last.ckpt.next.tmp"):
+    for name in (".best.ckpt.0123abcd.tmp", ".last.ckpt.00000000.tmp"):
         (directory / "checkpoints" / name).write_bytes(b"half")
     train("at-oracle-shared", directory)
     assert not list(directory.rglob("*.tmp"))

@@ -437,6 +437,28 @@ def test_a_crash_while_writing_keeps_the_old_file_whole(tmp_path, cfg, monkeypat
         assert (tmp_path / name).read_bytes() == content
 
 
+def test_only_what_killed_writers_have_left_is_removed(tmp_path, cfg):
+    """A run may live in a folder with files of the user, and above other runs that are being written."""
+    left = [
+        ".results.json.0123abcd.tmp",
+        "checkpoints/.last.ckpt.0123abcd.tmp",
+        "baseline/mixture/.config.json.ffffffff.tmp",
+    ]
+    kept = [
+        ".mine.tmp",
+        ".notes.0123.tmp",
+        "results.json.0123abcd.tmp",
+        "other/.last.ckpt.0123abcd.tmp",
+        "checkpoints/mine.npz",
+    ]
+    for name in (*left, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with claimed(tmp_path, cfg):
+        assert [name for name in left if (tmp_path / name).exists()] == []
+    assert [name for name in kept if not (tmp_path / name).exists()] == []
+
+
 def test_provenance_names_versions_and_the_commit(monkeypatch):
     import torch
 

@@ -24,7 +24,7 @@ def test_only_one_module_seeds_generators():
         for path in SOURCE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
-        and node.attr in ("manual_seed", "manual_seed_all", "default_rng", "seed_all")
+        and node.attr in ("manual_seed", "manual_seed_all", "default_rng", "seed_everything")
     }
     assert seeds == {"seeding.py"}
 

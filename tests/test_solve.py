@@ -187,9 +187,11 @@ def test_another_solver_may_play(shelf):
         *FAST[:3],
         "trainer.accelerator=cpu",
         "trainer.limit_val_batches=1",
+        "data.eval_batch_size=7",
     )
     assert finished.rc == 0, finished.err
     results = read_results(shelf / "outputs" / "solve" / "oracle")
+    assert results["solve"]["fit"]["num_examples"] == 7
     assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
     assert results["solve"]["certificate"]["gap"] >= 0
     assert results["solve"]["fit"]["num_attacks"] == 3

@@ -8,8 +8,6 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = sorted(TESTS.rglob("*.py"))
-# Its runs on disk are to move to builders/runs.py.
-NOT_YET = {"test_report_html.py": {"test_report"}}
 
 
 def tree(path):
@@ -34,7 +32,7 @@ def defined(path):
 def test_no_file_imports_a_test(path):
     """What two tests share belongs into a helper: else running, moving or deleting one of them breaks the other."""
     tests = {other.stem for other in FILES if other.name.startswith("test_")}
-    assert sorted(tests.intersection(imported(path)) - NOT_YET.get(path.name, set())) == []
+    assert sorted(tests.intersection(imported(path))) == []
 
 
 def test_the_name_of_a_shared_helper_means_one_thing():

@@ -105,11 +105,19 @@ def read_checkpoint(path: Path, *, with_digest: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def newest(directory: Path, say: Callable[[str], None], *, first: bool = True) -> Path | None:
-    """The checkpoint to go on from: last.ckpt, or the one before it where that cannot be read; None before the first.
+def newest(
+    directory: Path, say: Callable[[str], None], *, first: bool = True, read: Callable[..., Any] = read_checkpoint
+) -> Path | None:
+    """The checkpoint to resume from: last.ckpt, or previous.ckpt if that one cannot be read; None if there is none.
 
-    A last.ckpt that cannot be read is set aside as last.ckpt.torn, where nothing overwrites it, and said to be so; of
-    several processes the `first` does that.
+    An unreadable last.ckpt is renamed to last.ckpt.torn, and a message is printed; with several ranks, only rank 0 does
+    this.
+
+    Args:
+        directory: of the checkpoints.
+        say: prints the message.
+        first: whether this process has rank 0.
+        read: reads a checkpoint as `read_checkpoint` does.
 
     Raises:
         UserError: there are checkpoints, and none can be read.
@@ -117,17 +125,17 @@ def newest(directory: Path, say: Callable[[str], None], *, first: bool = True) -
     last, previous = directory / LAST, directory / PREVIOUS
     if last.exists():
         try:
-            read_checkpoint(last, with_digest=True)
+            read(last, with_digest=True)
             return last
         except UserError as error:
             if not previous.exists():
                 raise
-            read_checkpoint(previous, with_digest=True)
+            read(previous, with_digest=True)
             if first:
                 aside = last.with_name(f"{LAST}.torn")
                 say(f"{error}. Set aside as {aside.name}; going on from {PREVIOUS}")
                 os.replace(last, aside)
     if previous.exists():
-        read_checkpoint(previous, with_digest=True)
+        read(previous, with_digest=True)
         return previous
     return None

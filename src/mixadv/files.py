@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+# .NAME.01234567.tmp
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -72,6 +77,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in `folder` and below that killed processes have left."""
-    for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Remove the temporary files of `replacing` that killed processes have left in `folder`, not in folders below it.
+
+    Other files stay, also hidden ones that end in ``.tmp``.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)

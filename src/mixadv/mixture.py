@@ -21,7 +21,7 @@ class Mixture(nn.Module):
 
     members: modules that map a batch x `[B, ...]` to logits `[B, C]`, all with the same C.
     weights: lambda, a distribution over the members; uniform by default. Kept as a buffer `[L]` in float64 (float32
-        on devices without float64), whatever precision the members have.
+        on Apple's GPUs), whatever precision the members have.
 
     A mixture defines two classifiers. The *randomized* one draws a member for each answer; its accuracy on an example
     is the finite sum `expected_accuracy`. The *ensemble* answers with the argmax of the averaged probabilities
@@ -100,12 +100,18 @@ class Mixture(nn.Module):
         return part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:
-        # Lambda goes to the device of the members, but not to their precision.
+        # Lambda goes where the members go, but keeps its own precision.
         lam = self.weights
-        # Some devices have no float64.
-        self.weights = lam.float()
+        device = fn(torch.empty(0)).device
+        self.weights = lam.to(torch.float32)
         super()._apply(fn, recurse)
-        self.weights = _on_device(lam, self.weights.device)
+        moved = self.weights
+        # Values of lambda are kept bit for bit. On the meta device and after to_empty there are none to keep.
+        if not lam.is_meta and device.type != "meta":
+            moved = _on_device(lam, device)
+            if self.weights.is_shared() and not moved.is_cuda:
+                moved = moved.share_memory_()
+        self.weights = moved.to(_precision(device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -285,8 +291,13 @@ def log_average(logits: Tensor, weights: Tensor) -> Tensor:
     return torch.logsumexp(logits.log_softmax(-1) + weights.to(logits).log()[:, None, None], dim=0)
 
 
+def _precision(device: torch.device) -> torch.dtype:
+    """Of lambda on a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _on_device(lam: Tensor, device: torch.device) -> Tensor:
-    return lam.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    return lam.to(device, _precision(device))
 
 
 def as_mixture(model: nn.Module) -> Mixture:

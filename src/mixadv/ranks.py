@@ -64,7 +64,7 @@ class Ranks:
             tensor.detach().copy_(part.view_as(tensor))
 
     def largest(self, number: int, device: torch.device | str = "cpu") -> int:
-        """The largest `number` of all processes."""
+        """The maximum of `number` over all ranks."""
         if self.size == 1:
             return number
         found = torch.tensor(number, device=device)

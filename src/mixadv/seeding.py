@@ -1,9 +1,11 @@
 """One seed for everything: every generator is made here, from the seed of the run and the purpose of its draws."""
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -22,6 +24,14 @@ def derive_seed(*parts: int | str) -> int:
 def generator_for(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator on `device` with the seed of `parts`, see `derive_seed`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+def seed_all(*parts: int | str) -> None:
+    """Seed the global generators of Python, NumPy and torch, which members of the user's own may draw from."""
+    seed = derive_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - members may draw from it
+    torch.manual_seed(seed)
 
 
 @contextmanager

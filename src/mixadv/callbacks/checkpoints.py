@@ -17,6 +17,8 @@ from mixadv.files import remove_leftovers
 from mixadv.signals import Signals, Stopped
 from mixadv.training import MixtureTraining
 
+# Of the checkpoint that is about to become last.ckpt; `remove_leftovers` knows such names.
+NEXT = "00000000"
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
@@ -188,7 +190,7 @@ class Checkpoints(ModelCheckpoint):
             return
         module.refuse_broken()
         last = Path(str(self.dirpath)) / LAST
-        beside = last.with_name(f".{LAST}.next.tmp")
+        beside = last.with_name(f".{LAST}.{NEXT}.tmp")
         self.last_model_path = str(last)
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
@@ -202,6 +204,10 @@ class Checkpoints(ModelCheckpoint):
 class WholeFiles(TorchCheckpointIO):
     """Lightning's checkpoint I/O with atomic writes and a digest of the content in the file."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: tuple[Path, dict[str, Any]] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See `write_checkpoint`."""
         path = Path(path)
@@ -210,4 +216,11 @@ class WholeFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """See `read_checkpoint`; only tensors and plain containers are read, whatever `weights_only` is."""
-        return read_checkpoint(Path(path))
+        held, self._held = self._held, None
+        return held[1] if held is not None and held[0] == Path(path) else read_checkpoint(Path(path))
+
+    def read(self, path: Path, *, with_digest: bool = False) -> dict[str, Any]:
+        """`read_checkpoint`; the content is held for the next `load_checkpoint`, so that a file is read once."""
+        checkpoint = read_checkpoint(path, with_digest=with_digest)
+        self._held = path, checkpoint
+        return checkpoint

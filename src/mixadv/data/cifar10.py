@@ -207,13 +207,15 @@ def _download(url: str, target: Path, md5: str) -> str:
     pooch.get_logger().setLevel("WARNING")
     try:
         pooch.retrieve(url, known_hash=f"md5:{md5}", fname=target.name, path=target.parent, downloader=downloader)
+        # pooch leaves the file readable for its owner alone, but DATA_DIR may be shared.
+        target.chmod(0o644)
     except requests.HTTPError as error:
         return str(error)
     except requests.Timeout:
         return f"no answer within {TIMEOUT:g} s"
     except requests.RequestException as error:
         # The cause stands at the end of a chain of messages.
-        return str(error).rpartition(": ")[2].strip(")")
+        return str(error).rpartition(": ")[2].strip(")'\"")
     except ValueError:
         return f"the file there does not have md5 {md5}"
     return ""

@@ -146,7 +146,7 @@ class LineGame:
 
     @cached_property
     def _threats(self) -> list[dict[Losses, Fraction]]:
-        """For each point the losses of its kind, each with the nearest place where the classifiers have them."""
+        """For each point, each loss vector that the attacker can cause, with the nearest position that causes it."""
         threats = []
         for i in range(len(self.points)):
             places = dict(reversed(list(zip(self.losses(i), self.candidates(i), strict=True))))

@@ -24,6 +24,17 @@ from mixadv.runs.locks import LOCK, DirectoryLock, Held
 from mixadv.setting_keys import flat_settings, is_indifferent
 from mixadv.shipped import refuse_aliases
 
+# Folders of a run into which files are written; leftovers of killed processes are removed from them.
+FOLDERS = (
+    "checkpoints",
+    "evaluation",
+    "mixture",
+    "baseline",
+    "baseline/checkpoints",
+    "baseline/evaluation",
+    "baseline/mixture",
+)
+
 
 class State(Enum):
     """What a directory holds."""
@@ -57,7 +68,8 @@ def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
         ) from None
     run_dir = lock.folder
     try:
-        remove_leftovers(run_dir)
+        for folder in (run_dir, *(run_dir / name for name in FOLDERS)):
+            remove_leftovers(folder)
         # Read again: another process may have worked here before this one got the lock.
         state = _state(run_dir, cfg)
         try:

@@ -1,7 +1,8 @@
 """One process at a time in a directory, whichever machine it runs on.
 
 The lock is the kernel's (`flock`) on the file `.lock` in the directory. The kernel releases it when the process ends,
-even if the process is killed. The file names the holder and is removed on release; filelock can do neither.
+even if the process is killed. The file names the holder and is removed on release, so that a finished run holds no
+lock file; filelock leaves it behind, and on file systems without locks it knows only one of their error codes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """``task=solve``: the optimal weights over classifiers that exist already."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.members import flags_of_other_splits, load_members, named_results
 from mixadv.tasks.provenance import header_of, settings_of
 from mixadv.tasks.session import Session
+
+
+class Weighed(NamedTuple):
+    """The solution, the finite game on all points that the attacks found for it, and seconds."""
+
+    solution: Equilibrium
+    game: FiniteGame
+    seconds: float
 
 
 def solve_weights(
@@ -68,55 +76,51 @@ def solve_weights(
     write_config(run_dir, cfg)
     speed.compile_for_evaluation(session, mixture)
 
-    solution, game, seconds = _play(session, mixture, attacks, solver, x, y)
-    mixture.set_weights(solution.weights)
+    weighed = _play(session, mixture, attacks, solver, x, y)
+    mixture.set_weights(weighed.solution.weights)
     session.console.print(
         "Attacking the weights anew on the images that chose them, then on the test set", highlight=False
     )
-    size, equal = session.data.eval_batch_size, [uniform(len(members)).tolist()]
+    size, equal = session.data.eval_batch_size, uniform(len(members)).tolist()
     parts = zip(x.split(size), y.split(size), strict=True)
-    fresh_seed = derive_seed(cfg.seed, "fresh")
-    fresh = evaluate(mixture, parts, attacks, session.threat_model, seed=fresh_seed, other_weights=equal)
-    batches = session.test_batches()
-    test = evaluate(mixture, batches, attacks, session.threat_model, seed=cfg.seed, other_weights=equal)
+    fresh = _attacked(session, mixture, attacks, parts, derive_seed(cfg.seed, "fresh"), equal)
+    test = _attacked(session, mixture, attacks, session.test_batches(), cfg.seed, equal)
 
-    fit = Fit(
-        num_examples=len(y),
-        solver=cfg.lambda_solver["_target_"],
-        status=solution.status,
-        num_attacks=solution.num_attacks,
-        num_points=game.num_perturbations,
-        seconds=round(seconds, 3),
+    found = test.results(settings_of(cfg))
+    doubts = flags_of_other_splits(
+        cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
     )
     lam = mixture.weights.cpu()
-    found = test.results(settings_of(cfg))
     results = replace(
         found,
         **header_of(session),
         members=named_results(found.members, members),
         game=Game(**equilibrium_of(pool_of(test), lam)),
-        flags=tuple(
-            flags_of_other_splits(
-                cfg, sources, "fitted-on-training-images", "; it may know validation images.", remedy=""
-            )
-        ),
-        solve=Solve(
-            fit=fit,
-            certificate=_certificate(game, fresh, lam),
-            rows=_rows([m.name for m in members], lam, game, fresh, test),
-            history=History(*(tuple(solution.history.get(f.name, ())) for f in fields(History))),
-        ),
+        flags=tuple(doubts),
+        solve=_solved(weighed, lam, cfg.lambda_solver["_target_"], [m.name for m in members], fresh, test),
         data=Data(session.data.name, num_val=session.data.num_val, num_test=session.data.num_test),
-        seconds={"solve": round(seconds, 3), "total": round(time.perf_counter() - started, 3)},
+        seconds={"solve": round(weighed.seconds, 3), "total": round(time.perf_counter() - started, 3)},
     )
     config = _mixture_config(session, members)
     save_mixture(mixture, run_dir / "mixture", config, solved_card(results, config))
-    arrays = test.arrays() | {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal[0]))}
+    arrays = test.arrays() | {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal))}
     write_results(run_dir, results, arrays)
     draw_solution(run_dir)
     with logging_to(loggers, cfg):
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
     mark_done(run_dir)
+
+
+def _attacked(
+    session: Session,
+    mixture: Mixture,
+    attacks: Mapping[str, Attack],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    seed: int,
+    equal: list[float],
+) -> EvaluationRecord:
+    """Attack the mixture, its parts, and the mixture with the weights 1/L."""
+    return evaluate(mixture, batches, attacks, session.threat_model, seed=seed, other_weights=[equal])
 
 
 def _validation_images(session: Session) -> tuple[Tensor, Tensor]:
@@ -130,8 +134,8 @@ def _validation_images(session: Session) -> tuple[Tensor, Tensor]:
 
 def _play(
     session: Session, mixture: Mixture, attacks: Mapping[str, Attack], solver: LambdaSolver, x: Tensor, y: Tensor
-) -> tuple[Equilibrium, FiniteGame, float]:
-    """Solve the game on the images x, y: the solution, the game on all points that the attacks found, seconds."""
+) -> Weighed:
+    """Solve the game on the images x, y."""
     started = time.perf_counter()
     columns = (TextColumn("Weighing {task.fields[members]} members on {task.fields[images]} validation images"),)
     progress = Progress(
@@ -151,7 +155,24 @@ def _play(
             on_attack=lambda images: progress.advance(task, images),
         )
         solution = solver.solve(game, generator=game.generator)
-    return solution, game.known(), time.perf_counter() - started
+    return Weighed(solution, game.known(), time.perf_counter() - started)
+
+
+def _solved(
+    weighed: Weighed, lam: Tensor, solver: str, names: list[str], fresh: EvaluationRecord, test: EvaluationRecord
+) -> Solve:
+    """What results.json holds of the solution: how it was found, its certificate, the table, the rounds."""
+    solution, game = weighed.solution, weighed.game
+    fit = Fit(
+        num_examples=game.num_examples,
+        solver=solver,
+        status=solution.status,
+        num_attacks=solution.num_attacks,
+        num_points=game.num_perturbations,
+        seconds=round(weighed.seconds, 3),
+    )
+    history = History(*(tuple(solution.history.get(one.name, ())) for one in fields(History)))
+    return Solve(fit, _certificate(game, fresh, lam), _rows(names, lam, game, fresh, test), history)
 
 
 def _certificate(pool: FiniteGame, fresh: EvaluationRecord, lam: Tensor) -> Certificate:

@@ -28,7 +28,7 @@ from mixadv.report.files import BASELINE
 from mixadv.results import Data
 from mixadv.runs import processes
 from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
-from mixadv.seeding import derive_seed
+from mixadv.seeding import seed_all
 from mixadv.signals import Signals
 from mixadv.tasks import build, models, speed
 from mixadv.tasks.card import model_card
@@ -307,12 +307,15 @@ def _fit(session: TrainingSession, module: MixtureTraining, trainer: pl.Trainer)
         The epochs per model of the best members, and the score that chose them by its name.
     """
     folder = session.run_dir / "checkpoints"
-    last = newest(folder, session.console.print, first=session.is_first)
+    files = trainer.strategy.checkpoint_io
+    # A plugin of the user may take the place of ours.
+    read = files.read if isinstance(files, WholeFiles) else read_checkpoint
+    last = newest(folder, session.console.print, first=session.is_first, read=read)
     if last is None and session.is_first:
         announce(session, module)
     if session.compiled:
         _compile(session, module)
-    pl.seed_everything(derive_seed(session.cfg.seed, "training") % 2**32, verbose=False)
+    seed_all(session.cfg.seed, "training")
     signals = Signals.active
     assert signals is not None
     try:

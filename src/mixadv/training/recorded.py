@@ -69,7 +69,7 @@ def recorded(part: Any) -> Any:
 
 
 def rebuilt(record: Any, key: str) -> Any:
-    """What `recorded` was given, as far as it is made of parts of mixadv and of torch.optim.
+    """Rebuild an argument that `recorded` wrote; only parts of mixadv and of torch.optim are rebuilt.
 
     Args:
         record: plain containers, possibly from a file of somebody else.
