@@ -35,7 +35,8 @@ ALLOWED = {
     "signals": set(),
     # Files of a run.
     "records": set(),
-    "results": {"files", "intervals", "redaction"},
+    "typed_json": {"intervals"},
+    "results": {"files", "redaction", "typed_json"},
     "ranks": {"signals"},
     # The mathematics wing: tensors only.
     "simplex": set(),

@@ -35,7 +35,7 @@ from mixadv.loggers.csv import CSVLogger
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.loggers.wandb_link import ID_FILE, SUPERSEDED
 from mixadv.metrics_file import MetricsFile
-from mixadv.results import Accuracy, Attack, Classifier, Results
+from mixadv.results import Accuracy, AttackResult, Classifier, Results
 from mixadv.training import MixtureTraining
 from wandb_service import BLOCK, Offline, Service
 
@@ -890,7 +890,7 @@ def test_results_are_tables_and_figures(mirror, tmp_path):
         RESULTS,
         members=(Classifier(0.75, Accuracy(0.25)), Classifier(0.5, Accuracy(0.125))),
         averaged_twin=Classifier(0.8, Accuracy(0.2)),
-        attacks={"pgd-20": Attack(0.6)},
+        attacks={"pgd-20": AttackResult(0.6)},
     )
     made.summary(results)
     made.log_results(results, [picture, tmp_path / "missing.png"])

@@ -9,58 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from mixadv.files import write_text
-from mixadv.intervals import confidence_interval
 from mixadv.redaction import all_printable
+from mixadv.typed_json import UNKNOWN, Accuracy, at, from_plain, to_plain
 
 FILE = "results.json"
 # 1 (version 0.1): members repeat their weights.
 SCHEMA = 2
-
-T = TypeVar("T")
-
-
-class Accuracy(NamedTuple):
-    """A mean over test images in [0, 1] with the ends of its 95 % interval; None if unknown."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, mean: float | None, count: int | None) -> Accuracy:
-        """The mean of `count` values in [0, 1], with Wilson's interval (`confidence_interval`).
-
-        Without an interval if `count` is unknown or the mean is outside [0, 1].
-        """
-        if mean is None or count is None or count < 1 or not 0 <= mean <= 1:
-            return cls(mean)
-        return cls(mean, *confidence_interval(mean, count))
-
-    @property
-    def ends(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None if one is unknown."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
-
-
-UNKNOWN = Accuracy()
-
-
-def at(*keys: str, ends: tuple[str, ...] = (), null: bool = False) -> dict[str, Any]:
-    """Metadata of a field whose place in the file differs from its name.
-
-    Args:
-        keys: the path of keys; by default the field's name.
-        ends: the path of keys of an accuracy's interval.
-        null: whether an unknown value is written as null; by default its key is left out.
-    """
-    return {"keys": keys, "ends": ends, "null": null}
 
 
 @dataclass(frozen=True)
@@ -75,7 +34,7 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackResult:
     """The accuracies under one attack against each classifier, and its cost.
 
     Attributes:
@@ -131,7 +90,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Game:
+class GameValue:
     """The finite game with 0/1 losses on all points found; see `mixadv.evaluation.equilibrium_of`."""
 
     value_at_weights: float | None = None
@@ -172,7 +131,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Certificate(Game):
+class Certificate(GameValue):
     """The game on the validation images; also the risks of the best member and of equal weights."""
 
     best_member: float | None = None
@@ -180,7 +139,7 @@ class Certificate(Game):
 
 
 @dataclass(frozen=True)
-class Row:
+class SolveRow:
     """The accuracies of a single member or of a mixture in task=solve.
 
     Attributes:
@@ -213,7 +172,7 @@ class Solve:
 
     fit: Fit = field(default_factory=Fit)
     certificate: Certificate = field(default_factory=Certificate)
-    rows: tuple[Row, ...] = ()
+    rows: tuple[SolveRow, ...] = ()
     history: History = field(default_factory=History)
 
 
@@ -240,11 +199,11 @@ class Results:
     num_examples: int | None = None
     clean: Accuracy = field(default=UNKNOWN, metadata=at("clean", "expected_accuracy", ends=("clean", "ci95")))
     ensemble_accuracy: float | None = field(default=None, metadata=at("clean", "ensemble_accuracy"))
-    attacks: dict[str, Attack] = field(default_factory=dict)
+    attacks: dict[str, AttackResult] = field(default_factory=dict)
     robust: Accuracy = field(default=UNKNOWN, metadata=at("robust", "expected_accuracy", ends=("robust", "ci95")))
     averaged_twin: Classifier | None = None
     members: tuple[Classifier, ...] = ()
-    game: Game | None = None
+    game: GameValue | None = None
     played: dict[str, Any] | None = None
     checks: tuple[str, ...] | None = None
     curves: Curves | None = None
@@ -259,7 +218,7 @@ class Results:
 
 def write(path: Path, results: Results) -> None:
     """Write the file atomically."""
-    write_text(path, json.dumps(to_json(results), indent=2) + "\n")
+    write_text(path, json.dumps(to_json(results), indent=2, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> tuple[Results, list[str]]:
@@ -270,7 +229,10 @@ def read(path: Path) -> tuple[Results, list[str]]:
         OSError: it cannot be read.
         ValueError: it is not a JSON object.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return from_json(all_printable(content))
@@ -278,7 +240,7 @@ def read(path: Path) -> tuple[Results, list[str]]:
 
 def to_json(results: Results) -> dict[str, Any]:
     """The content of the file, as plain containers."""
-    content = _plain(results)
+    content = to_plain(results)
     if "played" in content:
         content["game"] = content.pop("played")
     return content
@@ -292,118 +254,18 @@ def from_json(content: Mapping[str, Any]) -> tuple[Results, list[str]]:
     if content.get("task") == "game":
         content = {**content, "played": content.get("game"), "game": None}
     problems: list[str] = []
-    results = _object(Results, content, "", problems)
-    count, members = len(results.weights), len(results.members)
-    if count and members and count != members:
-        problems.append(f"weights has {count} numbers for {members} members")
+    results = from_plain(Results, content, "", problems)
+    if fault := _fault_of_weights(results):
+        problems.append(fault)
         results = replace(results, weights=())
     return results, list(dict.fromkeys(problems))
 
 
-def _plain(value: Any) -> Any:
-    """A dataclass, or a container of them, as plain containers."""
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if not is_dataclass(value):
-        return value
-    content: dict[str, Any] = {}
-    for one in fields(value):
-        held = getattr(value, one.name)
-        if isinstance(held, Accuracy):
-            _put(content, _keys(one), held.value)
-            _put(content, one.metadata["ends"], held.ends)
-        elif one.metadata.get("null"):
-            _put(content, _keys(one), held, null=True)
-        elif held or one.default is None or not isinstance(held, (tuple, dict)):
-            _put(content, _keys(one), held)
-    return content
-
-
-def _put(content: dict[str, Any], keys: tuple[str, ...], value: Any, null: bool = False) -> None:
-    # Unknown values and empty objects are left out.
-    if (value is None and not null) or (is_dataclass(value) and not _plain(value)):
-        return
-    *folders, last = keys
-    for key in folders:
-        content = content.setdefault(key, {})
-    content[last] = _plain(value)
-
-
-def _keys(one: Field[Any]) -> tuple[str, ...]:
-    return one.metadata.get("keys") or (one.name,)
-
-
-@cache
-def _kinds(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _object(kind: type[T], content: Any, where: str, problems: list[str]) -> T:
-    """An object of the class; all unknown if `content` is not an object or has inconsistent lengths."""
-    if not isinstance(content, Mapping):
-        problems.append(f"{where} is not an object")
-        return kind()
-    types, found = _kinds(kind), {}  # type: ignore[arg-type]
-    for one in fields(kind):  # type: ignore[arg-type]
-        expected = types[one.name]
-        if expected is Accuracy:
-            value = _at(float, content, _keys(one), where, problems)
-            found[one.name] = Accuracy(value, *_ends(content, one.metadata["ends"], where, problems))
-        elif (value := _at(expected, content, _keys(one), where, problems)) is not None:
-            found[one.name] = value
-    made = kind(**found)
-    if isinstance(made, Curve) and (fault := made.fault()):
-        problems.append(f"{where} {fault}")
-        return kind()
-    return made
-
-
-def _at(expected: Any, content: Any, keys: tuple[str, ...], where: str, problems: list[str]) -> Any:
-    """The entry under a path of keys; None if it is missing, null or damaged."""
-    for i, key in enumerate(keys):
-        if not isinstance(content, Mapping):
-            problems.append(f"{_under(where, *keys[:i])} is not an object")
-            return None
-        content = content.get(key)
-        if content is None:
-            return None
-    return _value(expected, content, _under(where, *keys), problems)
-
-
-def _ends(content: Any, keys: tuple[str, ...], where: str, problems: list[str]) -> tuple[float | None, float | None]:
-    ends = _at(tuple[float, ...], content, keys, where, problems)
-    if ends is not None and len(ends) != 2:
-        problems.append(f"{_under(where, *keys)} is not two numbers")
-    return ends if ends is not None and len(ends) == 2 else (None, None)
-
-
-def _under(where: str, *keys: str) -> str:
-    return ".".join(part for part in (where, *keys) if part)
-
-
-def _value(expected: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """`value` as the expected type; else None, and a line in `problems`."""
-    parts = get_args(expected)
-    if isinstance(expected, UnionType):
-        return None if value is None else _value(parts[0], value, where, problems)
-    if expected is Any:
-        return value
-    if is_dataclass(expected):
-        return _object(expected, value, where, problems)  # type: ignore[arg-type]
-    kind = get_origin(expected) or expected
-    if kind is dict and isinstance(value, Mapping):
-        parsed = {str(key): _value(parts[1], part, _under(where, str(key)), problems) for key, part in value.items()}
-        return {key: part for key, part in parsed.items() if part is not None or parts[1] is Any}
-    if kind is tuple and isinstance(value, list):
-        whole = tuple(_value(parts[0], part, f"{where}[{i}]", problems) for i, part in enumerate(value))
-        return None if None in whole and not isinstance(parts[0], UnionType) else whole
-    # Integers beyond 64 bits may overflow a float. The comparison is False for nan.
-    if kind in (int, float) and type(value) in (int, float) and abs(value) < 2**63 and kind(value) == value:
-        return kind(value)
-    if kind is str and isinstance(value, str):
-        return value
-    names = {dict: "an object", tuple: "a list", int: "a whole number", float: "a finite number", str: "text"}
-    problems.append(f"{where} is not {names[kind]}")
-    return None
+def _fault_of_weights(results: Results) -> str:
+    weights, members = results.weights, len(results.members)
+    if weights and members and len(weights) != members:
+        return f"weights has {len(weights)} numbers for {members} members"
+    # Weights of version 0.1 were rounded to float32.
+    if weights and not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):
+        return "weights are not a distribution"
+    return ""

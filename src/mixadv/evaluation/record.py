@@ -8,7 +8,7 @@ import numpy as np
 
 from mixadv import records
 from mixadv.records import ON
-from mixadv.results import Accuracy, Attack, Classifier, Results
+from mixadv.results import Accuracy, AttackResult, Classifier, Results
 
 
 @dataclass
@@ -107,7 +107,7 @@ class EvaluationRecord:
             members=tuple(Classifier(float(clean.mean()), accuracy_of(robust)) for clean, robust in members),
         )
 
-    def _attack(self, name: str, first: list[str], settings: Mapping[str, Any]) -> Attack:
+    def _attack(self, name: str, first: list[str], settings: Mapping[str, Any]) -> AttackResult:
         """The entry of one attack; `first` is `found_by`."""
         passes = [key for key in self.found if key == name or key.startswith(name + ON)]
         parts = [self.expected(self.found[key]) for key in passes[1:]]
@@ -115,7 +115,7 @@ class EvaluationRecord:
         on_member = [name if len(self.weights) == 1 else f"{name}{ON}member {k}" for k in range(len(self.weights))]
         alone = [float(self.found[key][k].mean()) if key in self.found else None for k, key in enumerate(on_member)]
         twin = f"{name}{ON}averaged twin"
-        return Attack(
+        return AttackResult(
             mixture=float(self.expected(self.found[name]).mean()),
             ensemble_accuracy=float(self.ensemble[name].mean()),
             replayed_from_parts=float(np.min(parts, axis=0).mean()) if parts else None,

@@ -17,7 +17,7 @@ from mixadv.redaction import printable
 from mixadv.report.cells import Column, Table, of_view
 from mixadv.report.files import Run
 from mixadv.report.names import group_name
-from mixadv.results import UNKNOWN, Accuracy, Attack, Curve
+from mixadv.results import UNKNOWN, Accuracy, AttackResult, Curve
 
 TWIN = "averaged twin"
 WHOLE = ("mixture", "model")  # "model" if L = 1
@@ -75,7 +75,7 @@ class AttackRow(NamedTuple):
 
     name: str
     values: dict[str, Accuracy]
-    attack: Attack | None
+    attack: AttackResult | None
 
     @property
     def parts(self) -> tuple[float | None, ...]:

@@ -33,7 +33,7 @@ from mixadv.report.files import Run, opened, writing
 from mixadv.report.names import format_ball, format_eps
 from mixadv.report.records import measured
 from mixadv.report.tables import results_table
-from mixadv.results import Game
+from mixadv.results import GameValue
 
 CHECKS = {
     "zero-gradients": "gradients vanish at the clean images",
@@ -96,7 +96,7 @@ def write_report(run: Run | str | Path) -> Path:
         rows=attack_rows(run),
         tables=[attacks_table(run, view) for view in ("page", "cost")],
         found=found,
-        game=run.results.game or Game(),
+        game=run.results.game or GameValue(),
         needed=_needed(run),
         drawn=list(drawn),
         pictures=pictures,

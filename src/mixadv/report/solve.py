@@ -10,11 +10,11 @@ from mixadv.report.compare import paired
 from mixadv.report.files import Run
 from mixadv.report.names import format_ball
 from mixadv.report.records import ALL, EVEN, measured
-from mixadv.results import Row, Solve
+from mixadv.results import Solve, SolveRow
 
 
 class _Line(NamedTuple):
-    row: Row
+    row: SolveRow
     weight: float | str
 
 
@@ -37,7 +37,7 @@ def solution_table(run: Run) -> Table[_Line]:
     weights, rows = run.results.weights, solution_of(run).rows
     lines = [_Line(row, weights[k] if k < len(weights) else "") for k, row in enumerate(rows)]
     return Table(
-        f"{run.data}, {format_ball(run.norm, run.eps)}: {len(weights)} classifiers weighed",
+        f"{run.data}, {format_ball(run.norm, run.eps)}: {max(0, len(rows) - 2)} classifiers weighed",
         SOLUTION,
         lines,
         solution_caption(run),
@@ -88,7 +88,7 @@ def solution_sentences(run: Run) -> list[str]:
     return [*sentences, *_differences(run, rows)]
 
 
-def _differences(run: Run, rows: tuple[Row, ...]) -> list[str]:
+def _differences(run: Run, rows: tuple[SolveRow, ...]) -> list[str]:
     """The optimal mixture against the uniform one, and against the member that is best on the validation images."""
     weights = run.results.weights
     try:

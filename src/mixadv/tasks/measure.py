@@ -29,7 +29,7 @@ from mixadv.evaluation import (
 )
 from mixadv.files import write_arrays
 from mixadv.mixture import Mixture
-from mixadv.results import Curve, Curves, Game, Results
+from mixadv.results import Curve, Curves, GameValue, Results
 from mixadv.tasks.build import build_protocol, trainer_settings
 from mixadv.tasks.provenance import header_of, settings_of
 from mixadv.tasks.session import Session
@@ -76,7 +76,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         record.results(settings_of(cfg)),
         **header_of(session),
         **_diagnosis(session, mixture, batches, record),
-        game=Game(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
+        game=GameValue(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
         seconds={"evaluate": round(time.perf_counter() - started, 3)},
     )
     _keep_examples(session.run_dir / records.EXAMPLES, record, session.data.class_names)

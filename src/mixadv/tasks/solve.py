@@ -25,7 +25,7 @@ from mixadv.members.store import save_mixture
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.report import draw_solution
-from mixadv.results import Accuracy, Certificate, Data, Fit, Game, History, Row, Solve
+from mixadv.results import Accuracy, Certificate, Data, Fit, GameValue, History, Solve, SolveRow
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.seeding import derive_seed, generator_for
 from mixadv.simplex import uniform
@@ -95,7 +95,7 @@ def solve_weights(
         found,
         **header_of(session),
         members=named_results(found.members, members),
-        game=Game(**equilibrium_of(pool_of(test), lam)),
+        game=GameValue(**equilibrium_of(pool_of(test), lam)),
         flags=tuple(doubts),
         solve=_solved(weighed, lam, cfg.lambda_solver["_target_"], [m.name for m in members], fresh, test),
         data=Data(session.data.name, num_val=session.data.num_val, num_test=session.data.num_test),
@@ -187,12 +187,12 @@ def _certificate(pool: FiniteGame, fresh: EvaluationRecord, lam: Tensor) -> Cert
 
 def _rows(
     names: list[str], lam: Tensor, pool: FiniteGame, fresh: EvaluationRecord, test: EvaluationRecord
-) -> tuple[Row, ...]:
+) -> tuple[SolveRow, ...]:
     """Members, uniform mixture and optimal mixture: accuracies on the pool, under fresh attacks, on the test set."""
 
-    def row(who: str, weights: Tensor) -> Row:
+    def row(who: str, weights: Tensor) -> SolveRow:
         array = weights.numpy()
-        return Row(
+        return SolveRow(
             who,
             tuple(weights.tolist()),
             clean=accuracy_of(test.expected(test.clean, array)),

@@ -20,7 +20,7 @@ from mixadv.report.figures.style import (
 from mixadv.report.files import Run, opened
 from mixadv.report.names import format_ball
 from mixadv.report.solve import solution_caption, solution_of
-from mixadv.results import History, Row
+from mixadv.results import History, SolveRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def _whole_rounds(axes: Axes, count: int) -> None:
     axes.set_xticks(range(1, max(count, 1) + 1, max(1, count // 8)))
 
 
-def _draw_weights(axes: Axes, history: History, rows: Sequence[Row]) -> None:
+def _draw_weights(axes: Axes, history: History, rows: Sequence[SolveRow]) -> None:
     for k, weights in enumerate(zip(*history.weights, strict=True)):
         label = rows[k].who if len(rows[k].who) <= 14 else f"{k}"
         axes.plot(range(1, len(weights) + 1), weights, marker=".", label=label, **member_style(k))
@@ -79,7 +79,7 @@ def _draw_weights(axes: Axes, history: History, rows: Sequence[Row]) -> None:
     _whole_rounds(axes, len(history.weights))
 
 
-def _draw_accuracies(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_accuracies(axes: Axes, rows: Sequence[SolveRow]) -> None:
     columns: Any = (
         ("pool", [row.pool for row in rows], "#888888", "s", 0.18),
         ("fresh attacks", [row.fresh for row in rows], CLEAN_COLOUR, "o", 0.0),
