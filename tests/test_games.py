@@ -194,12 +194,12 @@ def test_a_solution_that_contradicts_the_theory_is_an_error(monkeypatch, wrong):
 
 def drawn(seed=0, **settings):
     less = {"num_points": 60, "num_samples": 25, "num_classifiers": 4, "convergence_samples": 0}
-    return Gaussians(seed=seed, seeds=1, **{**less, **settings}).draw(seed)
+    return Gaussians(seed=seed, draws=1, **{**less, **settings}).draw()
 
 
 @pytest.fixture(scope="module")
 def problem():
-    return drawn(seed=1, num_points=200, num_samples=80, num_classifiers=5)
+    return drawn(seed=4, num_points=200, num_samples=80, num_classifiers=5)
 
 
 def test_the_points_follow_their_law():
@@ -298,6 +298,12 @@ def test_more_candidates_and_the_whole_ball_only_help_the_attacker(problem):
     assert (whole - sampled).max() < 0.05
 
 
+def test_neighbouring_seeds_share_no_problem():
+    games = [Gaussians(seed=seed, draws=3, num_points=50, num_samples=30, num_classifiers=2) for seed in (0, 1)]
+    firsts = [tuple(game.draw(k).x[0].tolist()) for game in games for k in range(3)]
+    assert len(set(firsts)) == 6
+
+
 def test_one_seed_gives_one_problem():
     a, b, c = drawn(seed=4), drawn(seed=4), drawn(seed=5)
     for name in ("x", "y", "normals", "offsets", "steps"):
@@ -314,12 +320,12 @@ def test_one_seed_gives_one_problem():
         (Gaussians, {"num_points": 0}, r"num_points=0 must be at least 1"),
         (Gaussians, {"num_samples": -1}, "num_samples=-1 must be at least 0"),
         (Gaussians, {"num_classifiers": 0}, "num_classifiers=0 must be"),
-        (Gaussians, {"seeds": 0}, "seeds=0 must be at least 1"),
+        (Gaussians, {"draws": 0}, "draws=0 must be at least 1"),
         (Gaussians, {"convergence_samples": -1}, "convergence_samples=-1 must be"),
         (Gaussians, {"num_samples": 10}, "convergence_samples=30 exceeds num_samples=10, .*: lower it"),
         (Gaussians, {"max_risk": 0.0}, r"max_risk=0.0 must be a risk in \(0, 1\]"),
         (Gaussians, {"max_risk": math.nan}, "max_risk=nan must be"),
-        (Gaussians, {"max_risk": 0.05}, "max_risk=0.05: with seed 0 only 0 of 20,000 random"),
+        (Gaussians, {"max_risk": 0.05}, "max_risk=0.05: in draw 0 of seed 0 only 0 of 20,000 random"),
         (Gaussians, {"eps": []}, r"eps=\[\] is empty: give at least one number, as eps="),
         (Gaussians, {"eps": [0, -1]}, "eps=-1 is no radius"),
         (Gaussians, {"eps": [1, "nan"]}, "eps=nan is no radius"),

@@ -25,7 +25,7 @@ SMALL = (
     "task=game",
     "game=gaussians",
     "game.eps=[0,1/2,2.5]",
-    "game.seeds=2",
+    "game.draws=2",
     "game.num_points=120",
     "game.num_samples=40",
     "game.num_classifiers=4",
@@ -167,8 +167,8 @@ def test_the_gaussians_leave_their_files_and_numbers(gaussians):
     results = read(path)
     assert set(results) == KEYS
     game = results["game"]
-    assert (results["seed"], game["seeds"], game["eps"]) == (4, [4, 5], [0.0, 0.5, 2.5])
-    assert [(run["seed"], run["eps"]) for run in game["runs"]] == [(s, e) for s in (4, 5) for e in (0.0, 0.5, 2.5)]
+    assert (results["seed"], game["draws"], game["eps"]) == (4, 2, [0.0, 0.5, 2.5])
+    assert [(run["draw"], run["eps"]) for run in game["runs"]] == [(k, e) for k in (0, 1) for e in (0.0, 0.5, 2.5)]
     for run in game["runs"]:
         assert run["dual"] - 1e-7 <= run["v_rand"] <= run["v_det"] + 1e-7
         assert run["gap"] <= 1e-7
@@ -176,8 +176,8 @@ def test_the_gaussians_leave_their_files_and_numbers(gaussians):
         assert len(run["weights"]) == 4
         if run["eps"] == 0:
             assert run["v_rand"] == pytest.approx(run["v_det"], abs=1e-7)
-    for seed in (4, 5):
-        risks = [run["v_det"] for run in game["runs"] if run["seed"] == seed]
+    for draw in (0, 1):
+        risks = [run["v_det"] for run in game["runs"] if run["draw"] == draw]
         assert risks == sorted(risks)
         assert risks[0] < risks[-1]
     assert max(game["risks"]) < 0.4
@@ -186,7 +186,7 @@ def test_the_gaussians_leave_their_files_and_numbers(gaussians):
     assert [entry["alpha"] for entry in game["convergence"]["solvers"]] == [None, 0.1, 0.02]
     assert all(entry["error"] >= -1e-7 for entry in game["convergence"]["solvers"])
     assert finished.err == ""
-    for words in ("seed 4: 3 radii solved", "seed 5: 3 radii solved", "Algorithm 1 up to 40 steps", "α = 0.02"):
+    for words in ("draw 0: 3 radii solved", "draw 1: 3 radii solved", "Algorithm 1 up to 40 steps", "α = 0.02"):
         assert words in finished.out
     assert "D ≤ V_rand ≤ V_det holds in all 6 games" in finished.out
     assert "V_rand = V_det at ε = 0" in finished.out
@@ -220,13 +220,13 @@ def test_the_same_seed_gives_the_same_game_and_another_seed_another(gaussians, c
     assert numbers["again"] == first
     for mine, theirs in zip(numbers["other"]["runs"], first["runs"], strict=True):
         assert mine["v_det"] != theirs["v_det"]
-    # The second seed of a run is the first of the next: a list of seeds, not a stream.
-    assert command(*SMALL, "seed=5", "game.seeds=1", "name=next").rc == 0
-    assert read(tmp_path / "outputs" / "game" / "next")["game"]["runs"] == first["runs"][3:]
+    # A draw does not depend on how many there are.
+    assert command(*SMALL, "seed=4", "game.draws=1", "name=one").rc == 0
+    assert read(tmp_path / "outputs" / "game" / "one")["game"]["runs"] == first["runs"][:3]
 
 
 def test_one_of_everything_is_a_game_too(command, tmp_path):
-    least = ["game.num_points=1", "game.num_samples=0", "game.num_classifiers=1", "game.num_steps=1", "game.seeds=1"]
+    least = ["game.num_points=1", "game.num_samples=0", "game.num_classifiers=1", "game.num_steps=1", "game.draws=1"]
     rest = ["game.convergence_samples=0", "game.alphas=0.1", "game.eps=1/2", "game.max_risk=1", "name=least"]
     finished = command("task=game", "game=gaussians", *least, *rest)
     assert finished.rc == 0, finished.err
@@ -338,8 +338,8 @@ def test_a_figure_is_drawn_again_from_the_files(gaussians, tmp_path):
         (["+game.foo=1"], "game.foo: Motivating has no such setting; it has eps, alpha, num_steps"),
         (["game._target_=mixadv.losses.ZeroOne"], "game._target_=mixadv.losses.ZeroOne is no Playable: name one that"),
         (["game=gaussians", "game.eps=[]"], "game: eps=[] is empty: give at least one number"),
-        (["game=gaussians", "game.max_risk=0.05"], "game: max_risk=0.05: with seed 0 only 0 of 20,000 random"),
-        (["game=gaussians", "game.seeds=true"], "game.seeds=True must be a whole number"),
+        (["game=gaussians", "game.max_risk=0.05"], "game: max_risk=0.05: in draw 0 of seed 0 only 0 of 20,000 random"),
+        (["game=gaussians", "game.draws=true"], "game.draws=True must be a whole number"),
         (["game=gaussians", "game.num_points=1.5"], "game.num_points=1.5 must be a whole number"),
         (["L=3"], "L=3: task=game has a key of its own, game.num_classifiers"),
         (["eps=0.3"], "eps=0.3: task=game has a key of its own, game.eps"),

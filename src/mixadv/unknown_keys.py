@@ -12,6 +12,7 @@ RENAMED = {
     "trainer.log_every_steps": "trainer.log_every_n_steps",
     "trainer.progress": "trainer.enable_progress_bar",
     "precision": "trainer.precision",
+    "game.seeds": "game.draws",
     "trainer.checkpoint_minutes": "callbacks.checkpoint.train_time_interval.minutes",
     "trainer.checkpoint_updates": "callbacks.checkpoint.every_n_train_steps",
     "trainer.micro_batch_size": "micro_batch_size",

@@ -72,9 +72,9 @@ class GameValues:
     weights: Tensor
     status: str
 
-    def row(self, seed: int, eps: float) -> dict[str, Any]:
-        """The values in plain numbers, with the seed and the radius of the game."""
-        return {"seed": seed, "eps": eps, **vars(self), "weights": self.weights.tolist()}
+    def row(self, draw: int, eps: float) -> dict[str, Any]:
+        """The values in plain numbers, with the number of the random draw and the radius of the game."""
+        return {"draw": draw, "eps": eps, **vars(self), "weights": self.weights.tolist()}
 
 
 def solve_values(game: FiniteGame) -> GameValues:

@@ -71,16 +71,16 @@ class GaussianProblem:
 
 @dataclass(frozen=True, eq=False)
 class Gaussians(Playable):
-    """D, V_rand and V_det for several seeds and radii, and how close the iterative solvers come to V_rand.
+    """D, V_rand and V_det for several random draws and radii, and how close the iterative solvers come to V_rand.
 
     A classifier is sign(w·x + b) with (w, b) ~ N(0, I_3), drawn anew until its 0/1 risk on the points is below
     `max_risk`; w and b are then divided by ||w||.
 
     Args:
         eps: one radius or several, numbers or fractions such as "1/2"; solved in increasing order, each once.
-        show_eps: the radius of the first two panels of the figure, which show the first seed.
-        seed: the first seed.
-        seeds: how many seeds, >= 1.
+        show_eps: the radius of the first two panels of the figure, which show the first draw.
+        seed: of all draws.
+        draws: the number of problems that are drawn, >= 1.
         num_points: N >= 1.
         num_samples: m >= 0, uniform points per ball.
         num_classifiers: L >= 1.
@@ -90,14 +90,14 @@ class Gaussians(Playable):
         convergence_samples: how many points per ball the iterative solvers use, the first ones; at most num_samples.
 
     Raises:
-        ValueError: an argument is outside its range, or for some seed fewer than L of 20,000 random classifiers are
+        ValueError: an argument is outside its range, or in some draw fewer than L of 20,000 random classifiers are
             good enough; the message says how good the best one was.
     """
 
     eps: Sequence[float | str] | float | str = tuple(quarters / 4 for quarters in range(13))
     show_eps: float | str = 2
     seed: int = 0
-    seeds: int = 3
+    draws: int = 3
     num_points: int = 1000
     num_samples: int = 1000
     num_classifiers: int = 10
@@ -107,7 +107,7 @@ class Gaussians(Playable):
     convergence_samples: int = 30
 
     def __post_init__(self) -> None:
-        least = {"seeds": 1, "num_points": 1, "num_samples": 0, "num_classifiers": 1, "convergence_samples": 0}
+        least = {"draws": 1, "num_points": 1, "num_samples": 0, "num_classifiers": 1, "convergence_samples": 0}
         for key, low in least.items():
             if getattr(self, key) < low:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
@@ -124,9 +124,9 @@ class Gaussians(Playable):
             )
         # The solvers and the radii check their own numbers.
         _ = self._radii, self._entropic, OracleSubgradient(num_steps=self.num_steps)
-        # No seed may turn out to be impossible after others have been solved.
-        for seed in self._seeds:
-            self._draw_classifiers(seed, generator_for(seed, "gaussians"))
+        # A draw that fails must not fail after others have been solved.
+        for number in range(self.draws):
+            self._draw_classifiers(number, self._generator(number))
 
     @cached_property
     def _radii(self) -> list[float]:
@@ -136,21 +136,20 @@ class Gaussians(Playable):
     def _entropic(self) -> list[AcceleratedEntropic]:
         return [AcceleratedEntropic(alpha=alpha, num_steps=self.num_steps) for alpha in _as_list(self.alphas)]
 
-    @property
-    def _seeds(self) -> range:
-        return range(self.seed, self.seed + self.seeds)
+    def _generator(self, number: int) -> Generator:
+        return generator_for(self.seed, "gaussians", number)
 
-    def draw(self, seed: int) -> GaussianProblem:
-        """Draw the points, then the classifiers, then the directions of attack, all from one generator."""
-        generator = generator_for(seed, "gaussians")
-        x, y, normals, offsets = self._draw_classifiers(seed, generator)
+    def draw(self, number: int = 0) -> GaussianProblem:
+        """Draw problem `number`: the points, then the classifiers, then the directions of attack."""
+        generator = self._generator(number)
+        x, y, normals, offsets = self._draw_classifiers(number, generator)
         steps = torch.zeros(self.num_points, 1 + self.num_samples, 2, dtype=torch.float64)
         flat = torch.zeros(self.num_points * self.num_samples, 2, dtype=torch.float64)
         unit = ThreatModel("l2", 1.0, bounds=None)
         steps[:, 1:] = unit.sample(flat, generator).reshape(self.num_points, self.num_samples, 2)
         return GaussianProblem(x, y, normals, offsets, steps)
 
-    def _draw_classifiers(self, seed: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw_classifiers(self, number: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Points [N, 2], labels [N], and by rejection normals [L, 2] and offsets [L]."""
         y = 2 * torch.randint(2, (self.num_points,), generator=generator) - 1
         side = 2 * torch.randint(2, (self.num_points,), generator=generator) - 1
@@ -168,26 +167,26 @@ class Gaussians(Playable):
                 chosen = torch.cat(kept)[: self.num_classifiers]
                 return x, y, chosen[:, :2].contiguous(), chosen[:, 2].contiguous()
         raise ValueError(
-            f"max_risk={self.max_risk}: with seed {seed} only {found} of {MAX_TRIES:,} random classifiers have a "
-            f"smaller risk, {self.num_classifiers} are wanted; the best has {best:.3g}, choose a larger max_risk"
+            f"max_risk={self.max_risk}: in draw {number} of seed {self.seed} only {found} of {MAX_TRIES:,} random "
+            f"classifiers have a smaller risk, {self.num_classifiers} are wanted; the best has {best:.3g}, choose a larger max_risk"
         )
 
     def play(self, log: Callable[[str], None]) -> Played:
         """See `Playable.play`; the largest game has N (1 + m) L losses."""
-        first = self.draw(self.seed)
+        first = self.draw(0)
         runs: list[dict[str, Any]] = []
-        for seed in self._seeds:
-            problem = first if seed == self.seed else self.draw(seed)
+        for number in range(self.draws):
+            problem = first if number == 0 else self.draw(number)
             for eps in self._radii:
                 values = solve_values(problem.game(eps))
                 if eps == 0 and abs(values.v_rand - values.v_det) > TOLERANCE:
                     raise RuntimeError(f"at eps = 0, V_rand = {values.v_rand!r} differs from V_det = {values.v_det!r}")
-                runs.append(values.row(seed, eps))
-            log(f"seed {seed}: {len(self._radii)} radii solved")
+                runs.append(values.row(number, eps))
+            log(f"draw {number}: {len(self._radii)} radii solved")
         show_eps = float(exact_radius("show_eps", self.show_eps))
         convergence, arrays = self._converge(first, show_eps, log)
         summary = {
-            "seeds": list(self._seeds),
+            "draws": self.draws,
             "eps": self._radii,
             "show_eps": show_eps,
             "num_points": self.num_points,

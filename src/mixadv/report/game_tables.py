@@ -95,7 +95,7 @@ def _at_largest_radius(game: dict[str, Any]) -> list[str]:
 
 
 def runs_by_radius(game: dict[str, Any]) -> dict[float, list[dict[str, Any]]]:
-    """Radius, ascending -> its entries, one for each seed."""
+    """Radius, ascending -> its entries, one for each draw."""
     radii = sorted({run["eps"] for run in game["runs"]})
     return {eps: [run for run in game["runs"] if run["eps"] == eps] for eps in radii}
 
@@ -124,8 +124,8 @@ def _motivating(game: dict[str, Any]) -> tuple[Table, list[str]]:
 
 def _any_game(game: dict[str, Any], title: str = "", caption: str = "") -> tuple[Table, list[str]]:
     """The values at every radius, for any game with the entries of `played["runs"]`."""
-    seeds = sorted({run["seed"] for run in game["runs"]})
-    which = f"seeds {seeds[0]} to {seeds[-1]}, mean [min, max]" if len(seeds) > 1 else f"seed {seeds[0]}"
+    draws = len({run["draw"] for run in game["runs"]})
+    which = f"{draws} draws, mean [min, max]" if draws > 1 else "one draw"
     headings = ["ε", "D", "V_rand", "V_det", "V_det − V_rand", "largest gap"]
     table = new_table(f"{title or game['name']}, {which}", headings, caption=caption)
     for eps, runs in runs_by_radius(game).items():

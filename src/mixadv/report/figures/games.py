@@ -178,7 +178,7 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
     Its axes are labelled "plane", "convergence" and "values".
     """
     figure = new_figure(6.8, f"The best mixture of {game['num_classifiers']} random linear classifiers under attack")
-    found, count = game["convergence"], len(game["seeds"])
+    found, count = game["convergence"], game["draws"]
     _draw_plane(figure, figure.add_axes((0.035, 0.335, 0.3, 0.535), label="plane"), game, arrays)
     _draw_convergence(figure.add_axes((0.405, 0.335, 0.255, 0.535), label="convergence"), game, arrays)
     _draw_values(figure.add_axes((0.725, 0.335, 0.258, 0.535), label="values"), game)
@@ -188,7 +188,7 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
         f"random points within ε ({found['candidates_per_point'] - 1:,} in the middle); with the whole ball the values "
         "would be at least as large. Middle: how far the iterative solvers are from the exact V_rand; the "
         "entropic one minimises a smoothed risk and need only come within α log m"
-        + (f". Right: mean, minimum and maximum over {count} seeds." if count > 1 else "."),
+        + (f". Right: mean, minimum and maximum over {count} draws." if count > 1 else "."),
     )
     return figure
 
@@ -213,9 +213,7 @@ def _draw_plane(figure: Figure, axes: Axes, game: dict[str, Any], arrays: dict[s
         if weight > 1e-6:
             look = {"color": "black", "alpha": 0.35 + 0.65 * weight, "linewidth": 1.2 + 3.0 * weight}
         axes.plot(*ends.T, **look)
-    axes.set(
-        xlim=(left, right), ylim=(low, high), title=f"Best mixture at ε = {game['show_eps']:g}, seed {game['seeds'][0]}"
-    )
+    axes.set(xlim=(left, right), ylim=(low, high), title=f"Best mixture at ε = {game['show_eps']:g}, first draw")
     axes.grid(visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, markerscale=2, fontsize=11, columnspacing=1)
     bar = figure.colorbar(image, cax=figure.add_axes((0.075, 0.2, 0.22, 0.022), label="bar"), orientation="horizontal")
@@ -238,7 +236,7 @@ def _draw_convergence(axes: Axes, game: dict[str, Any], arrays: dict[str, np.nda
     axes.set(xscale="log", yscale="log", xlim=(1, end), ylim=(low / 3, 8 * top))
     axes.set_xlabel("steps T", labelpad=1)
     axes.set_ylabel("R(best weights so far) − V_rand")
-    axes.set_title(f"Solvers at ε = {game['convergence']['eps']:g}, seed {game['seeds'][0]}")
+    axes.set_title(f"Solvers at ε = {game['convergence']['eps']:g}, first draw")
     axes.legend(ncols=-(-(1 + len(arrays["alphas"])) // 4), **_LEGEND)
 
 
