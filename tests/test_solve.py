@@ -15,7 +15,7 @@ from mixadv import load_mixture
 from mixadv.main import _quoted
 from mixadv.report import read_run
 from mixadv.report.figures.solve import solution_figure
-from mixadv.report.solve import solution_sentences
+from mixadv.report.solve import solution_sentences, solution_table
 from oracles_game import full_linear_program
 
 FACTORY = """
@@ -118,6 +118,17 @@ def test_the_table_the_certificate_and_what_holds_beyond_the_interval_are_printe
         f"minus uniform mixture: {points:+.1f} points, 95 % interval [{points - half:+.1f}, {points + half:+.1f}]"
         in (sentences[-1])
     )
+
+
+def test_the_heading_counts_the_classifiers_of_the_table_when_the_weights_are_damaged(solved, tmp_path):
+    path = tmp_path / "damaged"
+    shutil.copytree(solved[0], path)
+    results = read_results(path)
+    count = len(results["weights"])
+    (path / "results.json").write_text(json.dumps({**results, "weights": [2.0, -1.0]}))
+    run = read_run(path)
+    assert any("weights" in note for note in run.notes)
+    assert f": {count} classifiers weighed" in solution_table(run).title
 
 
 def test_the_figure_shows_rounds_weights_and_everybody(solved):

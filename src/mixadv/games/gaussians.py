@@ -168,7 +168,8 @@ class Gaussians(Playable):
                 return x, y, chosen[:, :2].contiguous(), chosen[:, 2].contiguous()
         raise ValueError(
             f"max_risk={self.max_risk}: in draw {number} of seed {self.seed} only {found} of {MAX_TRIES:,} random "
-            f"classifiers have a smaller risk, {self.num_classifiers} are wanted; the best has {best:.3g}, choose a larger max_risk"
+            f"classifiers have a smaller risk, {self.num_classifiers} are wanted; the best has {best:.3g}, choose a "
+            "larger max_risk"
         )
 
     def play(self, log: Callable[[str], None]) -> Played:

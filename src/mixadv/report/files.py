@@ -26,8 +26,8 @@ from mixadv.records import RECORDS
 from mixadv.redaction import all_printable, printable
 from mixadv.report.names import group_name, natural_key, number
 from mixadv.results import Accuracy, Results
+from mixadv.runs.directory import read_config
 from mixadv.runs.locks import LOCK, holder
-from mixadv.shipped import refuse_aliases
 
 BASELINE = "baseline"
 _MARKERS = (results.FILE, METRICS, "DONE", "FAILED", LOCK)
@@ -186,7 +186,7 @@ def read_run(path: str | Path) -> Run:
         config = found.config
     else:
         with _noting(path / "config.yaml", notes):
-            config = all_printable(_read_yaml(path / "config.yaml"))
+            config = all_printable(read_config(path / "config.yaml"))
     with _noting(path / METRICS, notes):
         history = read_columns(path / METRICS)
 
@@ -262,16 +262,3 @@ def _noting(path: Path, notes: list[str]) -> Iterator[None]:
         pass
     except (OSError, ValueError, RecursionError) as error:
         notes.append(printable(f"{path} cannot be read: {' '.join(str(error).split())}"))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        refuse_aliases(path)
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(str(error)) from error
-    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}

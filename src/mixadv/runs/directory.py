@@ -89,7 +89,10 @@ def _state(run_dir: Path, cfg: DictConfig) -> State:
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return State.NEW
-    difference = _difference(_as_saved(saved), cfg)
+    try:
+        difference = _difference(read_config(saved), cfg)
+    except ValueError as error:
+        raise UserError(f"{saved} cannot be read ({error}): restore it, or start anew with resume=never") from error
     if difference:
         raise UserError(
             f"{run_dir} holds a run with other settings ({difference}): choose another name=..., "
@@ -98,19 +101,22 @@ def _state(run_dir: Path, cfg: DictConfig) -> State:
     return State.DONE if (run_dir / "DONE").exists() else State.UNFINISHED
 
 
-def _as_saved(path: Path) -> Any:
-    """A config.yaml as plain containers, interpolations not resolved: the file may come from somebody else.
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.yaml as plain containers. Interpolations are not resolved: the file may come from somebody else.
 
     Raises:
-        UserError: it is damaged.
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
     """
     try:
         refuse_aliases(path)
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError:
+        raise
     # OmegaConf.load raises OSError for a file that holds a bare text or number.
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} cannot be read ({reason}): restore it, or start anew with resume=never") from error
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
 
 
 def _fresh(run_dir: Path) -> DirectoryLock:
