@@ -23,8 +23,8 @@ class PGD(SearchAttack):
 
     num_steps: gradient steps K of each restart.
     step_size: length of each step, relative to eps.
-    restarts: independent starts. A single one is run with start="none", where all starts coincide, and with
-        keep="last", which would discard all but the last.
+    restarts: independent starts. Only one is run with start="none" (all starts are equal) and with keep="last" (only
+        the last run would count).
     objective: what the attack maximises, see `mixadv.attacks.objectives`.
     start: "uniform" in the ball, "gaussian" (x + 0.001 N(0, I), projected: the start of TRADES), "none" (x).
     keep: the point that is returned for each example.

@@ -17,7 +17,7 @@ def stratified_subset(labels: Tensor, size: int, seed: int | str) -> Tensor:
     Args:
         labels: long [N].
         size: 0 <= size <= N.
-        seed: of the choice.
+        seed: decides which examples are chosen.
 
     Raises:
         ValueError: size is outside 0..N.

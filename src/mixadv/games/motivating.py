@@ -69,8 +69,8 @@ class ExactSolution:
         value: R(weights) = V_rand.
         attack: for each point the moves of the attacker's optimal strategy, those of positive probability.
         dual: D = min_k of the expected loss of classifier k against that strategy.
-        pure_attacker: the most that an attacker without randomness can be sure of: max over maps that send every
-            point to one place, of the least risk of a classifier that knows the map.
+        pure_attacker: the value of the best attack without randomness: the maximum, over maps of the points to
+            positions within eps, of the least risk of a classifier that knows the map.
         curve: (lam_1, R(lam)) at lam_1 = 0, 1/2 and 1; R is linear in between.
     """
 

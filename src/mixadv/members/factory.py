@@ -56,7 +56,7 @@ def build_factory(path: str, arguments: Mapping[str, Any] | None = None) -> nn.M
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise UserError(f"{path}: no module {error.name} in {here} or among the installed packages") from error
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
-        raise UserError(f"{path} cannot be used ({type(error).__name__}: {reason}): mend the factory") from error
+        raise UserError(f"{path} cannot be used ({type(error).__name__}: {reason}): correct the factory") from error
     finally:
         if here in sys.path:
             sys.path.remove(here)

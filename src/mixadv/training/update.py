@@ -21,10 +21,11 @@ def add_gradient(
     """Add the gradient of the mean outer loss over x, x_adv [B, ...], y [B] to the member's parameters.
 
     Args:
-        member: in the mode in which it learns. loss: its outer part counts.
+        member: in train mode.
+        loss: its `outer` is minimised.
         micro_batch_size: the most images in one forward-backward pass; None for no limit. The losses of the parts are
             summed and divided by B; batch norm in train mode sees each part alone.
-        backward: how the gradient of a scalar is added.
+        backward: adds the gradient of a scalar; Lightning's ``manual_backward``.
 
     Returns:
         [2], the mean loss and the accuracy at x_adv, float32.
