@@ -150,6 +150,8 @@ COMMANDS = [
     ("hydra.run.dir=/dev/null/x", "cannot write /dev/null/x", "hydra.run.dir=DIR"),
     ("data=image_folder data.root=nowhere", "there is no folder", "set data.root"),
     ("+protocol.attacks.x={_target_:os.system}", "protocol.attacks.x._target_='os.system'", "is refused"),
+    ("model=small_resnet data.batch_size=1", "batch norm cannot train on a single image", "2 images or more"),
+    ("model=small_resnet micro_batch_size=1", "batch norm cannot train on a single image", "2 images or more"),
 ]
 
 

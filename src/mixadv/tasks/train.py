@@ -1,5 +1,6 @@
 """``task=train``: a mixture and, with ``baseline=true``, a single model beside it, measured once on the test set."""
 
+import copy
 import os
 import time
 import warnings
@@ -44,6 +45,8 @@ from mixadv.tasks.logging_to import (
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.session import Session
 from mixadv.training import MixtureTraining
+from mixadv.training.generators import same_draws
+from mixadv.training.shared_attack import parts_of
 
 # Warnings of Lightning that a user of the command line cannot act on.
 IRRELEVANT = (
@@ -92,11 +95,12 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     parts, callbacks = _parts(cfg), build.build_callbacks(cfg, run_dir)
     loggers = with_history(build_loggers(cfg, run_dir, sweep), run_dir)
     session = _begin(cfg, run_dir, parts)
-    with _memory_errors(cfg):
+    with _torch_errors(cfg):
         module = _module(session)
+        _try_smallest_part(session, module)
         trainer = _trainer(session, loggers, callbacks)
     if cfg.trainer.fast_dev_run:
-        with _memory_errors(cfg):
+        with _torch_errors(cfg):
             _try_out(session, module, trainer)
         return
     batches = speed.batches_of_training(cfg, module, session.data)
@@ -107,7 +111,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         write_config(run_dir, cfg)
     verb = "Continuing" if state is State.UNFINISHED else "Writing to"
     session.console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
-    with Signals(), logging_to(loggers, cfg), _memory_errors(cfg):
+    with Signals(), logging_to(loggers, cfg), _torch_errors(cfg):
         _train_and_measure(session, module, trainer)
         if cfg.baseline:
             _train_baseline(session, loggers)
@@ -136,9 +140,17 @@ def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any]) -> TrainingSes
 
 
 @contextmanager
-def _memory_errors(cfg: DictConfig) -> Iterator[None]:
+def _torch_errors(cfg: DictConfig) -> Iterator[None]:
+    """Turn torch's errors on too large and too small batches into a `UserError`."""
     try:
         yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel when training"):
+            raise
+        raise UserError(
+            "batch norm cannot train on a single image: set data.batch_size and micro_batch_size to 2 images or more "
+            "for each process, or choose a model without batch norm"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         # The CPU's allocator raises a plain RuntimeError.
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
@@ -149,6 +161,16 @@ def _memory_errors(cfg: DictConfig) -> Iterator[None]:
             f"out of memory with L={cfg.L} and data.batch_size={cfg.data.batch_size}: set micro_batch_size (now {now}) "
             "to fewer images, as micro_batch_size=32, or lower one of them; the last checkpoint is kept"
         ) from error
+
+
+def _try_smallest_part(session: TrainingSession, module: MixtureTraining) -> None:
+    """Run a member in train mode on one image, if batches or their parts are that small: batch norm may refuse it."""
+    share = min(session.data.batch_size, session.data.num_train) // processes.number(session.cfg)
+    if min(part.stop - part.start for part in parts_of(share, module.micro_batch_size)) > 1:
+        return
+    member = copy.deepcopy(module.mixture.members[0]).train()
+    with same_draws(session.device), torch.no_grad():
+        member(torch.full((1, *session.data.image_shape), 0.5))
 
 
 def _try_out(session: TrainingSession, module: MixtureTraining, trainer: pl.Trainer) -> None:
