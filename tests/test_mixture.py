@@ -175,6 +175,15 @@ def test_lambda_follows_the_members_to_other_storage():
     mixture.set_weights(lam)
     assert mixture.weights.tolist() == lam
 
+    def broken(tensor):
+        if tensor.numel():
+            raise RuntimeError("out of memory")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mixture._apply(broken)
+    assert mixture.weights.dtype == torch.float64
+
 
 def test_weights_are_normalised_once(tables):
     """What sums to 1 up to rounding is kept bit for bit; what misses 1 by more is divided by its sum."""

@@ -104,7 +104,11 @@ class Mixture(nn.Module):
         lam = self.weights
         device = fn(torch.empty(0)).device
         self.weights = lam.to(torch.float32)
-        super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        except BaseException:
+            self.weights = lam
+            raise
         moved = self.weights
         # Values of lambda are kept bit for bit. On the meta device and after to_empty there are none to keep.
         if not lam.is_meta and device.type != "meta":
