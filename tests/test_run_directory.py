@@ -437,6 +437,40 @@ def test_a_crash_while_writing_keeps_the_old_file_whole(tmp_path, cfg, monkeypat
         assert (tmp_path / name).read_bytes() == content
 
 
+def test_a_process_that_is_killed_while_it_draws_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    """The figure is drawn under the lock, before DONE: the same command removes the half file and draws it whole."""
+    import conftest
+    from mixadv.report.figures import style
+
+    argv = (*TINY, "L=3", "name=killed")
+    run = tmp_path / "outputs" / "train" / "killed"
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(style, "new_figure", killed)
+        patch.setattr("mixadv.report.figures.curves.new_figure", killed)
+        conftest.run_command(tmp_path, *argv)
+    assert (run / "results.json").exists()
+    assert not (run / "DONE").exists()
+    (run / ".curves.png.0123abcd.tmp").write_text("half")
+    assert conftest.run_command(tmp_path, *argv).rc == 0
+    assert (run / "DONE").exists()
+    assert (run / "curves.png").exists()
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_the_lock_file_of_a_process_killed_after_done_goes(tmp_path, cfg):
+    with claimed(tmp_path, cfg) as (path, _):
+        write_config(path, cfg)
+        mark_done(path)
+    (tmp_path / ".lock").write_text("pid 1 on nowhere since 2024-05-01 12:00\n")
+    with claimed(tmp_path, cfg) as (_, state):
+        assert state is State.DONE
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_only_what_killed_writers_have_left_is_removed(tmp_path, cfg):
     """A run may live in a folder with files of the user, and above other runs that are being written."""
     left = [

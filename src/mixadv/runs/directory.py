@@ -20,7 +20,7 @@ from mixadv import records, results
 from mixadv.console import begin_log
 from mixadv.errors import UserError
 from mixadv.files import remove_leftovers, write_arrays, write_text
-from mixadv.runs.locks import LOCK, DirectoryLock, Held
+from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
 from mixadv.setting_keys import flat_settings, is_indifferent
 from mixadv.shipped import refuse_aliases
 
@@ -58,6 +58,10 @@ def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
     """
     anew = cfg.resume == "never"
     if not anew and _state(run_dir, cfg) is State.DONE:
+        # A process that was killed after DONE leaves its lock file.
+        with suppress(OSError):
+            if holder(run_dir) is None:
+                (run_dir / LOCK).unlink(missing_ok=True)
         yield run_dir, State.DONE
         return
     try:

@@ -134,7 +134,7 @@ def _help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> Non
 
 
 def show(run: "Run | Path", *, done_before: bool = False) -> None:
-    """Print the tables of a finished run or of the run in a directory, and draw its curves if it has a history."""
+    """Print the tables of a finished run or of the run in a directory, and draw its curves if they are missing."""
     from mixadv.console import Console
     from mixadv.report import draw_curves, opened, show_run
 
@@ -144,6 +144,6 @@ def show(run: "Run | Path", *, done_before: bool = False) -> None:
     if done_before:
         where = os.path.relpath(run.path)
         console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)
-    if run.has_history and not (done_before and (run.path / "curves.png").exists()):
+    if run.has_history and not (run.path / "curves.png").exists():
         draw_curves(run)
     show_run(run, console)

@@ -15,14 +15,14 @@ from mixadv.evaluation import EvaluationState
 from mixadv.members.recipe import member_recipes
 from mixadv.members.source import LoadedMember, Source
 from mixadv.mixture import Mixture
-from mixadv.report import Run, read_run, write_report
+from mixadv.report import Run, write_report
 from mixadv.results import Data, Flag
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import as_recorded_by_members, flags_of_other_splits, load_members, named_results
-from mixadv.tasks.session import Session
+from mixadv.tasks.session import Session, as_finished
 
 # The number of images on which members are tried before the attacks.
 TRIED = 8
@@ -121,10 +121,9 @@ def _evaluate(
         )
         write_results(run_dir, results, arrays)
         EvaluationState(run_dir / STATE).clear()
-        # Before the report, which shows the state of the run.
-        mark_done(run_dir)
-        run = read_run(run_dir)
+        run = as_finished(run_dir)
         write_report(run)
+        mark_done(run_dir)
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
     return run
 

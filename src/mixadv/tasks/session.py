@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,21 @@ from mixadv.config import parse_eps
 from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
 from mixadv.data.stream import BatchStream
+from mixadv.report import Run, read_run
 from mixadv.runs import processes
 from mixadv.runs.choices import Choices
 from mixadv.tasks import build
 from mixadv.threat_model import ThreatModel
 from mixadv.training.schedule import limited
+
+
+def as_finished(run_dir: Path) -> Run:
+    """The run in a directory as it is when DONE is written.
+
+    Figures are drawn before that, while the directory is locked: a process that is killed meanwhile leaves a run that
+    the same command continues.
+    """
+    return replace(read_run(run_dir), state="done", reason="")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from mixadv.tasks.logging_to import (
     with_history,
 )
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.session import Session
+from mixadv.tasks.session import Session, as_finished
 from mixadv.training import MixtureTraining
 from mixadv.training.generators import same_draws
 from mixadv.training.shared_attack import parts_of
@@ -116,7 +116,14 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         if cfg.baseline:
             _train_baseline(session, loggers)
     if session.is_first:
+        _draw(run_dir)
         mark_done(run_dir)
+
+
+def _draw(run_dir: Path) -> None:
+    run = as_finished(run_dir)
+    if run.has_history:
+        draw_curves(run)
 
 
 def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any]) -> TrainingSession:
@@ -194,7 +201,7 @@ def _train_baseline(session: TrainingSession, loggers: Sequence[Logger]) -> None
     trainer = _trainer(single, own, build.build_callbacks(cfg, run_dir))
     _train_and_measure(single, _module(single), trainer)
     if session.is_first:
-        draw_curves(run_dir)
+        _draw(run_dir)
         mark_done(run_dir)
 
 
