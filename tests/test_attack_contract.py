@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from builders.data import digits_tensors, seeded
+from builders.linear_problems import linear_examples
 from builders.networks import (
     WEIGHTS,
     Fragile,
@@ -24,7 +25,7 @@ from mixadv.attacks import APGD, ARC, PGD, Square, SubsetAttack, UniformNoise
 from mixadv.attacks.search import SearchAttack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
-from oracles_linear import exact_worst_case, linear_mixture
+from oracles_linear import linear_mixture
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.6)
 
@@ -113,15 +114,7 @@ def test_results_are_never_better_for_the_mixture(case, ball):
 @every
 @norms
 def test_nothing_is_found_below_the_exact_optimum_of_linear_members(case, norm):
-    """The optimum comes from all sets of members, each by a convex problem of its own."""
-    random = np.random.default_rng(3)
-    W, b = random.normal(size=(3, 6)), random.normal(size=3) / 2
-    x, y = random.uniform(size=(25, 6)), random.integers(2, size=25)
-    eps = 0.25 if norm == "linf" else 0.5
-    mixture = linear_mixture(W, b, WEIGHTS)
-    best = np.array([1 - exact_worst_case(W, b, y[i], x[i], eps, norm, np.array(WEIGHTS))[0] for i in range(25)])
-    points, labels = torch.as_tensor(x), torch.as_tensor(y)
-    ball = ThreatModel(norm, eps, None)
+    mixture, points, labels, ball, best = linear_examples(norm)
     found = case.attack(mixture, points, labels, ball, seeded())
     assert ball.contains(found, points).all()
     accuracy, clean = (mixture.expected_accuracy(at, labels).numpy() for at in (found, points))

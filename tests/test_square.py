@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from builders.data import digits_tensors, seeded
+from builders.linear_problems import linear_examples
 from builders.networks import WEIGHTS, disagreeing_mixture, network_on_digits
 from mixadv.attacks import PGD, ExpectedLoss, InnerLoss, Square
 from mixadv.attacks.square import _bumps
 from mixadv.losses import TRADES
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
-from oracles_linear import Affine, exact_worst_case, linear_mixture
+from oracles_linear import Affine
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.6)
 MARGIN = ExpectedLoss("margin")
@@ -102,14 +103,7 @@ def test_a_good_part_of_the_best_margin_is_found_in_l2():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_mixtures_of_linear_members_lose_what_they_can_lose(norm):
     """Close to the exact worst case over all sets of members on average."""
-    generator = np.random.default_rng(3)
-    W, b = generator.normal(size=(3, 6)), generator.normal(size=3) / 2
-    x, y = generator.uniform(size=(25, 6)), generator.integers(2, size=25)
-    eps = 0.25 if norm == "linf" else 0.5
-    mixture = linear_mixture(W, b, WEIGHTS)
-    best = np.array([1 - exact_worst_case(W, b, y[i], x[i], eps, norm, np.array(WEIGHTS))[0] for i in range(25)])
-    points, labels = torch.as_tensor(x), torch.as_tensor(y)
-    threat_model = ThreatModel(norm, eps, None)
+    mixture, points, labels, threat_model, best = linear_examples(norm)
     found = mixture.expected_accuracy(Square(300)(mixture, points, labels, threat_model, seeded()), labels).numpy()
     clean = mixture.expected_accuracy(points, labels).numpy()
     assert clean.mean() - best.mean() > 0.2

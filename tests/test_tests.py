@@ -36,7 +36,7 @@ def test_no_file_imports_a_test(path):
 
 
 def test_the_name_of_a_shared_helper_means_one_thing():
-    """A helper's name is defined in one file: whoever reads it in a test knows it from any other test."""
+    """One file defines the name of a helper, so the name means the same in every test."""
     places = defaultdict(set)
     shared = set()
     for path in FILES:

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from builders.networks import WEIGHTS
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
-from oracles_linear import signs, worst_cases_in_the_plane
+from oracles_linear import exact_worst_case, linear_mixture, signs, worst_cases_in_the_plane
 
 
 class LinearByRow(nn.Module):
@@ -95,3 +96,20 @@ def linear_problems(count, seeds):
             lam = np.random.default_rng(1000 + seed).dirichlet(2 * np.ones(L))
             for norm in ("l2", "linf"):
                 yield LinearProblem(count, lam, norm, seed)
+
+
+def linear_examples(norm):
+    """Three linear members on 25 points in six dimensions, without a box, and the exact optimum of each point.
+
+    The optimum comes from all sets of members, each by a convex problem of its own.
+
+    Returns:
+        The mixture, the points [25, 6], the labels [25], the ball, and the least expected accuracy in it [25].
+    """
+    random = np.random.default_rng(3)
+    W, b = random.normal(size=(3, 6)), random.normal(size=3) / 2
+    x, y = random.uniform(size=(25, 6)), random.integers(2, size=25)
+    eps = 0.25 if norm == "linf" else 0.5
+    best = np.array([1 - exact_worst_case(W, b, y[i], x[i], eps, norm, np.array(WEIGHTS))[0] for i in range(25)])
+    mixture = linear_mixture(W, b, WEIGHTS)
+    return mixture, torch.as_tensor(x), torch.as_tensor(y), ThreatModel(norm, eps, None), best
