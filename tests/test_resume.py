@@ -168,6 +168,14 @@ def stop_at(patch, where):
         patch.setattr(Checkpoints, "on_train_epoch_end", end_of_epoch)
 
 
+def train_until(where, train, setting, directory):
+    """A training that stops at a point, see `stop_at`."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, where)
+        with pytest.raises(Stopped):
+            train(setting, directory)
+
+
 def differences(one, two, path=""):
     """Paths of the leaves in which two nested structures differ."""
     if isinstance(one, dict) and isinstance(two, dict):
@@ -239,10 +247,7 @@ def test_the_uninterrupted_run_is_worth_comparing(whole):
     ids=lambda value: "-".join(map(str, value)).replace(" ", "-") if isinstance(value, tuple) else value,
 )
 def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(train, whole, tmp_path, setting, where):
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, where)
-        with pytest.raises(Stopped):
-            train(setting, tmp_path / "run")
+    train_until(where, train, setting, tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
     train(setting, tmp_path / "run")
     assert_same_run(whole(setting), tmp_path / "run")
@@ -281,10 +286,7 @@ def test_a_run_that_validates_inside_its_epochs_goes_on_with_the_same_members(co
 
 def test_a_run_stopped_twice(train, whole, tmp_path):
     for where in (("batch", 6), ("after last.ckpt", 1)):
-        with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, where)
-            with pytest.raises(Stopped):
-                train("at-oracle-shared", tmp_path / "run")
+        train_until(where, train, "at-oracle-shared", tmp_path / "run")
     train("at-oracle-shared", tmp_path / "run")
     assert_same_run(whole("at-oracle-shared"), tmp_path / "run")
 
@@ -503,10 +505,7 @@ def test_from_a_torn_checkpoint_the_run_goes_on_with_the_one_before(train, whole
 
 def test_a_resumed_training_reads_its_checkpoint_once(train, tmp_path, monkeypatch):
     directory = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, ("batch", 5))
-        with pytest.raises(Stopped):
-            train("at-oracle-shared", directory)
+    train_until(("batch", 5), train, "at-oracle-shared", directory)
     opened = []
     load = torch.load
     monkeypatch.setattr(
@@ -518,10 +517,7 @@ def test_a_resumed_training_reads_its_checkpoint_once(train, tmp_path, monkeypat
 
 def test_what_a_killed_writer_left_is_removed(train, whole, tmp_path):
     directory = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, ("batch", 5))
-        with pytest.raises(Stopped):
-            train("at-oracle-shared", directory)
+    train_until(("batch", 5), train, "at-oracle-shared", directory)
     for name in (".best.ckpt.0123abcd.tmp", ".last.ckpt.00000000.tmp"):
         (directory / "checkpoints" / name).write_bytes(b"half")
     train("at-oracle-shared", directory)

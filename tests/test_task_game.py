@@ -64,7 +64,7 @@ def gaussians(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take most of a small game's time."""
-    monkeypatch.setattr(task, "draw_game", lambda path: (path / "game.png").touch())
+    monkeypatch.setattr(task, "draw_game", lambda run: (run.path / "game.png").touch())
 
 
 def axes_with_ink(path, boxes):

@@ -227,14 +227,14 @@ def read_results(run_dir: Path) -> results.Results | None:
         return None
 
 
-def measured(run_dir: Path, metric: str) -> float:
-    """An accuracy that the run in `run_dir` has measured, in [0, 1]; nan if it has not.
+def measured(found: results.Results | None, metric: str) -> float:
+    """An accuracy of a run, in [0, 1]; nan if it was not measured.
 
     Args:
+        found: the results of the run; None if there are none.
         metric: ``test/robust_accuracy``, the expected accuracy under attack on the test images; or what selected the
             best epoch, as ``val/robust_accuracy``.
     """
-    found = read_results(run_dir)
     if found is None:
         return math.nan
     value = {"test/robust_accuracy": found.robust.value, **found.validation}.get(metric)

@@ -50,13 +50,13 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
 
         report_runs(cfg)
         return Ended(True)
-    from mixadv.runs.directory import State, claimed, digest, is_sealed, measured, seal
+    from mixadv.runs.directory import State, claimed, digest, is_sealed, measured, read_results, seal
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
     if sweep is not None and cfg.resume != "never" and is_sealed(run_dir, settings):
         print(f"{run_dir.name} is done", flush=True)
-        return Ended(False, measured(run_dir, cfg.optimized_metric))
+        return Ended(False, measured(read_results(run_dir), cfg.optimized_metric))
     cfg, work = _prepared(cfg, overrides, sweep)
     # Settings that come from recorded members and mixtures are not checked yet.
     check(cfg)
@@ -73,13 +73,16 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
                 return Ended(True)
             seal(path, settings)
     if state is not State.DONE:
-        show(run or path)
-        return Ended(True, measured(path, cfg.optimized_metric))
+        show(run)
+        return Ended(True, measured(run.results, cfg.optimized_metric))
     if sweep is not None:
         print(f"{path.name} is done", flush=True)
-    else:
-        show(path, done_before=True)
-    return Ended(False, measured(path, cfg.optimized_metric))
+        return Ended(False, measured(read_results(path), cfg.optimized_metric))
+    from mixadv.report import read_run
+
+    run = read_run(path)
+    show(run, done_before=True)
+    return Ended(False, measured(run.results, cfg.optimized_metric))
 
 
 @contextmanager
@@ -98,7 +101,8 @@ def _stopped_by_signals(cfg: DictConfig) -> Iterator[None]:
 
 
 def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any]]:
-    """`cfg` with the settings that recorded members decide, and the task: a function of (cfg, run_dir, state)."""
+    """`cfg` with the settings that recorded members decide, and the task: a function of (cfg, run_dir, state) that
+    returns the finished `Run`."""
     if cfg.task == "train":
         from mixadv.tasks.train import train
 
@@ -133,14 +137,13 @@ def _help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> Non
         work(cfg, run_dir, State.UNFINISHED)
 
 
-def show(run: "Run | Path", *, done_before: bool = False) -> None:
-    """Print the tables of a finished run or of the run in a directory, and draw its curves if they are missing."""
+def show(run: "Run", *, done_before: bool = False) -> None:
+    """Print the tables of a finished run, and draw its curves if they are missing."""
     from mixadv.console import Console
-    from mixadv.report import draw_curves, opened, show_run
+    from mixadv.report import draw_curves, show_run
 
     # Text from files must not be read as markup.
     console = Console(markup=False)
-    run = opened(run)
     if done_before:
         where = os.path.relpath(run.path)
         console.print(f"{where} is done; its results (resume=never starts anew beside it):", soft_wrap=True)

@@ -12,14 +12,16 @@ from omegaconf import DictConfig
 from mixadv.config import Config
 from mixadv.console import Console
 from mixadv.errors import UserError
+from mixadv.report import Run
 from mixadv.report.figures.games import draw_game
 from mixadv.results import Results
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks.build import as_dict, instantiate
 from mixadv.tasks.provenance import device_name, provenance
+from mixadv.tasks.session import as_finished
 
 
-def play_game(cfg: DictConfig, run_dir: Path, state: State) -> None:
+def play_game(cfg: DictConfig, run_dir: Path, state: State) -> Run:
     """Build ``cfg.game``, play it in `run_dir`, and draw it; from the start, where an earlier try was interrupted.
 
     Writes config.yaml, game.npz (the arrays of the figure), results.json, game.png and DONE.
@@ -54,5 +56,7 @@ def play_game(cfg: DictConfig, run_dir: Path, state: State) -> None:
         seconds={"total": round(time.perf_counter() - started, 3)},
     )
     write_results(run_dir, results, played.arrays, "game.npz")
-    draw_game(run_dir)
+    run = as_finished(run_dir)
+    draw_game(run)
     mark_done(run_dir)
+    return run

@@ -1,8 +1,9 @@
 """``task=solve``: the optimal weights over classifiers that exist already."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from mixadv.members.source import LoadedMember, Source
 from mixadv.members.store import save_mixture
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
-from mixadv.report import draw_solution
+from mixadv.report import Run, draw_solution
 from mixadv.results import Accuracy, Certificate, Data, Fit, GameValue, History, Solve, SolveRow
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.seeding import derive_seed, generator_for
@@ -34,7 +35,7 @@ from mixadv.tasks.card import solved_card
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.members import flags_of_other_splits, load_members, named_results
 from mixadv.tasks.provenance import header_of, settings_of
-from mixadv.tasks.session import Session
+from mixadv.tasks.session import Session, as_finished
 
 
 class Weighed(NamedTuple):
@@ -45,9 +46,7 @@ class Weighed(NamedTuple):
     seconds: float
 
 
-def solve_weights(
-    cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, sources: Sequence[Source]
-) -> None:
+def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | None, sources: Sequence[Source]) -> Run:
     """Weigh the members of `sources` on validation images, and measure the mixture on the test set.
 
     The weights are those of the game whose payoff is the 0/1 loss and whose best response is every attack of the
@@ -58,6 +57,9 @@ def solve_weights(
         run_dir: claimed; `state` is what it holds.
         sweep: name of the sweep this run belongs to.
         sources: the entries of ``members=[...]``.
+
+    Returns:
+        The finished run.
 
     Raises:
         UserError: members that cannot be loaded, or do not fit one another or the data.
@@ -83,8 +85,9 @@ def solve_weights(
     )
     size, equal = session.data.eval_batch_size, uniform(len(members)).tolist()
     parts = zip(x.split(size), y.split(size), strict=True)
-    fresh = _attacked(session, mixture, attacks, parts, derive_seed(cfg.seed, "fresh"), equal)
-    test = _attacked(session, mixture, attacks, session.test_batches(), cfg.seed, equal)
+    attacked = partial(evaluate, mixture, attacks=attacks, threat_model=session.threat_model, other_weights=[equal])
+    fresh = attacked(parts, seed=derive_seed(cfg.seed, "fresh"))
+    test = attacked(session.test_batches(), seed=cfg.seed)
 
     found = test.results(settings_of(cfg))
     doubts = flags_of_other_splits(
@@ -105,22 +108,12 @@ def solve_weights(
     save_mixture(mixture, run_dir / "mixture", config, solved_card(results, config))
     arrays = test.arrays() | {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal))}
     write_results(run_dir, results, arrays)
-    draw_solution(run_dir)
+    run = as_finished(run_dir)
+    draw_solution(run)
     with logging_to(loggers, cfg):
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
     mark_done(run_dir)
-
-
-def _attacked(
-    session: Session,
-    mixture: Mixture,
-    attacks: Mapping[str, Attack],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    seed: int,
-    equal: list[float],
-) -> EvaluationRecord:
-    """Attack the mixture, its parts, and the mixture with the weights 1/L."""
-    return evaluate(mixture, batches, attacks, session.threat_model, seed=seed, other_weights=[equal])
+    return run
 
 
 def _validation_images(session: Session) -> tuple[Tensor, Tensor]:

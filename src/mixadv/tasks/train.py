@@ -24,7 +24,7 @@ from mixadv.evaluation import EvaluationState
 from mixadv.lambda_solvers import Uniform
 from mixadv.members.recipe import Recipe
 from mixadv.members.store import load_mixture, save_mixture
-from mixadv.report import draw_curves
+from mixadv.report import Run, draw_curves
 from mixadv.report.files import BASELINE
 from mixadv.results import Data
 from mixadv.runs import processes
@@ -76,8 +76,13 @@ class TrainingSession(Session):
     precision: str
     compiled: bool = False
 
+    @property
+    def images_per_process(self) -> int:
+        """The images of a batch that each process trains on."""
+        return min(self.data.batch_size, self.data.num_train) // processes.number(self.cfg)
 
-def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> None:
+
+def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> Run | None:
     """Algorithm 2 as configured, in `run_dir`, from the last checkpoint if it holds one.
 
     With ``trainer.fast_dev_run`` a few batches run and nothing is kept.
@@ -87,11 +92,13 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         run_dir: a claimed directory; `state` is what it holds (not a finished run).
         sweep: name of the sweep this run belongs to.
 
+    Returns:
+        The finished run; None in processes other than rank 0, and with ``trainer.fast_dev_run``.
+
     Raises:
         UserError: data, memory or settings do not allow it, or the loss was not finite.
     """
     # Settings are refused before data are loaded, before the directory is written, and before loggers begin.
-    build.resolve_device(cfg, processes.place(cfg))
     parts, callbacks = _parts(cfg), build.build_callbacks(cfg, run_dir)
     loggers = with_history(build_loggers(cfg, run_dir, sweep), run_dir)
     session = _begin(cfg, run_dir, parts)
@@ -102,7 +109,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
     if cfg.trainer.fast_dev_run:
         with _torch_errors(cfg):
             _try_out(session, module, trainer)
-        return
+        return None
     batches = speed.batches_of_training(cfg, module, session.data)
     session = replace(session, compiled=speed.settle_compilation(cfg, batches, session.device, session.choices))
     if session.is_first:
@@ -115,15 +122,16 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> No
         _train_and_measure(session, module, trainer)
         if cfg.baseline:
             _train_baseline(session, loggers)
-    if session.is_first:
-        _draw(run_dir)
-        mark_done(run_dir)
+    return _finish(run_dir) if session.is_first else None
 
 
-def _draw(run_dir: Path) -> None:
+def _finish(run_dir: Path) -> Run:
+    """Draw the curves and write DONE."""
     run = as_finished(run_dir)
     if run.has_history:
         draw_curves(run)
+    mark_done(run_dir)
+    return run
 
 
 def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any]) -> TrainingSession:
@@ -172,8 +180,8 @@ def _torch_errors(cfg: DictConfig) -> Iterator[None]:
 
 def _try_smallest_part(session: TrainingSession, module: MixtureTraining) -> None:
     """Run a member in train mode on one image, if batches or their parts are that small: batch norm may refuse it."""
-    share = min(session.data.batch_size, session.data.num_train) // processes.number(session.cfg)
-    if min(part.stop - part.start for part in parts_of(share, module.micro_batch_size)) > 1:
+    parts = parts_of(session.images_per_process, module.micro_batch_size)
+    if min(part.stop - part.start for part in parts) > 1:
         return
     member = copy.deepcopy(module.mixture.members[0]).train()
     with same_draws(session.device), torch.no_grad():
@@ -201,8 +209,7 @@ def _train_baseline(session: TrainingSession, loggers: Sequence[Logger]) -> None
     trainer = _trainer(single, own, build.build_callbacks(cfg, run_dir))
     _train_and_measure(single, _module(single), trainer)
     if session.is_first:
-        _draw(run_dir)
-        mark_done(run_dir)
+        _finish(run_dir)
 
 
 def _train_and_measure(session: TrainingSession, module: MixtureTraining, trainer: pl.Trainer) -> None:
@@ -371,8 +378,7 @@ def _fit(session: TrainingSession, module: MixtureTraining, trainer: pl.Trainer)
 
 
 def _compile(session: TrainingSession, module: MixtureTraining) -> None:
-    cfg, data = session.cfg, session.data
-    share = min(data.batch_size, data.num_train) // processes.number(cfg)
-    size = min(share, module.micro_batch_size or share)
-    graphs = speed.Graphs(size, data.image_shape, session.device, trained=True, bf16=session.precision == "bf16-mixed")
-    speed.compile_members(cfg, module.mixture, graphs, session.console)
+    size = min(session.images_per_process, module.micro_batch_size or session.images_per_process)
+    shape, bf16 = session.data.image_shape, session.precision == "bf16-mixed"
+    graphs = speed.Graphs(size, shape, session.device, trained=True, bf16=bf16)
+    speed.compile_members(session.cfg, module.mixture, graphs, session.console)
