@@ -500,6 +500,14 @@ def test_a_single_member_needs_no_number_and_the_working_directory_has_a_name(he
     assert one(".", None).name == "alone"
 
 
+def test_the_files_of_an_exported_mixture_are_read_once(here, monkeypatch):
+    save_mixture(build_mixture({"L": 2, "models": MODELS[:2]}), Path("saved"), {"L": 2, "models": MODELS[:2]}, "")
+    read, original = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read.append(path.name) or original(path, **how))
+    assert len(Source("saved").members(None)) == 2
+    assert read == ["config.json"]
+
+
 def test_a_mixture_with_code_is_loaded_only_where_the_code_is_named(here):
     write_module(here, "my_nets", "def wide(): return nn.Linear(3, 4)")
     recipe = {"L": 2, "model": {"factory": "my_nets:wide"}}

@@ -15,7 +15,7 @@ from mixadv.errors import UserError
 from mixadv.members.factory import FACTORY
 from mixadv.members.foreign import read_file, to_member
 from mixadv.members.recipe import Recipe, member_recipes
-from mixadv.members.store import CONFIG_FILE, WEIGHTS_FILE, mixture_of_checkpoint, read_config, read_mixture
+from mixadv.members.store import CONFIG_FILE, WEIGHTS_FILE, mixture_of_checkpoint, mixture_of_folder, read_config
 
 KINDS = "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .ckpt, .safetensors) or module:callable"
 
@@ -88,10 +88,11 @@ class Source:
             recipe = Recipe(self.name)
             found = [LoadedMember(recipe.build(), self.name, self.name, recipe, "as the factory built it")]
         elif self.record is not None:
-            mixture, config = (
-                read_mixture(path, factories) if content is None else mixture_of_checkpoint(path, content, factories)
-            )
-            pairs = list(zip(mixture.members, member_recipes(config), strict=True))
+            if content is None:
+                mixture = mixture_of_folder(path, self.record, factories)
+            else:
+                mixture = mixture_of_checkpoint(path, content, factories)[0]
+            pairs = list(zip(mixture.members, member_recipes(self.record), strict=True))
             names = [_place(path)] if len(pairs) == 1 else [f"{_place(path)}#{k}" for k in range(len(pairs))]
             found = [
                 LoadedMember(module, name, self.name, recipe, "as exported")

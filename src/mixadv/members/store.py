@@ -79,12 +79,22 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
     path = Path(path)
     if path.suffix == ".ckpt":
         return mixture_of_checkpoint(path, read_checkpoint(path), factories)
-    folder, config = _folder(path)
+    config = _folder_config(path)
+    return mixture_of_folder(path, config, factories), config
+
+
+def mixture_of_folder(path: Path, config: dict[str, Any], factories: Sequence[str] = ()) -> Mixture:
+    """The exported mixture at `path` in eval mode, with its config as `read_config` gives it.
+
+    Raises:
+        UserError: as `read_mixture`.
+    """
+    folder = _folder(path)
     try:
         state = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise UserError(f"the mixture in {folder} cannot be read ({error}): export it again") from error
-    return _assemble(folder, config, state, factories), config
+    return _assemble(folder, config, state, factories)
 
 
 def read_config(path: str | Path, checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -99,18 +109,24 @@ def read_config(path: str | Path, checkpoint: Mapping[str, Any] | None = None) -
     """
     path = Path(path)
     if checkpoint is None and path.suffix != ".ckpt":
-        return _folder(path)[1]
+        return _folder_config(path)
     config = (checkpoint or read_checkpoint(path)).get("mixture_config")
     if config is None:
         raise UserError(f"{path} has no recipe of its mixture: it was not written by mixadv")
     return checked_config(path, config)
 
 
-def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The exported folder, `path` or its subfolder mixture/, and its recipe."""
+def _folder(path: Path) -> Path:
+    """The exported folder: `path` or its subfolder mixture/."""
     folder = path if (path / CONFIG_FILE).is_file() else path / "mixture"
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"no mixture at {path}: expected a folder with {CONFIG_FILE}, a run directory or a .ckpt file")
+    return folder
+
+
+def _folder_config(path: Path) -> dict[str, Any]:
+    """The checked config of the exported folder at `path` or in it."""
+    folder = _folder(path)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except (ValueError, RecursionError, OSError) as error:
@@ -123,7 +139,7 @@ def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
             f"{folder / CONFIG_FILE} has schema {found}; this version reads schema 1 (all members of one model) and "
             "schema 2 (models): export it again, or update mixadv"
         )
-    return folder, checked_config(folder, config)
+    return checked_config(folder, config)
 
 
 def mixture_of_checkpoint(
