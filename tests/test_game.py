@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mixadv.game
-from mixadv.game import FiniteGame, Game
+from mixadv.game import FiniteGame, Game, finite
 from oracles_game import (
     best_value,
     full_linear_program,
@@ -24,7 +23,7 @@ MASSES = torch.tensor([0.1, 0.2, 0.05, 0.4, 0.25], dtype=torch.float64)
 
 @pytest.fixture(params=[1 << 20, 24], ids=["one chunk", "chunks of two examples"])
 def chunk_entries(request, monkeypatch):
-    monkeypatch.setattr(mixadv.game, "_CHUNK_ENTRIES_CPU", request.param)
+    monkeypatch.setattr(finite, "_CHUNK_ENTRIES_CPU", request.param)
 
 
 @pytest.mark.usefixtures("chunk_entries")
@@ -186,7 +185,7 @@ def test_smoothed_of_several_weights_in_one_pass():
 @pytest.mark.parametrize("budget", [4e9, 0.0], ids=["with diameters", "centres only"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_smoothness_bounds_the_gradient_and_is_the_least_of_the_bounds(budget, masked, monkeypatch):
-    monkeypatch.setattr(mixadv.game, "_DIAMETER_BUDGET", budget)
+    monkeypatch.setattr(finite, "_DIAMETER_BUDGET", budget)
     alpha, losses = 0.05, random_losses(seed=7)
     mask, masses = (MASK, MASSES) if masked else (torch.ones_like(MASK), torch.full((5,), 0.2).double())
     game = FiniteGame(losses, mask, masses)
@@ -220,7 +219,7 @@ def test_smoothness_is_attained_where_two_perturbations_tie():
 
 
 def test_losses_are_converted_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr(mixadv.game, "_CHUNK_ENTRIES_CPU", 2048)
+    monkeypatch.setattr(finite, "_CHUNK_ENTRIES_CPU", 2048)
     losses = (random_losses(n=500, m=8, members=16) > 0).to(torch.uint8)
     lam = torch.full((16,), 1 / 16, dtype=torch.float64)
     sizes = []
@@ -305,7 +304,7 @@ def test_gradients_of_the_members_do_not_leak_in():
     ],
 )
 def test_construction_refuses(arguments, message, monkeypatch):
-    monkeypatch.setattr(mixadv.game, "_CHUNK_ENTRIES_CPU", 24)
+    monkeypatch.setattr(finite, "_CHUNK_ENTRIES_CPU", 24)
     with pytest.raises(ValueError, match=message):
         FiniteGame(**arguments)
 
