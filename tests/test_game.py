@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixadv.game import FiniteGame, Game, finite
+from mixadv.lambda_solvers import LinearProgram
 from oracles_game import (
     best_value,
     full_linear_program,
@@ -266,6 +267,21 @@ def test_numpy_losses_and_non_contiguous_losses():
     assert FiniteGame(swapped).smoothed_value(LAM, 0.1) == pytest.approx(FiniteGame(losses).smoothed_value(LAM, 0.1))
 
 
+@pytest.mark.parametrize("form", [np.array, torch.tensor, list])
+def test_a_matrix_is_a_game_with_one_example(form):
+    """Three moves against two members; the last move is forbidden. By hand: 3 l = 2 - l, so l = 1/2 and V = 3/2."""
+    rows = [[3.0, 0.0], [1.0, 2.0], [9.0, 9.0]]
+    allowed = torch.tensor([True, True, False])
+    game = FiniteGame(form(rows), allowed)
+    assert (game.num_examples, game.num_perturbations, game.num_members) == (1, 3, 2)
+    found = LinearProgram().solve(game)
+    assert found.weights.tolist() == pytest.approx([0.5, 0.5])
+    assert found.value == pytest.approx(1.5)
+    assert found.attack.tolist() == [pytest.approx([0.25, 0.75, 0.0])]
+    assert FiniteGame(form(rows), allowed[None]).value(found.weights) == found.value
+    assert FiniteGame(form(rows)).value(found.weights) == 9.0
+
+
 def test_gradients_of_the_members_do_not_leak_in():
     losses = random_losses().requires_grad_()
     assert not FiniteGame(losses).best_response(LAM).gradient.requires_grad
@@ -274,7 +290,7 @@ def test_gradients_of_the_members_do_not_leak_in():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"losses": torch.zeros(2, 3)}, r"\[examples, perturbations, members\], got shape \[2, 3\]"),
+        ({"losses": torch.zeros(3)}, r"\[examples, perturbations, members\], or \[.*\], got shape \[3\]"),
         ({"losses": torch.zeros(0, 3, 2)}, "no examples"),
         ({"losses": torch.zeros(2, 0, 2)}, "no perturbations"),
         ({"losses": torch.zeros(2, 3, 0)}, "no members"),

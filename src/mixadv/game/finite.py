@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Generator, Tensor
 
 from mixadv.game.protocol import BestResponse
@@ -25,9 +26,10 @@ class FiniteGame:
     accelerated solvers also evaluate points outside the simplex.
 
     Args:
-        losses: [N, m, L], real and, where allowed, finite.
-        mask: [N, m] bool, True where the perturbation is allowed (at least one per example); None allows all.
-            Losses at masked entries are never read, and may be NaN.
+        losses: [N, m, L], real and, where allowed, finite: a tensor, an array of numpy or nested lists. A matrix [m, L]
+            is a game with one example.
+        mask: [N, m] bool (of a matrix also [m]), True where the perturbation is allowed (at least one per example);
+            None allows all. Losses at masked entries are never read, and may be NaN.
         masses: [N], the probabilities of the examples; None means 1/N each.
 
     Attributes:
@@ -42,7 +44,7 @@ class FiniteGame:
 
     exact = True
 
-    def __init__(self, losses: Tensor, mask: Tensor | None = None, masses: Tensor | None = None) -> None:
+    def __init__(self, losses: ArrayLike, mask: ArrayLike | None = None, masses: ArrayLike | None = None) -> None:
         self.losses = _checked_losses(torch.as_tensor(losses).detach())
         self.num_examples, self.num_perturbations, self.num_members = self.losses.shape
         self.mask = None if mask is None else _checked_mask(torch.as_tensor(mask), self.losses)
@@ -232,10 +234,14 @@ def _forbid(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _checked_losses(losses: Tensor) -> Tensor:
-    """Check that losses are [N, m, L] and real, without an empty dimension."""
+    """Losses as [N, m, L], of a matrix with N = 1; checks that they are real, without an empty dimension."""
     shape = list(losses.shape)
-    if losses.ndim != 3:
-        raise ValueError(f"losses must be [examples, perturbations, members], got shape {shape}")
+    if losses.ndim not in (2, 3):
+        raise ValueError(
+            f"losses must be [examples, perturbations, members], or [perturbations, members], got shape {shape}"
+        )
+    losses = losses if losses.ndim == 3 else losses[None]
+    shape = list(losses.shape)
     for size, what in zip(shape, ("examples", "perturbations", "members"), strict=True):
         if size == 0:
             raise ValueError(f"losses of shape {shape} hold no {what}: each dimension needs one or more")
@@ -247,6 +253,8 @@ def _checked_losses(losses: Tensor) -> Tensor:
 def _checked_mask(mask: Tensor, losses: Tensor) -> Tensor:
     """The mask on the device of the losses; checks that it is bool [N, m] and allows something for every example."""
     shape = losses.shape[:2]
+    if len(losses) == 1 and mask.ndim == 1:
+        mask = mask[None]
     if mask.shape != shape or mask.dtype != torch.bool:
         got = f"{mask.dtype} {list(mask.shape)}"
         raise ValueError(f"mask must be torch.bool {list(shape)}, True where allowed, got {got}")
