@@ -66,6 +66,8 @@ def assert_same_numbers(one, two, tolerance=2e-5):
             np.testing.assert_allclose(records[1][key], records[0][key], atol=1e-6)
         else:
             np.testing.assert_array_equal(records[1][key], records[0][key])
+    examples = [np.load(run / "examples.npz") for run in (one, two)]
+    np.testing.assert_allclose(examples[1]["x_adv"], examples[0]["x_adv"], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Evaluation against numbers counted by hand: three members, five examples, weights that are not uniform."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import nn
 
-from mixadv.attacks import PGD
+from mixadv.attacks import PGD, AttackSuite
 from mixadv.attacks.suite import TWIN
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationRecord, EvaluationState, evaluate, fingerprint
@@ -332,11 +334,30 @@ def test_the_averaged_twin_is_measured_under_its_own_name():
     assert results.averaged_twin.robust.value == np.mean(survives)
 
 
-def test_the_first_images_are_kept():
-    record = evaluate(mixture(), batches(2, 3), {"pgd": Alone(UP)}, BALL, keep_images=3)
-    assert record.images["clean"].shape == (3, 1, 1, 2)
-    np.testing.assert_allclose(record.images["pgd"][:, 0, 0, 0], UP)
-    assert evaluate(mixture(), batches(5), {"pgd": Alone(UP)}, BALL).images == {}
+def test_the_worst_point_of_every_example_is_kept_and_of_equal_ones_the_first():
+    attacks = {"pgd-up": Alone(UP), "square-down": Alone(DOWN)}
+    for sizes in ((5,), (2, 3)):
+        record = evaluate(mixture(), batches(*sizes), attacks, BALL)
+        by_hand = []
+        for i in range(5):
+            values = {point: round(expected(point)[i], 9) for point in (CLEAN, UP, DOWN)}
+            by_hand.append(min(values, key=values.get))
+        assert {CLEAN, UP, DOWN} == set(by_hand)
+        np.testing.assert_allclose(record.worst_points[:, 0, 0, 0], by_hand)
+        np.testing.assert_array_equal(record.worst_points[:, 0, 0, 1], images()[:, 0, 0, 1])
+        lam = np.asarray(WEIGHTS)
+        answers = torch.stack([member(record.worst_points).argmax(-1) for member in mixture().members])
+        np.testing.assert_allclose(lam @ (answers == LABELS).numpy(), record.worst_case(), atol=1e-12)
+
+
+def test_rounding_does_not_decide_which_of_equal_points_is_the_worst():
+    """Sums in another order differ by rounding; the same answers must give the same bits at any place of a batch."""
+    weights = np.random.default_rng(0).dirichlet(np.ones(16))
+    column = np.array([1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0], dtype=np.uint8)
+    record = EvaluationRecord(weights, np.zeros(37), np.tile(column[:, None], 37), np.ones(37))
+    assert len(set(record.expected(record.clean).tolist())) == 1
+    assert record.expected(column[:, None])[0] == record.expected(record.clean)[0]
+    assert record.expected(column[:, None])[0] == pytest.approx(weights @ column, abs=1e-15)
 
 
 # --- resuming ------------------------------------------------------------------------------------------------
@@ -355,12 +376,21 @@ class Counted:
         return threat_model.sample(x, generator)
 
 
+class Warm:
+    """Small random steps from the worst points of the passes before it."""
+
+    transfers, warm_starts = False, True
+
+    def __call__(self, mixture, x, y, threat_model, generator=None, *, starts):
+        return threat_model.project(starts + 0.02 * torch.randn(x.shape, generator=generator), x)
+
+
 def measured(state, limit=None, weights=WEIGHTS, seed=3):
     x, y = random_examples()
     torch.manual_seed(4)
     mixture = mixture_with_batch_norm().eval()
     mixture.set_weights(weights)
-    attacks = {"a": Counted(), "b": Counted(limit)}
+    attacks = {"a": Counted(), "warm": Warm(), "b": Counted(limit)}
     parts = [(x[:30], y[:30]), (x[30:], y[30:])]
     mark = fingerprint(mixture, parts, [sorted(attacks), BALL, seed])
     record = evaluate(mixture, parts, attacks, BALL, seed=seed, state=EvaluationState(state, mark))
@@ -373,14 +403,74 @@ def test_a_killed_evaluation_continues_with_the_pass_it_was_in(tmp_path):
         measured(tmp_path / "state", limit=4)
     files = {path.name for path in (tmp_path / "state").iterdir()}
     parts = [f"a_on_{whom}.npz" for whom in ("member_0", "member_1", "member_2", "averaged_twin")]
-    assert files == {"clean.npz", "a.npz", "b.npz", *parts}
+    assert files == {"clean.npz", "a.npz", "warm.npz", "b.npz", *parts, "worst-8.safetensors"}
     resumed, attacks = measured(tmp_path / "state")
     assert (attacks["a"].calls, attacks["b"].calls) == (0, 2 * 4)
     for name, array in whole.arrays().items():
         np.testing.assert_array_equal(resumed.arrays()[name], array, err_msg=name)
+    assert torch.equal(resumed.worst_points, whole.worst_points)
     again, attacks = measured(tmp_path / "state")
     assert attacks["a"].calls == attacks["b"].calls == 0
+    assert torch.equal(again.worst_points, whole.worst_points)
     np.testing.assert_array_equal(again.worst_case(), whole.worst_case())
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_at_any_moment_changes_no_bit(tmp_path, monkeypatch, moment):
+    """Each file is written by one rename: the process ends before or after it, at every rename there is."""
+    whole, _ = measured(None)
+    rename, calls = os.replace, []
+
+    def killed_at(number):
+        def replace(source, target):
+            calls.append(target)
+            if len(calls) == number and moment == "before":
+                raise Killed
+            rename(source, target)
+            if len(calls) == number:
+                raise Killed
+
+        return replace
+
+    for number in range(1, 30):
+        calls.clear()
+        folder = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr("mixadv.files.os.replace", killed_at(number))
+            try:
+                measured(folder)
+            except Killed:
+                pass
+            else:
+                break
+        resumed, _ = measured(folder)
+        assert torch.equal(resumed.worst_points, whole.worst_points), f"at rename {number}"
+        for name, array in whole.arrays().items():
+            np.testing.assert_array_equal(resumed.arrays()[name], array, err_msg=f"{name} at rename {number}")
+    # Twelve passes, with two files each.
+    assert number == 2 * 12 + 1
+
+
+def test_an_attack_begins_at_the_worst_points_of_the_passes_before_it():
+    seen = []
+
+    class Looks(Warm):
+        def __call__(self, mixture, x, y, threat_model, generator=None, *, starts):
+            seen.append(starts.clone())
+            return x
+
+    attacks = {"pgd-up": Alone(UP), "looks": Looks(), "square-down": Alone(DOWN)}
+    evaluate(mixture(), batches(2, 3), attacks, BALL)
+    by_hand = [UP if expected(UP)[i] < expected(CLEAN)[i] else CLEAN for i in range(5)]
+    assert len(set(by_hand)) == 2
+    np.testing.assert_allclose(torch.cat(seen)[:, 0, 0, 0], by_hand)
+    seen.clear()
+    AttackSuite(attacks)(mixture(), images(), LABELS, BALL)
+    np.testing.assert_allclose(seen[0][:, 0, 0, 0], by_hand)
 
 
 @pytest.mark.parametrize("change", [{"weights": [0.4, 0.3, 0.3]}, {"seed": 4}])
@@ -392,11 +482,12 @@ def test_the_state_of_another_evaluation_is_refused(tmp_path, change):
 
 def test_a_torn_state_file_is_named(tmp_path):
     measured(tmp_path / "state")
-    path = tmp_path / "state" / "b.npz"
-    for count in (0, 10, len(path.read_bytes()) // 2):
-        path.write_bytes(path.read_bytes()[:count])
-        with pytest.raises(UserError, match=r"b\.npz cannot be read"):
-            measured(tmp_path / "state")
+    (points,) = (tmp_path / "state").glob("worst-*")
+    for path in (points, tmp_path / "state" / "b.npz"):
+        for count in (len(path.read_bytes()) // 2, 10, 0):
+            path.write_bytes(path.read_bytes()[:count])
+            with pytest.raises(UserError, match=rf"{path.name} cannot be read.*: remove .*state, and"):
+                measured(tmp_path / "state")
 
 
 # --- with networks -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "metrics_file": {"files"},
+    "tensor_files": {"files"},
     "redaction": set(),
     "console": {"redaction"},
     "unknown_keys": set(),
@@ -54,7 +55,7 @@ ALLOWED = {
     # Where they meet.
     "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "seeding", "signals"}
-    | {"checkpoint_files", "console", "files", "intervals", "records", "results", "threat_model"},
+    | {"checkpoint_files", "console", "files", "intervals", "records", "results", "tensor_files", "threat_model"},
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
         *("checkpoint_files", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ MIXTURE, TWIN, CLEAN = "mixture", "averaged twin", "clean"
 class Pass(NamedTuple):
     """One attack against one classifier; its points are replayed on the whole mixture.
 
+    An attack class sets ``warm_starts = True`` if its calls take ``starts=`` [B, ...]: the worst points that earlier
+    passes have found for the mixture. The results of such an attack depend on the passes before it.
+
     name: of the attack. attack: the attack. against: "mixture", "member k", "averaged twin" or "other weights j".
     target: the attacked classifier as a mixture; it shares the members' modules.
     """
@@ -36,18 +39,36 @@ class Pass(NamedTuple):
         """NAME for the attack on the mixture, "NAME on AGAINST" for the others."""
         return self.name if self.against == MIXTURE else f"{self.name} on {self.against}"
 
-    def points(self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int) -> Tensor:
-        """The attacked images of batch number `batch`, checked by `check_points`; other passes do not matter."""
+    @property
+    def is_warm(self) -> bool:
+        """Whether the attack takes the worst points of earlier passes as ``starts``."""
+        return bool(getattr(self.attack, "warm_starts", False))
+
+    def points(
+        self, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int, starts: Tensor | None = None
+    ) -> Tensor:
+        """The attacked images of batch number `batch`, checked by `check_points`.
+
+        starts: [B, ...], the worst points of earlier passes, for an attack that `is_warm`; other passes do not matter.
+        """
         draws = generator_for(seed, self.name, self.against, batch, device=x.device)
-        points = self.attack(self.target, x, y, threat_model, draws)
+        more: dict[str, Any] = {"starts": starts} if self.is_warm else {}
+        points = self.attack(self.target, x, y, threat_model, draws, **more)
         check_points(self.name, points, x, threat_model)
         return points
 
     def replayed(
-        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch: int
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        seed: int,
+        batch: int,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The `points`, and the logits [L, B, C] of all members of `mixture` there, from a plain forward pass."""
-        points = self.points(x, y, threat_model, seed, batch)
+        points = self.points(x, y, threat_model, seed, batch, starts)
         with torch.no_grad(), mixture.attack_mode(plain=True):
             return points, mixture.member_logits(points)
 
@@ -80,7 +101,8 @@ class AttackSuite:
     """Named attacks, each run on the mixture and, if it `transfers`, on every member alone and on the averaged twin.
 
     The result of an example is the minimum over all points that any attack found, so adding an attack never raises it.
-    Every pass draws from a generator of its own, so the points of an attack do not depend on the other attacks.
+    Every pass draws from a generator of its own, so the points of an attack do not depend on the other attacks, unless
+    it begins at their worst points (``warm_starts``, see `Pass`).
 
     An attack class sets ``transfers = False`` if its points against one member are not worth replaying on the mixture
     (attacks made for mixtures, slow black boxes, noise).
@@ -143,7 +165,7 @@ class AttackSuite:
         seconds: dict[str, float] = {}
         for one in (unattacked(mixture), *passes_of(self.attacks, mixture)):
             started = time.perf_counter()
-            points, logits = one.replayed(mixture, x, y, threat_model, seed, batch)
+            points, logits = one.replayed(mixture, x, y, threat_model, seed, batch, worst.x)
             accuracy[one.key] = mixture.expectation(logits.argmax(-1) == y)
             for i in worst.offer(points, logits, -accuracy[one.key]).nonzero().flatten().tolist():
                 found_by[i] = one.key

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mixadv import records
 from mixadv.records import ON
@@ -27,7 +28,7 @@ class EvaluationRecord:
         found: pass -> correctness of the members at its points [L, N].
         ensemble: pass -> correctness of the averaged twin at its points [N].
         seconds: pass -> wall seconds over all examples.
-        images: pass (and "clean") -> the first attacked images [K, C, H, W].
+        worst_points: [N, ...], of each example the point of its `worst_case`, which `found_by` found.
     """
 
     weights: np.ndarray
@@ -37,7 +38,7 @@ class EvaluationRecord:
     found: dict[str, np.ndarray] = field(default_factory=dict)
     ensemble: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    images: dict[str, np.ndarray] = field(default_factory=dict)
+    worst_points: Tensor | None = None
 
     @property
     def attacks(self) -> list[str]:
@@ -46,7 +47,7 @@ class EvaluationRecord:
 
     def expected(self, correct: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """sum_k lambda_k correct_k, [L, N] -> float64 [N]; `weights` [L] replaces lambda."""
-        return (self.weights if weights is None else weights) @ correct.astype(np.float64)
+        return expectation(self.weights if weights is None else weights, correct)
 
     def points(self) -> np.ndarray:
         """Correctness of every member at the clean image and the points of all passes: [P, L, N] bool."""
@@ -126,6 +127,18 @@ class EvaluationRecord:
             seconds_on_parts=round(sum(self.seconds[key] for key in passes[1:]), 3),
             settings=dict(settings),
         )
+
+
+def expectation(weights: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """sum_k lambda_k correct_k, [L], [L, N] -> [N] float64.
+
+    Terms are added in the order of the members, so that equal columns give equal bits at any place: examples are
+    compared between passes and batches.
+    """
+    total = np.zeros(correct.shape[1:])
+    for weight, right in zip(weights.tolist(), correct, strict=True):
+        total += weight * right
+    return total
 
 
 def accuracy_of(values: np.ndarray) -> Accuracy:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import CLEAN, Pass, passes_of, unattacked
 from mixadv.console import quiet_lightning
-from mixadv.evaluation.record import EvaluationRecord
-from mixadv.evaluation.state import EvaluationState
+from mixadv.evaluation.record import EvaluationRecord, expectation
+from mixadv.evaluation.state import EvaluationState, Worst
 from mixadv.mixture import Mixture
 from mixadv.ranks import Ranks
 from mixadv.signals import Signals
@@ -30,7 +30,6 @@ def evaluate(
     *,
     seed: int = 0,
     other_weights: Sequence[Sequence[float]] = (),
-    keep_images: int = 0,
     state: EvaluationState | None = None,
     on_progress: Callable[[str, int], None] | None = None,
     processes: Mapping[str, Any] | None = None,
@@ -39,7 +38,8 @@ def evaluate(
 
     Every point is checked for norm, box and NaN by `check_points`, which shares no code with the attacks. Correctness
     comes from a plain forward pass in the precision of the parameters, members in eval mode. Each pass and batch draws
-    from a generator of its own (`derive_seed`), so the results of an attack do not depend on the other attacks.
+    from a generator of its own (`derive_seed`), so the results of an attack do not depend on the other attacks, unless
+    it begins at their worst points (``warm_starts``, see `Pass`).
 
     Args:
         mixture: on the device of the batches.
@@ -49,7 +49,6 @@ def evaluate(
         threat_model: the ball.
         seed: of the attacks' random starts.
         other_weights: further distributions over the members, attacked as the mixture is.
-        keep_images: the record keeps the attacked images of this many first examples.
         state: its finished passes are not repeated, new ones are added; None keeps nothing after the call.
         on_progress: called with (pass, examples done) after each batch; a pass is "NAME" or "NAME on WHOM".
         processes: Lightning's accelerator, devices, num_nodes and strategy for several ranks: the batches are divided
@@ -63,11 +62,15 @@ def evaluate(
         raise ValueError("nothing to evaluate: there are no batches")
     state = state or EvaluationState()
     passes = {one.key: one for one in (unattacked(mixture), *passes_of(attacks, mixture, other_weights))}
-    todo = {key: one for key, one in passes.items() if state.load(key) is None}
-    if todo:
-        loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), keep_images, state, on_progress)
+    done = state.finished(list(passes))
+    if done < len(passes):
+        todo = dict(list(passes.items())[done:])
+        worst = state.worst(done) or Worst.before(batches)
+        loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), done, worst, state, on_progress)
         _test(loop, batches, processes)
     found = {key: state.load(key) or {} for key in passes}
+    reached = state.worst(len(passes))
+    assert reached is not None
     weights = mixture.weights.to("cpu", torch.float64, copy=True).numpy()
     attacked = {key: arrays for key, arrays in found.items() if key != CLEAN}
     return EvaluationRecord(
@@ -78,14 +81,14 @@ def evaluate(
         found={key: arrays["correct"] for key, arrays in attacked.items()},
         ensemble={key: arrays["ensemble"] for key, arrays in attacked.items()},
         seconds={key: float(arrays["seconds"]) for key, arrays in attacked.items()},
-        images={key: arrays["images"] for key, arrays in found.items()} if keep_images else {},
+        worst_points=reached.points,
     )
 
 
 class MixtureEvaluation(pl.LightningModule):
     """One dataloader for each pass; after its last batch the results of a pass go to `state`.
 
-    Args: see `evaluate`; `passes` by key, `num_batches` in each.
+    Args: see `evaluate`; `passes` by key, `num_batches` in each, after `done` others, which left the points `worst`.
     """
 
     def __init__(
@@ -95,7 +98,8 @@ class MixtureEvaluation(pl.LightningModule):
         threat_model: ThreatModel,
         seed: int,
         num_batches: int,
-        keep_images: int,
+        done: int,
+        worst: Worst,
         state: EvaluationState,
         on_progress: Callable[[str, int], None] | None,
     ) -> None:
@@ -105,8 +109,14 @@ class MixtureEvaluation(pl.LightningModule):
         self.targets = nn.ModuleList([one.target for one in passes.values()])
         self.passes = list(passes.items())
         self.threat_model, self.seed, self.num_batches = threat_model, seed, num_batches
-        self.keep_images, self.state, self.on_progress = keep_images, state, on_progress
+        self.done, self.worst, self.state, self.on_progress = done, worst, state, on_progress
+        self.lam = mixture.weights.to("cpu", torch.float64).numpy()
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
         self._parts: dict[int, dict[str, np.ndarray]] = {}
+        # For each batch: rows of the examples whose worst point is new, the points, the expected accuracy there.
+        self._worse: list[tuple[Tensor, Tensor, Tensor]] = []
         self._seconds, self._seen = 0.0, 0
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -115,34 +125,40 @@ class MixtureEvaluation(pl.LightningModule):
         x, y = batch
         ranks = Ranks.here()
         if ranks.serves(batch_idx):
+            rows = torch.arange(self._seen, self._seen + len(y))
             started = time.perf_counter()
             with torch.enable_grad():
-                x_adv, logits = one.replayed(self.mixture, x, y, self.threat_model, self.seed, batch_idx)
+                starts = self.worst.points[rows].to(x.device) if one.is_warm else None
+                x_adv, logits = one.replayed(self.mixture, x, y, self.threat_model, self.seed, batch_idx, starts)
             answers = {"correct": logits.argmax(-1), "ensemble": self.mixture.log_average(logits).argmax(-1)}
             part = {key: (answer == y).to(torch.uint8).cpu().numpy() for key, answer in answers.items()}
             self._seconds += time.perf_counter() - started
-            part["images"] = x_adv[: max(0, self.keep_images - self._seen)].cpu().numpy()
+            accuracy = torch.from_numpy(expectation(self.lam, part["correct"]))
+            worse = accuracy < self.worst.accuracy[rows]
+            self._worse.append((rows[worse], x_adv.cpu()[worse], accuracy[worse]))
             self._parts[batch_idx] = part
         self._seen += len(y)
         if self.on_progress is not None:
             self.on_progress(key, len(y))
         if batch_idx == self.num_batches - 1:
-            self._finish(key, ranks)
+            self._finish(self.done + dataloader_idx, key, ranks)
         if ranks.size > 1:
             ranks.stop_together(self.device)
 
-    def _finish(self, key: str, ranks: Ranks) -> None:
-        gathered = ranks.gather_objects((self._parts, self._seconds))
-        parts = {number: part for theirs, _ in gathered for number, part in theirs.items()}
-        in_order = [parts[number] for number in range(self.num_batches)]
+    def _finish(self, number: int, key: str, ranks: Ranks) -> None:
+        gathered = ranks.gather_objects((self._parts, self._worse, self._seconds))
+        parts = {index: part for theirs, _, _ in gathered for index, part in theirs.items()}
+        for rows, points, accuracy in (change for _, changes, _ in gathered for change in changes):
+            self.worst.points[rows] = points
+            self.worst.accuracy[rows] = accuracy
+        in_order = [parts[index] for index in range(self.num_batches)]
         arrays = {
             "correct": np.concatenate([part["correct"] for part in in_order], axis=-1),
             "ensemble": np.concatenate([part["ensemble"] for part in in_order], axis=-1),
-            "images": np.concatenate([part["images"] for part in in_order]),
-            "seconds": np.asarray(max(seconds for _, seconds in gathered)),
+            "seconds": np.asarray(max(seconds for _, _, seconds in gathered)),
         }
-        self.state.save(key, arrays, write=ranks.rank == 0)
-        self._parts, self._seconds, self._seen = {}, 0.0, 0
+        self.state.save(number, key, arrays, self.worst, write=ranks.rank == 0)
+        self._begin_pass()
 
 
 class _Loader:

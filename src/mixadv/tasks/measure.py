@@ -65,7 +65,6 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
             attacks,
             ball,
             seed=cfg.seed,
-            keep_images=EXAMPLES,
             state=EvaluationState(session.run_dir / STATE, mark),
             on_progress=advance,
             processes=trainer_settings(cfg, session.device),
@@ -79,7 +78,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         game=GameValue(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
         seconds={"evaluate": round(time.perf_counter() - started, 3)},
     )
-    _keep_examples(session.run_dir / records.EXAMPLES, record, session.data.class_names)
+    _keep_examples(session.run_dir / records.EXAMPLES, batches, record, session.data.class_names)
     return results, record.arrays()
 
 
@@ -119,15 +118,17 @@ class _Bar(AbstractContextManager[Any]):
         self.progress.stop()
 
 
-def _keep_examples(path: Path, record: EvaluationRecord, class_names: Sequence[str]) -> None:
+def _keep_examples(
+    path: Path, batches: Sequence[tuple[Tensor, Tensor]], record: EvaluationRecord, class_names: Sequence[str]
+) -> None:
     """Write the first images, their worst points, which members are right there, and which attack found the point."""
-    count = len(record.images["clean"])
-    found_by = record.found_by()[:count]
-    everything = {"clean": record.clean, **record.found}
+    assert record.worst_points is not None
+    found_by = record.found_by()[:EXAMPLES]
+    everything = {records.CLEAN: record.clean, **record.found}
     arrays = {
-        records.X: record.images["clean"],
-        records.X_ADV: np.stack([record.images[key][i] for i, key in enumerate(found_by)]),
-        records.LABELS: np.asarray([class_names[int(label)] for label in record.labels[:count]]),
+        records.X: torch.cat([x for x, _ in batches])[:EXAMPLES].cpu().numpy(),
+        records.X_ADV: record.worst_points[:EXAMPLES].numpy(),
+        records.LABELS: np.asarray([class_names[int(label)] for label in record.labels[:EXAMPLES]]),
         records.CORRECT: np.stack([everything[key][:, i] for i, key in enumerate(found_by)], axis=1),
         records.FOUND_BY: np.asarray(found_by),
     }
