@@ -1,7 +1,10 @@
 """Exact worst cases of mixtures of linear classifiers, in numpy and scipy alone.
 
-Member k answers with the sign of w_k·x + b_k, and a label y > 0 is the positive class (so labels {0, 1} and
-{-1, 1} both do). It errs at x' where its margin m_k(x') = s (w_k·x' + b_k), s = ±1 the sign of the label, is
+Two kinds: a few members of two classes, without a box, exact to rounding (`exact_worst_case`); any number of members
+and classes, with a box, where a member must be wrong by a margin (`worst_case_with_depth`).
+
+With two classes, member k answers with the sign of w_k·x + b_k, and a label y > 0 is the positive class (so labels
+{0, 1} and {-1, 1} both do). It errs at x' where its margin m_k(x') = s (w_k·x' + b_k), s = ±1 the sign of the label, is
 negative. The set S of members is foolable at x if some point of the ball makes all its margins negative, and
 
     max over the ball of sum_k lam_k 1[m_k < 0] = max over foolable S of sum of lam_k over S.
@@ -13,10 +16,11 @@ lines meet in a point, are decided by rounding; random instances are not of this
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp, nnls
 from torch import nn
 
 from mixadv.mixture import Mixture
@@ -226,3 +230,135 @@ def worst_cases_in_the_plane(W, b, y, x, eps, norm, lam):
     chosen = np.where(totals >= best - 1e-12, distance, -1.0).argmax(1)
     rows = np.arange(len(points))
     return totals[rows, chosen], points[rows, chosen]
+
+
+# --- any number of members and classes, with a box: wrong by a margin ------------------------------------------
+
+
+def worst_case_with_depth(W, b, y, x, eps, norm, lam, bounds=(0.0, 1.0), depth=0.01):
+    """The largest weight of members that are wrong together by a margin, at one point of ball and box.
+
+    Member k has the logits z_k = W_k x' + b_k. It is wrong by the margin if, for some class t != y,
+
+        (z_kt - z_ky)(x') >= depth eps ||w_kt - w_ky||_q,    q dual to the norm:
+
+    x' lies at least depth * eps beyond the boundary to class t. So no answer hangs on rounding. linf is solved as a
+    mixed-integer program, l2 by a tree over sets whose nodes are least-norm problems.
+
+    Args:
+        W: [L, C, d]; b: [L, C]; y: a label; x: [d]; lam: [L].
+        eps: the radius; norm: "l2" or "linf"; bounds: of the box, or None.
+
+    Returns:
+        (value, point [d]).
+    """
+    W, b, x, lam = (np.asarray(part, dtype=float) for part in (W, b, x, lam))
+    low, high = (-np.inf, np.inf) if bounds is None else bounds
+    # In units of eps the tolerances of the programs are relative to the radius.
+    boundaries = _Boundaries.of(W, b, y, x, norm, eps, depth)
+    solve = _by_integer_program if norm == "linf" else _by_tree
+    value, delta = solve(boundaries, (low - x) / eps, (high - x) / eps, lam)
+    return value, x + eps * delta
+
+
+class _Boundaries(NamedTuple):
+    """Boundary number i is passed by x + eps delta where normal_i · delta >= limit_i; it is one of member owner_i."""
+
+    normal: np.ndarray
+    limit: np.ndarray
+    owner: np.ndarray
+
+    @classmethod
+    def of(cls, W, b, y, x, norm, eps, depth):
+        """The boundaries between the label and every other class of every member, with the depth added."""
+        wrong = [t for t in range(W.shape[1]) if t != y]
+        slope, lead = W[:, wrong] - W[:, [y]], (W[:, [y]] - W[:, wrong]) @ x + b[:, [y]] - b[:, wrong]
+        size = np.abs(slope).sum(2) if norm == "linf" else np.linalg.norm(slope, axis=2)
+        owner = np.repeat(np.arange(len(W)), len(wrong))
+        return cls((slope / size[..., None]).reshape(len(owner), -1), (lead / (eps * size)).ravel() + depth, owner)
+
+
+def _by_integer_program(boundaries, low, high, lam):
+    """Maximise sum_i lam_owner(i) z_i: z_i = 1 asks for boundary i to be passed, at most one for each member."""
+    low, high = np.maximum(low, -1), np.minimum(high, 1)
+    least, most = (part(boundaries.normal * low, boundaries.normal * high).sum(1) for part in (np.minimum, np.maximum))
+    normal, limit, owner, least = (part[most >= boundaries.limit] for part in (*boundaries, least))
+    count, d = normal.shape
+    if not count:
+        return 0.0, np.zeros(d)
+    # Where z_i = 0 the constraint asks for no more than the least value of normal_i · delta in ball and box.
+    slack = np.maximum(limit - least, 0.0)
+    passed = LinearConstraint(np.hstack([normal, -np.diag(slack)]), limit - slack, np.inf)
+    one_each = LinearConstraint(np.hstack([np.zeros((len(lam), d)), np.eye(len(lam))[:, owner]]), -np.inf, 1.0)
+    found = milp(
+        np.r_[np.zeros(d), -lam[owner]],
+        integrality=np.r_[np.zeros(d), np.ones(count)],
+        bounds=Bounds(np.r_[low, np.zeros(count)], np.r_[high, np.ones(count)]),
+        constraints=[passed, one_each],
+        options={"mip_rel_gap": 0.0},
+    )
+    assert found.status == 0, found.message
+    return lam[owner[found.x[d:] > 0.5]].sum(), found.x[:d]
+
+
+def _by_tree(boundaries, low, high, lam):
+    """Branch and bound over sets of boundaries: the heaviest undecided member is wrong in one way, or left alone.
+
+    A boundary that cannot be passed together with one of those chosen is no longer offered. A node ends where all
+    that is offered could not beat the best set.
+    """
+    normal, limit, owner = boundaries
+
+    def reached(chosen):
+        delta = least_perturbation_in_box(normal[chosen], limit[chosen], low, high)
+        return delta if delta is not None and np.linalg.norm(delta) <= 1 else None
+
+    count = len(owner)
+    together = np.zeros((count, count), dtype=bool)
+    for i in range(count):
+        together[i, i] = limit[i] <= 1 and reached([i]) is not None
+        for j in range(i):
+            if together[i, i] and together[j, j] and owner[i] != owner[j]:
+                together[i, j] = together[j, i] = reached([i, j]) is not None
+    best, best_delta = -1.0, None
+
+    def visit(chosen, delta, offered):
+        nonlocal best, best_delta
+        passed = normal @ delta >= limit - 1e-9
+        value = lam[np.unique(owner[passed])].sum()
+        if value > best:
+            best, best_delta = value, delta
+        undecided = np.unique(owner[offered])
+        if lam[owner[chosen]].sum() + lam[undecided].sum() <= best + 1e-9:
+            return
+        k = undecided[np.argmax(lam[undecided])]
+        others = offered & (owner != k)
+        for i in np.flatnonzero(offered & (owner == k)):
+            moved = delta if passed[i] else reached([*chosen, i])
+            if moved is not None:
+                visit([*chosen, i], moved, others & together[i])
+        visit(chosen, delta, others)
+
+    visit([], np.zeros(len(low)), together.diagonal())
+    return best, best_delta
+
+
+def least_perturbation_in_box(G, limit, low, high):
+    """The delta of least l2 norm with G delta >= limit and low <= delta <= high; None where there is none.
+
+    Least distance programming by non-negative least squares (Lawson and Hanson, Solving Least Squares Problems, 1974,
+    chapter 23); sides of the box enter once they are crossed.
+    """
+    sides = np.eye(G.shape[1])
+    while True:
+        rows = np.vstack([G.T, limit])
+        target = np.r_[np.zeros(G.shape[1]), 1.0]
+        multipliers, residual = nnls(rows, target)
+        if residual < 1e-9:
+            return None
+        gap = rows @ multipliers - target
+        delta = -gap[:-1] / gap[-1]
+        over, under = delta > high + 1e-9, delta < low - 1e-9
+        if not (over | under).any():
+            return delta
+        G, limit = np.vstack([G, -sides[over], sides[under]]), np.r_[limit, -high[over], low[under]]

@@ -7,7 +7,7 @@ from torch import nn
 from builders.networks import WEIGHTS
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
-from oracles_linear import exact_worst_case, linear_mixture, signs, worst_cases_in_the_plane
+from oracles_linear import exact_worst_case, linear_mixture, signs, worst_case_with_depth, worst_cases_in_the_plane
 
 
 class LinearByRow(nn.Module):
@@ -113,3 +113,44 @@ def linear_examples(norm):
     best = np.array([1 - exact_worst_case(W, b, y[i], x[i], eps, norm, np.array(WEIGHTS))[0] for i in range(25)])
     mixture = linear_mixture(W, b, WEIGHTS)
     return mixture, torch.as_tensor(x), torch.as_tensor(y), ThreatModel(norm, eps, None), best
+
+
+class ManyLinearMembers:
+    """A mixture of L linear members with several classes on N points of the unit box, and the optimum of each point.
+
+    Classes are clouds around random means. Each member sees half of the coordinates and knows the means up to noise.
+    The sizes of the logits spread over three decades; the weights are drawn from a Dirichlet distribution.
+
+    Attributes: W [L, C, d], b [L, C], lam [L], mixture, x [N, d] and y [N] in float64, threat_model,
+        best [N]: the least expected accuracy where members count as wrong only 1 % of eps beyond their boundary.
+    """
+
+    def __init__(self, L, d, norm, eps, count, seed=0, num_classes=4):
+        random = np.random.default_rng([seed, L, d])
+        means = random.uniform(0.3, 0.7, (num_classes, d))
+        labels = random.integers(0, num_classes, count)
+        points = np.clip(means[labels] + 0.15 * random.normal(size=(count, d)), 0, 1)
+        seen = random.random((L, 1, d)) < 0.5
+        centres = (means + 0.05 * random.normal(size=(L, num_classes, d))) * seen
+        scale = 10 ** random.uniform(-1.5, 1.5, (L, 1))
+        self.W, self.b = scale[..., None] * centres, -scale * np.square(centres).sum(2) / 2
+        self.lam = random.dirichlet(np.ones(L))
+        self.x, self.y = torch.as_tensor(points), torch.as_tensor(labels)
+        self.threat_model = ThreatModel(norm, eps)
+        self.mixture = Mixture([linear_layer(*member) for member in zip(self.W, self.b, strict=True)], self.lam)
+        worst = [self.worst_case(i)[0] for i in range(count)]
+        self.best = 1.0 - np.array(worst)
+
+    def worst_case(self, i):
+        """The largest expected loss at point number i, and where."""
+        ball = self.threat_model
+        return worst_case_with_depth(
+            self.W, self.b, int(self.y[i]), self.x[i].numpy(), ball.eps, ball.norm, self.lam, ball.bounds
+        )
+
+
+def linear_layer(weight, bias):
+    """The member with logits W x + b, in the dtype of W [C, d] and b [C]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.as_tensor(weight).dtype)
+    layer.load_state_dict({"weight": torch.as_tensor(weight), "bias": torch.as_tensor(bias)})
+    return layer
