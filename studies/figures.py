@@ -142,6 +142,7 @@ ANSWERS: tuple[Column[Answer], ...] = (
     Column("low", "low", lambda a: a.difference.comparison.low),
     Column("high", "high", lambda a: a.difference.comparison.high),
     Column("num_examples", "images", lambda a: a.difference.comparison.num_examples),
+    Column("num_differing", "differing", lambda a: a.difference.comparison.num_differing),
     Column("verdict", "verdict", lambda a: a.difference.verdict),
 )
 
@@ -161,11 +162,12 @@ class Pair(NamedTuple):
     found: dict[str, Difference]
 
     def points(self, measure: str) -> str:
-        """A difference in percentage points with its interval."""
+        """A difference in percentage points with its interval, and the number of images that differ."""
         if measure not in self.found:
             return NONE
-        points, low, high = self.found[measure].comparison.in_points()
-        return f"{points} [{low}, {high}]"
+        comparison = self.found[measure].comparison
+        points, low, high = comparison.in_points()
+        return f"{points} [{low}, {high}] {comparison.num_differing}"
 
     @property
     def parts(self) -> str:
@@ -193,7 +195,7 @@ def answers_table(answers: Sequence[Answer]) -> Table[Pair]:
         Column("ahead", "ahead", lambda pair: pair.found[ALL].verdict, words=True),
     ]
     return Table(
-        "Differences in robust accuracy, points [95 % interval]",
+        "Differences in robust accuracy, points [95 % interval] images that differ",
         columns,
         pairs,
         caption="Paired by test image. Intervals cover the draw of test images, not of training seeds.\n"

@@ -17,6 +17,7 @@ from mixadv.report import read_run
 from mixadv.report.figures.solve import solution_figure
 from mixadv.report.solve import solution_sentences, solution_table
 from oracles_game import full_linear_program
+from oracles_intervals import paired_interval_by_weights
 
 FACTORY = """
 import torch
@@ -113,11 +114,8 @@ def test_the_table_the_certificate_and_what_holds_beyond_the_interval_are_printe
     with np.load(path / "records.npz") as arrays:
         difference = arrays["robust"] - arrays["robust uniform"]
     points = 100 * difference.mean()
-    half = 100 * 1.959963984540054 * difference.std(ddof=1) / np.sqrt(len(difference))
-    assert (
-        f"minus uniform mixture: {points:+.1f} points, 95 % interval [{points - half:+.1f}, {points + half:+.1f}]"
-        in (sentences[-1])
-    )
+    low, high = (100 * end for end in paired_interval_by_weights(difference))
+    assert f"minus uniform mixture: {points:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]" in (sentences[-1])
 
 
 def test_the_heading_counts_the_classifiers_of_the_table_when_the_weights_are_damaged(solved, tmp_path):

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy import stats
 
 from evaluated_run import write_results
 from mixadv.report import find_runs, report, sweep_table, write_table_csv
@@ -25,6 +24,7 @@ from mixadv.report.figures.sweep import sweep_figure
 from mixadv.report.files import read_run
 from mixadv.report.names import number
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, measured
+from oracles_intervals import paired_interval_by_weights
 
 SCRIPT = Path(__file__).resolve().parents[1] / "studies" / "figures.py"
 
@@ -226,9 +226,10 @@ def test_differences_against_numbers_worked_out_from_the_records(study: Path) ->
     for measure in (CLEAN, PGD, APGD, ALL, MEMBERS, GAP):
         each = [expected(measure, a, b) for a, b in zip(threes, ones, strict=True)]
         for seeds, values in (((0,), each[0]), ((1,), each[1]), ((0, 1), (each[0] + each[1]) / 2)):
-            low, high = stats.norm.interval(0.95, loc=values.mean(), scale=stats.sem(values))
-            assert got[seeds, measure][:3] == pytest.approx((values.mean(), low, high), abs=1e-12), (seeds, measure)
+            ends = paired_interval_by_weights(values)
+            assert got[seeds, measure][:3] == pytest.approx((values.mean(), *ends), abs=1e-12), (seeds, measure)
             assert got[seeds, measure].num_examples == COUNT
+            assert got[seeds, measure].num_differing == np.count_nonzero(np.round(values, 6))
     # The two parts are the whole, and a mixture is never below the mean of its members.
     for seeds in ((0,), (1,), (0, 1)):
         parts = got[seeds, MEMBERS].difference + got[seeds, GAP].difference

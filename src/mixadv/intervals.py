@@ -5,6 +5,8 @@ from math import sqrt
 import numpy as np
 
 NORMAL_QUANTILE_975 = 1.959963984540054
+# Records of version 0.1 hold sums of weights in float32.
+ROUNDING = 1e-6
 
 
 def confidence_interval(mean: float, count: int) -> tuple[float, float]:
@@ -29,11 +31,31 @@ def confidence_interval(mean: float, count: int) -> tuple[float, float]:
 
 
 def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """(low, mean, high) of the differences d [N] of two accuracies on the same N examples.
+    """(low, mean, high): the mean of the differences d [N] of two accuracies, in [-1, 1], with its 95 % interval.
 
-    The interval is mean(d) ± z s(d) / sqrt(N), with z the normal 97.5 % quantile and s the standard deviation with
-    divisor N - 1. If N = 1 its width is 0.
+    It is the normal interval after adding z^2 / 2 observations of -1 and as many of 1, z = 1.96: with n = N + z^2,
+    centre c = sum(d) / n and variance v = (sum(d^2) + z^2) / n - c^2 it is c ± z sqrt(v / n), cut at ±1. The added
+    observations stand for the large differences that a sample may lack if few images differ. Without them the interval
+    covers the truth in as few as 60 % of samples if 1 % of 100 to 500 images differ, and may be a single point.
+
+    For one proportion this is the interval of Agresti and Coull (Am. Stat. 52, 1998). Bonett and Price (J. Educ. Behav.
+    Stat. 37, 2012) carry that idea over to paired proportions, with one observation on each side. The number z^2 / 2
+    and the use for fractional differences rest on the simulations in tests/test_intervals.py.
+
+    Raises:
+        ValueError: N < 1, or a difference is outside [-1, 1].
     """
-    mean, count = float(differences.mean()), len(differences)
-    half = NORMAL_QUANTILE_975 * float(differences.std(ddof=1)) / sqrt(count) if count > 1 else 0.0
-    return mean - half, mean, mean + half
+    count, z2 = len(differences), NORMAL_QUANTILE_975**2
+    if count < 1:
+        raise ValueError("an interval needs at least one example")
+    if not (np.abs(differences) <= 1 + ROUNDING).all():
+        raise ValueError("differences of accuracies are numbers from -1 to 1")
+    centre = float(differences.sum()) / (count + z2)
+    variance = (float(np.square(differences).sum()) + z2) / (count + z2) - centre**2
+    half = NORMAL_QUANTILE_975 * sqrt(max(0.0, variance) / (count + z2))
+    return max(-1.0, centre - half), float(differences.mean()), min(1.0, centre + half)
+
+
+def num_differing(differences: np.ndarray) -> int:
+    """The number of examples whose two accuracies differ by more than rounding."""
+    return int((np.abs(differences) > ROUNDING).sum())

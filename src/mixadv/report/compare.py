@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixadv.intervals import paired_interval
+from mixadv.intervals import num_differing, paired_interval
 from mixadv.report.files import Run
 from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, Measured, measured
 
@@ -26,6 +26,7 @@ class Comparison(NamedTuple):
         difference, low, high: fractions.
         paired: whether it was computed image by image.
         num_examples: the number of test images; if unpaired, that of the first evaluation.
+        num_differing: the number of images on which the two accuracies differ; None if unpaired.
         note: why it is not paired, else "".
     """
 
@@ -34,6 +35,7 @@ class Comparison(NamedTuple):
     high: float
     paired: bool
     num_examples: int | None
+    num_differing: int | None
     note: str
 
     def in_points(self) -> tuple[str, str, str]:
@@ -43,7 +45,14 @@ class Comparison(NamedTuple):
     def in_words(self) -> str:
         """Difference and interval as part of a sentence."""
         points, low, high = self.in_points()
-        return f"{points} points, 95 % interval [{low}, {high}]"
+        return f"{points} points, 95 % interval [{low}, {high}]{self.counted}"
+
+    @property
+    def counted(self) -> str:
+        """How many images differ, as part of a sentence; "" if that is unknown."""
+        if self.num_differing is None:
+            return ""
+        return f" (paired: the two differ on {self.num_differing:,} of {self.num_examples:,} test images)"
 
     def verdict(self, higher: str, lower: str, neither: str = "no difference is shown") -> str:
         """`higher` or `lower` if the whole interval is on that side of 0, else `neither`."""
@@ -55,7 +64,7 @@ class Comparison(NamedTuple):
 def paired(differences: np.ndarray) -> Comparison:
     """The comparison of differences d [N] per image, see `paired_interval`."""
     low, mean, high = paired_interval(differences)
-    return Comparison(mean, low, high, True, len(differences), "")
+    return Comparison(mean, low, high, True, len(differences), num_differing(differences), "")
 
 
 # --- of one run --------------------------------------------------------------------------------------------
@@ -64,8 +73,8 @@ def paired(differences: np.ndarray) -> Comparison:
 def compare_with_baseline(run: Run) -> Comparison | None:
     """Mixture minus baseline; None without a baseline or without results of both.
 
-    If both have per-image robust accuracies a_i, b_i on the same N >= 2 test images, the interval is paired: with
-    d_i = a_i - b_i it is mean(d) ± z s(d) / sqrt(N), s with N - 1. Otherwise it is the normal approximation for
+    If both have per-image robust accuracies on the same test images, the interval is `paired_interval` of their
+    differences. Otherwise it is the normal approximation for
     independent estimates, with half width sqrt(h_a^2 + h_b^2) from the half widths of the two intervals. That is
     wider, because it ignores that both were measured on the same images. Both intervals cover the draw of the test
     images, not the training seed.
@@ -83,7 +92,7 @@ def compare_with_baseline(run: Run) -> Comparison | None:
     difference = run.robust.value - other.robust.value
     half_widths = [(ends[1] - ends[0]) / 2 for ends in (run.robust.ends, other.robust.ends) if ends]
     half = math.hypot(*half_widths) if len(half_widths) == 2 else math.nan
-    return Comparison(difference, difference - half, difference + half, False, run.num_examples, note)
+    return Comparison(difference, difference - half, difference + half, False, run.num_examples, None, note)
 
 
 def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
@@ -120,8 +129,8 @@ def baseline_sentence(run: Run) -> str:
     if result is None:
         return ""
     points, low, high = result.in_points()
-    how = "paired" if result.paired else f"unpaired, since {result.note}"
     count = "" if result.num_examples is None else f" over {result.num_examples:,} test images"
+    how = result.counted or f" (unpaired, since {result.note}{count})"
     if math.isnan(result.low):
         return (
             f"Mixture minus baseline: {points} points of robust accuracy; without intervals in results.json "
@@ -131,8 +140,7 @@ def baseline_sentence(run: Run) -> str:
         "the mixture is more robust than the baseline", "the mixture is less robust than the baseline"
     )
     return (
-        f"Mixture minus baseline: {points} points of robust accuracy, 95 % interval [{low}, {high}] "
-        f"({how}{count}): {verdict}. "
+        f"Mixture minus baseline: {points} points of robust accuracy, 95 % interval [{low}, {high}]{how}: {verdict}. "
         "The interval covers the draw of the test images, not the training seed."
     )
 

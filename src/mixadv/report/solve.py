@@ -108,8 +108,5 @@ def _differences(run: Run, rows: tuple[SolveRow, ...]) -> list[str]:
     for name, other in rivals.items():
         result = paired(found.accuracies[ALL] - other)
         verdict = result.verdict("the optimal mixture is more robust", "the optimal mixture is less robust")
-        sentences.append(
-            f"Test set: optimal mixture minus {name}: {result.in_words()}, paired over "
-            f"{len(other):,} images: {verdict}."
-        )
+        sentences.append(f"Test set: optimal mixture minus {name}: {result.in_words()}: {verdict}.")
     return sentences
