@@ -150,6 +150,18 @@ def test_every_solver_goes_with_every_experiment(compose, experiment, solver):
     assert instantiate(cfg.lambda_solver, "lambda_solver").attack_cost() >= 0
 
 
+def test_the_weights_of_the_theory_can_be_asked_for_on_the_command_line(compose):
+    """The paper's last iterate, the minimiser of the relaxation, and temperatures for each example."""
+    from mixadv.lambda_solvers import AcceleratedEntropic, OracleSubgradient
+    from mixadv.tasks.build import instantiate
+
+    cfg = compose("lambda_solver.select=last", "lambda_solver.num_steps=1", "lambda_solver.centred=true")
+    assert instantiate(cfg.lambda_solver, "lambda_solver") == OracleSubgradient(1, select="last", centred=True)
+    cfg = compose("lambda_solver=entropic", "lambda_solver.alpha=[0.1,1,0.5]", "lambda_solver.select=relaxed")
+    wanted = AcceleratedEntropic((0.1, 1.0, 0.5), num_steps=50, num_samples=8, select="relaxed")
+    assert instantiate(cfg.lambda_solver, "lambda_solver") == wanted
+
+
 @pytest.mark.parametrize("name", protocols())
 def test_protocols_that_build_on_others_are_what_hydra_makes_of_them(compose, name):
     assert compose(f"protocol={name}").protocol == shipped_protocol(name)

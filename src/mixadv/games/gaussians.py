@@ -215,7 +215,7 @@ class Gaussians(Playable):
         entropic = []
         for solver in self._entropic:
             entropic.append(entropic_errors(game, value, solver))
-            end = {"alpha": solver.alpha, "steps": self.num_steps, "error": entropic[-1][-1]}
+            end: dict[str, Any] = {"alpha": solver.alpha, "steps": self.num_steps, "error": entropic[-1][-1]}
             solvers.append({"solver": "entropic", **end})
             log(f"entropic solver, α = {solver.alpha:g}, {self.num_steps:,} steps")
         summary = {"eps": eps, "candidates_per_point": self.convergence_samples + 1, "v_lp": value, "solvers": solvers}

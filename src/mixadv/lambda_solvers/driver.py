@@ -35,6 +35,11 @@ class LambdaSolver(ABC):
     adapts: ClassVar[bool] = True
     recent_batches: int = 0
 
+    @property
+    def num_examples(self) -> int | None:
+        """The number N of examples that the settings are made for; None if they fit every game."""
+        return None
+
     def require_counts(self, **least: int) -> None:
         """Check settings that are counts, each with its least value.
 
@@ -135,9 +140,19 @@ def draw_pool(
     return pool
 
 
-def best_of(game: FiniteGame, candidates: Sequence[Tensor]) -> tuple[Tensor, float]:
+def require_selection(select: str, known: Sequence[str]) -> None:
+    """Check the setting `select`.
+
+    Raises:
+        ValueError: it is none of the selections `known`.
+    """
+    if select not in known:
+        raise ValueError(f"select must be one of {', '.join(known)}, got {select!r}")
+
+
+def best_of(game: Game, candidates: Sequence[Tensor]) -> tuple[Tensor, float]:
     """The weights of least value among `candidates` (the first on ties), and that value."""
-    values = [game.value(lam) for lam in candidates]
+    values = [respond(game, lam).value for lam in candidates]
     best = min(range(len(values)), key=values.__getitem__)
     return candidates[best], values[best]
 

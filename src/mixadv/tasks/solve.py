@@ -71,6 +71,11 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     attacks, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
     session = Session.begin(cfg, run_dir)
     x, y = _validation_images(session)
+    if solver.num_examples not in (None, len(y)):
+        raise UserError(
+            f"lambda_solver.alpha has {solver.num_examples} temperatures, but the validation split has {len(y)} "
+            "images: give one for each, or one number for all"
+        )
     members = load_members(session, sources, x[:8])
     if len(members) < 2:
         raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
