@@ -2,5 +2,6 @@
 
 - `base`: what every game has, and the values of a finite game with the order that the theory gives them.
 - `motivating`: two threshold classifiers on the line, in fractions. Both players gain by randomising.
-- `gaussians`: random linear classifiers on three Gaussians in the plane, on sampled perturbations.
+- `gaussians`: random linear classifiers on three Gaussians in the plane, on whole balls.
+- `cells`: balls in the plane cut by lines, and the finite game on the cells.
 """

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mixadv.game import FiniteGame
@@ -99,6 +100,46 @@ def solve_values(game: FiniteGame) -> GameValues:
             f"(the linear program ended with {solution.status!r})"
         )
     return GameValues(v_rand, v_det, dual, max(v_rand - dual, 0.0), violation, solution.weights, solution.status)
+
+
+def best_constant(labels: Tensor, masses: Tensor | None = None) -> float:
+    """The risk of the best constant classifier, which no attacker can change: 1 minus the largest mass of a class.
+
+    Args:
+        labels: [N].
+        masses: [N]; None means 1/N each.
+    """
+    masses = torch.full((len(labels),), 1 / len(labels), dtype=torch.float64) if masses is None else masses
+    _, classes = labels.unique(return_inverse=True)
+    return 1.0 - torch.zeros(int(classes.max()) + 1, dtype=torch.float64).index_add_(0, classes, masses).max().item()
+
+
+def best_vote(game: FiniteGame, positive: Tensor, weights: Tensor) -> tuple[float, float]:
+    """The least adversarial risk of a vote of two-class members: +1 iff members of total weight above a predict +1.
+
+    At a point of class +1 whose worst expected loss is r, the attacker can lower the share of +1 to 1 - r: the vote is
+    wrong iff 1 - r <= a. At a point of class -1 it is wrong iff r > a. The mean of these risks over a in [0, 1) is
+    R(weights), so the best one is at most R(weights) (Gnecco-Heredia et al., NeurIPS 2023). The game must hold the 0/1
+    losses of the whole ball, or the vote is attacked on the game's points only.
+
+    Args:
+        game: 0/1 losses [N, m, L].
+        positive: [N] bool, the examples of class +1.
+        weights: [L].
+
+    Returns:
+        The risk, and the least best threshold a in [0, 1).
+    """
+    choice = game.best_response(weights).choice
+    assert choice is not None, "a finite game names its choices"
+    worst = game.losses[torch.arange(game.num_examples), choice].to(torch.float64) @ weights
+    # Sums of the same weights in another order differ by rounding.
+    reached = torch.where(positive, 1.0 - worst, worst).round(decimals=9)
+    thresholds = torch.cat([torch.zeros(1, dtype=torch.float64), reached[reached < 1]]).unique()
+    wrong = torch.where(positive[:, None], reached[:, None] <= thresholds, reached[:, None] > thresholds)
+    risks = game.masses @ wrong.to(torch.float64)
+    best = int(risks.argmin())
+    return risks[best].item(), thresholds[best].item()
 
 
 def exact_radius(key: str, value: float | str) -> Fraction:

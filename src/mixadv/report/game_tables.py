@@ -18,6 +18,9 @@ from mixadv.report.cells import NONE, add_row, new_table, print_whole
 from mixadv.report.files import Run
 from mixadv.report.names import group_name, short_names
 
+# Deterministic classifiers that are no members: keys of a run -> headings, and words.
+COUNTERPARTS = {"best_constant": "constant", "best_vote": "vote"}
+WORDS = {"best_constant": "a constant answer", "best_vote": "a vote of the members"}
 ANEW = "run the game again with resume=never"
 # Raised when the results have not the form that task=game writes.
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -125,32 +128,52 @@ def _motivating(game: dict[str, Any]) -> tuple[Table, list[str]]:
 def _any_game(game: dict[str, Any], title: str = "", caption: str = "") -> tuple[Table, list[str]]:
     """The values at every radius, for any game with the entries of `played["runs"]`."""
     draws = len({run["draw"] for run in game["runs"]})
-    which = f"{draws} draws, mean [min, max]" if draws > 1 else "one draw"
-    headings = ["ε", "D", "V_rand", "V_det", "V_det − V_rand", "largest gap"]
-    table = new_table(f"{title or game['name']}, {which}", headings, caption=caption)
+    others = [(key, label) for key, label in COUNTERPARTS.items() if all(key in run for run in game["runs"])]
+    gain = ["V_det\n−V_rand", *["least–most"] * (draws > 1)]
+    headings = ["ε", "D", "V_rand", "V_det", *gain, *(label for _, label in others), "largest\ngap"]
+    look: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    which = f"means of {draws} draws" if draws > 1 else "one draw"
+    table = new_table(f"{title or game['name']}, {which}", headings, caption=caption, **look)
     for eps, runs in runs_by_radius(game).items():
         # Without the maximum a rounding error prints as -0.0000.
         gains = [max(run["v_det"] - run["v_rand"], 0.0) for run in runs]
-        gain = f"{sum(gains) / len(gains):.4f}" + (f" [{min(gains):.4f}, {max(gains):.4f}]" if len(gains) > 1 else "")
-        values = [_mean(runs, key) for key in ("dual", "v_rand", "v_det")]
-        table.add_row(f"{eps:g}", *values, gain, _tiny(max(run["gap"] for run in runs)))
+        cells = [_mean(runs, key) for key in ("dual", "v_rand", "v_det")]
+        cells += [f"{sum(gains) / len(gains):.4f}", *[f"{min(gains):.3f}–{max(gains):.3f}"] * (draws > 1)]
+        cells += [_mean(runs, key) for key, _ in others]
+        table.add_row(f"{eps:g}", *cells, _tiny(max(run["gap"] for run in runs)))
     worst = _tiny(max(run["violation"] for run in game["runs"]))
-    return table, [f"D ≤ V_rand ≤ V_det holds in all {len(game['runs'])} games (largest violation {worst})."]
+    lines = [f"D ≤ V_rand ≤ V_det holds in all {len(game['runs'])} games (largest violation {worst})."]
+    return table, lines + [_against_counterparts(game["runs"])] * bool(others)
+
+
+def _against_counterparts(runs: list[dict[str, Any]]) -> str:
+    """Where mixing helps: how often one deterministic classifier, which is no member, is better still."""
+    pays = [run for run in runs if run["v_det"] - run["v_rand"] > 1e-3]
+    if not pays:
+        return "Mixing gains nothing in these games."
+    better = {key: sum(run[key] < run["v_rand"] - 1e-7 for run in pays) for key in COUNTERPARTS if key in pays[0]}
+    said = ", ".join(f"{WORDS[key]} in {count}" for key, count in better.items())
+    return (
+        f"The best mixture beats the best member by more than 0.001 in {len(pays)} games. One deterministic classifier "
+        f"beats it there too: {said}."
+    )
 
 
 def _gaussians(game: dict[str, Any]) -> tuple[Table, list[str]]:
+    samples = game["num_samples"]
+    attacker = "the attacker has whole balls" if samples is None else f"the attacker has {samples:,} points per ball"
     table, lines = _any_game(
         game,
         f"{game['num_classifiers']} linear classifiers on three Gaussians",
-        f"{game['num_points']:,} points, {game['candidates_per_point']:,} perturbations each:\n"
-        "lower estimates of the values on whole balls",
+        f"Error rates on {game['num_points']:,} points; {attacker}"
+        + ("." if samples is None else ":\nlower estimates of the values on whole balls."),
     )
     if 0 in game["eps"]:
         lines.append("V_rand = V_det at ε = 0, as it must be.")
     found = game["convergence"]
     lines.append(
         f"R(best weights) − V_LP after {found['solvers'][0]['steps']:,} steps at ε = {found['eps']:g} "
-        f"({found['candidates_per_point']} perturbations per point, V_LP = {found['v_lp']:.4f}):"
+        f"(first draw, V_LP = {found['v_lp']:.4f}):"
     )
     for entry in found["solvers"]:
         solver = entry["solver"] + ("" if entry["alpha"] is None else f", α = {entry['alpha']:g}")

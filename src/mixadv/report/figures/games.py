@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 POSITIVE, NEGATIVE, ATTACK = CLEAN_COLOUR, ROBUST_COLOUR, VALUE_COLOUR
 MIXTURE, GREY = MEMBER_COLOURS[0], "#666666"
-_LEGEND: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 11, "handlelength": 2.6}
+_LEGEND: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "fontsize": 11, "handlelength": 2.6}
+_LEGEND |= {"labelspacing": 0.3}
 _FLOOR = 1e-7  # smaller errors are not drawn
 
 
@@ -177,18 +178,19 @@ def gaussians_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fig
 
     Its axes are labelled "plane", "convergence" and "values".
     """
-    figure = new_figure(6.8, f"The best mixture of {game['num_classifiers']} random linear classifiers under attack")
-    found, count = game["convergence"], game["draws"]
-    _draw_plane(figure, figure.add_axes((0.035, 0.335, 0.3, 0.535), label="plane"), game, arrays)
-    _draw_convergence(figure.add_axes((0.405, 0.335, 0.255, 0.535), label="convergence"), game, arrays)
-    _draw_values(figure.add_axes((0.725, 0.335, 0.258, 0.535), label="values"), game)
+    figure = new_figure(7.0, f"The best mixture of {game['num_classifiers']} random linear classifiers under attack")
+    count, samples = game["draws"], game["num_samples"]
+    _draw_plane(figure, figure.add_axes((0.035, 0.355, 0.3, 0.525), label="plane"), game, arrays)
+    _draw_convergence(figure.add_axes((0.405, 0.355, 0.255, 0.525), label="convergence"), game, arrays)
+    _draw_values(figure.add_axes((0.725, 0.355, 0.258, 0.525), label="values"), game)
     footnote(
         figure,
-        f"{game['num_points']:,} points; the attacker chooses among the point and {game['candidates_per_point'] - 1:,} "
-        f"random points within ε ({found['candidates_per_point'] - 1:,} in the middle); with the whole ball the values "
-        "would be at least as large. Middle: how far the iterative solvers are from the exact V_rand; the "
-        "entropic one minimises a smoothed risk and need only come within α log m"
-        + (f". Right: mean, minimum and maximum over {count} draws." if count > 1 else "."),
+        f"{game['num_points']:,} points; the attacker moves each within ε"
+        + (", anywhere." if samples is None else f", to one of {samples:,} random points: lower estimates.")
+        + " Middle: how far the iterative solvers are from the exact V_rand; the entropic one minimises a smoothed "
+        "risk and need only come within α log m. The best vote predicts +1 where members of more than a certain total "
+        "weight do; with two classes some such vote is never worse than the mixture."
+        + (f" Right: mean, minimum and maximum over {count} draws." if count > 1 else ""),
     )
     return figure
 
@@ -216,7 +218,9 @@ def _draw_plane(figure: Figure, axes: Axes, game: dict[str, Any], arrays: dict[s
     axes.set(xlim=(left, right), ylim=(low, high), title=f"Best mixture at ε = {game['show_eps']:g}, first draw")
     axes.grid(visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, markerscale=2, fontsize=11, columnspacing=1)
-    bar = figure.colorbar(image, cax=figure.add_axes((0.075, 0.2, 0.22, 0.022), label="bar"), orientation="horizontal")
+    bar = figure.colorbar(
+        image, cax=figure.add_axes((0.075, 0.225, 0.22, 0.022), label="bar"), orientation="horizontal"
+    )
     bar.ax.tick_params(labelsize=11)
     bar.ax.grid(visible=False)
     bar.set_label("probability of predicting +1\n(lines: classifiers; thicker means more weight)", fontsize=11)
@@ -249,15 +253,19 @@ def _draw_values(axes: Axes, game: dict[str, Any]) -> None:
     by_radius = runs_by_radius(game)
     eps = list(by_radius)
     for name, label, look in (
-        ("v_det", "V_det, best classifier alone", {"color": VALUE_COLOUR, "marker": "s"}),
-        ("v_rand", "V_rand, best mixture", {"color": MIXTURE, "marker": "o"}),
+        ("v_det", "V_det, best member alone", {"color": VALUE_COLOUR, "marker": "s"}),
+        ("v_rand", "V_rand, best mixture of the members", {"color": MIXTURE, "marker": "o"}),
         ("dual", "D, what the attacker is sure of", {"color": "black", "linestyle": DASHES[2], "linewidth": 1.8}),
+        ("best_vote", "best vote of the members", {"color": CLEAN_COLOUR, "marker": "^", "linestyle": DASHES[1]}),
+        ("best_constant", "best constant answer", {"color": ROBUST_COLOUR, "linestyle": DASHES[3]}),
     ):
+        if not all(name in run for runs in by_radius.values() for run in runs):
+            continue
         values = np.array([[run[name] for run in runs] for runs in by_radius.values()])
         axes.plot(eps, values.mean(1), markersize=5, label=label, **look)
-        if name != "dual":
+        if name in ("v_det", "v_rand"):
             axes.fill_between(eps, values.min(1), values.max(1), color=look["color"], alpha=0.22, linewidth=0)
-    axes.set(ylim=(0, 1), ylabel="error rate under attack", title="Best classifier and best mixture")
+    axes.set(ylim=(0, 1), ylabel="error rate under attack", title="What each can reach")
     axes.margins(x=0.03)
     axes.set_xlabel("ε, how far the attacker can move a point", labelpad=1)
     axes.legend(**_LEGEND)
