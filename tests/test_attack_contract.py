@@ -359,8 +359,11 @@ def test_wrong_batches_are_refused(case):
     for bad_x, bad_y, message in [
         (x.half(), y, "float32"),
         ((255 * x).to(torch.uint8), y, "float32"),
-        (x, y[:-1], "do not match"),
-        (x[:, 0, 0, 0], y, "do not match"),
+        (x, y[:-1], "labels have shape (5,): expected (6,)"),
+        (x[:, 0, 0, 0], y, "expected a batch"),
+        (x, y + 4, "is none of the 4 classes"),
+        (x, y - 4, "is none of the 4 classes"),
+        (x, y[:, None], "labels have shape (6, 1)"),
         (x, y.float(), "labels"),
         (x, y > 1, "labels"),
         # For training it is not asked, because the answer would wait for the device.

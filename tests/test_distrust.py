@@ -28,6 +28,7 @@ from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 NAMES = [
+    "non-finite-logits",
     *("zero-gradients", "probabilities", "random-outputs", "batch-dependent", "black-box-beats-white-box"),
     *("noise-beats-pgd", "more-steps-do-not-hurt", "larger-eps-does-not-hurt", "ce-and-dlr-disagree"),
     *("robust-above-clean", "survives-grey"),

@@ -47,18 +47,29 @@ ALLOWED = {
     "games": {"simplex", "game", "lambda_solvers", "seeding", "threat_model"},
     # The network wing.
     "threat_model": set(),
-    "losses": set(),
+    "correctness": set(),
+    "losses": {"correctness"},
     "models": set(),
     "data": {"files", "seeding"},
-    "mixture": {"simplex"},
-    "attacks": {"mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
+    "mixture": {"correctness", "simplex"},
+    "attacks": {"correctness", "mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
     # Where they meet.
-    "mixture_game": {"attacks", "game", "losses", "mixture", "threat_model"},
+    "mixture_game": {"attacks", "correctness", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "seeding", "signals"}
-    | {"checkpoint_files", "console", "files", "intervals", "records", "results", "tensor_files", "threat_model"},
+    | {
+        "checkpoint_files",
+        "console",
+        "correctness",
+        "files",
+        "intervals",
+        "records",
+        "results",
+        "tensor_files",
+        "threat_model",
+    },
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
-        *("checkpoint_files", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
+        *("checkpoint_files", "correctness", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
     },
     # What watches, keeps and shows.
     "checkpoint_files": {"files"},

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from builders.networks import WEIGHTS, untrained_mixture
+from builders.refusals import refusal
+from mixadv.attacks import PGD
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.models import build_member
+from mixadv.threat_model import ThreatModel
 
 
 class Table(nn.Module):
@@ -130,10 +133,98 @@ def test_predictions_are_drawn_per_example():
 def test_predictions_are_those_of_the_drawn_members(tables):
     mixture, x, logits = tables
     x = x.repeat(40, 1)
-    answers = mixture.predict(x, torch.Generator().manual_seed(1))
+    answers = mixture.predict(x, torch.Generator().manual_seed(1), bounds=None)
     drawn = mixture.sample_members(200, torch.Generator().manual_seed(1))
     expected = logits.argmax(-1)[drawn, x[:, 0].long()]
     assert torch.equal(answers, expected)
+
+
+class Returns(nn.Module):
+    """A linear classifier whose logits a function changes."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), change
+
+    def forward(self, x):
+        return self.change(self.net(x))
+
+
+def half_inside():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).half()
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (lambda: Returns(lambda z: (z, z)), "member 1 returns a tuple: expected logits"),
+        (lambda: Returns(lambda z: {"logits": z}), "member 1 returns a dict: expected logits"),
+        (lambda: Returns(lambda z: z.argmax(1)), "member 1 returns torch.int64: expected logits in float32"),
+        (lambda: Returns(lambda z: z.half()), "member 1 returns torch.float16: expected logits in float32"),
+        (lambda: Returns(lambda z: z.bfloat16()), "member 1 returns torch.bfloat16"),
+        (lambda: Returns(lambda z: z[0]), "member 1 returns (4,) for"),
+        (half_inside, "member 1 has parameters in torch.float16: convert it with member.float()"),
+    ],
+)
+def test_members_that_return_no_logits_are_named(member, message):
+    x, y = torch.rand(6, 3, 2, 2), torch.arange(6) % 4
+    mixture = Mixture([nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), member()])
+    for call in (
+        lambda: PGD(2)(mixture, x, y, ThreatModel("linf", 0.1)),
+        lambda: mixture.expected_accuracy(x, y),
+        lambda: mixture(x),
+        lambda: mixture.predict(x, torch.Generator().manual_seed(0)),
+    ):
+        assert refusal(call, error=ValueError).startswith(message)
+
+
+def test_half_precision_is_allowed_under_autocast():
+    x = torch.rand(6, 3, 2, 2)
+    mixture = Mixture([nn.Sequential(nn.Flatten(), nn.Linear(12, 4)) for _ in range(3)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixture.member_logits(x).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_modules_without_an_eval_mode_are_refused_and_others_work():
+    x, y = torch.rand(6, 3, 2, 2), torch.arange(6) % 4
+    ball = ThreatModel("linf", 0.1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    scripted = torch.jit.script(net)
+    expected = PGD(2, start="none")(Mixture([net]), x, y, ball)
+    for same in (scripted, nn.DataParallel(net)):
+        assert torch.equal(PGD(2, start="none")(Mixture([same]), x, y, ball), expected)
+    assert "frozen TorchScript" in refusal(Mixture, [net, torch.jit.freeze(scripted)], error=ValueError)
+    exported = Mixture([torch.export.export(net, (x,)).module()])
+    assert "no eval mode" in refusal(PGD(2), exported, x, y, ball, error=ValueError)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.full((2, 3, 2, 2), 128.0), "outside [0, 1]"),
+        (torch.full((2, 3, 2, 2), -0.01), "outside [0, 1]"),
+        (torch.full((2, 3, 2, 2), float("nan")), "not finite"),
+        (torch.zeros(2, 3, 2, 2, dtype=torch.uint8), "images are torch.uint8"),
+        (torch.zeros(2, 3, 2, 2, dtype=torch.float16), "images are torch.float16"),
+        (np.zeros((2, 3, 2, 2), np.float32), "images are a ndarray"),
+        (torch.zeros(12), "expected a batch [B, ...]"),
+        (torch.zeros(3, 2, 2), "cannot take images (2, 2)"),
+        (torch.zeros(2, 3, 4, 4), "cannot take images (3, 4, 4)"),
+    ],
+)
+def test_predict_refuses_what_is_no_batch_of_images(x, message):
+    mixture = Mixture([nn.Sequential(nn.Flatten(), nn.Linear(12, 4)) for _ in range(3)])
+    said = refusal(mixture.predict, x, error=ValueError)
+    assert message in said
+    assert "\n" not in said
+
+
+def test_other_boxes_can_be_named():
+    mixture = Mixture([nn.Sequential(nn.Flatten(), nn.Linear(12, 4)) for _ in range(3)])
+    x = torch.full((2, 3, 2, 2), 7.5)
+    assert mixture.predict(x, bounds=(0, 8)).shape == mixture.predict(1e6 * x, bounds=None).shape == (2,)
+    assert "outside [0, 7]" in refusal(mixture.predict, x, bounds=(0, 7), error=ValueError)
 
 
 def test_weights_are_replaced_in_place(tables):

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.optim import SGD
 
 from builders.data import digits_module, set_up
@@ -460,6 +461,38 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(digits, t
     message = poisoned(digits, tmp_path, Poison(6), check_every=check_every)
     assert "not finite at step 6" in message
     assert "optimizer.lr (now at 0.1)" in message
+
+
+class Gap(nn.Module):
+    """A linear classifier without a finite answer for some images; its cross-entropy does not see that."""
+
+    def __init__(self, lost):
+        super().__init__()
+        self.net, self.lost = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), lost
+
+    def forward(self, x):
+        eleventh = torch.where(self.lost(x), -math.inf, 0.0)
+        return torch.cat([self.net(x), eleventh[:, None]], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [("train", "a logit was not finite at step 1"), ("val", "member 1 has logits that are not finite on")],
+)
+def test_answers_that_are_not_there_stop_a_training(digits, split, message):
+    digits.setup("fit")
+    validated = (digits.val_images / 255).flatten(1)
+    lost = {
+        "train": lambda x: x.mean((1, 2, 3)) > 0.3,
+        "val": lambda x: (torch.cdist(x.flatten(1), validated) == 0).any(1),
+    }
+    torch.manual_seed(0)
+    members = [nn.Sequential(nn.Flatten(), nn.Linear(64, 11)), Gap(lost[split])]
+    module = training(Mixture(members), kind="shared")
+    module.validation_attack = PGD(num_steps=1)
+    with pytest.raises(UserError, match=message) as caught:
+        fit(module, digits, 2, validate=True)
+    assert "logarithm, division or root" in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_validation(digits, tmp_path):

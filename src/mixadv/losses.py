@@ -14,6 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mixadv.correctness import check_classes, correct
+
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """Logits in half precision as float32, others unchanged."""
@@ -21,11 +23,17 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def _labels(logits: Tensor, y: Tensor) -> Tensor:
-    """Labels [B] -> [..., B, 1], for `gather` along the classes."""
+    """Labels [B] -> [..., B, 1], for `gather` along the classes.
+
+    ValueError for other shapes and, on the CPU, for labels that are no classes; reading them from a GPU would make the
+    training wait.
+    """
     if logits.ndim < 2 or y.shape != logits.shape[-2:-1]:
         raise ValueError(
             f"logits {tuple(logits.shape)} and labels {tuple(y.shape)} differ: expected [..., B, C] and [B]"
         )
+    if y.device.type == "cpu":
+        check_classes(y, logits.shape[-1])
     return y.expand(logits.shape[:-1]).unsqueeze(-1)
 
 
@@ -84,8 +92,8 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def zero_one(logits: Tensor, y: Tensor) -> Tensor:
-    """1 if the largest logit is not that of y, else 0, in float32 (argmax decides between equal logits)."""
-    return (logits.argmax(-1) != _labels(logits, y).squeeze(-1)).float()
+    """1 where the answer is wrong, else 0, in float32; see `mixadv.correctness.correct`."""
+    return 1 - correct(logits, _labels(logits, y).squeeze(-1)).float()
 
 
 ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

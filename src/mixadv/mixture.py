@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadv.correctness import answered, as_labels, check_classes, correct
 from mixadv.simplex import is_distribution
 
 # In smaller batches PyTorch's convolutions on CPUs choose other kernels, which need compiled graphs of their own.
 SMALL_BATCH = 16
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Mixture(nn.Module):
@@ -25,11 +27,13 @@ class Mixture(nn.Module):
 
     A mixture defines two classifiers. The *randomized* one draws a member for each answer; its accuracy on an example
     is the finite sum `expected_accuracy`. The *ensemble* answers with the argmax of the averaged probabilities
-    (`forward`, `ensemble_accuracy`). An attack on one of them says little about the other.
+    (`forward`, `ensemble_accuracy`): its averaged twin. So ``mixture(x)`` is the twin's answer, not that of the
+    randomized classifier, which is `predict(x)`; an attack on one of them says little about the other.
 
     No method changes train or eval mode: measure in eval mode, or inside `attack_mode()`.
 
-    Raises ValueError if there are no members, a member is no module, or the weights are no distribution over them.
+    Raises ValueError if there are no members, a member is no module or frozen TorchScript, or the weights are no
+    distribution over them.
     """
 
     weights: Tensor
@@ -42,6 +46,8 @@ class Mixture(nn.Module):
         for k, member in enumerate(members):
             if not isinstance(member, nn.Module):
                 raise ValueError(f"member {k} is a {type(member).__name__}, not a torch.nn.Module")
+            if not all(hasattr(module, "training") for module in member.modules()):
+                raise ValueError(f"member {k} is frozen TorchScript, which has no eval mode: give it before freezing")
         self.members = nn.ModuleList(members)
         device = next((p.device for p in self.members.parameters()), None)
         uniform = torch.full((len(members),), 1.0 / len(members), dtype=torch.float64)
@@ -136,8 +142,23 @@ class Mixture(nn.Module):
         return self.stack_logits([self.logits_of(k, x) for k in range(self.num_members)])
 
     def logits_of(self, k: int, x: Tensor) -> Tensor:
-        """The logits of member k, [B, C]; ValueError if it returns another shape."""
-        z: Tensor = self.members[k](x)
+        """The logits of member k, [B, C]; ValueError if it returns anything else.
+
+        Half precision is too coarse to measure in, and is allowed under autocast only.
+        """
+        try:
+            z: Tensor = self.members[k](x)
+        except RuntimeError as error:
+            if halves := sorted({str(p.dtype) for p in self.members[k].parameters() if p.dtype in HALF}):
+                raise ValueError(f"member {k} has parameters in {halves[0]}: convert it with member.float()") from error
+            raise
+        if not isinstance(z, Tensor):
+            raise ValueError(
+                f"member {k} returns a {type(z).__name__}: expected logits [batch, classes]; wrap it in a module that "
+                "returns these alone"
+            )
+        if not z.is_floating_point() or (z.dtype in HALF and not torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"member {k} returns {z.dtype}: expected logits in float32 or float64")
         if z.ndim != 2 or z.shape[0] != x.shape[0]:
             raise ValueError(f"member {k} returns {tuple(z.shape)} for {x.shape[0]} inputs: expected [batch, classes]")
         return z
@@ -154,7 +175,10 @@ class Mixture(nn.Module):
         return torch.stack(list(logits))
 
     def forward(self, x: Tensor) -> Tensor:
-        """log sum_k lambda_k softmax(f_k(x)), the log-probabilities of the averaged prediction, [B, C]."""
+        """log sum_k lambda_k softmax(f_k(x)), the log-probabilities of the averaged twin, [B, C].
+
+        This is not the randomized classifier: that is `predict`, and its accuracy is `expected_accuracy`.
+        """
         return self.log_average(self.member_logits(x))
 
     def log_average(self, logits: Tensor) -> Tensor:
@@ -173,13 +197,23 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def expected_accuracy(self, x: Tensor, y: Tensor) -> Tensor:
-        """sum_k lambda_k 1[f_k(x) = y] per example, [B]: the probability that the drawn member is right."""
-        return self.expectation(self.member_logits(x).argmax(-1) == y)
+        """sum_k lambda_k 1[f_k(x) = y] per example, [B]: the probability that the drawn member is right.
+
+        Labels y [B] have any integer type. A member whose logits are not all finite is wrong.
+
+        Raises:
+            ValueError: labels of another shape or type, or that are no classes.
+        """
+        y, logits = as_labels(y, len(x)), self.member_logits(x)
+        check_classes(y, logits.shape[-1])
+        return self.expectation(correct(logits, y))
 
     @torch.no_grad()
     def ensemble_accuracy(self, x: Tensor, y: Tensor) -> Tensor:
-        """Whether the argmax of the averaged probabilities is y, [B] bool."""
-        return self(x).argmax(-1) == y
+        """Whether the argmax of the averaged probabilities is y, [B] bool; arguments as for `expected_accuracy`."""
+        y, average = as_labels(y, len(x)), self(x)
+        check_classes(y, average.shape[-1])
+        return correct(average, y)
 
     def sample_members(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n independent draws from lambda, [n] long."""
@@ -187,17 +221,39 @@ class Mixture(nn.Module):
         return torch.multinomial(lam, n, replacement=True, generator=generator).to(self.weights.device)
 
     @torch.no_grad()
-    def predict(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        bounds: tuple[float, float] | None = (0.0, 1.0),
+    ) -> Tensor:
         """The randomized classifier's answers, [B] labels: a member is drawn independently for each example.
 
-        A member is evaluated only on the examples that drew it, so the cost is that of one network.
+        A member is evaluated only on the examples that drew it, so the cost is that of one network. The label is -1,
+        which is none, where the logits of the drawn member are not all finite.
+
+        Args:
+            x: images [B, ...], float32 or float64.
+            generator: of the draws.
+            bounds: the box in which images must lie; None for inputs without a box.
+
+        Raises:
+            ValueError: x is no such batch, or a member does not take images of this shape.
         """
+        _check_images(x, bounds)
         drawn = self.sample_members(len(x), generator).to(x.device)
         labels = torch.empty(len(x), dtype=torch.long, device=x.device)
-        for k, member in enumerate(self.members):
+        for k in range(self.num_members):
             (mine,) = torch.nonzero(drawn == k, as_tuple=True)
             if len(mine):
-                labels[mine] = member(x[mine]).argmax(-1)
+                try:
+                    logits = self.logits_of(k, x[mine])
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(f"member {k} cannot take images {tuple(x.shape[1:])}: {reason}") from error
+                labels[mine] = torch.where(answered(logits), logits.argmax(-1), -1)
         return labels
 
     @contextmanager
@@ -220,7 +276,11 @@ class Mixture(nn.Module):
             for name, buffer in module.named_buffers(recurse=False)
         ]
         try:
-            self.eval()
+            try:
+                self.eval()
+            except NotImplementedError as error:
+                # What torch.export makes.
+                raise ValueError(f"a member has no eval mode ({error}): give the module it was made from") from error
             self.requires_grad_(False)
             with _reference_precision(self.weights.device) if plain else nullcontext():
                 yield
@@ -292,7 +352,23 @@ def _reference_precision(device: torch.device) -> Iterator[None]:
 def log_average(logits: Tensor, weights: Tensor) -> Tensor:
     """log sum_k lambda_k softmax(logits_k) for weights [L]: [L, B, C] -> [B, C], at least float32."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return torch.logsumexp(logits.log_softmax(-1) + weights.to(logits).log()[:, None, None], dim=0)
+    weights = weights.to(logits)[:, None, None]
+    # A member that is never drawn has no part in the average, whatever it answers.
+    terms = (logits.log_softmax(-1) + weights.log()).masked_fill(weights == 0, -torch.inf)
+    return torch.logsumexp(terms, dim=0)
+
+
+def _check_images(x: Tensor, bounds: tuple[float, float] | None) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        found = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"images are {found}: expected a tensor in float32 or float64")
+    if x.ndim < 2:
+        raise ValueError(f"images have shape {tuple(x.shape)}: expected a batch [B, ...]")
+    low, high = bounds or (-torch.inf, torch.inf)
+    if not bool((x.isfinite() & (x >= low) & (x <= high)).all()):
+        raise ValueError(
+            f"images are not finite or lie outside [{low:g}, {high:g}]: scale them, or give their box with bounds=..."
+        )
 
 
 def _precision(device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixadv.attacks.search import Attack, check_points
+from mixadv.correctness import as_labels
 from mixadv.game import BestResponse, FiniteGame
 from mixadv.losses import RobustLoss, ZeroOne
 from mixadv.mixture import Mixture
@@ -65,7 +66,7 @@ class MixtureGame:
         recent: Sequence[AttackedBatch] = (),
         on_attack: Callable[[int], None] | None = None,
     ) -> None:
-        self.mixture, self.x, self.y = mixture, x, y
+        self.mixture, self.x, self.y = mixture, x, as_labels(y, len(x))
         self.num_members = mixture.num_members
         self.threat_model, self.attacks, self.loss = threat_model, tuple(attacks), loss
         self.generator, self.on_attack = generator, on_attack

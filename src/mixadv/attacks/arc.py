@@ -10,6 +10,7 @@ from torch import Tensor
 from mixadv.attacks.boundaries import Boundary, inner, members_with_gradient, nearest_boundary
 from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.search import Climb, SearchAttack
+from mixadv.correctness import correct
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
 
@@ -95,7 +96,7 @@ class _Search:
     def accuracy_at(self, points: Tensor, rows: Tensor) -> Tensor:
         """The exact expected accuracy [R] at one point of each example `rows`; offers the points, too."""
         logits, _ = self.climb.score(points, rows)
-        return self.climb.mixture.expectation(logits.argmax(-1) == self.climb.y[rows])
+        return self.climb.mixture.expectation(correct(logits, self.climb.y[rows]))
 
     def run(self, from_x: bool) -> None:
         """One start and K steps, for the examples that can still get worse."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.objectives import ExpectedObjective, Objective
+from mixadv.correctness import as_labels, check_classes, correct
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.threat_model import ThreatModel
 
@@ -100,7 +101,7 @@ class SearchAttack(ABC):
         Raises:
             ValueError: as `check_batch`, or the attack cannot work on this mixture.
         """
-        check_batch(x, y, threat_model if self.checks_box else None)
+        y = check_batch(x, y, threat_model if self.checks_box else None)
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
         mixture = as_mixture(mixture).support()
@@ -118,8 +119,8 @@ class SearchAttack(ABC):
 class WorstPoints:
     """The worst point seen so far for each example: lowest expected accuracy, then highest objective.
 
-    A point that is not finite is never kept; an objective that is NaN counts as -inf. A member whose logits are NaN
-    answers with their argmax, as everywhere.
+    A point that is not finite is never kept; an objective that is NaN counts as -inf. A member whose logits are not
+    finite is wrong.
 
     Args:
         mixture: its exact expected accuracy is sum_k lambda_k 1[f_k(x') = y].
@@ -153,7 +154,7 @@ class WorstPoints:
         objective = objective.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
         worse = objective > self.objective[rows]
         if self.by_accuracy:
-            accuracy = self.mixture.expectation(logits.argmax(-1) == self.y[rows]).to(self.accuracy)
+            accuracy = self.mixture.expectation(correct(logits, self.y[rows])).to(self.accuracy)
             worse = (accuracy < self.accuracy[rows]) | ((accuracy == self.accuracy[rows]) & worse)
         worse &= x.flatten(1).isfinite().all(1)
         kept = rows[worse]
@@ -248,6 +249,7 @@ class Climb:
         if clean is None:
             with torch.no_grad():
                 clean = mixture.member_logits(x)
+        check_classes(y, clean.shape[-1])
         worst = WorstPoints(mixture, x, y, by_accuracy)
         worst.offer(x, clean, objective(clean, y, mixture.weights, clean))
         blind = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -289,8 +291,8 @@ def check_points(name: str, x_adv: Tensor, x: Tensor, threat_model: ThreatModel)
         raise RuntimeError(f"attack {name} left the threat model at example {index} of a batch: this is a defect")
 
 
-def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel | None = None) -> None:
-    """Check that a batch can be attacked.
+def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel | None = None) -> Tensor:
+    """Check that a batch can be attacked; returns the labels as torch.long.
 
     Raises:
         ValueError: x is not float32 or float64 (half precision is too coarse for the ball), labels do not match, or,
@@ -298,9 +300,9 @@ def check_batch(x: Tensor, y: Tensor, threat_model: ThreatModel | None = None) -
     """
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x is {x.dtype}: convert it to float32 (or float64), in the units of the threat model")
-    if x.ndim < 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not match: expected [B, ...] and [B]")
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"labels are {y.dtype}: expected class numbers (torch.long)")
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected a batch [B, ...]")
+    y = as_labels(y, len(x))
     if threat_model is not None and not bool(threat_model.contains(x, x).all()):
         raise ValueError(f"x is not finite or lies outside the box {threat_model.bounds} of the threat model")
+    return y

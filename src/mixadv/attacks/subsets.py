@@ -14,6 +14,7 @@ from torch import Tensor
 from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary
 from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.search import Climb, SearchAttack
+from mixadv.correctness import correct
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
 
@@ -109,7 +110,7 @@ class _Search:
             logits, pull = self.pull(points, rows, pulling)
             self.climb.offer(points, logits, rows)
             moved = self.threat_model.ascent_step(points, pull, length)
-            unfooled = (logits[list(members)].argmax(-1) == self.climb.y[rows]).any(0)
+            unfooled = correct(logits[list(members)], self.climb.y[rows]).any(0)
             rows, points = rows[unfooled], moved[unfooled]
             if not len(rows):
                 return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
+from mixadv.correctness import correct
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.seeding import generator_for
 from mixadv.shipped import shipped_protocol
@@ -156,7 +157,7 @@ class AttackSuite:
         Raises:
             ValueError: as `check_batch`. RuntimeError: an attack left ball or box.
         """
-        check_batch(x, y, threat_model)
+        y = check_batch(x, y, threat_model)
         mixture = as_mixture(mixture)
         x = x.detach()
         worst = WorstPoints(mixture, x, y)
@@ -166,7 +167,7 @@ class AttackSuite:
         for one in (unattacked(mixture), *passes_of(self.attacks, mixture)):
             started = time.perf_counter()
             points, logits = one.replayed(mixture, x, y, threat_model, seed, batch, worst.x)
-            accuracy[one.key] = mixture.expectation(logits.argmax(-1) == y)
+            accuracy[one.key] = mixture.expectation(correct(logits, y))
             for i in worst.offer(points, logits, -accuracy[one.key]).nonzero().flatten().tolist():
                 found_by[i] = one.key
             seconds[one.key] = time.perf_counter() - started

@@ -1,7 +1,7 @@
 """Exact measurement of a mixture under attacks, per example, as a Lightning test loop that can be resumed."""
 
 from mixadv.evaluation.curves import curves
-from mixadv.evaluation.distrust import FLAGS, Flag, distrust
+from mixadv.evaluation.distrust import FLAGS, Flag, distrust, flags_of_record
 from mixadv.evaluation.pool import equilibrium_of, pool_of
 from mixadv.evaluation.record import EvaluationRecord
 from mixadv.evaluation.run import evaluate
@@ -17,5 +17,6 @@ __all__ = [
     "equilibrium_of",
     "evaluate",
     "fingerprint",
+    "flags_of_record",
     "pool_of",
 ]

@@ -13,6 +13,7 @@ from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import check_batch
 from mixadv.attacks.suite import MIXTURE, TWIN, Pass, passes_of
+from mixadv.correctness import correct
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
@@ -46,7 +47,7 @@ def curves(
     Raises:
         ValueError: no images, a batch that cannot be attacked (see `check_batch`), a member without gradient.
     """
-    check_batch(x, y, threat_model)
+    y = check_batch(x, y, threat_model)
     if not len(x):
         raise ValueError("a curve needs at least one image")
     low, high = threat_model.bounds or (-np.inf, np.inf)
@@ -114,8 +115,8 @@ def _accuracies(mixture: Mixture, passes: list[Pass], x: Tensor, y: Tensor) -> l
     """Expected accuracy [B] of every target, with one forward pass of each member."""
     with torch.no_grad(), mixture.attack_mode(plain=True):
         logits = mixture.member_logits(x)
-    members = logits.argmax(-1) == y
-    answers = {MIXTURE: mixture.expectation(members), TWIN: mixture.log_average(logits).argmax(-1) == y}
+    members = correct(logits, y)
+    answers = {MIXTURE: mixture.expectation(members), TWIN: correct(mixture.log_average(logits), y)}
     answers |= {f"member {k}": right for k, right in enumerate(members)}
     expected = answers[MIXTURE]
     return [answers[one.against].to(expected) for one in passes]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import check_batch
-from mixadv.attacks.suite import TWIN, Pass, passes_of
+from mixadv.attacks.suite import CLEAN, TWIN, Pass, passes_of
 from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named
 from mixadv.evaluation.record import ON, EvaluationRecord
 from mixadv.intervals import paired_interval
@@ -37,6 +37,7 @@ CE_BASED, WITHOUT_CE = ("pgd", "apgd"), {"dlr", "margin", "cw"}
 
 # Name -> remedy. docs/evaluation.md explains each flag under a heading with its name.
 FLAGS: dict[str, str] = {
+    "non-finite-logits": "Look for a logarithm, division or root in the model that fails on some images.",
     "zero-gradients": "Attack a differentiable version of the model (for a rounding step its identity), climb the "
     "margin or DLR in place of the cross-entropy, or trust attacks without gradients only.",
     "probabilities": "Return the logits, without softmax.",
@@ -83,7 +84,7 @@ def distrust(
     Raises:
         ValueError: no images, or a batch that cannot be attacked, see `check_batch`.
     """
-    check_batch(x, y, threat_model)
+    y = check_batch(x, y, threat_model)
     if not len(x):
         raise ValueError("there are no images to check")
     x = x.detach()
@@ -99,8 +100,28 @@ def distrust(
                 for name, sentence in runs.symptoms(one).items():
                     found[name] = f"{found[name]}; {sentence}" if name in found else sentence
     if record is not None:
-        found |= _contradictions(record)
+        found |= _contradictions(record) | _unanswered(record)
+    return _flags(found)
+
+
+def flags_of_record(record: EvaluationRecord) -> list[Flag]:
+    """The flags that need no further pass through the members: answers that are not there."""
+    return _flags(_unanswered(record))
+
+
+def _flags(found: Mapping[str, str]) -> list[Flag]:
     return [Flag(name, f"{found[name]}.", remedy) for name, remedy in FLAGS.items() if name in found]
+
+
+def _unanswered(record: EvaluationRecord) -> dict[str, str]:
+    anywhere = np.any(list(record.unanswered.values()), axis=0) if record.unanswered else np.zeros((0, 0))
+    sentences = [
+        f"member {k}: logits that are not finite on {int(record.unanswered[CLEAN][k].sum())} clean images, and at some "
+        f"measured point of {int(rows.sum())} of {len(rows)} images"
+        for k, rows in enumerate(anywhere)
+        if rows.any()
+    ]
+    return {"non-finite-logits": "; ".join(sentences)} if sentences else {}
 
 
 def _no_gradients(shares: Mapping[str, list[float]], record: EvaluationRecord | None) -> dict[str, str]:

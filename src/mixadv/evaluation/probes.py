@@ -12,6 +12,7 @@ from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import gradient
 from mixadv.attacks.suite import Pass
+from mixadv.correctness import correct
 from mixadv.intervals import confidence_interval, paired_interval
 from mixadv.mixture import Mixture
 from mixadv.seeding import generator_for
@@ -170,7 +171,7 @@ class OwnAttacks:
         for part, (_, labels) in zip(points, self.batches, strict=True):
             with torch.no_grad():
                 logits = one.target.member_logits(part)
-            accuracy.append(one.target.expectation(logits.argmax(-1) == labels))
+            accuracy.append(one.target.expectation(correct(logits, labels)))
             margin.append(ExpectedLoss("margin")(logits, labels, one.target.weights))
         return torch.cat(accuracy), torch.cat(margin)
 

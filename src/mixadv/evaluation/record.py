@@ -27,6 +27,8 @@ class EvaluationRecord:
         ensemble_clean: correctness of the averaged twin (argmax of the averaged probabilities) there [N].
         found: pass -> correctness of the members at its points [L, N].
         ensemble: pass -> correctness of the averaged twin at its points [N].
+        unanswered: pass (and "clean") -> whether a logit of the member is not finite there, which counts as wrong
+            [L, N].
         seconds: pass -> wall seconds over all examples.
         worst_points: [N, ...], of each example the point of its `worst_case`, which `found_by` found.
     """
@@ -37,6 +39,7 @@ class EvaluationRecord:
     ensemble_clean: np.ndarray
     found: dict[str, np.ndarray] = field(default_factory=dict)
     ensemble: dict[str, np.ndarray] = field(default_factory=dict)
+    unanswered: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     worst_points: Tensor | None = None
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import CLEAN, Pass, passes_of, unattacked
 from mixadv.console import quiet_lightning
+from mixadv.correctness import answered, as_labels, correct
 from mixadv.evaluation.record import EvaluationRecord, expectation
 from mixadv.evaluation.state import EvaluationState, Worst
 from mixadv.mixture import Mixture
@@ -57,7 +58,7 @@ def evaluate(
     Raises:
         ValueError: no batches. RuntimeError: an attack left the threat model (a defect, never corrected silently).
     """
-    batches = list(batches)
+    batches = [(x, as_labels(y, len(x))) for x, y in batches]
     if not batches:
         raise ValueError("nothing to evaluate: there are no batches")
     state = state or EvaluationState()
@@ -80,6 +81,7 @@ def evaluate(
         ensemble_clean=found[CLEAN]["ensemble"],
         found={key: arrays["correct"] for key, arrays in attacked.items()},
         ensemble={key: arrays["ensemble"] for key, arrays in attacked.items()},
+        unanswered={key: arrays["unanswered"] for key, arrays in found.items()},
         seconds={key: float(arrays["seconds"]) for key, arrays in attacked.items()},
         worst_points=reached.points,
     )
@@ -130,8 +132,12 @@ class MixtureEvaluation(pl.LightningModule):
             with torch.enable_grad():
                 starts = self.worst.points[rows].to(x.device) if one.is_warm else None
                 x_adv, logits = one.replayed(self.mixture, x, y, self.threat_model, self.seed, batch_idx, starts)
-            answers = {"correct": logits.argmax(-1), "ensemble": self.mixture.log_average(logits).argmax(-1)}
-            part = {key: (answer == y).to(torch.uint8).cpu().numpy() for key, answer in answers.items()}
+            found = {
+                "correct": correct(logits, y),
+                "ensemble": correct(self.mixture.log_average(logits), y),
+                "unanswered": ~answered(logits),
+            }
+            part = {name: array.to(torch.uint8).cpu().numpy() for name, array in found.items()}
             self._seconds += time.perf_counter() - started
             accuracy = torch.from_numpy(expectation(self.lam, part["correct"]))
             worse = accuracy < self.worst.accuracy[rows]
@@ -153,10 +159,10 @@ class MixtureEvaluation(pl.LightningModule):
             self.worst.accuracy[rows] = accuracy
         in_order = [parts[index] for index in range(self.num_batches)]
         arrays = {
-            "correct": np.concatenate([part["correct"] for part in in_order], axis=-1),
-            "ensemble": np.concatenate([part["ensemble"] for part in in_order], axis=-1),
-            "seconds": np.asarray(max(seconds for _, _, seconds in gathered)),
+            name: np.concatenate([part[name] for part in in_order], axis=-1)
+            for name in ("correct", "ensemble", "unanswered")
         }
+        arrays["seconds"] = np.asarray(max(seconds for _, _, seconds in gathered))
         self.state.save(number, key, arrays, self.worst, write=ranks.rank == 0)
         self._begin_pass()
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from mixadv.config import parse_eps
+from mixadv.correctness import correct
 from mixadv.instantiate import arguments_of, named
 from mixadv.loggers.accuracies import accuracies_of
 from mixadv.loggers.csv import CSVLogger
@@ -100,7 +101,7 @@ def _example_images(
     draws = generator_for(session.cfg.seed, "examples", device=x.device)
     x_adv = attack(mixture, x, y, session.threat_model, draws)
     with torch.no_grad(), mixture.attack_mode(plain=True):
-        wrong = mixture.member_logits(x_adv).argmax(-1) != y
+        wrong = ~correct(mixture.member_logits(x_adv), y)
     fooled = [", ".join(str(int(k)) for k in column.nonzero().flatten()) or "none" for column in wrong.T]
     labels = [session.data.class_names[int(label)] for label in y]
     return x.cpu().numpy(), x_adv.cpu().numpy(), labels, fooled, session.threat_model.eps

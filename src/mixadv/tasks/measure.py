@@ -25,6 +25,7 @@ from mixadv.evaluation import (
     equilibrium_of,
     evaluate,
     fingerprint,
+    flags_of_record,
     pool_of,
 )
 from mixadv.files import write_arrays
@@ -88,7 +89,7 @@ def _diagnosis(
     """Flags, the checks behind them, and curves over eps and steps, on the first ``protocol.diagnosed`` images."""
     count, seed = session.cfg.protocol.get("diagnosed", 0), session.cfg.seed
     if not count:
-        return {"flags": (), "checks": ()}
+        return {"flags": tuple(flags_of_record(record)), "checks": ()}
     x, y = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
     found = curves(mixture, x, y, session.threat_model, seed=seed)
     return {

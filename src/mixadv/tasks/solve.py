@@ -16,7 +16,7 @@ from torch import Tensor
 from mixadv import records
 from mixadv.attacks.search import Attack
 from mixadv.errors import UserError
-from mixadv.evaluation import EvaluationRecord, equilibrium_of, evaluate, pool_of
+from mixadv.evaluation import EvaluationRecord, equilibrium_of, evaluate, flags_of_record, pool_of
 from mixadv.evaluation.record import accuracy_of
 from mixadv.game import Equilibrium, FiniteGame
 from mixadv.lambda_solvers import LambdaSolver
@@ -104,7 +104,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         **header_of(session),
         members=named_results(found.members, members),
         game=GameValue(**equilibrium_of(pool_of(test), lam)),
-        flags=tuple(doubts),
+        flags=(*flags_of_record(test), *doubts),
         solve=_solved(weighed, lam, cfg.lambda_solver["_target_"], [m.name for m in members], fresh, test),
         data=Data(session.data.name, num_val=session.data.num_val, num_test=session.data.num_test),
         seconds={"solve": round(weighed.seconds, 3), "total": round(time.perf_counter() - started, 3)},

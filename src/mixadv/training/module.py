@@ -22,6 +22,7 @@ from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import AttackSuite
 from mixadv.checkpoint_files import read_checkpoint
+from mixadv.correctness import answered, correct
 from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver, OracleSubgradient
@@ -440,8 +441,9 @@ class MixtureTraining(pl.LightningModule):
         """
         if self._bad_step is not None and (step := int(self._bad_step)) >= 0:
             raise UserError(
-                f"the training loss was not finite at step {step}: stopped, the last good checkpoint is kept. "
-                f"Lower {self._rate()} or use trainer.precision=32-true"
+                f"the training loss or a logit was not finite at step {step}: stopped, the last good checkpoint is "
+                f"kept. Lower {self._rate()} or use trainer.precision=32-true; if it was an early step, look for a "
+                "logarithm, division or root in the model that fails on some images"
             )
 
     def refuse_broken(self) -> None:
@@ -461,6 +463,7 @@ class MixtureTraining(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Refuse members that are not finite before attacking them."""
+        self._unanswered = torch.zeros(self.mixture.num_members, dtype=torch.long)
         self.refuse_broken()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -478,7 +481,17 @@ class MixtureTraining(pl.LightningModule):
         self._log_accuracies("val", x, y, robust)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the other columns of the row of a validation."""
+        """Log the other columns of the row of a validation; refuse members without an answer on a clean image.
+
+        Raises:
+            UserError: names the members.
+        """
+        total = sum(self.ranks.gather_objects(self._unanswered))
+        for k in total.nonzero().flatten().tolist():
+            raise UserError(
+                f"member {k} has logits that are not finite on {int(total[k])} clean validation images: stopped. Look "
+                "for a logarithm, division or root in the model that fails on some images"
+            )
         self.log_dict({**self.progress(), "step": float(self.t)}, batch_size=1)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -517,8 +530,11 @@ class MixtureTraining(pl.LightningModule):
     def _log_accuracies(self, stage: str, x: Tensor, y: Tensor, robust: Tensor) -> None:
         """Update and log the three accuracies; their metrics reduce over batches and processes."""
         with torch.inference_mode(False), self.mixture.attack_mode(plain=True):
-            clean = self.mixture.expected_accuracy(x, y)
-            ensemble = self.mixture.ensemble_accuracy(x, y)
+            logits = self.mixture.member_logits(x)
+            clean = self.mixture.expectation(correct(logits, y))
+            ensemble = correct(self.mixture.log_average(logits), y)
+        if stage == "val":
+            self._unanswered += (~answered(logits)).sum(1).cpu()
         for name, values in {"clean": clean, "robust": robust, "ensemble": ensemble}.items():
             metric: Any = self.accuracies[name]
             # Sums in float64 (if the device has it) do not depend on the batching. Set every time: a metric that

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mixadv.correctness import answered, correct
 from mixadv.losses import RobustLoss
 from mixadv.training.shared_attack import parts_of
 
@@ -28,7 +29,7 @@ def add_gradient(
         backward: adds the gradient of a scalar; Lightning's ``manual_backward``.
 
     Returns:
-        [2], the mean loss and the accuracy at x_adv, float32.
+        [2], the mean loss and the accuracy at x_adv, float32. The loss is NaN if a logit is not finite.
     """
     parts = parts_of(len(y), micro_batch_size)
     seen = []
@@ -36,13 +37,15 @@ def add_gradient(
         clean_logits = member(x[part]) if loss.needs_clean else None
         logits = member(x_adv[part])
         losses = loss.outer(logits, clean_logits, y[part])
-        hits = (logits.detach().argmax(dim=-1) == y[part]).float()
+        hits = correct(logits.detach(), y[part]).float()
         if len(parts) == 1:
             share, accuracy = losses.mean(), hits.mean()
         else:
             share, accuracy = losses.sum() / len(y), hits.sum() / len(y)
         backward(share)
-        seen.append(torch.stack([share.detach().float(), accuracy]))
+        # A loss may be finite although a logit is not: the cross-entropy does not see -inf for a wrong class.
+        finite = torch.stack([answered(z).all() for z in (logits, clean_logits) if z is not None]).all()
+        seen.append(torch.stack([torch.where(finite, share.detach().float(), torch.nan), accuracy]))
         # The graph of a part ends before the next begins.
         del clean_logits, logits, losses, share
     return torch.stack(seen).sum(dim=0)
