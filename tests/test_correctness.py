@@ -1,5 +1,6 @@
 """Answers that are not there are wrong, and labels are class numbers: the same in every public face."""
 
+import json
 import math
 
 import numpy as np
@@ -87,12 +88,16 @@ def test_members_without_an_answer_are_wrong_in_every_face(value):
     np.testing.assert_array_equal(record.unanswered["clean"], np.stack([0 * bright, bright, np.ones(40)]))
     assert (record.worst_case() <= lam @ right + 1e-12).all()
     # Member 2 takes part everywhere. Its -inf is a probability of 0; with NaN and +inf there is no average.
-    probabilities = mixture.member_logits(x).double().softmax(-1).numpy()
+    probabilities = mixture.member_logits(x).detach().double().softmax(-1).numpy()
     average = np.einsum("k,kbc->bc", lam, probabilities)
     twin = (average.argmax(1) == y.numpy()) & (value == -math.inf)
     np.testing.assert_array_equal(mixture.ensemble_accuracy(x, y), twin)
     np.testing.assert_array_equal(record.ensemble_clean, twin)
-    found = curves(mixture, x, y, BALL)["eps"]
+    both = curves(mixture, x, y, BALL)
+    assert math.isfinite(both["steps"]["members"][0][0])
+    assert both["steps"]["members"][2][0] is None
+    json.dumps(both, allow_nan=False)
+    found = both["eps"]
     assert found["mixture"][0] == pytest.approx((lam @ right).mean())
     assert found["members"][0][0] == pytest.approx(right[0].mean())
     assert found["members"][2] == [0.0] * 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,8 @@ def curves(
 
     Returns:
         num_examples; "eps" and "steps", each with its abscissae under its own name and, of the same length, the lists
-        "mixture", "members" (one list per member) and "averaged_twin". Numbers are plain floats.
+        "mixture", "members" (one list per member) and "averaged_twin". Numbers are plain floats; None is a loss that is
+        not finite, because a logit is not.
 
     Raises:
         ValueError: no images, a batch that cannot be attacked (see `check_batch`), a member without gradient.
@@ -124,7 +126,8 @@ def _accuracies(mixture: Mixture, passes: list[Pass], x: Tensor, y: Tensor) -> l
 
 def _named(names: list[str], values: np.ndarray) -> dict[str, Any]:
     """The curves [targets, points] under their names; a single model is its own only member and its twin."""
-    rows = dict(zip(names, values.tolist(), strict=True))
+    finite: list[list[float | None]] = [[v if math.isfinite(v) else None for v in row] for row in values.tolist()]
+    rows = dict(zip(names, finite, strict=True))
     alone = rows[MIXTURE]
     return {
         "mixture": alone,
