@@ -7,9 +7,30 @@ a distribution over them) and receives the expected loss. The risk of lam and th
 
 (Meunier et al., "Mixed Nash Equilibria in the Adversarial Examples Game", ICML 2021). The maximum is outside the
 expectation over members, because the attacker does not see which member is drawn.
+
+`conflicts` and `ceiling` are about the same game over all classifiers, on given points.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from mixadv.game.finite import FiniteGame
 from mixadv.game.protocol import BestResponse, Equilibrium, Game
 
-__all__ = ["BestResponse", "Equilibrium", "FiniteGame", "Game"]
+if TYPE_CHECKING:
+    from mixadv.game.conflict_graph import Conflicts, conflicts
+    from mixadv.game.optima import Ceiling, ceiling
+
+__all__ = ["BestResponse", "Ceiling", "Conflicts", "Equilibrium", "FiniteGame", "Game", "ceiling", "conflicts"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs scipy when it is first used, because most commands do not."""
+    if name in ("Conflicts", "conflicts"):
+        from mixadv.game import conflict_graph
+
+        return getattr(conflict_graph, name)
+    if name in ("Ceiling", "ceiling"):
+        from mixadv.game import optima
+
+        return getattr(optima, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
