@@ -40,7 +40,7 @@ class Gap(nn.Module):
         return torch.where(hole, self.value, self.net(x.flatten(1)))
 
 
-def examples(count=40):
+def bright_and_dark(count=40):
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(count, 3, 2, 2, generator=generator)
     # Half of the images are bright; shifted apart, so that no point of the ball changes that.
@@ -68,7 +68,7 @@ def by_hand(mixture, x, y):
 @pytest.mark.filterwarnings("ignore:.*NaN gradients")
 def test_members_without_an_answer_are_wrong_in_every_face(value):
     mixture = mixture_with_gaps(value)
-    x, y = examples()
+    x, y = bright_and_dark()
     # Labels at which argmax would land on the hole, too: NaN and +inf are argmax's answer.
     y[::5] = 1
     right = by_hand(mixture, x, y)
@@ -107,7 +107,7 @@ def test_members_without_an_answer_are_wrong_in_every_face(value):
 @NOT_FINITE
 def test_a_drawn_member_without_an_answer_gives_no_label(value):
     mixture = mixture_with_gaps(value)
-    x, y = examples()
+    x, y = bright_and_dark()
     drawn = mixture.sample_members(40, torch.Generator().manual_seed(5))
     labels = mixture.predict(x, torch.Generator().manual_seed(5))
     right = by_hand(mixture, x, y)
@@ -118,7 +118,7 @@ def test_a_drawn_member_without_an_answer_gives_no_label(value):
 
 def test_a_member_that_is_never_drawn_has_no_say_in_the_average():
     mixture = mixture_with_gaps(math.nan)
-    x, _ = examples()
+    x, _ = bright_and_dark()
     alone = Mixture([mixture.members[0]])
     mixture.set_weights([1.0, 0.0, 0.0])
     torch.testing.assert_close(mixture(x), alone(x))
@@ -128,7 +128,7 @@ def test_a_member_that_is_never_drawn_has_no_say_in_the_average():
 @pytest.mark.filterwarnings("ignore:.*NaN gradients")
 def test_attacks_take_points_without_an_answer_as_wrong(attack):
     """A network without any answer has no robust accuracy, whatever the label."""
-    x, _ = examples(8)
+    x, _ = bright_and_dark(8)
     for label in range(4):
         y = torch.full((8,), label)
         record = AttackSuite({"attack": attack})(Mixture([Gap(2, -1.0, math.nan, 0)]), x, y, BALL)
@@ -138,7 +138,7 @@ def test_attacks_take_points_without_an_answer_as_wrong(attack):
 @pytest.mark.filterwarnings("ignore:.*NaN gradients")
 def test_the_flag_counts_images_of_each_member():
     mixture = mixture_with_gaps(math.nan)
-    x, y = examples()
+    x, y = bright_and_dark()
     record = evaluate(mixture, [(x, y)], {"square": Square(5)}, BALL)
     (flag,) = flags_of_record(record)
     assert flag.name == "non-finite-logits"
@@ -154,7 +154,7 @@ def test_the_flag_counts_images_of_each_member():
 
 def test_an_attack_that_finds_the_gap_is_told_apart_from_clean_images():
     """No clean image lies in the gap; the points of the attack do."""
-    x, y = examples()
+    x, y = bright_and_dark()
     mean = float(x[::2].mean((1, 2, 3)).max())
     brighter = mixture_with_gaps(math.nan).members[0]
     brighter.level = mean + 0.005
@@ -177,7 +177,7 @@ def test_an_attack_that_finds_the_gap_is_told_apart_from_clean_images():
 @INTEGERS
 def test_labels_of_any_integer_type_mean_the_same(dtype):
     mixture = mixture_with_gaps(0.0)
-    x, y = examples(10)
+    x, y = bright_and_dark(10)
     assert as_labels(y.to(dtype), 10).dtype == torch.long
     for call in (
         lambda y: PGD(2)(mixture, x, y, BALL, torch.Generator().manual_seed(0)),
@@ -205,7 +205,7 @@ FACES = {
 @pytest.mark.parametrize("face", FACES.values(), ids=FACES)
 def test_labels_that_are_no_classes_are_refused_in_one_sentence(face):
     mixture = mixture_with_gaps(0.0)
-    x, y = examples(10)
+    x, y = bright_and_dark(10)
     for bad, message in [
         (y + 4, "is none of the 4 classes, which are numbered from 0 to 3"),
         (y - 4, "is none of the 4 classes"),
