@@ -100,6 +100,30 @@ def test_results_lie_in_ball_and_box(case, ball):
     assert mixture.expected_accuracy(found, y).sum() < mixture.expected_accuracy(x, y).sum()
 
 
+@every
+@norms
+def test_each_example_may_have_its_own_radius(case, norm):
+    """The examples of each radius get what an attack on them alone finds; eps = 0 leaves x."""
+    mixture, x, y = disagreeing_mixture("linear")
+    x, y = torch.cat([x, x.flip(2)]), torch.cat([y, y])
+    big = 0.1 if norm == "linf" else 0.6
+    radii = [big, 0.0, big / 4, big, big / 4, 0.0]
+    radii = torch.tensor((radii * len(x))[: len(x)])
+    ball = ThreatModel(norm, radii)
+    found = case.attack(mixture, x, y, ball, seeded())
+    assert ball.contains(found, x).all()
+    assert torch.equal(found[radii == 0], x[radii == 0])
+    draws, alone = seeded(), {}
+    for radius in (big / 4, big):
+        rows = radii == torch.tensor(radius)
+        one = ThreatModel(norm, float(torch.tensor(radius)))
+        alone[radius] = case.attack(mixture, x[rows], y[rows], one, draws)
+        assert torch.equal(found[rows], alone[radius])
+    assert ball.distance(found, x)[radii == big].max() > big / 2
+    with pytest.raises(ValueError, match="radii for a batch of"):
+        case.attack(mixture, x, y, ThreatModel(norm, radii[1:]), seeded())
+
+
 @keeping_the_worst
 @pytest.mark.parametrize("ball", [LINF, L2, ThreatModel("linf", 0.001)], ids=str)
 def test_results_are_never_better_for_the_mixture(case, ball):

@@ -46,7 +46,8 @@ ALLOWED = {
     "lambda_solvers": {"simplex", "game"},
     "games": {"simplex", "game", "lambda_solvers", "seeding", "threat_model"},
     # The network wing.
-    "threat_model": set(),
+    "ball_in_box": set(),
+    "threat_model": {"ball_in_box"},
     "correctness": set(),
     "losses": {"correctness"},
     "models": set(),

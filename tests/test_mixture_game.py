@@ -11,6 +11,7 @@ from torch import nn
 
 from builders.networks import untrained_mixture
 from mixadv.attacks import PGD, InnerLoss
+from mixadv.game import FiniteGame
 from mixadv.lambda_solvers import AcceleratedEntropic, LinearProgram, OracleSubgradient
 from mixadv.losses import AT, TRADES, ZeroOne
 from mixadv.mixture import Mixture
@@ -114,7 +115,7 @@ def test_pool_without_attack_points_is_pure_monte_carlo_from_the_games_own_gener
     mixture = mixture_in_train_mode()
     game, attack = game_on(mixture, AT(), seed=21)
     pool = game.pool(LAM, 3, False)
-    assert pool.losses.shape == (5, 4, 3)
+    assert pool.losses.shape == (5, 3, 3)
     assert attack.points == []
     again, _ = game_on(mixture, AT())
     explicit = again.pool(LAM, 3, False, torch.Generator().manual_seed(21))
@@ -232,6 +233,49 @@ def test_the_entropic_solver_plays_on_its_pool(lines):
     assert solution.value == pytest.approx(pool_value, abs=0.02)
     assert risk(losses, solution.weights) == pytest.approx(value, abs=0.1)
     assert game.mixture.weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_the_pure_pool_holds_the_uniform_points_and_not_x():
+    """Each loss of the pool is that of the members at the point that the generator draws; x, where it is 0, is out."""
+    mixture = mixture_in_train_mode()
+    game, attack = game_on(mixture, AT())
+    pool = game.pool(LAM, 3, False, torch.Generator().manual_seed(5))
+    assert attack.points == []
+    assert pool.losses.shape == (5, 3, 3)
+    draws = torch.Generator().manual_seed(5)
+    for j in range(3):
+        by_hand = losses_by_hand(mixture, AT(), game, game.threat_model.sample(game.x, draws)).T
+        torch.testing.assert_close(pool.losses[:, j], by_hand, rtol=1e-4, atol=1e-5)
+    # The points stay known, beside x.
+    assert torch.equal(game.known().losses[:, 1:], pool.losses)
+    found = AcceleratedEntropic(num_steps=5, num_samples=4, include_attack_points=False).solve(game)
+    assert attack.points == []
+    assert found.value == pytest.approx(FiniteGame(game.known().losses[:, -4:]).value(found.weights), abs=1e-12)
+
+
+def test_examples_may_have_masses_and_radii_of_their_own():
+    """As batches by hand: the value is sum_i mass_i max_j, and each example moves by its own radius."""
+    mixture = mixture_in_train_mode()
+    torch.manual_seed(1)
+    x, y = torch.rand(5, 1, 8, 8), torch.arange(5) % 4
+    masses = torch.tensor([0.5, 0.05, 0.25, 0.0, 0.2])
+    radii = torch.tensor([0.1, 0.02, 0.0, 0.05, 0.1])
+    attack = Recorder(PGD(5, start="none", keep="last"))
+    ball = ThreatModel("linf", radii)
+    game = MixtureGame(mixture, x, y, ball, [attack], AT(), masses=masses, batch_size=2)
+    response = game.best_response(LAM)
+    moved = torch.cat(attack.points)
+    np.testing.assert_allclose((moved - x).abs().flatten(1).amax(1), radii, atol=1e-6)
+    losses = torch.stack([losses_by_hand(mixture, AT(), game, point).T for point in (x, moved)], dim=1)
+    by_hand = (losses @ LAM).amax(1) @ masses.double()
+    assert response.value == pytest.approx(float(by_hand), rel=1e-5)
+    pool = game.pool(LAM, 2, False, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pool.masses, masses.double(), rtol=0, atol=1e-7)
+    recent = [AttackedBatch(x, x, y)]
+    with pytest.raises(ValueError, match="masses are those of the batch alone"):
+        MixtureGame(mixture, x, y, ball, [attack], AT(), masses=masses, recent=recent)
+    with pytest.raises(ValueError, match="masses must sum to 1"):
+        MixtureGame(mixture, x, y, ball, [attack], AT(), masses=masses / 2).known()
 
 
 # --- what the attacker knows -------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.optimize import brentq
 
 from mixadv.threat_model import ThreatModel
 
@@ -87,15 +90,94 @@ def test_l2_samples_are_uniform_in_the_ball_without_a_box(generator):
     assert abs(np.mean(delta[:, 4] > 0) - 0.5) < 0.02
 
 
-def test_l2_samples_are_clamped_to_the_box(generator):
-    """At a corner of the square three quarters of the disc lie outside: their points sit on the faces."""
-    n = 20_000
-    x = torch.zeros(n, 2, dtype=torch.float64)
-    threat_model = ThreatModel("l2", 0.5)
+def in_ball_and_box(centre, eps, count, rng):
+    """Uniform points of the ball of radius eps cut with [0, 1]^d, by rejection from the cube around the centre."""
+    found = np.zeros((0, len(centre)))
+    while len(found) < count:
+        points = centre + eps * rng.uniform(-1, 1, size=(4 * count, len(centre)))
+        inside = (np.linalg.norm(points - centre, axis=1) <= eps) & (points >= 0).all(1) & (points <= 1).all(1)
+        found = np.concatenate([found, points[inside]])
+    return found[:count]
+
+
+@pytest.mark.parametrize(
+    ("centre", "eps"),
+    [
+        ([0.02], 0.3),  # cut on one side
+        ([0.0, 0.0], 0.5),  # a corner
+        ([0.1, 0.3], 0.5),
+        ([0.05, 0.05], 0.9),  # wider than the box is far
+        ([0.02, 0.9, 0.5], 0.6),
+        ([0.0, 1.0, 0.05, 0.5], 0.4),
+        ([0.3, 0.7, 0.1, 0.95, 0.5], 1.4),  # the box is narrower than the ball
+    ],
+)
+def test_l2_samples_are_uniform_in_ball_and_box(centre, eps, generator):
+    """Coordinates, radius and sums against rejection sampling; no points pile up on the faces."""
+    n, centre = 12_000, np.array(centre)
+    x = torch.from_numpy(centre).expand(n, -1)
+    threat_model = ThreatModel("l2", eps)
     samples = threat_model.sample(x, generator)
     assert threat_model.contains(samples, x).all()
-    assert abs((samples == 0).any(1).double().mean().item() - 0.75) < 0.02
-    assert "no longer uniform" in " ".join(ThreatModel.sample.__doc__.split())
+    samples, exact = samples.numpy(), in_ball_and_box(centre, eps, n, np.random.default_rng(5))
+    assert ((samples == 0) | (samples == 1)).any(1).mean() < 1e-3
+    for statistic in (*range(len(centre)), "radius", "sum"):
+        one, other = (
+            points[:, statistic]
+            if isinstance(statistic, int)
+            else (np.linalg.norm(points - centre, axis=1) if statistic == "radius" else points.sum(1))
+            for points in (samples, exact)
+        )
+        assert stats.ks_2samp(one, other).pvalue > 1e-4, statistic
+
+
+def test_l2_samples_in_many_dimensions(generator):
+    """3,072 dimensions, many of them at or near a face: nearly no point of the ball lies in the box.
+
+    There the law is known up to 1 / d: given that the length does not exceed eps, entries are nearly independent
+    normals cut at the faces, with the variance for which the expected squared length is eps^2.
+    """
+    d, n, eps = 3072, 48, 0.5
+    unit = eps / math.sqrt(d)
+    gaps = unit * torch.tensor([0.0, 0.3, 1.0, 100.0], dtype=torch.float64).repeat_interleave(d // 4)
+    x = gaps.expand(n, d)
+    threat_model = ThreatModel("l2", eps)
+    samples = threat_model.sample(x, generator)
+    assert threat_model.contains(samples, x).all()
+    assert (samples == 0).double().mean() < 1e-3
+    delta = ((samples - x) / unit).numpy()
+
+    def cut(gap, scale):
+        return stats.truncnorm(-gap / scale, np.inf, scale=scale)
+
+    def mean_square(scale):
+        return np.mean([cut(gap, scale).moment(2) for gap in (0.0, 0.3, 1.0, 100.0)])
+
+    scale = brentq(lambda s: mean_square(s) - 1, 0.5, 2)
+    for k, gap in enumerate((0.0, 0.3, 1.0, 100.0)):
+        part = delta[:, k * d // 4 : (k + 1) * d // 4].ravel()
+        assert stats.kstest(part, cut(gap, scale).cdf).statistic < 0.01
+    # d / 2 (1 - radius^2 / eps^2) is exponential up to 1 / d, as in the whole ball.
+    slack = d / 2 * (1 - np.square(delta).sum(1) / d)
+    assert stats.kstest(slack, "expon").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 3), (6, 1), (6, 7)])
+def test_l2_samples_in_a_box_are_reproducible_and_keep_the_dtype(shape):
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(3)).round(decimals=1)
+    threat_model = ThreatModel("l2", 0.7)
+    first, same, other = (threat_model.sample(x, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert (first.shape, first.dtype) == (x.shape, x.dtype)
+    assert first.min() >= 0
+    assert first.max() <= 1
+    # Without a box, and where no point leaves it, the numbers are those of the plain ball.
+    inner = torch.full_like(x, 0.5)
+    small = [
+        ThreatModel("l2", 0.1, bounds).sample(inner, torch.Generator().manual_seed(0)) for bounds in (None, (0, 1))
+    ]
+    assert torch.equal(*small)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -193,3 +275,52 @@ def test_settings_are_plain_numbers():
     assert threat_model == ThreatModel("linf", 0.0, (0.0, 1.0))
     assert type(threat_model.eps) is float
     assert threat_model.bounds == (0.0, 1.0)
+
+
+# --- a radius for each example -------------------------------------------------------------------------------
+
+RADII = [0.3, 0.0, 0.05, 0.3, 1.5]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+def test_each_example_may_have_its_own_radius(norm, bounds, generator):
+    """Every operation does to example i what the ball of its own radius does."""
+    threat_model = ThreatModel(norm, torch.tensor(RADII), bounds)
+    x = torch.rand(5, 2, 3, 4, generator=generator)
+    x_adv = x + torch.randn(x.shape, generator=generator)
+    inside = x + 0.2 * torch.randn(x.shape, generator=generator) / 24**0.5
+    projected, samples = threat_model.project(x_adv, x), threat_model.sample(x, generator)
+    assert threat_model.contains(samples, x).all()
+    assert threat_model.contains(projected, x).all()
+    for i, radius in enumerate(RADII):
+        one, row = ThreatModel(norm, float(torch.tensor(radius)), bounds), slice(i, i + 1)
+        torch.testing.assert_close(projected[row], one.project(x_adv[row], x[row]), rtol=0, atol=1e-6)
+        assert one.contains(samples[row], x[row]).all()
+        for points in (x_adv, inside, x):
+            assert threat_model.contains(points, x)[i] == one.contains(points[row], x[row])
+    assert torch.equal(samples[1], x[1])
+    # The largest ball is filled, not only the smallest.
+    assert threat_model.distance(samples, x)[0] > 0.1
+
+
+def test_radii_of_some_examples(generator):
+    threat_model = ThreatModel("l2", RADII)
+    assert threat_model.rows(slice(1, 4)) == ThreatModel("l2", RADII[1:4])
+    assert threat_model.rows(torch.tensor([4, 0])) == ThreatModel("l2", [1.5, 0.3])
+    assert ThreatModel("l2", 0.3).rows(slice(2)) == ThreatModel("l2", 0.3)
+    parts = {ball.eps: rows.tolist() for rows, ball in threat_model.by_radius(torch.zeros(5, 2, dtype=torch.float64))}
+    assert parts == {0.0: [1], 0.05: [2], 0.3: [0, 3], 1.5: [4]}
+    assert threat_model != ThreatModel("l2", [*RADII[:4], 1.0])
+    assert threat_model != ThreatModel("linf", RADII)
+    assert hash(threat_model) == hash(ThreatModel("l2", np.array(RADII)))
+
+
+def test_radii_that_do_not_fit_are_refused():
+    for wrong, message in (([0.1, -0.1], "at least 0"), ([0.1, math.nan], "finite"), ([[0.1]], "one for each example")):
+        with pytest.raises(ValueError, match=message):
+            ThreatModel("linf", wrong)
+    x = torch.rand(3, 4)
+    for operation in (lambda t: t.project(x, x), lambda t: t.sample(x), lambda t: t.contains(x, x)):
+        with pytest.raises(ValueError, match="2 radii for a batch of 3 examples"):
+            operation(ThreatModel("l2", [0.1, 0.2]))

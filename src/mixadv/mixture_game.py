@@ -27,7 +27,7 @@ class MixtureGame:
     """Weights against an attacker, on one set of images, members fixed (the inner game of Algorithm 2).
 
     The mixture chooses `lam` in the simplex, the attacker one x'_i in the ball of every example; the payoff is
-    ``(1/N) sum_i sum_k lam_k l_k(x'_i, y_i)`` with l_k the outer loss of member k, members in eval mode.
+    ``sum_i mass_i sum_k lam_k l_k(x'_i, y_i)`` with l_k the outer loss of member k, members in eval mode.
 
     The game keeps every point that the attacker has played, and begins with x itself, so later responses are never
     weaker. The points are real, so the value of the finite game `known()` is a certain lower bound of the value V on
@@ -44,9 +44,11 @@ class MixtureGame:
         batch_size: images per call of an attack or a member; None takes all at once.
         recent: batches that were attacked earlier, B' further examples. Their payoffs are the losses of the current
             members at x and at x_adv; they are not attacked again.
+        masses: [B], the probabilities of the examples, which sum to 1; None means 1/N each. Not together with `recent`.
         on_attack: called with the number of images after each attacked batch.
 
     Raises:
+        ValueError: masses together with `recent`.
         RuntimeError: in a response, if an attack left ball or box: its points would prove nothing.
     """
 
@@ -64,6 +66,7 @@ class MixtureGame:
         *,
         batch_size: int | None = None,
         recent: Sequence[AttackedBatch] = (),
+        masses: Tensor | None = None,
         on_attack: Callable[[int], None] | None = None,
     ) -> None:
         self.mixture, self.x, self.y = mixture, x, as_labels(y, len(x))
@@ -74,6 +77,9 @@ class MixtureGame:
         self._clean_logits: Tensor | None = None
         self._moves: list[Tensor] = [self.member_losses(x).T.cpu()]
         self._recent = [self._payoffs_of(batch) for batch in recent]
+        if masses is not None and self._recent:
+            raise ValueError("masses are those of the batch alone: leave them out, or give no recent batches")
+        self.masses = None if masses is None else masses.cpu()
 
     def member_losses(self, x_adv: Tensor) -> Tensor:
         """Losses l_k(x', y) of every member at `x_adv` [B, ...] -> float64 [L, B]."""
@@ -103,9 +109,11 @@ class MixtureGame:
 
     def _attacked(self, attack: Attack, mixture: Mixture) -> Tensor:
         found = []
-        for x, y in zip(self.x.split(self._batch_size), self.y.split(self._batch_size), strict=True):
-            x_adv = attack(mixture, x, y, self.threat_model, self.generator)
-            check_points(type(attack).__name__, x_adv, x, self.threat_model)
+        for first in range(0, max(1, len(self.x)), self._batch_size):
+            rows = slice(first, first + self._batch_size)
+            x, y, ball = self.x[rows], self.y[rows], self.threat_model.rows(rows)
+            x_adv = attack(mixture, x, y, ball, self.generator)
+            check_points(type(attack).__name__, x_adv, x, ball)
             found.append(x_adv)
             if self.on_attack is not None:
                 self.on_attack(len(x))
@@ -118,7 +126,7 @@ class MixtureGame:
         """The finite game on x and all points that the attacker has played so far, losses [B + B', m, L]."""
         here = torch.stack(self._moves, dim=1)
         if not self._recent:
-            return FiniteGame(here)
+            return FiniteGame(here, masses=self.masses)
         before = torch.cat(self._recent)
         width = max(here.shape[1], before.shape[1])
         losses = torch.zeros(len(here) + len(before), width, self.num_members, dtype=here.dtype)
@@ -142,17 +150,21 @@ class MixtureGame:
         include_attack_points: bool,
         generator: torch.Generator | None = None,
     ) -> FiniteGame:
-        """`known()` after the attacker has played `num_samples` uniform points of the ball.
+        """A finite game on `num_samples` uniform points of each ball, alone or with what attacks find.
 
-        With `include_attack_points` it also plays its responses to `lam` and to every member alone. Without them a
-        solver could put all weight on one member although the pool has no attack on it.
+        With `include_attack_points` the attacker also plays its responses to `lam` and to every member alone, and the
+        pool is `known()` after that: x and all points so far. Without the attacks on single members a solver could put
+        all weight on one member although the pool has no attack on it. Without `include_attack_points` the pool holds
+        the uniform points and nothing else, not even x.
         """
         generator = generator if generator is not None else self.generator
-        self._play([self.threat_model.sample(self.x, generator) for _ in range(num_samples)])
-        if include_attack_points:
-            self._play(self.respond(lam))
-            for member in self.mixture.members:
-                # Attacking one member costs one network; a mixture with all weight on it would cost L.
-                single = Mixture([member])
-                self._play([self._attacked(attack, single) for attack in self.attacks])
+        drawn = [self.threat_model.sample(self.x, generator) for _ in range(num_samples)]
+        self._play(drawn)
+        if not include_attack_points:
+            return FiniteGame(torch.stack(self._moves[len(self._moves) - len(drawn) :], dim=1), masses=self.masses)
+        self._play(self.respond(lam))
+        for member in self.mixture.members:
+            # Attacking one member costs one network; a mixture with all weight on it would cost L.
+            single = Mixture([member])
+            self._play([self._attacked(attack, single) for attack in self.attacks])
         return self.known()

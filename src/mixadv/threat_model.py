@@ -7,44 +7,87 @@ on a batch, example by example: `x` is `[B, ...]`, and d is the number of entrie
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixadv.ball_in_box import into_the_box
+
 NORMS = ("linf", "l2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ThreatModel:
     """The ball and the box.
 
     norm: "linf" or "l2".
-    eps: radius in the units of the input (8/255 for eight grey levels of an image in [0, 1]); 0 allows x only.
+    eps: radius in the units of the input (8/255 for eight grey levels of an image in [0, 1]); 0 allows x only. A list,
+        an array or a tensor [B] gives each example of a batch its own radius; it is kept as a float64 tensor. `rows`
+        selects the radii of some examples.
     bounds: (low, high), the box that every input and every perturbed input lies in; None for no box.
 
     The inputs must lie in the box: then clamping a point of the ball to the box moves every coordinate towards x, so
     the point stays in the ball.
 
-    Raises ValueError for an unknown norm, for eps negative or not finite, for an empty box.
+    Raises ValueError for an unknown norm, for eps negative or not finite, for an empty box; in operations, for another
+    number of examples than of radii.
     """
 
     norm: str
-    eps: float
+    # A float or a tensor [B]; not declared as either, because nearly every user has the float.
+    eps: Any
     bounds: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}: choose one of {', '.join(NORMS)}")
-        eps = float(self.eps)
-        if not math.isfinite(eps) or eps < 0:
-            raise ValueError(f"eps is {self.eps}: it must be finite and at least 0")
-        object.__setattr__(self, "eps", eps)
+        eps = torch.as_tensor(self.eps, dtype=torch.float64).detach()
+        if eps.ndim > 1:
+            raise ValueError(f"eps has shape {tuple(eps.shape)}: give one number, or one for each example")
+        wrong = ~(eps.isfinite() & (eps >= 0))
+        if bool(wrong.any()):
+            raise ValueError(f"eps is {eps[wrong][0].item()}: it must be finite and at least 0")
+        object.__setattr__(self, "eps", eps.item() if eps.ndim == 0 else eps)
         if self.bounds is not None:
             bounds = tuple(float(b) for b in self.bounds)
             if len(bounds) != 2 or not bounds[0] < bounds[1]:
                 raise ValueError(f"bounds are {bounds}: give (low, high) with low < high, or None for no box")
             object.__setattr__(self, "bounds", bounds)
+
+    def __eq__(self, other: Any) -> bool:
+        if not isinstance(other, ThreatModel) or (self.norm, self.bounds) != (other.norm, other.bounds):
+            return False
+        return torch.as_tensor(self.eps).tolist() == torch.as_tensor(other.eps).tolist()
+
+    def __hash__(self) -> int:
+        return hash((self.norm, self.bounds, str(torch.as_tensor(self.eps).tolist())))
+
+    def rows(self, rows: Tensor | slice) -> ThreatModel:
+        """The threat model of the examples `rows` of a batch: the same unless each example has its own radius."""
+        if isinstance(self.eps, float):
+            return self
+        return replace(self, eps=self.eps[rows.to(self.eps.device) if isinstance(rows, Tensor) else rows])
+
+    def by_radius(self, x: Tensor) -> Iterator[tuple[Tensor, ThreatModel]]:
+        """The examples of x `[B, ...]` that have the same radius [R] long, and their threat model; its eps is a number.
+
+        Raises:
+            ValueError: x has another number of examples than there are radii.
+        """
+        radii = torch.as_tensor(self._radius(x), device=x.device).flatten().expand(len(x))
+        for radius in radii.unique().tolist():
+            yield (radii == radius).nonzero().flatten(), replace(self, eps=radius)
+
+    def _radius(self, like: Tensor) -> Any:
+        """eps, to broadcast over the entries of each example."""
+        if isinstance(self.eps, float):
+            return self.eps
+        if len(self.eps) != len(like):
+            raise ValueError(f"eps has {len(self.eps)} radii for a batch of {len(like)} examples")
+        return per_example(self.eps.to(like.device), like).to(like.dtype)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """||a - b|| per example, [B]."""
@@ -58,35 +101,50 @@ class ThreatModel:
         a feasible point, and the nearest one unless the box cuts the segment. Feasible points are not changed.
         """
         _same_shape(x_adv, x)
+        eps = self._radius(x)
         if self.norm == "linf":
-            nearest = torch.clamp(x_adv, x - self.eps, x + self.eps)
+            nearest = torch.clamp(x_adv, x - eps, x + eps)
             return nearest if self.bounds is None else nearest.clamp_(*self.bounds)
         delta = x_adv - x
         norm = per_example(self._norm(delta), x)
         # The norm of a point on the sphere is rounded; the slack keeps such a point unchanged.
-        inside = norm <= self.eps * (1 + 1e-6)
-        scale = self.eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        inside = norm <= eps * (1 + 1e-6)
+        scale = eps / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         return self._clamp(torch.where(inside, x_adv, x + delta * scale))
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One random point of S_eps(x) for each example.
+        """One random point of S_eps(x) for each example, uniform on the ball cut with the box.
 
-        linf: exactly uniform on the ball cut with the box (the set is a product of intervals). l2: uniform on
-        the ball (a Gaussian direction, radius eps u^(1/d)), then clamped to the box. If the box cuts the ball, points
-        beyond the box move to its faces, and the distribution is no longer uniform.
+        linf: exact, because the set is a product of intervals. l2: a Gaussian direction and the radius eps u^(1/d) are
+        exact where the point lies in the box. Where it does not, a Markov chain moves it in; its law is uniform up to
+        an error below 1 %, see `mixadv.ball_in_box`. In thousands of dimensions, where nearly every point of the ball
+        leaves the box, this is the law of nearly all samples.
 
         The numbers are drawn on the device of the generator, or of `x` if there is none.
         """
+        eps = self._radius(x)
         if self.norm == "linf":
-            low, high = self._clamp(x - self.eps), self._clamp(x + self.eps)
+            low, high = self._clamp(x - eps), self._clamp(x + eps)
             u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=_device(x, generator)).to(x.device)
             return torch.minimum(low + u * (high - low), high)
         device = _device(x, generator)
         direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
         u = torch.rand(x.shape[:1], generator=generator, dtype=x.dtype, device=device).to(x.device)
-        radius = self.eps * u ** (1.0 / max(1, math.prod(x.shape[1:])))
+        radius = eps * per_example(u ** (1.0 / max(1, math.prod(x.shape[1:]))), x)
         norm = per_example(self._norm(direction), x).clamp_min(torch.finfo(x.dtype).tiny)
-        return self._clamp(x + direction * (per_example(radius, x) / norm))
+        found = x + direction * (radius / norm)
+        if self.bounds is None:
+            return found
+        outside = (found != self._clamp(found)).flatten(1).any(1)
+        rows = outside.nonzero().flatten()
+        if len(rows):
+            centre, start = x[rows].flatten(1), (found[rows] - x[rows]).flatten(1)
+            radii = torch.as_tensor(self.eps).to(x).expand(len(x))[rows, None]
+            least, most = self.bounds
+            moved = centre + into_the_box(start, centre - least, most - centre, radii, generator)
+            # Rounding may put a point on the other side of a face.
+            found[rows] = self._clamp(moved).reshape(-1, *x.shape[1:])
+        return found
 
     def ascent_step(self, x_adv: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         """x_adv moved by `step_size` (in input units, one number or [B]) in the direction of steepest ascent.
@@ -95,7 +153,7 @@ class ThreatModel:
         moves nothing; NaN entries count as zero. The result is not projected.
         """
         _same_shape(grad, x_adv)
-        step = per_example(step_size, x_adv) if isinstance(step_size, Tensor) else step_size
+        step = per_example(step_size.to(x_adv), x_adv) if isinstance(step_size, Tensor) else step_size
         grad = grad.nan_to_num(nan=0.0)
         if self.norm == "linf":
             # In place: on CPUs a further copy costs as much as the arithmetic.
@@ -119,7 +177,8 @@ class ThreatModel:
         unit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
         difference = (points - centres).abs()
         size = difference.amax(1) if self.norm == "linf" else difference.square().sum(1).sqrt()
-        allowed = self.eps * (1 + 1e-5) + 1e-6 + unit * centres.abs().amax(1)
+        eps = self.eps if isinstance(self.eps, float) else self._radius(points).flatten()
+        allowed = eps * (1 + 1e-5) + 1e-6 + unit * centres.abs().amax(1)
         good = (size <= allowed) & points.isfinite().all(1)
         if self.bounds is not None:
             low, high = self.bounds

@@ -102,12 +102,30 @@ class SearchAttack(ABC):
             ValueError: as `check_batch`, or the attack cannot work on this mixture.
         """
         y = check_batch(x, y, threat_model if self.checks_box else None)
+        if isinstance(threat_model.eps, Tensor):
+            return self._by_radius(mixture, x, y, threat_model, generator, more)
         if threat_model.eps == 0 or x.numel() == 0:
             return x.detach().clone()
         mixture = as_mixture(mixture).support()
         # Tensors made under inference_mode can neither be differentiated through nor written to; their clones can.
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiates), mixture.attack_mode():
             return self.search(mixture, x.detach().clone(), y.clone(), threat_model, generator, **more)
+
+    def _by_radius(
+        self,
+        mixture: Mixture | nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None,
+        more: Mapping[str, Tensor | None],
+    ) -> Tensor:
+        """One call for the examples of each radius, so that a search has one radius."""
+        found = x.detach().clone()
+        for rows, ball in threat_model.by_radius(x):
+            own = {name: None if value is None else value[rows] for name, value in more.items()}
+            found[rows] = self(mixture, x[rows], y[rows], ball, generator, **own)
+        return found
 
     @abstractmethod
     def search(

@@ -128,10 +128,11 @@ class MixtureEvaluation(pl.LightningModule):
         ranks = Ranks.here()
         if ranks.serves(batch_idx):
             rows = torch.arange(self._seen, self._seen + len(y))
+            ball = self.threat_model.rows(slice(self._seen, self._seen + len(y)))
             started = time.perf_counter()
             with torch.enable_grad():
                 starts = self.worst.points[rows].to(x.device) if one.is_warm else None
-                x_adv, logits = one.replayed(self.mixture, x, y, self.threat_model, self.seed, batch_idx, starts)
+                x_adv, logits = one.replayed(self.mixture, x, y, ball, self.seed, batch_idx, starts)
             found = {
                 "correct": correct(logits, y),
                 "ensemble": correct(self.mixture.log_average(logits), y),

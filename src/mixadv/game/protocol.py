@@ -80,7 +80,10 @@ class Game(Protocol):
     def pool(
         self, lam: Tensor, num_samples: int, include_attack_points: bool, generator: Generator | None = None
     ) -> FiniteGame:
-        """`known()` after adding `num_samples` random perturbations per example and, on request, L + 1 attacks."""
+        """A finite game on `num_samples` random perturbations per example and, on request, on everything known.
+
+        With `include_attack_points` it is `known()` after L + 1 attacks; else it holds the random perturbations alone.
+        """
         ...
 
     def known(self) -> FiniteGame:

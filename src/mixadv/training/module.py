@@ -146,6 +146,8 @@ class MixtureTraining(pl.LightningModule):
             raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1, or None")
         if gradient_clip_val is not None and not 0 < gradient_clip_val < math.inf:
             raise ValueError(f"gradient_clip_val={gradient_clip_val} must be positive and finite, or None")
+        if isinstance(threat_model.eps, Tensor):
+            raise ValueError("a training has one eps for all examples: give ThreatModel a number")
         if gradient_clip_algorithm not in (None, "norm", "value"):
             raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: choose norm or value")
         self.mixture = mixture

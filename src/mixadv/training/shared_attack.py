@@ -45,9 +45,9 @@ class SharedAttack:
         if self.ranks.size == 1 and len(parts) == 1:
             return self.attack(mixture, x, y, threat_model, generator)
         start = self.attack.starting_points(x, threat_model, generator)
-        x, y, start = x[rows], y[rows], start[rows]
+        x, y, start, ball = x[rows], y[rows], start[rows], threat_model.rows(rows)
         found = [
-            self.attack(mixture, x[part], y[part], threat_model, generator, start_at=start[part]) for part in parts
+            self.attack(mixture, x[part], y[part], ball.rows(part), generator, start_at=start[part]) for part in parts
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
