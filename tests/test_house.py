@@ -44,7 +44,7 @@ ALLOWED = {
     "intervals": set(),
     "game": {"simplex"},
     "lambda_solvers": {"simplex", "game"},
-    "games": {"simplex", "game", "lambda_solvers", "seeding", "threat_model"},
+    "games": {"simplex", "game", "lambda_solvers", "files", "seeding", "threat_model"},
     # The network wing.
     "ball_in_box": set(),
     "threat_model": {"ball_in_box"},

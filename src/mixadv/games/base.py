@@ -63,6 +63,7 @@ class GameValues:
         violation: by how much the computed numbers break the order; 0 or rounding.
         weights: [L] float64, the optimal mixture.
         status: how the linear program ended.
+        attack: [N, m] float64, the attacker's optimal strategy.
     """
 
     v_rand: float
@@ -72,10 +73,12 @@ class GameValues:
     violation: float
     weights: Tensor
     status: str
+    attack: Tensor
 
     def row(self, draw: int, eps: float) -> dict[str, Any]:
         """The values in plain numbers, with the number of the random draw and the radius of the game."""
-        return {"draw": draw, "eps": eps, **vars(self), "weights": self.weights.tolist()}
+        plain = {name: value for name, value in vars(self).items() if name != "attack"}
+        return {"draw": draw, "eps": eps, **plain, "weights": self.weights.tolist()}
 
 
 def solve_values(game: FiniteGame) -> GameValues:
@@ -99,7 +102,8 @@ def solve_values(game: FiniteGame) -> GameValues:
             f"D = {dual!r}, V_rand = {v_rand!r}, V_det = {v_det!r} contradict D = V_rand <= V_det "
             f"(the linear program ended with {solution.status!r})"
         )
-    return GameValues(v_rand, v_det, dual, max(v_rand - dual, 0.0), violation, solution.weights, solution.status)
+    gap = max(v_rand - dual, 0.0)
+    return GameValues(v_rand, v_det, dual, gap, violation, solution.weights, solution.status, solution.attack)
 
 
 def best_constant(labels: Tensor, masses: Tensor | None = None) -> float:

@@ -168,7 +168,9 @@ def add_row(table: RichTable, cells: Iterable[str | Text], style: str = "") -> N
 
 def print_whole(table: RichTable, console: Console) -> None:
     """Print a table with all its columns, even if that is wider than the console."""
-    needed = console.measure(table, options=console.options.update(width=10_000)).minimum
+    measured = console.measure(table, options=console.options.update(width=10_000))
+    # The minimum is that of single words; columns that are not wrapped need their longest line.
+    needed = measured.maximum if all(column.no_wrap for column in table.columns) else measured.minimum
     if needed > console.width:
         table.width = needed
     console.print(table, crop=False)

@@ -21,6 +21,9 @@ from mixadv.report.names import group_name, short_names
 # Deterministic classifiers that are no members: keys of a run -> headings, and words.
 COUNTERPARTS = {"best_constant": "constant", "best_vote": "vote"}
 WORDS = {"best_constant": "a constant answer", "best_vote": "a vote of the members"}
+# Members and moves that the table of a user's own losses shows.
+MOST_MEMBERS, MOST_MOVES = 20, 12
+NO_FRACTIONS = "No fractions: these are found for at most 20,000 losses with denominators up to 10,000."
 ANEW = "run the game again with resume=never"
 # Raised when the results have not the form that task=game writes.
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -61,7 +64,7 @@ def print_game(run: Run, console: Console) -> None:
     """
     game = read_game(run)
     with damage_named(run.path):
-        table, lines = {"motivating": _motivating, "gaussians": _gaussians}.get(game["name"], _any_game)(game)
+        table, lines = TABLES.get(game["name"], _any_game)(game)
     print_whole(table, console)
     for line in lines:
         console.print(Text(line), soft_wrap=True)
@@ -90,9 +93,10 @@ def games_table(runs: Sequence[Run]) -> Table:
 
 
 def _at_largest_radius(game: dict[str, Any]) -> list[str]:
-    if game["name"] == "motivating":
-        exact = game["exact"]
-        return [game["eps"], exact["dual"], exact["value"], min(exact["deterministic_risks"], key=Fraction)]
+    if exact := game.get("exact"):
+        return [game.get("eps", NONE), *(exact[key] for key in ("dual", "value")), _least(exact)]
+    if game["name"] == "table":
+        return [NONE, *(_mean(game["runs"], key) for key in ("dual", "v_rand", "v_det"))]
     eps, runs = list(runs_by_radius(game).items())[-1]
     return [f"{eps:g}", *(_mean(runs, key) for key in ("dual", "v_rand", "v_det"))]
 
@@ -159,6 +163,78 @@ def _against_counterparts(runs: list[dict[str, Any]]) -> str:
     )
 
 
+def _triangle(game: dict[str, Any]) -> tuple[Table, list[str]]:
+    exact = game["exact"]
+    table = new_table(
+        f"Three classes that conflict, ε = {game['eps']} of their distance",
+        ["under attack, exact", "error rate", "accuracy"],
+        words=["under attack, exact"],
+    )
+    risks = {}
+    if len(game["regions"]) == 3:
+        risks["f1, one class in each overlap"] = exact["deterministic_risks"][0]
+        risks["f2, the other class in each overlap"] = exact["deterministic_risks"][1]
+    risks["best deterministic classifier, V_det"] = _least(exact)
+    mixed = "f1 or f2 by a fair coin, best mixture" if len(game["regions"]) == 3 else "best mixture"
+    risks[f"{mixed}, V_rand"] = exact["value"]
+    for what, risk in risks.items():
+        add_row(table, [what, risk, str(1 - Fraction(risk))])
+    table.add_section()
+    add_row(table, ["attacker's guarantee, D", exact["dual"], str(1 - Fraction(exact["dual"]))])
+    return table, _what_the_radius_allows(game)
+
+
+def _what_the_radius_allows(game: dict[str, Any]) -> list[str]:
+    if not game["regions"]:
+        return ["No two balls meet below ε = 1/2: one classifier is right on all of them."]
+    if len(game["regions"]) == 3:
+        return [
+            "Each pair of balls overlaps, the three have no common point (1/2 ≤ ε < 1/√3): a deterministic classifier",
+            "must give each overlap to one class, a random one can share it.",
+            "The attacker's optimal strategy: each point to either of its two overlaps with probability 1/2.",
+        ]
+    return [
+        "The three balls have a common point (ε ≥ 1/√3 = 0.577…): the attacker moves every point there, and no answer",
+        "there is right for more than one class. Randomising gains nothing.",
+    ]
+
+
+def _table(game: dict[str, Any]) -> tuple[Table, list[str]]:
+    exact, (run,) = game["exact"], game["runs"]
+    size = f"{game['examples']:,} × " * (game["examples"] > 1) + f"{game['perturbations']:,} × {len(game['members']):,}"
+    headings = ["", *["exact"] * bool(exact), "LP\nHiGHS"]
+    table = new_table(f"The game in {game['file']}: {size} losses", headings, words=[""])
+    names = dict(enumerate(game["members"]))
+    if len(names) > MOST_MEMBERS:
+        by_weight = sorted(names, key=lambda k: (-run["weights"][k], game["deterministic_risks"][k]))
+        names = {k: names[k] for k in by_weight[:MOST_MEMBERS]}
+    for key, label, floats in (
+        ("deterministic_risks", "risk of {} alone", game["deterministic_risks"]),
+        ("weights", "best mixture, weight of {}", run["weights"]),
+    ):
+        for k, name in names.items():
+            add_row(table, [label.format(name), *[exact[key][k] for _ in headings[2:]], f"{floats[k]:.4f}"])
+    table.add_section()
+    for key, label, name in (("value", "its risk, V_rand", "v_rand"), ("dual", "attacker's guarantee, D", "dual")):
+        add_row(table, [label, *[exact[key] for _ in headings[2:]], f"{run[name]:.4f}"], style="bold")
+    add_row(table, ["gap V_rand − D", *[exact["gap"] for _ in headings[2:]], _tiny(run["gap"])])
+    lines = [] if exact else [NO_FRACTIONS]
+    if len(game["members"]) > len(names):
+        lines.append(f"The {len(names)} members with the largest weights; results.json has all {len(game['members'])}.")
+    lines.append("The attacker's optimal strategy:")
+    moves = [move for move in game["moves"] if move["probability"] > 1e-9][:MOST_MOVES]
+    for move in moves:
+        where = f"example {move['example']} (mass {move['mass']:.4g}): " if game["examples"] > 1 else ""
+        lines.append(f"  {where}move {move['move']} with probability {move['probability'] / move['mass']:.4f}")
+    if game["played_moves"] > len(moves):
+        lines.append(f"  and {game['played_moves'] - len(moves):,} more moves, in game.npz")
+    return table, lines
+
+
+def _least(exact: dict[str, Any]) -> str:
+    return min(exact["deterministic_risks"], key=Fraction)
+
+
 def _gaussians(game: dict[str, Any]) -> tuple[Table, list[str]]:
     samples = game["num_samples"]
     attacker = "the attacker has whole balls" if samples is None else f"the attacker has {samples:,} points per ball"
@@ -188,3 +264,7 @@ def _tiny(value: float) -> str:
 def _mean(runs: list[dict[str, Any]], key: str) -> str:
     # Rounded first: equal values with other rounding errors must print alike.
     return f"{round(sum(run[key] for run in runs) / len(runs), 9):.4f}"
+
+
+# By the name of the game; others are shown by the values at every radius.
+TABLES = {"motivating": _motivating, "gaussians": _gaussians, "triangle": _triangle, "table": _table}

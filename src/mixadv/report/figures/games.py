@@ -19,6 +19,8 @@ from mixadv.report.figures.style import (
     new_figure,
     save,
 )
+from mixadv.report.figures.table_of_losses import table_figure
+from mixadv.report.figures.triangle import triangle_figure
 from mixadv.report.files import Run, opened
 from mixadv.report.game_tables import damage_named, read_game, runs_by_radius
 
@@ -42,7 +44,7 @@ def draw_game(run: Run | str | Path) -> Path:
     run = opened(run)
     game = read_game(run)
     with damage_named(run.path):
-        figure = {"motivating": motivating_figure, "gaussians": gaussians_figure}.get(game["name"], any_figure)
+        figure = FIGURES.get(game["name"], any_figure)
         arrays = read_arrays(run.path / "game.npz") or {}
         return save(lambda: figure(game, arrays), run.path / "game.png")
 
@@ -269,3 +271,12 @@ def _draw_values(axes: Axes, game: dict[str, Any]) -> None:
     axes.margins(x=0.03)
     axes.set_xlabel("ε, how far the attacker can move a point", labelpad=1)
     axes.legend(**_LEGEND)
+
+
+# By the name of the game.
+FIGURES = {
+    "motivating": motivating_figure,
+    "gaussians": gaussians_figure,
+    "triangle": triangle_figure,
+    "table": table_figure,
+}
