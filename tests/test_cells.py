@@ -17,7 +17,7 @@ def drawn(seed, members=7, balls=6):
     return normals, draw.normal(size=members), draw.normal(size=(balls, 2))
 
 
-def signs(normals, offsets, points):
+def positive_at(normals, offsets, points):
     return np.array(
         [[w[0] * z[0] + w[1] * z[1] + b >= 0 for w, b in zip(normals, offsets, strict=True)] for z in points]
     )
@@ -46,7 +46,7 @@ def test_lines_in_general_position_cut_a_ball_into_as_many_cells_as_euler_counts
         dual = [math.hypot(*w) if norm == "l2" else abs(w[0]) + abs(w[1]) for w in normals]
         lines = sum(abs(w @ centre + b) < eps * d for w, b, d in zip(normals, offsets, dual, strict=True))
         wanted = 1 + lines + sum(size(z - centre, norm) < eps for z in crossings)
-        assert len({tuple(row) for row in signs(normals, offsets, mine)}) == wanted
+        assert len({tuple(row) for row in positive_at(normals, offsets, mine)}) == wanted
         many = max(many, wanted)
     assert many >= (3, 6, 12)[seed % 3]
 
@@ -61,8 +61,8 @@ def test_nothing_that_dense_samples_find_is_missed(norm):
     generator = torch.Generator().manual_seed(0)
     for i, centre in enumerate(centres):
         many = ball.sample(torch.from_numpy(centre).expand(3000, 2), generator).numpy()
-        found = {tuple(row) for row in signs(normals, offsets, points[owner == i])}
-        assert {tuple(row) for row in signs(normals, offsets, many)} <= found
+        found = {tuple(row) for row in positive_at(normals, offsets, points[owner == i])}
+        assert {tuple(row) for row in positive_at(normals, offsets, many)} <= found
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -70,9 +70,9 @@ def test_lines_through_one_point_and_lines_that_coincide(norm):
     """Three lines through the origin, one of them twice and once turned round: six sectors, the lines, the origin."""
     normals = np.array([[1.0, 0], [0, 1], [1, 1], [2, 0], [-1, 0]])
     owner, points = cell_points(normals, np.zeros(5), np.array([[0.25, 0.125]]), 1.0, norm)
-    found = {tuple(row) for row in signs(normals, np.zeros(5), points).tolist()}
+    found = {tuple(row) for row in positive_at(normals, np.zeros(5), points).tolist()}
     angles = [math.radians(30 + k) for k in (-10, 60, 100, 150, 200, 280)]
-    sectors = signs(normals, np.zeros(5), [[math.cos(a), math.sin(a)] for a in angles])
+    sectors = positive_at(normals, np.zeros(5), [[math.cos(a), math.sin(a)] for a in angles])
     assert {tuple(row) for row in sectors.tolist()} <= found
     assert (True,) * 5 in found
     # On the first line both f and its mirror image say +1.
@@ -87,7 +87,7 @@ def test_a_ball_that_only_touches_a_closed_half_plane_reaches_it():
     centres = np.array([[0.0, 0], [-1, 0], [1, 0]])
     for norm in ("l2", "linf"):
         owner, points = cell_points(normals, offsets, centres, 0.5, norm)
-        wrong = signs(normals, offsets, points) != np.array([False, True, True])[owner, None]
+        wrong = positive_at(normals, offsets, points) != np.array([False, True, True])[owner, None]
         game, place = game_on_points(wrong.astype(np.uint8), owner, np.array([0.5, 0.25, 0.25]))
         assert game.deterministic_values().tolist() == [F(3, 4)] * 2
         assert game.value(np.array([0.5, 0.5])) == 0.5

@@ -7,6 +7,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 
+from mixadv.game import ceiling, conflicts
 from mixadv.games.triangle import Triangle, corners
 from oracles_game import dual_linear_program, full_linear_program
 
@@ -67,3 +68,13 @@ def test_the_corners_are_at_distance_one_of_each_other():
     np.testing.assert_allclose(at.sum(0), 0, atol=1e-12)
     with pytest.raises(ValueError, match="eps=-1 is no radius"):
         Triangle(-1)
+
+
+@pytest.mark.parametrize("eps", ["1/4", "11/20", "578/1000"])
+def test_the_game_over_all_classifiers_on_the_corners_is_the_triangle(eps):
+    """The program over conflicts knows nothing of regions or classifiers."""
+    found = ceiling(conflicts(corners(), np.arange(3), float(F(eps)), "l2", bounds=None))
+    exact = Triangle(eps).solve()
+    assert found.status == "exact"
+    assert found.randomised == pytest.approx(float(1 - exact.value), abs=1e-9)
+    assert found.deterministic == pytest.approx(float(1 - min(exact.deterministic_risks)), abs=1e-9)
