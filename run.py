@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from mixadv.main import main
+from mixadv.__main__ import start
 
 if __name__ == "__main__":
-    main()
+    start()

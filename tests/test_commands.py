@@ -373,7 +373,8 @@ def test_a_path_may_be_called_as_runs_are_called(trained, command, tmp_path):
     assert shown.rc == 0, shown.err
     finished = command("task=evaluate", "mixture=eps=0.05,L=3/mixture", "data.num_test=20")
     assert finished.rc == 0, finished.err
-    assert (tmp_path / "outputs" / "evaluate" / "mixture=eps=0.05,L=3-mixture,data.num_test=20").is_dir()
+    (run,) = (tmp_path / "outputs" / "evaluate").iterdir()
+    assert run.name.startswith("mixture=eps=0.05,L=3-mixture,data.num_test=20-")
 
 
 def test_an_evaluation_takes_another_norm(trained, command, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from mixadv import config
-from mixadv.config import MAX_NAME, parse_eps, path_safe, run_name
+from mixadv.config import parse_eps
 from mixadv.errors import UserError
 from mixadv.shipped import protocols, shipped_protocol
 
@@ -58,46 +58,6 @@ def test_eps_refuses_what_is_no_radius(text):
         parse_eps(text)
     assert str(refused.value).startswith("eps=")
     assert "\n" not in str(refused.value)
-
-
-# --- names of directories ----------------------------------------------------------------------------------
-
-
-def test_names_keep_what_the_overrides_say():
-    assert path_safe("eps=8/255") == "eps=8-255"
-    assert path_safe("members=[a/b,c]") == "members=a-b,c"
-    assert run_name(["eps=8/255", "L=3"]) == "eps=8-255,L=3"
-    assert run_name([]) == "default"
-    assert run_name(["eps=0.1"], "mine") == "mine"
-    assert run_name(["eps=0.1"], 0) == "0"
-
-
-def test_names_leave_out_what_says_where_and_not_how():
-    said = ["task=train", "name=x", "resume=never", "runs=outputs", "+experiment=quickstart", "L=2"]
-    assert run_name(said) == "+experiment=quickstart,L=2"
-
-
-@pytest.mark.parametrize("text", ["../../etc", "a/../b", "..", ".", "/abs", "x y\n\tz", "a:b*c?d", "~/home", "ä/ö"])
-def test_names_never_leave_their_directory(text):
-    name = run_name([], text)
-    assert name
-    assert name not in (".", "..")
-    assert not set(name) & set("/\\\0\n\t *?:~")
-    assert not name.startswith(".")
-
-
-def test_long_names_are_cut_and_stay_distinct():
-    start = "x=" + "1" * 400
-    names = [path_safe(start + end) for end in ("", "2", "3")]
-    assert len(set(names)) == 3
-    for name in names:
-        assert MAX_NAME < len(name) <= MAX_NAME + 9
-        assert name.startswith(start[:MAX_NAME])
-    assert path_safe("y" * MAX_NAME) == "y" * MAX_NAME
-
-
-def test_names_are_functions_of_the_command():
-    assert run_name(["a=1", "b=2"]) == run_name(["a=1", "b=2"]) != run_name(["b=2", "a=1"])
 
 
 # --- what the shipped configuration says -------------------------------------------------------------------
@@ -421,7 +381,10 @@ BAD_COMMANDS = [
         "experiment=nope is unknown: choose one of cifar10_at, cifar10_gpu_short, ",
     ),
     (["L"], "cannot read 'L'"),
-    (["name=a b=c"], "cannot read 'name=a b=c'"),
+    (["members=[A,"], "cannot read 'members=[A,': a bracket is not closed; a list needs quotes for the shell"),
+    (["clé=3"], "cannot read 'clé=3': the key has the character 'é'"),
+    (["task=evaluate", "weights=0.5,0.5"], "Ambiguous value for argument 'weights=0.5,0.5': a list has brackets"),
+    (["task=evaluate", "mixture=é,b"], "Ambiguous value for argument 'mixture=é,b': there is no such path"),
     (["eps=8"], "eps=8"),
     (["eps=8px"], "eps=8px"),
     (["task=fly"], "task=fly is unknown: choose one of evaluate, game, report, solve, train"),

@@ -250,7 +250,7 @@ def test_members_of_other_balls_or_images_need_a_decision(shelf):
             "weights=[...] has 2 numbers, but members=[...] holds 4: three#0, three#1, three#2, old; give one for each",
         ),
         (["members=[three]", "weights=[0.25,0.25,0.25,0.25]"], "has 4 numbers, but members=[...] holds 3: three#0, "),
-        (["members=[three]", "L=3"], "L=...: task=evaluate counts the members"),
+        (["members=[three]", "L=3"], "L=3: task=evaluate counts the members"),
         (["members=[three,nowhere.pt]"], "there is nothing at nowhere.pt"),
         (["members=[old.pt,evaluated_models:soft]"], "probabilities"),
         (["members=[old.pt,evaluated_models:few]"], "evaluated_models:few has 7"),

@@ -27,7 +27,7 @@ ALLOWED = {
     "metrics_file": {"files"},
     "tensor_files": {"files"},
     "redaction": set(),
-    "console": {"redaction"},
+    "console": {"redaction", "signals"},
     "unknown_keys": set(),
     "shipped": set(),
     "instantiate": set(),
@@ -77,14 +77,16 @@ ALLOWED = {
     "callbacks": {"training", "checkpoint_files", "files", "signals"},
     "loggers": {"redaction", "console", "files", "metrics_file", "results"},
     "members": {"evaluation", "mixture", "models", "checkpoint_files", "files", "seeding"},
-    "runs": {"config", "console", "files", "records", "results", "setting_keys", "shipped"},
+    "runs": {"console", "files", "run_names", "records", "results", "setting_keys", "shipped"},
     "report": {"files", "intervals", "metrics_file", "records", "redaction", "results", "runs"}
     | {"setting_keys", "shipped", "unknown_keys"},
     # The shell.
-    "config": {"setting_keys", "unknown_keys"},
-    "composition": {"setting_keys", "shipped", "unknown_keys"},
+    "run_names": set(),
+    "command_line": set(),
+    "config": {"run_names", "setting_keys", "unknown_keys"},
+    "composition": {"command_line", "setting_keys", "shipped", "unknown_keys"},
     "main": {
-        *("composition", "config", "console", "redaction", "runs", "shipped", "signals", "tasks"),
+        *("command_line", "composition", "config", "console", "redaction", "runs", "shipped", "signals", "tasks"),
         "unknown_keys",
     },
     "__main__": {"main"},
@@ -349,4 +351,4 @@ def test_requirements_keep_the_malicious_releases_out():
     assert not wanted["hydra-core"].specifier.contains("1.4.0")
     assert not {specifier.operator for specifier in wanted["torch"].specifier} & {"==", "~=", "==="}
     assert not {"optuna", "hydra-optuna-sweeper", "torchattacks", "auto-lirpa"} & {name.lower() for name in wanted}
-    assert project["scripts"]["mixadv"] == "mixadv.main:main"
+    assert project["scripts"]["mixadv"] == "mixadv.__main__:start"

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from builders.runs import read_results
 from conftest import TINY, run_command
 from mixadv import load_mixture
-from mixadv.main import _quoted
 from mixadv.report import read_run
 from mixadv.report.figures.solve import solution_figure
 from mixadv.report.solve import solution_sentences, solution_table
@@ -251,21 +250,6 @@ def test_members_of_other_classes_are_refused(shelf):
     )
     finished = run_command(shelf, "task=solve", "members=[old.pt,few_models:few]", "model=linear", *SETTINGS)
     assert "7" in finished.refusal()
-
-
-def test_members_on_the_command_line_are_taken_apart_where_paths_exist(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a=1,b=2").mkdir()
-    (tmp_path / "plain").mkdir()
-    assert _quoted("members=[plain,a=1,b=2,pkg.mod:fn]") == "members=[plain,'a=1,b=2','pkg.mod:fn']"
-    assert _quoted("members=['a=1,b=2',plain]") == "members=['a=1,b=2',plain]"
-    # Three parts and more: the middle ones have no quote of their own.
-    assert _quoted("members=['a=1,b=2,c=3',plain]") == "members=['a=1,b=2,c=3',plain]"
-    assert _quoted('members=["a=1,b=2,c=3","d=4"]') == 'members=["a=1,b=2,c=3","d=4"]'
-    assert _quoted("members=[]") == "members=[]"
-    # A sweep over lists.
-    assert _quoted("members=[plain,a=1,b=2],[pkg.mod:fn]") == "members=[plain,'a=1,b=2'],['pkg.mod:fn']"
-    assert _quoted("L=3") == "L=3"
 
 
 def test_a_safetensors_file_is_a_member(shelf):

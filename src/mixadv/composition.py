@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from omegaconf import DictConfig, OmegaConf
 
+from mixadv.command_line import PATH_KEYS, quoted, unreadable
 from mixadv.setting_keys import flat_settings
 from mixadv.shipped import config_dir
 from mixadv.unknown_keys import unknown_key
@@ -33,22 +34,39 @@ def composition_message(error: Exception) -> str:
             return f"{group}={choice} is not installed: pip install {SWEEPER_PACKAGES[choice]}"
         return f"{group}={choice} is unknown: choose one of {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r} as KEY=VALUE or GROUP=CHOICE; quote values that have spaces or commas"
+        return unreadable(error.override)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines[0].startswith("Ambiguous value"):
-        return f"{lines[0]}: give one value, or add -m to sweep over all of them"
+        return _one_value(lines[0])
     if lines[0].startswith("Could not override"):
         name = lines[0].split("'")[1]
         return unknown_key(name, _known_keys(), _value_of(name))
     # Only the first line is about the user's mistake; the others are OmegaConf's internals.
     cause = error.__cause__ or error.__context__
     reason = str(cause).splitlines()[0] if cause is not None else ""
+    if "is not a ListConfig" in reason:
+        setting = lines[0].removeprefix("Error merging override ")
+        return f"{setting} is not a list: write '{setting.replace('=', '=[', 1)}]', with quotes for the shell"
     if found := re.fullmatch(r"In '(.+)': \w+ raised while composing config:", lines[0]):
         key = getattr(cause, "full_key", None)
         if isinstance(cause, KeyError | AttributeError) and key:
             reason = unknown_key(key, _known_keys())
         return f"{found[1]}.yaml: {reason if not key or key in reason else f'{key}: {reason}'}"
     return lines[0].removeprefix("Error merging override ") + (f": {reason}" if reason else "")
+
+
+def _one_value(message: str) -> str:
+    """The message on several values for one; Hydra's is "Ambiguous value for argument 'KEY=A,B'..."."""
+    key, _, value = message.partition("'")[2].rpartition("'")[0].partition("=")
+    if key in ("weights", "members"):
+        remedy = f"a list has brackets, '{key}=[A,B]'"
+    elif key in PATH_KEYS:
+        # The quotes that `for_hydra` has set around the parts.
+        value = value.replace("'", "")
+        remedy = "there is no such path"
+    else:
+        remedy = f'give one value (a text with commas in quotes, "{key}={quoted(value)}")'
+    return f"Ambiguous value for argument '{key}={value}': {remedy}, or add -m to sweep over all of them"
 
 
 def _known_keys() -> set[str]:

@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixadv.errors import UserError
+from mixadv.run_names import name_in, path_safe, run_name
 from mixadv.setting_keys import flat_settings
 from mixadv.unknown_keys import RENAMED_VALUES, unknown_key
 
@@ -21,8 +22,6 @@ TASKS = ("train", "evaluate", "solve", "game", "report")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "16", "64")
 RESUME = ("auto", "never")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-# Longest name of a run directory, in characters; longer names are cut.
-MAX_NAME = 120
 # Names that are safe as file names.
 PLAIN_NAME = r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"
 # Tolerance on sum(weights) = 1.
@@ -142,36 +141,20 @@ def parse_eps(value: Any) -> float:
     return eps
 
 
-def path_safe(text: str) -> str:
-    """A name for a directory: ``eps=8/255`` gives ``eps=8-255``. Long names are cut, and a digest is appended."""
-    safe = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", re.sub(r"[\[\]'\"]", "", text)).strip("-. ")
-    if len(safe) > MAX_NAME:
-        import hashlib
-
-        safe = f"{safe[:MAX_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return safe
+def _run_dir(folder: str, overrides: Any, name: Any) -> str:
+    return f"{folder}/{name_in(Path(folder), run_name(overrides, name))}"
 
 
-# Overrides that are not part of a run's name: they choose what is done or where it is written, not how.
-UNNAMED = ("task", "name", "resume", "runs", "launch", "logger", "optimized_metric", "hparams_search")
-
-
-def run_name(overrides: Any, name: Any = None) -> str:
-    """Directory name of a run: ``name=...`` if given, else its path-safe overrides, else ``default``.
-
-    It depends on the command only, so that the same command finds the same directory and resumes.
-    """
-    if name is not None:
-        return path_safe(str(name)) or "default"
-    kept = [text for text in overrides if text.split("=", 1)[0].lstrip("+~") not in UNNAMED]
-    return path_safe(",".join(kept)) or "default"
+def _job_name(sweep_dir: str, overrides: Any) -> str:
+    return name_in(Path(sweep_dir), run_name(overrides))
 
 
 def register() -> None:
     """Register the schema and the resolvers with Hydra and OmegaConf; may be called again."""
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     # Hydra passes the resolver cache of a sweep to its jobs, so with the cache every job finds the sweep's directory.
-    OmegaConf.register_new_resolver("sweep_name", run_name, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("sweep_dir", _run_dir, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("job_name", _job_name, replace=True)
     ConfigStore.instance().store(name="mixadv_schema", node=Config, provider="mixadv")
 
 
@@ -306,7 +289,7 @@ def _check_top_level(cfg: DictConfig) -> None:
     _one_of("compile", str(cfg.compile).lower(), ("auto", "true", "false"))
     _one_of("resume", cfg.resume, RESUME)
     if cfg.name is not None and not path_safe(cfg.name):
-        raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters, digits, - and _")
+        raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters and digits")
     if cfg.micro_batch_size is not None:
         _at_least("micro_batch_size", cfg.micro_batch_size, 1)
     _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))

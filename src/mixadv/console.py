@@ -16,6 +16,7 @@ from typing import Any
 import rich.console
 
 from mixadv.redaction import printable
+from mixadv.signals import output_closed
 
 # conf/hydra/job_logging/mixadv.yaml refers to this name.
 TRANSCRIPT = logging.getLogger("mixadv.console")
@@ -114,6 +115,10 @@ class Console(rich.console.Console):
         if text.strip():
             TRANSCRIPT.info("%s", text if "\n" not in text else f"\n{text}")
 
+    def on_broken_pipe(self) -> None:
+        """Stop as for a signal: the reader of the output has ended, as `head` does."""
+        raise output_closed()
+
     def _plain(self, objects: tuple[Any, ...], options: dict[str, Any]) -> str:
         page = io.StringIO()
         plain = rich.console.Console(
@@ -125,7 +130,10 @@ class Console(rich.console.Console):
 
 def say(text: str) -> None:
     """Print one line and log it."""
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise output_closed() from None
     TRANSCRIPT.info("%s", text)
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,12 +19,13 @@ from omegaconf import DictConfig
 
 import mixadv
 from mixadv import config
+from mixadv.command_line import for_hydra
 from mixadv.composition import composition_message
 from mixadv.errors import UserError
 from mixadv.redaction import printable
 from mixadv.runs.processes import is_helper
 from mixadv.shipped import config_dir
-from mixadv.signals import Stopped
+from mixadv.signals import Stopped, output_closed
 from mixadv.unknown_keys import misplaced_word
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ INTERRUPTED = 130
 # choose which code runs or where the user's keys are sent.
 FROM_DOTENV = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "DATA_DIR")
 
-# Keys whose value is one path.
-PATH_KEYS = ("mixture", "runs", "data.root")
-
 # The packages that --version lists: short name -> distribution.
 VERSIONS = {"hydra": "hydra-core", "lightning": "pytorch-lightning", "torch": "torch"}
 
@@ -56,34 +54,6 @@ def _refuse(message: str) -> None:
     # Names and reasons may come from files of other people: no control characters may reach the terminal.
     shown = printable(message, keep="\n")
     print(f"mixadv: {shown}", file=sys.stderr, flush=True)
-
-
-def _quoted(argument: str) -> str:
-    """Quote existing paths: run directories have names like `eps=8-255,L=3`, which Hydra's grammar would split."""
-    key, _, value = argument.partition("=")
-    if "'" in value or '"' in value:
-        # The user has quoted already.
-        return argument
-    if key in PATH_KEYS and Path(value).exists():
-        return f"{key}={_quote(value)}"
-    if key == "members" and value.startswith("[") and value.endswith("]"):
-        # A sweep gives several lists: [A,B],[C].
-        lists = (",".join(map(_quote, _split_members(text))) for text in value[1:-1].split("],["))
-        return "members=" + ",".join(f"[{text}]" for text in lists)
-    return argument
-
-
-def _quote(word: str) -> str:
-    return f"'{word}'" if set(word) & set("=,()[]{}: ") else word
-
-
-def _split_members(text: str) -> Iterator[str]:
-    """Split at commas, except inside the longest path that exists."""
-    parts = text.split(",")
-    while parts:
-        count = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n]).strip()).exists()), 1)
-        yield ",".join(parts[:count]).strip()
-        del parts[:count]
 
 
 def _job(cfg: DictConfig) -> float:
@@ -104,6 +74,9 @@ def _job(cfg: DictConfig) -> float:
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     overrides = list(hydra_cfg.overrides.task)
+    if hydra_cfg.job.chdir:
+        # Hydra has gone to the run directory, but paths of a command are relative to the place where it was typed.
+        os.chdir(hydra_cfg.runtime.cwd)
     try:
         if hydra_cfg.mode == RunMode.MULTIRUN:
             return _job_of_sweep(cfg, run_dir, overrides, hydra_cfg.job.num)
@@ -128,6 +101,8 @@ def _single_run(cfg: DictConfig, run_dir: Path, overrides: list[str], launch: st
         _log_failure(run_dir, error)
         _remove_if_empty(run_dir)
         sys.exit(1)
+    except BrokenPipeError:
+        raise output_closed() from None
     except Exception as error:
         _log_failure(run_dir, error)
         _remove_if_empty(run_dir)
@@ -214,7 +189,7 @@ def _take_dotenv(path: Path) -> None:
 
 
 def main() -> None:
-    """Entry point of ``python run.py``, ``python -m mixadv`` and the ``mixadv`` command."""
+    """The command line of ``sys.argv``; `mixadv.__main__.start` calls it."""
     if "--version" in sys.argv[1:]:
         print(_versions())
         return
@@ -222,7 +197,9 @@ def main() -> None:
     # Let exceptions reach this function; else Hydra prints a shortened traceback and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     config.register()
-    sys.argv[1:] = map(_quoted, sys.argv[1:])
+    if strange := next((word for word in sys.argv[1:] if not _is_text(word)), None):
+        _exit_with(f"{strange!a} is not text in the encoding of this system: set PYTHONUTF8=1, or LANG=C.UTF-8")
+    sys.argv[1:] = map(for_hydra, sys.argv[1:])
 
     import hydra
     from hydra._internal.utils import get_args_parser
@@ -239,6 +216,11 @@ def main() -> None:
     finally:
         if Sweep.current is not None:
             Sweep.current.close()
+
+
+def _is_text(word: str) -> bool:
+    """Whether `word` has no bytes that Python could not decode."""
+    return not any("\udc80" <= char <= "\udcff" for char in word)
 
 
 def _versions() -> str:
@@ -308,7 +290,3 @@ def _conclude(sweep: "Sweep") -> None:
     print(summary(sweep.directory, outcomes), flush=True)
     if message := complaint(outcomes):
         _exit_with(message)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """Configurations as flat, dotted keys, and the keys that do not change results."""
 
+import math
 from typing import Any
 
 # Keys that do not change results. They may differ when a run is continued, and between runs that are compared.
@@ -37,3 +38,17 @@ def flat_settings(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         flat.update(flat_settings(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
+
+
+def comparable(value: Any) -> Any:
+    """A setting as plain JSON by its meaning: numbers and fractions that are written as text are numbers."""
+    if isinstance(value, (list, tuple)):
+        return [comparable(part) for part in value]
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return value
+    numerator, _, denominator = str(value).partition("/")
+    try:
+        number = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        return value
+    return number if math.isfinite(number) else str(value)

@@ -28,7 +28,7 @@ def shipped_protocol(name: str) -> dict[str, Any]:
 
     if name not in protocols():
         raise UserError(f"protocol={name} is unknown: choose one of {', '.join(protocols())}")
-    own = yaml.safe_load((Path(config_dir()) / "protocol" / f"{name}.yaml").read_text())
+    own = yaml.safe_load((Path(config_dir()) / "protocol" / f"{name}.yaml").read_text(encoding="utf-8"))
     whole: dict[str, Any] = {}
     for base in own.pop("defaults", ["_self_"]):
         layer = own if base == "_self_" else shipped_protocol(base)

@@ -1,4 +1,4 @@
-"""Stopping on SIGINT, SIGTERM, SIGUSR1 and, if a launcher handles it, SIGUSR2.
+"""Stopping on SIGINT, SIGTERM and, where the system has them, SIGUSR1 and, if a launcher handles it, SIGUSR2.
 
 Work that is repeated later (an attack, a weights phase, a validation) stops at once. Work that must be whole (an
 update, the writing of a checkpoint) is finished first. A second SIGINT stops at once in any case.
@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+# Windows has neither SIGUSR1 nor SIGUSR2.
+HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+# Asks a job to stop and to go back into the queue, see `requeue`.
+REQUEUE: int | None = getattr(signal, "SIGUSR1", None)
 EXIT_BASE = 128  # shells report 128 + n for a program that signal n ended
 
 
@@ -29,6 +33,11 @@ class Stopped(BaseException):
     def exit_code(self) -> int:
         """128 + number of the signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1 (Linux)."""
         return EXIT_BASE + self.signum
+
+
+def output_closed() -> Stopped:
+    """What to raise when the reader of the output has ended, as `head` does: other programs end by SIGPIPE then."""
+    return Stopped(getattr(signal, "SIGPIPE", signal.SIGTERM))
 
 
 class Signals:
@@ -56,10 +65,10 @@ class Signals:
             signal.signal(signum, self._handle)
 
     def __enter__(self) -> "Signals":
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for signum in HANDLED:
             before = signal.getsignal(signum)
             # Only submitit uses SIGUSR2: it sends it before the time limit of a job.
-            if signum == signal.SIGUSR2 and not callable(before):
+            if signum == getattr(signal, "SIGUSR2", None) and not callable(before):
                 continue
             try:
                 signal.signal(signum, self._handle)

@@ -197,7 +197,9 @@ def _has_key() -> bool:
 
 def _kept_id(path: Path) -> str:
     """The run's id from the file `path`; else a new one, which is written there. It is part of a folder's name."""
-    kept = path.read_text(errors="replace").strip() if path.is_file() and not path.is_symlink() else ""
+    kept = (
+        path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() and not path.is_symlink() else ""
+    )
     if not re.fullmatch(r"\w{4,64}", kept, re.ASCII):
         kept = secrets.token_hex(4)
         # The file is renamed into place, so a symbolic link is replaced, not followed.

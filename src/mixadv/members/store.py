@@ -43,8 +43,8 @@ def save_mixture(mixture: Mixture, directory: Path, config: Mapping[str, Any], c
     directory.mkdir(parents=True, exist_ok=True)
     for name, write in (
         (WEIGHTS_FILE, partial(_save_tensors, mixture.state_dict())),
-        (CONFIG_FILE, lambda path: path.write_text(text)),
-        ("README.md", lambda path: path.write_text(card)),
+        (CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8")),
+        ("README.md", lambda path: path.write_text(card, encoding="utf-8")),
     ):
         with replacing(directory / name) as temporary:
             write(temporary)
@@ -128,7 +128,7 @@ def _folder_config(path: Path) -> dict[str, Any]:
     """The checked config of the exported folder at `path` or in it."""
     folder = _folder(path)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"the mixture in {folder} cannot be read ({error}): export it again") from error
     found, wanted = None, 1

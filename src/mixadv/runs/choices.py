@@ -70,7 +70,7 @@ class Choices:
         if not self._path.exists() or not self._is_a_run():
             return {}
         try:
-            made = json.loads(self._path.read_text())
+            made = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             message = f"{self._path} cannot be read ({error}): restore it, or start anew with resume=never"
             raise UserError(message) from None

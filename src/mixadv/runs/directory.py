@@ -21,7 +21,7 @@ from mixadv.console import begin_log
 from mixadv.errors import UserError
 from mixadv.files import remove_leftovers, write_arrays, write_text
 from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
-from mixadv.setting_keys import flat_settings, is_indifferent
+from mixadv.setting_keys import comparable, flat_settings, is_indifferent
 from mixadv.shipped import refuse_aliases
 
 # Folders of a run into which files are written; leftovers of killed processes are removed from them.
@@ -178,7 +178,7 @@ def leave_reason(run_dir: Path, error: Exception) -> None:
 def digest(cfg: DictConfig) -> str:
     """SHA-256 of the settings that change what is computed."""
     flat = flat_settings(OmegaConf.to_container(cfg, resolve=True))
-    kept = {key: value for key, value in flat.items() if not is_indifferent(key)}
+    kept = {key: comparable(value) for key, value in flat.items() if not is_indifferent(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -190,13 +190,14 @@ def seal(run_dir: Path, settings: str) -> None:
 def is_sealed(run_dir: Path, settings: str) -> bool:
     """Whether a finished run of these settings is there; the files that it was made from are not read."""
     done = run_dir / "DONE"
-    return done.is_file() and done.read_text().strip() == settings
+    return done.is_file() and done.read_text(encoding="utf-8").strip() == settings
 
 
 def _difference(saved: Any, cfg: DictConfig) -> str:
     old, new = flat_settings(saved), flat_settings(OmegaConf.to_container(cfg, resolve=True))
     keys = [key for key in {**old, **new} if not is_indifferent(key)]
-    changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
+    differing = [key for key in keys if comparable(old.get(key)) != comparable(new.get(key))]
+    changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in differing]
     return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 

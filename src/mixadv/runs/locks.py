@@ -138,6 +138,6 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 def _said(path: Path) -> str:
     try:
-        return path.read_text().strip() or "unknown"
+        return path.read_text(encoding="utf-8").strip() or "unknown"
     except OSError:
         return "it has just ended"

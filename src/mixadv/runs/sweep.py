@@ -25,8 +25,8 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from mixadv.config import run_name
 from mixadv.files import write_text
+from mixadv.run_names import name_in, run_name
 from mixadv.runs.locks import holder
 
 DONE = "done"
@@ -101,7 +101,10 @@ class Sweep(Callback):
     def outcomes(self) -> list[Outcome]:
         """One for each job, in order; for jobs that wrote none, their directories tell."""
         assert self.directory is not None
-        left = {int(path.stem): Outcome(**json.loads(path.read_text())) for path in self._folder.glob("*.json")}
+        left = {
+            int(path.stem): Outcome(**json.loads(path.read_text(encoding="utf-8")))
+            for path in self._folder.glob("*.json")
+        }
         count = max(len(self.names), max(left, default=-1) + 1)
         return [left[number] if number in left else self._missing(number) for number in range(count)]
 
@@ -162,14 +165,16 @@ def _is_basic(config: DictConfig) -> bool:
 
 def _job_names(config: DictConfig) -> list[str]:
     """The names of the jobs of Hydra's own sweeper; other sweepers choose theirs later."""
-    return job_names(list(config.hydra.overrides.task)) if _is_basic(config) else []
+    if not _is_basic(config):
+        return []
+    return job_names(list(config.hydra.overrides.task), Path(config.hydra.sweep.dir))
 
 
-def job_names(overrides: Sequence[str]) -> list[str]:
-    """The names of a sweep's directories. Hydra rewrites overrides: ``compile=false`` becomes ``compile=False``."""
+def job_names(overrides: Sequence[str], folder: Path) -> list[str]:
+    """The names of the jobs' directories in `folder`, from the overrides of the sweep."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [run_name(job) for job in jobs]
+    return [name_in(folder, run_name(job)) for job in jobs]

@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 
 from mixadv.config import check
 from mixadv.runs import processes
-from mixadv.signals import Signals, Stopped, requeue
+from mixadv.signals import REQUEUE, Signals, Stopped, requeue
 
 if TYPE_CHECKING:
     from mixadv.report import Run
@@ -92,7 +91,7 @@ def _stopped_by_signals(cfg: DictConfig) -> Iterator[None]:
         with nullcontext() if cfg.task == "train" else Signals():
             yield
     except Stopped as stop:
-        if stop.signum == signal.SIGUSR1:
+        if stop.signum == REQUEUE:
             # Imported here because rich would slow down --help.
             from mixadv.console import say
 

@@ -150,8 +150,6 @@ def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -
     Raises:
         UserError: the records disagree, or the command line sets L.
     """
-    if "L" in build.keys_of(overrides):
-        raise UserError("L=...: task=evaluate counts the members that are named; leave it out")
     merged = as_recorded_by_members(cfg, sources, overrides).copy()
     counts = [1 if source.record is None else source.record.get("L") for source in sources]
     # A record without L is refused when the members are loaded.

@@ -28,9 +28,11 @@ def as_recorded_by_members(cfg: DictConfig, sources: Sequence[Source], overrides
     """`cfg` with data, eps and norm as the members record them, except the keys that the command line sets.
 
     Raises:
-        UserError: the records disagree, and the command line does not decide.
+        UserError: the records disagree, and the command line does not decide; or it sets L.
     """
     given = build.keys_of(overrides)
+    if "L" in given:
+        raise UserError(f"L={cfg.L}: task={cfg.task} counts the members that are named; leave it out")
     first: tuple[str, DictConfig] | None = None
     for source in sources:
         if source.record is None:
