@@ -1,4 +1,4 @@
-"""Games from the user's own files: tables of losses."""
+"""Games from the user's own files: tables of losses, and points in the plane."""
 
 import itertools
 import random
@@ -10,8 +10,11 @@ import torch
 
 from mixadv.game import FiniteGame
 from mixadv.games.base import solve_values
+from mixadv.games.motivating import LineGame
+from mixadv.games.points import Points
 from mixadv.games.rational import evaluate, proved
 from mixadv.games.table import Table
+from mixadv.threat_model import ThreatModel
 from oracles_game import full_linear_program
 
 # --- fractions ---------------------------------------------------------------------------------------------
@@ -162,6 +165,125 @@ def test_the_command_plays_a_table_and_draws_it(command, tmp_path):
     table = command("task=report", "runs=outputs")
     assert "1/12" in table.out
     assert "game.file has no default: add game.file=..." in command("task=game", "game=table", "name=x").refusal()
+
+
+# --- points in the plane -----------------------------------------------------------------------------------
+
+MOTIVATING = "x1,x2,y,mass\n0,0,-1,0.5\n-1,0,1,0.25\n1,0,1,0.25\n"
+THRESHOLDS = [[-1, 0, -0.5], [1, 0, -0.5]]
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_motivating_example_from_its_points(tmp_path, norm):
+    """Its exact values at every radius are in fractions, from other code."""
+    path = tmp_path / "mot.csv"
+    path.write_text(MOTIVATING)
+    radii = ["0", "1/4", "1/2", "21/40", "1", "3/2"]
+    played = Points(str(path), THRESHOLDS, eps=radii, norm=norm).play(lambda _: None)
+    assert played.summary["num_samples"] is None
+    for eps, run in zip(radii, played.summary["runs"], strict=True):
+        exact = LineGame(F(eps)).solve()
+        assert run["v_rand"] == pytest.approx(float(exact.value), abs=1e-9)
+        assert run["v_det"] == pytest.approx(float(min(exact.deterministic_risks)), abs=1e-9)
+        assert run["best_constant"] == pytest.approx(0.5)
+        # "+1 iff either says so" is right on every point until the ball of 0 reaches a threshold.
+        assert run["best_vote"] == pytest.approx(0 if F(eps) < F(1, 2) else 0.5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_linear_classifiers_as_functions_are_attacked_on_samples_of_the_same_balls(tmp_path, norm):
+    draw = np.random.default_rng(5)
+    x, y = draw.normal(size=(30, 2)), draw.integers(2, 4, 30)
+    lines = [[1, 0.5, 0.1], [-0.3, 1, -0.2], [0.7, -1, 0.4]]
+    np.savez(tmp_path / "points.npz", x=x, y=y)
+    (tmp_path / "rules.py").write_text(
+        "import numpy as np\n"
+        + "".join(f"def f{k}(x):\n    return np.where(x @ {w[:2]} + {w[2]} >= 0, 3, 2)\n" for k, w in enumerate(lines))
+    )
+    file, eps = str(tmp_path / "points.npz"), [0, 0.5, 1]
+    exact = Points(file, lines, eps=eps, norm=norm)
+    names = [f"{tmp_path / 'rules.py'}:f{k}" for k in range(3)]
+    sampled = Points(file, names, eps=eps, norm=norm, num_samples=3000)
+    whole, few = (each.play(lambda _: None).summary for each in (exact, sampled))
+    assert few["num_samples"] == 3000
+    for one, other in zip(whole["runs"], few["runs"], strict=True):
+        assert other["v_rand"] <= one["v_rand"] + 1e-9
+        assert one["v_rand"] <= other["v_rand"] + 0.05
+    owner, points = sampled.candidates(1.0)
+    assert bool(
+        ThreatModel(norm, 1.0, bounds=None).contains(torch.from_numpy(points), torch.from_numpy(x[owner])).all()
+    )
+    # The closed form of one member alone: the dual norm of its normal times eps.
+    dual = 2 if norm == "l2" else 1
+    for k, (*w, b) in enumerate(lines):
+        margins = (x @ w + b) * np.where(y == 3, 1, -1)
+        reached = np.mean(margins < whole["show_eps"] * np.linalg.norm(w, dual))
+        assert whole["deterministic_risks"][k] == pytest.approx(reached)
+
+
+def test_three_classes_and_the_moves_of_the_picture(tmp_path):
+    x, y = np.array([[0.0, 0], [2, 0], [1, 2]]), np.array([0, 5, 9])
+    np.savez(tmp_path / "three.npz", x=x, y=y)
+    (tmp_path / "near.py").write_text(
+        "import numpy as np\nX, Y = np.array([[0.0, 0], [2, 0], [1, 2]]), np.array([0, 5, 9])\n"
+        "def nearest(z):\n    return Y[((z[:, None] - X) ** 2).sum(2).argmin(1)]\n"
+        "def never(z):\n    return np.full(len(z), 4)\n"
+    )
+    names = [f"{tmp_path / 'near.py'}:{name}" for name in ("never", "nearest")]
+    played = Points(str(tmp_path / "three.npz"), names, eps=[0.9, 1.05], num_samples=4000).play(lambda _: None)
+    first, second = played.summary["runs"]
+    assert first["v_rand"] == 0
+    # Only the points at distance 2 are within 1.05 of the border; those at sqrt 5 are not.
+    assert second["v_rand"] == pytest.approx(2 / 3)
+    assert second["best_constant"] == pytest.approx(2 / 3)
+    assert "best_vote" not in second
+    moves = played.arrays["moves"]
+    assert sorted(map(tuple, moves[:, :2])) == [(0.0, 0.0), (2.0, 0.0)]
+    assert np.hypot(*(moves[:, 2:] - moves[:, :2]).T).max() <= 1.05
+    assert played.arrays["shares"].shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "classifiers", "settings", "said"),
+    [
+        (MOTIVATING, [], {}, r"classifiers=\[\] is empty"),
+        (MOTIVATING, [[1, 2]], {}, r"\[1, 2\] are not the three finite numbers"),
+        (MOTIVATING, ["nothing"], {}, "'nothing' is neither module:callable nor file.py:callable"),
+        (MOTIVATING, ["no_such_module_of_mine:f"], {}, r"cannot be imported \(ModuleNotFoundError"),
+        (MOTIVATING, ["none.py:f"], {}, r"none.py:f cannot be imported \(FileNotFoundError"),
+        (MOTIVATING, ["math:pi"], {}, "math:pi is no function"),
+        (MOTIVATING, ["math:sin"], {}, r"math:sin failed on x of shape \[3, 2\] \(TypeError"),
+        (MOTIVATING, ["numpy:sin"], {}, r"numpy:sin returned shape \[3, 2\] for x of shape \[3, 2\]"),
+        (MOTIVATING, THRESHOLDS, {"norm": "l1"}, "norm=l1 is unknown: choose one of linf, l2"),
+        (MOTIVATING, THRESHOLDS, {"eps": []}, r"eps=\[\] is empty"),
+        (MOTIVATING, THRESHOLDS, {"eps": -1}, "eps=-1 is no radius"),
+        (MOTIVATING, THRESHOLDS, {"show_eps": "x"}, "show_eps=x is no radius"),
+        (MOTIVATING, THRESHOLDS, {"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ("0,0,1\n1,1,2\n2,2,3\n", THRESHOLDS, {}, "is linear and needs two labels, there are 3"),
+        ("x,y\n0,1\n", THRESHOLDS, {}, "needs the columns x1, x2, y"),
+        ("", THRESHOLDS, {}, "needs the columns x1, x2, y"),
+        ("0,0,1\n0,a,1\n", THRESHOLDS, {}, "0,a,1 are not numbers"),
+        ("0,0,0.5\n", THRESHOLDS, {}, "labels must be whole numbers"),
+        ("0,nan,1\n", THRESHOLDS, {}, "x must hold finite numbers"),
+        ("0,0,1,0.5\n1,0,2,0.7\n", THRESHOLDS, {}, "masses must sum to 1"),
+    ],
+)
+def test_points_and_classifiers_that_make_no_game_are_refused(tmp_path, content, classifiers, settings, said):
+    path = tmp_path / "points.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        Points(str(path), classifiers, **settings)
+
+
+def test_the_command_plays_points_and_draws_them(command, tmp_path):
+    (tmp_path / "mot.csv").write_text(MOTIVATING)
+    settings = ["game.file=mot.csv", "game.classifiers=[[-1,0,-0.5],[1,0,-0.5]]", "game.eps=[0,1/2]"]
+    finished = command("task=game", "game=points", *settings, "name=mot")
+    assert finished.rc == 0, finished.err
+    assert "[-1,0,-0.5] with probability 0.5000 (alone its error rate is 0.7500)" in finished.out
+    assert (tmp_path / "outputs" / "game" / "mot" / "game.png").read_bytes().startswith(b"\x89PNG")
+    refusal = command("task=game", "game=points", "game.file=mot.csv", "game.classifiers=[7]", "name=x").refusal()
+    assert refusal.startswith("game.classifiers=[7] must be")
 
 
 def test_the_command_plays_the_triangle_in_every_regime(command, tmp_path):

@@ -331,7 +331,7 @@ def test_a_figure_is_drawn_again_from_the_files(gaussians, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "start"),
     [
-        (["game=chess"], "game=chess is unknown: choose one of gaussians, motivating, table, triangle"),
+        (["game=chess"], "game=chess is unknown: choose one of gaussians, motivating, points, table, triangle"),
         (["game.eps=-1/2"], "game: eps=-1/2 is no radius"),
         (["game.eps=[0,1]"], "game.eps=[0, 1] must be a number or text"),
         (["game.alpha=hot"], "game.alpha=hot must be a number"),

@@ -158,8 +158,8 @@ def _against_counterparts(runs: list[dict[str, Any]]) -> str:
     better = {key: sum(run[key] < run["v_rand"] - 1e-7 for run in pays) for key in COUNTERPARTS if key in pays[0]}
     said = ", ".join(f"{WORDS[key]} in {count}" for key, count in better.items())
     return (
-        f"The best mixture beats the best member by more than 0.001 in {len(pays)} games. One deterministic classifier "
-        f"beats it there too: {said}."
+        f"The best mixture beats the best member by more than 0.001 in {len(pays)} games. Of these, a deterministic "
+        f"classifier that is no member beats the mixture: {said}."
     )
 
 
@@ -231,6 +231,22 @@ def _table(game: dict[str, Any]) -> tuple[Table, list[str]]:
     return table, lines
 
 
+def _points(game: dict[str, Any]) -> tuple[Table, list[str]]:
+    samples = game["num_samples"]
+    attacker = "the attacker has whole balls" if samples is None else f"the attacker has {samples:,} points per ball"
+    table, lines = _any_game(
+        game,
+        f"{len(game['members'])} classifiers on the points of {game['file']}",
+        f"Error rates on {game['num_points']:,} points; {attacker} ({game['norm']})"
+        + ("." if samples is None else ":\nlower estimates of the values on whole balls."),
+    )
+    lines.append(f"The best mixture at ε = {game['show_eps']:g}:")
+    for name, weight, risk in zip(game["members"], game["weights"], game["deterministic_risks"], strict=True):
+        if weight > 1e-9:
+            lines.append(f"  {name} with probability {weight:.4f} (alone its error rate is {risk:.4f})")
+    return table, lines
+
+
 def _least(exact: dict[str, Any]) -> str:
     return min(exact["deterministic_risks"], key=Fraction)
 
@@ -267,4 +283,4 @@ def _mean(runs: list[dict[str, Any]], key: str) -> str:
 
 
 # By the name of the game; others are shown by the values at every radius.
-TABLES = {"motivating": _motivating, "gaussians": _gaussians, "triangle": _triangle, "table": _table}
+TABLES = {"motivating": _motivating, "gaussians": _gaussians, "triangle": _triangle, "table": _table, "points": _points}

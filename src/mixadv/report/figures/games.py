@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixadv.files import read_arrays
+from mixadv.report.figures.points import points_figure
 from mixadv.report.figures.style import (
     CLEAN_COLOUR,
     DASHES,
@@ -279,4 +280,5 @@ FIGURES = {
     "gaussians": gaussians_figure,
     "triangle": triangle_figure,
     "table": table_figure,
+    "points": lambda game, arrays: points_figure(game, arrays, _draw_values),
 }
