@@ -53,7 +53,8 @@ ALLOWED = {
     "models": set(),
     "data": {"files", "seeding"},
     "mixture": {"correctness", "simplex"},
-    "attacks": {"correctness", "mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
+    "vote": {"correctness"},
+    "attacks": {"correctness", "mixture", "losses", "threat_model", "shipped", "instantiate", "seeding", "vote"},
     # Where they meet.
     "mixture_game": {"attacks", "correctness", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "seeding", "signals"}
@@ -67,6 +68,7 @@ ALLOWED = {
         "results",
         "tensor_files",
         "threat_model",
+        "vote",
     },
     "training": {
         *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),

@@ -7,7 +7,7 @@ averaged twin or the mixture with other weights. "clean" stands for the clean im
 RECORDS = "records.npz"
 LABELS, WEIGHTS, FOUND_BY = "labels", "weights", "found_by"
 CLEAN, ROBUST = "clean", "robust"
-MEMBERS_ROBUST, TWIN_ROBUST = "members_robust", "averaged_twin_robust"
+MEMBERS_ROBUST, TWIN_ROBUST, VOTE_ROBUST = "members_robust", "averaged_twin_robust", "vote_robust"
 # Only in task=solve: ROBUST for the mixture with equal weights.
 UNIFORM_ROBUST = "robust uniform"
 # Prefixes of the name of an attack on the mixture, and of the name of a pass.

@@ -34,6 +34,43 @@ class Classifier:
 
 
 @dataclass(frozen=True)
+class Counterpart:
+    """A deterministic classifier beside the mixture: its accuracies on clean images, and at the worst of all points."""
+
+    clean: float | None = None
+    robust: Accuracy = field(default=UNKNOWN, metadata=at("robust", ends=("ci95",)))
+
+
+@dataclass(frozen=True)
+class ChosenCounterpart(Counterpart):
+    """`which`: the class of the constant answer, or the number of the best member."""
+
+    which: int | None = None
+
+
+@dataclass(frozen=True)
+class VoteCounterpart(Counterpart):
+    """`threshold`: of `mixadv.vote.Vote`, for two classes."""
+
+    threshold: float | None = field(default=None, metadata=at(null=True))
+
+
+@dataclass(frozen=True)
+class Counterparts:
+    """The deterministic classifiers with which a mixture is compared; see `mixadv.evaluation.counterparts`.
+
+    `chosen_on`: the images on which class, member and threshold were chosen, in words. If L = 1 there is only the
+    constant answer.
+    """
+
+    constant: ChosenCounterpart | None = None
+    vote: VoteCounterpart | None = None
+    averaged_twin: Counterpart | None = None
+    best_member: ChosenCounterpart | None = None
+    chosen_on: str | None = None
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """The accuracies under one attack against each classifier, and its cost.
 
@@ -203,6 +240,7 @@ class Results:
     robust: Accuracy = field(default=UNKNOWN, metadata=at("robust", "expected_accuracy", ends=("robust", "ci95")))
     averaged_twin: Classifier | None = None
     members: tuple[Classifier, ...] = ()
+    counterparts: Counterparts | None = None
     game: GameValue | None = None
     played: dict[str, Any] | None = None
     checks: tuple[str, ...] | None = None

@@ -44,6 +44,7 @@ def nearest_boundary(
     threat_model: ThreatModel,
     num_runner_ups: int = 1,
     leave_top: bool = False,
+    rival: Tensor | None = None,
 ) -> Boundary:
     """The boundary of smallest distance between a class to leave and the highest `num_runner_ups` other classes.
 
@@ -55,6 +56,7 @@ def nearest_boundary(
         num_runner_ups: how many classes are tried; C - 1 if there are fewer.
         leave_top: the class to leave is the one that the member answers; by default it is the label, so that a member
             that errs already has a negative distance (the most negative one over the runner-ups).
+        rival: classes [R], which take the place of the runner-ups.
 
     Raises:
         ValueError: the member has no gradient.
@@ -65,7 +67,10 @@ def nearest_boundary(
         here = logits.detach()
         leave = (here.argmax(-1) if leave_top else y).unsqueeze(1)
         count = min(num_runner_ups, here.shape[1] - 1)
-        rivals = here.scatter(1, leave, float("-inf")).topk(count, dim=1).indices
+        if rival is None:
+            rivals = here.scatter(1, leave, float("-inf")).topk(count, dim=1).indices
+        else:
+            count, rivals = 1, rival[:, None]
         leads = logits.gather(1, leave) - logits.gather(1, rivals)
         slopes = [gradient(leads[:, i], points, retain_graph=i + 1 < count) for i in range(count)]
     best = _linearised(leads[:, 0].detach(), slopes[0], here, threat_model)
@@ -100,15 +105,19 @@ def _nearer(a: Boundary, b: Boundary) -> Boundary:
     )
 
 
+def has_gradient(member: nn.Module, x: Tensor) -> bool:
+    """Whether the member's logits have a gradient with respect to the input, found at the first input of x [B, ...]."""
+    with torch.enable_grad():
+        return bool(member(x[:1].detach().requires_grad_(True)).requires_grad)
+
+
 def members_with_gradient(mixture: Mixture, x: Tensor) -> list[int]:
     """The members whose logits have a gradient with respect to the input, found at the first input of x [B, ...].
 
     Raises:
         ValueError: there is none.
     """
-    with torch.enable_grad():
-        point = x[:1].detach().requires_grad_(True)
-        found = [k for k, member in enumerate(mixture.members) if member(point).requires_grad]
+    found = [k for k, member in enumerate(mixture.members) if has_gradient(member, x)]
     if not found:
         raise ValueError(
             "no member that may be drawn has a gradient with respect to the input: use an attack without gradients"

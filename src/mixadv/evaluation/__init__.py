@@ -1,5 +1,6 @@
 """Exact measurement of a mixture under attacks, per example, as a Lightning test loop that can be resumed."""
 
+from mixadv.evaluation.counterparts import Choice, choose, counterparts_of
 from mixadv.evaluation.curves import curves
 from mixadv.evaluation.distrust import FLAGS, Flag, distrust, flags_of_record
 from mixadv.evaluation.pool import equilibrium_of, pool_of
@@ -9,9 +10,12 @@ from mixadv.evaluation.state import EvaluationState, fingerprint
 
 __all__ = [
     "FLAGS",
+    "Choice",
     "EvaluationRecord",
     "EvaluationState",
     "Flag",
+    "choose",
+    "counterparts_of",
     "curves",
     "distrust",
     "equilibrium_of",

@@ -29,6 +29,7 @@ class EvaluationRecord:
         ensemble: pass -> correctness of the averaged twin at its points [N].
         unanswered: pass (and "clean") -> whether a logit of the member is not finite there, which counts as wrong
             [L, N].
+        vote: pass (and "clean") -> correctness of the vote of the members at its points [N]; {} if it was not asked.
         seconds: pass -> wall seconds over all examples.
         worst_points: [N, ...], of each example the point of its `worst_case`, which `found_by` found.
     """
@@ -40,6 +41,7 @@ class EvaluationRecord:
     found: dict[str, np.ndarray] = field(default_factory=dict)
     ensemble: dict[str, np.ndarray] = field(default_factory=dict)
     unanswered: dict[str, np.ndarray] = field(default_factory=dict)
+    vote: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     worst_points: Tensor | None = None
 
@@ -79,6 +81,10 @@ class EvaluationRecord:
         """Per example, whether the averaged twin is right at all points: [N]."""
         return np.all([self.ensemble_clean, *self.ensemble.values()], axis=0)
 
+    def vote_worst_case(self) -> np.ndarray:
+        """Per example, whether the vote is right at all points: [N]."""
+        return np.all(list(self.vote.values()), axis=0)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The content of records.npz."""
         arrays = {
@@ -91,6 +97,8 @@ class EvaluationRecord:
             records.TWIN_ROBUST: self.averaged_twin_worst_case().astype(np.uint8),
             records.MEMBER_CORRECT + records.CLEAN: self.clean,
         }
+        if self.vote:
+            arrays[records.VOTE_ROBUST] = self.vote_worst_case().astype(np.uint8)
         arrays |= {records.ATTACK + name: self.expected(self.found[name]) for name in self.attacks}
         return arrays | {records.MEMBER_CORRECT + key: correct for key, correct in self.found.items()}
 

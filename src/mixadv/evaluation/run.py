@@ -21,6 +21,7 @@ from mixadv.mixture import Mixture
 from mixadv.ranks import Ranks
 from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
+from mixadv.vote import Vote
 
 
 def evaluate(
@@ -31,6 +32,7 @@ def evaluate(
     *,
     seed: int = 0,
     other_weights: Sequence[Sequence[float]] = (),
+    vote: Vote | None = None,
     state: EvaluationState | None = None,
     on_progress: Callable[[str, int], None] | None = None,
     processes: Mapping[str, Any] | None = None,
@@ -50,6 +52,7 @@ def evaluate(
         threat_model: the ball.
         seed: of the attacks' random starts.
         other_weights: further distributions over the members, attacked as the mixture is.
+        vote: of the members, is asked at every point, and attacked in a pass of its own.
         state: its finished passes are not repeated, new ones are added; None keeps nothing after the call.
         on_progress: called with (pass, examples done) after each batch; a pass is "NAME" or "NAME on WHOM".
         processes: Lightning's accelerator, devices, num_nodes and strategy for several ranks: the batches are divided
@@ -62,12 +65,12 @@ def evaluate(
     if not batches:
         raise ValueError("nothing to evaluate: there are no batches")
     state = state or EvaluationState()
-    passes = {one.key: one for one in (unattacked(mixture), *passes_of(attacks, mixture, other_weights))}
+    passes = {one.key: one for one in (unattacked(mixture), *passes_of(attacks, mixture, other_weights, vote))}
     done = state.finished(list(passes))
     if done < len(passes):
         todo = dict(list(passes.items())[done:])
         worst = state.worst(done) or Worst.before(batches)
-        loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), done, worst, state, on_progress)
+        loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), done, worst, vote, state, on_progress)
         _test(loop, batches, processes)
     found = {key: state.load(key) or {} for key in passes}
     reached = state.worst(len(passes))
@@ -82,6 +85,7 @@ def evaluate(
         found={key: arrays["correct"] for key, arrays in attacked.items()},
         ensemble={key: arrays["ensemble"] for key, arrays in attacked.items()},
         unanswered={key: arrays["unanswered"] for key, arrays in found.items()},
+        vote={key: arrays["vote"] for key, arrays in found.items()} if vote else {},
         seconds={key: float(arrays["seconds"]) for key, arrays in attacked.items()},
         worst_points=reached.points,
     )
@@ -102,6 +106,7 @@ class MixtureEvaluation(pl.LightningModule):
         num_batches: int,
         done: int,
         worst: Worst,
+        vote: Vote | None,
         state: EvaluationState,
         on_progress: Callable[[str, int], None] | None,
     ) -> None:
@@ -111,7 +116,7 @@ class MixtureEvaluation(pl.LightningModule):
         self.targets = nn.ModuleList([one.target for one in passes.values()])
         self.passes = list(passes.items())
         self.threat_model, self.seed, self.num_batches = threat_model, seed, num_batches
-        self.done, self.worst, self.state, self.on_progress = done, worst, state, on_progress
+        self.done, self.worst, self.vote, self.state, self.on_progress = done, worst, vote, state, on_progress
         self.lam = mixture.weights.to("cpu", torch.float64).numpy()
         self._begin_pass()
 
@@ -138,6 +143,8 @@ class MixtureEvaluation(pl.LightningModule):
                 "ensemble": correct(self.mixture.log_average(logits), y),
                 "unanswered": ~answered(logits),
             }
+            if self.vote is not None:
+                found["vote"] = self.vote(logits) == y
             part = {name: array.to(torch.uint8).cpu().numpy() for name, array in found.items()}
             self._seconds += time.perf_counter() - started
             accuracy = torch.from_numpy(expectation(self.lam, part["correct"]))
@@ -164,6 +171,8 @@ class MixtureEvaluation(pl.LightningModule):
             for name in ("correct", "ensemble", "unanswered")
         }
         arrays["seconds"] = np.asarray(max(seconds for _, _, seconds in gathered))
+        if self.vote is not None:
+            arrays["vote"] = np.concatenate([part["vote"] for part in in_order])
         self.state.save(number, key, arrays, self.worst, write=ranks.rank == 0)
         self._begin_pass()
 

@@ -18,8 +18,11 @@ from mixadv.attacks.suite import passes_of
 from mixadv.console import Console
 from mixadv.evaluation import (
     FLAGS,
+    Choice,
     EvaluationRecord,
     EvaluationState,
+    choose,
+    counterparts_of,
     curves,
     distrust,
     equilibrium_of,
@@ -31,7 +34,8 @@ from mixadv.evaluation import (
 from mixadv.files import write_arrays
 from mixadv.mixture import Mixture
 from mixadv.results import Curve, Curves, GameValue, Results
-from mixadv.tasks.build import build_protocol, trainer_settings
+from mixadv.seeding import derive_seed
+from mixadv.tasks.build import build_attack, build_protocol, trainer_settings
 from mixadv.tasks.provenance import header_of, settings_of
 from mixadv.tasks.session import Session
 
@@ -57,8 +61,10 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
     cfg, ball = session.cfg, session.threat_model
     batches = list(session.test_batches())
     attacks = build_protocol(cfg)
-    mark = fingerprint(mixture, batches, [json.dumps(settings_of(cfg), sort_keys=True), ball, cfg.seed])
-    total = sum(1 for _ in passes_of(attacks, mixture)) * sum(len(y) for _, y in batches)
+    choice = _choice(session, mixture)
+    vote = choice.vote if mixture.num_members > 1 else None
+    mark = fingerprint(mixture, batches, [json.dumps(settings_of(cfg), sort_keys=True), ball, cfg.seed, vote])
+    total = sum(1 for _ in passes_of(attacks, mixture, vote=vote)) * sum(len(y) for _, y in batches)
     with _bar(total, cfg.trainer.enable_progress_bar and session.is_first) as advance:
         record = evaluate(
             mixture,
@@ -66,6 +72,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
             attacks,
             ball,
             seed=cfg.seed,
+            vote=vote,
             state=EvaluationState(session.run_dir / STATE, mark),
             on_progress=advance,
             processes=trainer_settings(cfg, session.device),
@@ -76,11 +83,34 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         record.results(settings_of(cfg)),
         **header_of(session),
         **_diagnosis(session, mixture, batches, record),
+        counterparts=counterparts_of(record, choice),
         game=GameValue(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
         seconds={"evaluate": round(time.perf_counter() - started, 3)},
     )
     _keep_examples(session.run_dir / records.EXAMPLES, batches, record, session.data.class_names)
     return results, record.arrays()
+
+
+def _choice(session: Session, mixture: Mixture) -> Choice:
+    """The counterparts of the mixture, chosen on the validation images under the attack of the validation.
+
+    Without validation images (``trainer.limit_val_batches=0``) on the clean test images, and the vote has no threshold.
+    """
+    cfg = session.cfg
+    batches, images = list(session.validation_batches()), "validation images"
+    if not batches:
+        batches, images = list(session.test_batches()), "clean test images"
+    attacks = {"validation": build_attack(cfg.protocol.validation, "protocol.validation")}
+    record = evaluate(
+        mixture,
+        batches,
+        # A single model leaves no choice but that of the constant.
+        {} if mixture.num_members == 1 or images != "validation images" else attacks,
+        session.threat_model,
+        seed=derive_seed(cfg.seed, "counterparts"),
+        processes=trainer_settings(cfg, session.device),
+    )
+    return choose(record, session.data.num_classes, f"{len(record.labels):,} {images}")
 
 
 def _diagnosis(

@@ -16,7 +16,15 @@ from torch import Tensor
 from mixadv import records
 from mixadv.attacks.search import Attack
 from mixadv.errors import UserError
-from mixadv.evaluation import EvaluationRecord, equilibrium_of, evaluate, flags_of_record, pool_of
+from mixadv.evaluation import (
+    EvaluationRecord,
+    choose,
+    counterparts_of,
+    equilibrium_of,
+    evaluate,
+    flags_of_record,
+    pool_of,
+)
 from mixadv.evaluation.record import accuracy_of
 from mixadv.game import Equilibrium, FiniteGame
 from mixadv.lambda_solvers import LambdaSolver
@@ -92,7 +100,8 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     parts = zip(x.split(size), y.split(size), strict=True)
     attacked = partial(evaluate, mixture, attacks=attacks, threat_model=session.threat_model, other_weights=[equal])
     fresh = attacked(parts, seed=derive_seed(cfg.seed, "fresh"))
-    test = attacked(session.test_batches(), seed=cfg.seed)
+    choice = choose(fresh, session.data.num_classes, f"{len(y):,} validation images")
+    test = attacked(session.test_batches(), seed=cfg.seed, vote=choice.vote)
 
     found = test.results(settings_of(cfg))
     doubts = flags_of_other_splits(
@@ -103,6 +112,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         found,
         **header_of(session),
         members=named_results(found.members, members),
+        counterparts=counterparts_of(test, choice),
         game=GameValue(**equilibrium_of(pool_of(test), lam)),
         flags=(*flags_of_record(test), *doubts),
         solve=_solved(weighed, lam, cfg.lambda_solver["_target_"], [m.name for m in members], fresh, test),

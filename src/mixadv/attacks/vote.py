@@ -1,0 +1,130 @@
+"""An attack on the vote of a mixture's members, which stands beside the mixture as a deterministic classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.attacks.boundaries import Boundary, has_gradient, nearest_boundary
+from mixadv.attacks.search import SearchAttack
+from mixadv.attacks.subsets import LAST_STEP
+from mixadv.losses import at_least_float32
+from mixadv.mixture import Mixture
+from mixadv.threat_model import ThreatModel, per_example
+from mixadv.vote import Vote
+
+
+@dataclass(frozen=True)
+class VoteAttack(SearchAttack):
+    """Turns the vote of the members (`mixadv.vote.Vote`), as cheaply as their linearised boundaries allow.
+
+    A vote falls when enough members answer with one wrong class. For a class c, each step takes the members in the
+    order of their linearised distances to the boundary between label and c, until their weight suffices to turn the
+    vote (`Vote.to_turn`). Those not yet beyond it by kappa eps pull together, as in `SubsetAttack`.
+
+    Not an attack on the randomized classifier: it returns, for each example, the first point found at which the vote is
+    wrong, and where there is none the last point tried.
+
+    threshold: of the vote, for two classes; None: the most votes win.
+    num_steps: gradient steps for each class and start; the step length falls from eps to 0.02 eps.
+    targets: the number of wrong classes c, the most probable ones of the members' average at x first; C - 1 if there
+        are fewer. All are tried from `starts` (or from x).
+    restarts: further starts for each class, at random points of the ball, with the members in a random order.
+    kappa: the depth at which a member stops pulling, relative to eps.
+
+    Members without gradient do not pull, but have their vote; if no member has a gradient, the points to start from are
+    returned. Warns if NaN gradients kept it from moving.
+
+    Raises ValueError for counts out of range.
+    """
+
+    warm_starts: ClassVar[bool] = True
+
+    threshold: float | None = None
+    num_steps: int = 20
+    targets: int = 3
+    restarts: int = 1
+    kappa: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.require({"num_steps": 1, "targets": 1, "restarts": 0})
+
+    def search(
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        found = (x if starts is None else starts).clone()
+        turnable = [k for k in range(mixture.num_members) if has_gradient(mixture.members[k], x)]
+        if not turnable:
+            return found
+        vote = Vote(tuple(mixture.weights.tolist()), self.threshold)
+        with torch.no_grad():
+            wrong = mixture(x).scatter(1, y[:, None], float("-inf"))
+        classes = wrong.topk(min(self.targets, wrong.shape[1] - 1), dim=1).indices
+        standing, blind = torch.ones_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=torch.bool)
+        for restart in range(1 + self.restarts):
+            begin = found.clone() if restart == 0 else None
+            for target in classes.T:
+                rows = standing.nonzero().flatten()
+                if not len(rows):
+                    break
+                points = threat_model.sample(x[rows], generator) if begin is None else begin[rows]
+                order = None if begin is not None else _orders(mixture.num_members, len(x), x.device, generator)
+                for step in range(self.num_steps + 1):
+                    at = [
+                        nearest_boundary(member, points, y[rows], threat_model, rival=target[rows])
+                        if k in turnable
+                        else _fixed(member, points, target[rows])
+                        for k, member in enumerate(mixture.members)
+                    ]
+                    turned = vote(torch.stack([one.logits for one in at])) != y[rows]
+                    found[rows] = points
+                    standing[rows[turned]] = False
+                    if step == self.num_steps or bool(turned.all()):
+                        break
+                    blind[rows] |= torch.stack([one.blind for one in at]).any(0)
+                    distance = torch.stack([one.distance for one in at])
+                    first = distance.argsort(0) if order is None else order[:, rows]
+                    pull = self._pull(at, first, mixture.weights, vote.to_turn(y[rows]), self.kappa * threat_model.eps)
+                    length = threat_model.eps * LAST_STEP ** (step / self.num_steps)
+                    rows, points, pull = rows[~turned], points[~turned], pull[~turned]
+                    points = threat_model.project(threat_model.ascent_step(points, pull, length), x[rows])
+        self.warn_of_nan_gradients(blind & standing, "move")
+        return found
+
+    @staticmethod
+    def _pull(at: list[Boundary], order: Tensor, weights: Tensor, needed: Tensor, kappa: float) -> Tensor:
+        """The sum of the normals [R, ...] of the first members whose weight suffices, those beyond kappa left out."""
+        distance = torch.stack([one.distance for one in at])
+        lam = weights.to(needed)[order]
+        # [L, R]: whether the members before this one do not suffice.
+        wanted = torch.zeros_like(distance, dtype=torch.bool).scatter(0, order, lam.cumsum(0) - lam < needed)
+        pulling = wanted & (distance > -kappa)
+        total = torch.zeros_like(at[0].normal)
+        for one, mine in zip(at, pulling, strict=True):
+            total += per_example(mine.to(one.normal), one.normal) * one.normal
+        return total
+
+
+def _orders(count: int, examples: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A random order of the members for each example: [L, B]."""
+    at = device if generator is None else generator.device
+    return torch.rand(count, examples, generator=generator, device=at).argsort(0).to(device)
+
+
+def _fixed(member: nn.Module, points: Tensor, target: Tensor) -> Boundary:
+    """A member that cannot be turned: its distance to the class `target` [R] is -inf where it answers with it."""
+    with torch.no_grad():
+        logits = at_least_float32(member(points))
+    endless = torch.where(logits.argmax(-1) == target, float("-inf"), float("inf"))
+    return Boundary(
+        endless, torch.zeros_like(points), torch.zeros_like(points), logits, torch.zeros_like(target).bool()
+    )
