@@ -54,7 +54,7 @@ ALLOWED = {
     "data": {"files", "seeding"},
     "mixture": {"correctness", "simplex"},
     "vote": {"correctness"},
-    "attacks": {"correctness", "mixture", "losses", "threat_model", "shipped", "instantiate", "seeding", "vote"},
+    "attacks": {"correctness", "mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
     # Where they meet.
     "mixture_game": {"attacks", "correctness", "game", "losses", "mixture", "threat_model"},
     "evaluation": {"attacks", "game", "lambda_solvers", "mixture", "mixture_game", "ranks", "seeding", "signals"}
@@ -64,6 +64,7 @@ ALLOWED = {
         "correctness",
         "files",
         "intervals",
+        "losses",
         "records",
         "results",
         "tensor_files",

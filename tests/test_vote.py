@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mixadv.attacks import PGD
-from mixadv.attacks.vote import VoteAttack
 from mixadv.evaluation import evaluate
+from mixadv.evaluation.vote_attack import VoteAttack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 from mixadv.vote import Vote
@@ -167,9 +167,3 @@ def test_members_without_gradient_vote_but_do_not_pull() -> None:
     assert right.mean() < linear.right(linear.x).mean()
     none = Mixture([Rounded(member) for member in linear.mixture.members])
     assert torch.equal(VoteAttack()(none, linear.x, linear.y, linear.ball), linear.x)
-
-
-@pytest.mark.parametrize("settings", [{"num_steps": 0}, {"targets": 0}, {"restarts": -1}])
-def test_settings_out_of_range_are_refused(settings) -> None:
-    with pytest.raises(ValueError, match="at least"):
-        VoteAttack(**settings)

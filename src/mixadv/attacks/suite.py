@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.search import Attack, WorstPoints, check_batch, check_points
-from mixadv.attacks.vote import VoteAttack
 from mixadv.correctness import correct
 from mixadv.mixture import Mixture, as_mixture
 from mixadv.seeding import generator_for
 from mixadv.shipped import shipped_protocol
 from mixadv.threat_model import ThreatModel
-from mixadv.vote import Vote
 
 MIXTURE, TWIN, CLEAN = "mixture", "averaged twin", "clean"
 
@@ -28,7 +26,7 @@ class Pass(NamedTuple):
     An attack class sets ``warm_starts = True`` if its calls take ``starts=`` [B, ...]: the worst points that earlier
     passes have found for the mixture. The results of such an attack depend on the passes before it.
 
-    name: of the attack. attack: the attack. against: "mixture", "member k", "averaged twin", "other weights j", "vote".
+    name: of the attack. attack: the attack. against: "mixture", "member k", "averaged twin" or "other weights j".
     target: the attacked classifier as a mixture; it shares the members' modules.
     """
 
@@ -190,15 +188,9 @@ def _no_attack(
 
 
 def passes_of(
-    attacks: Mapping[str, Attack],
-    mixture: Mixture,
-    other_weights: Sequence[Sequence[float]] = (),
-    vote: Vote | None = None,
+    attacks: Mapping[str, Attack], mixture: Mixture, other_weights: Sequence[Sequence[float]] = ()
 ) -> Iterator[Pass]:
-    """All attacks on the mixture, then on its members alone, its averaged twin, and it with other weights.
-
-    The last pass is a `VoteAttack` on the vote of its members, if there is one.
-    """
+    """All attacks on the mixture, then those on its members alone, its averaged twin, and it with other weights."""
     for name, attack in attacks.items():
         yield Pass(name, attack, MIXTURE, mixture)
     if mixture.num_members == 1:
@@ -211,5 +203,3 @@ def passes_of(
             yield Pass(name, attack, TWIN, Mixture([mixture]))
         for j, weights in enumerate(other_weights):
             yield Pass(name, attack, f"other weights {j}", Mixture(mixture.members, weights))
-    if vote is not None:
-        yield Pass("coalition", VoteAttack(vote.threshold), "vote", mixture)

@@ -17,6 +17,7 @@ from mixadv.console import quiet_lightning
 from mixadv.correctness import answered, as_labels, correct
 from mixadv.evaluation.record import EvaluationRecord, expectation
 from mixadv.evaluation.state import EvaluationState, Worst
+from mixadv.evaluation.vote_attack import VoteAttack
 from mixadv.mixture import Mixture
 from mixadv.ranks import Ranks
 from mixadv.signals import Signals
@@ -65,7 +66,11 @@ def evaluate(
     if not batches:
         raise ValueError("nothing to evaluate: there are no batches")
     state = state or EvaluationState()
-    passes = {one.key: one for one in (unattacked(mixture), *passes_of(attacks, mixture, other_weights, vote))}
+    passes = {one.key: one for one in (unattacked(mixture), *passes_of(attacks, mixture, other_weights))}
+    if vote is not None:
+        # The last one, because it begins at the worst points of the others.
+        aimed = Pass("coalition", VoteAttack(vote.threshold), "vote", mixture)
+        passes[aimed.key] = aimed
     done = state.finished(list(passes))
     if done < len(passes):
         todo = dict(list(passes.items())[done:])

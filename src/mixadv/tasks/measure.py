@@ -64,7 +64,8 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
     choice = _choice(session, mixture)
     vote = choice.vote if mixture.num_members > 1 else None
     mark = fingerprint(mixture, batches, [json.dumps(settings_of(cfg), sort_keys=True), ball, cfg.seed, vote])
-    total = sum(1 for _ in passes_of(attacks, mixture, vote=vote)) * sum(len(y) for _, y in batches)
+    num_passes = sum(1 for _ in passes_of(attacks, mixture)) + (vote is not None)
+    total = num_passes * sum(len(y) for _, y in batches)
     with _bar(total, cfg.trainer.enable_progress_bar and session.is_first) as advance:
         record = evaluate(
             mixture,

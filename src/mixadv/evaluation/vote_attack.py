@@ -1,4 +1,4 @@
-"""An attack on the vote of a mixture's members, which stands beside the mixture as a deterministic classifier."""
+"""The attack on the vote of a mixture's members. The vote is a counterpart of the mixture in every evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.attacks.boundaries import Boundary, has_gradient, nearest_boundary
-from mixadv.attacks.search import SearchAttack
 from mixadv.attacks.subsets import LAST_STEP
 from mixadv.losses import at_least_float32
 from mixadv.mixture import Mixture
@@ -18,15 +17,15 @@ from mixadv.vote import Vote
 
 
 @dataclass(frozen=True)
-class VoteAttack(SearchAttack):
+class VoteAttack:
     """Turns the vote of the members (`mixadv.vote.Vote`), as cheaply as their linearised boundaries allow.
 
     A vote falls when enough members answer with one wrong class. For a class c, each step takes the members in the
     order of their linearised distances to the boundary between label and c, until their weight suffices to turn the
     vote (`Vote.to_turn`). Those not yet beyond it by kappa eps pull together, as in `SubsetAttack`.
 
-    Not an attack on the randomized classifier: it returns, for each example, the first point found at which the vote is
-    wrong, and where there is none the last point tried.
+    It is called as the attacks of `mixadv.attacks` are, but it does not attack the randomized classifier: it returns,
+    for each example, the first point found at which the vote is wrong, and where there is none the last point tried.
 
     threshold: of the vote, for two classes; None: the most votes win.
     num_steps: gradient steps for each class and start; the step length falls from eps to 0.02 eps.
@@ -36,9 +35,7 @@ class VoteAttack(SearchAttack):
     kappa: the depth at which a member stops pulling, relative to eps.
 
     Members without gradient do not pull, but have their vote; if no member has a gradient, the points to start from are
-    returned. Warns if NaN gradients kept it from moving.
-
-    Raises ValueError for counts out of range.
+    returned.
     """
 
     warm_starts: ClassVar[bool] = True
@@ -49,17 +46,31 @@ class VoteAttack(SearchAttack):
     restarts: int = 1
     kappa: float = 0.01
 
-    def __post_init__(self) -> None:
-        self.require({"num_steps": 1, "targets": 1, "restarts": 0})
+    def __call__(
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        """Perturbed images [B, ...]; `starts`: points of the ball, [B, ...]."""
+        x = x.detach()
+        if threat_model.eps == 0:
+            return x.clone()
+        mixture = mixture.support()
+        with mixture.attack_mode():
+            return self._search(mixture, x, y, threat_model, generator, starts)
 
-    def search(
+    def _search(
         self,
         mixture: Mixture,
         x: Tensor,
         y: Tensor,
         threat_model: ThreatModel,
         generator: torch.Generator | None,
-        starts: Tensor | None = None,
+        starts: Tensor | None,
     ) -> Tensor:
         found = (x if starts is None else starts).clone()
         turnable = [k for k in range(mixture.num_members) if has_gradient(mixture.members[k], x)]
@@ -69,7 +80,7 @@ class VoteAttack(SearchAttack):
         with torch.no_grad():
             wrong = mixture(x).scatter(1, y[:, None], float("-inf"))
         classes = wrong.topk(min(self.targets, wrong.shape[1] - 1), dim=1).indices
-        standing, blind = torch.ones_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=torch.bool)
+        standing = torch.ones_like(y, dtype=torch.bool)
         for restart in range(1 + self.restarts):
             begin = found.clone() if restart == 0 else None
             for target in classes.T:
@@ -90,14 +101,12 @@ class VoteAttack(SearchAttack):
                     standing[rows[turned]] = False
                     if step == self.num_steps or bool(turned.all()):
                         break
-                    blind[rows] |= torch.stack([one.blind for one in at]).any(0)
                     distance = torch.stack([one.distance for one in at])
                     first = distance.argsort(0) if order is None else order[:, rows]
                     pull = self._pull(at, first, mixture.weights, vote.to_turn(y[rows]), self.kappa * threat_model.eps)
                     length = threat_model.eps * LAST_STEP ** (step / self.num_steps)
                     rows, points, pull = rows[~turned], points[~turned], pull[~turned]
                     points = threat_model.project(threat_model.ascent_step(points, pull, length), x[rows])
-        self.warn_of_nan_gradients(blind & standing, "move")
         return found
 
     @staticmethod
