@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
     except Exception as error:  # zipfile, zlib and numpy raise half a dozen unrelated types here
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """BLAKE2b of the contents of files, in this order; raises OSError."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        digest.update(f"{path.stat().st_size};".encode())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:

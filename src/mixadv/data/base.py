@@ -165,6 +165,14 @@ class ImageDataModule(LightningDataModule):
         """
         raise NotImplementedError(f"{type(self).__name__} has no load(): choose a data set with data=...")
 
+    def origin(self) -> str:
+        """A digest of what the images were read from, found without reading them; "" if the settings fix the images.
+
+        Raises:
+            UserError: it is missing.
+        """
+        return ""
+
     def setup(self, stage: str | None = None) -> None:
         """Load and split; a second call keeps the tensors. For "fit" the training batches start at number 0."""
         if stage in (None, "fit"):

@@ -98,14 +98,27 @@ class ImageFolder(ImageDataModule):
         self._prepared = None
         return corpus
 
-    def _read(self) -> ImageCorpus:
+    def origin(self) -> str:
+        """A digest of the settings and of the names, sizes and dates of all images."""
+        return self._listing()[0]
+
+    def _listing(self) -> tuple[str, list[str], list[_Image], list[_Image]]:
+        """`origin`, the names of the classes, the training images and the test images."""
         try:
             test_name, class_names, train, test = self._list()
         except OSError as error:
             raise UserError(f"cannot read the images below {self.root}: {error}") from error
         stamps = {"train": [image.stamp for image in train], test_name: [image.stamp for image in test]}
-        settings = {"format": _CACHE_FORMAT, "image_size": self.image_size, "channels": self.channels}
-        fingerprint = hashlib.blake2b(json.dumps([settings, class_names, stamps]).encode()).hexdigest()
+        content = json.dumps([self._cached(), class_names, stamps])
+        return hashlib.blake2b(content.encode()).hexdigest(), class_names, train, test
+
+    def _cached(self) -> dict[str, Any]:
+        """The settings that decide what is in the cache."""
+        return {"format": _CACHE_FORMAT, "image_size": self.image_size, "channels": self.channels}
+
+    def _read(self) -> ImageCorpus:
+        fingerprint, class_names, train, test = self._listing()
+        settings = self._cached()
         candidates = self._cache_files(settings)
         arrays = next(filter(None, (_load_cache(path, fingerprint) for path in candidates)), None)
         if arrays is None:

@@ -11,11 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixadv.checkpoint_files import digest_of
 from mixadv.errors import UserError
+from mixadv.files import digest_of_files
 from mixadv.members.factory import FACTORY
 from mixadv.members.foreign import read_file, to_member
 from mixadv.members.recipe import Recipe, member_recipes
-from mixadv.members.store import CONFIG_FILE, WEIGHTS_FILE, mixture_of_checkpoint, mixture_of_folder, read_config
+from mixadv.members.store import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    files_of,
+    mixture_of_checkpoint,
+    mixture_of_folder,
+    read_config,
+)
+from mixadv.seeding import seeded
 
 KINDS = "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .ckpt, .safetensors) or module:callable"
 
@@ -65,6 +75,17 @@ class Source:
         self._content = read_file(self._path)
         if "mixture_config" in self._content:
             self.record = read_config(self._path, self._content)
+
+    def digest(self) -> str:
+        """Of the bytes of its files, or of the tensors of the module that the factory builds.
+
+        Raises:
+            UserError: the factory fails.
+        """
+        if self._path is not None:
+            return digest_of_files(files_of(self._path))
+        with seeded(0, "digest"):
+            return digest_of(Recipe(self.name).build().state_dict())
 
     def members(
         self,

@@ -116,6 +116,14 @@ def read_config(path: str | Path, checkpoint: Mapping[str, Any] | None = None) -
     return checked_config(path, config)
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files of the mixture or the one classifier at `path`, from which it is built; UserError if there is none."""
+    if path.is_file():
+        return [path]
+    folder = _folder(path)
+    return [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+
+
 def _folder(path: Path) -> Path:
     """The exported folder: `path` or its subfolder mixture/."""
     folder = path if (path / CONFIG_FILE).is_file() else path / "mixture"

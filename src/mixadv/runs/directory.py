@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mixadv import records, results
-from mixadv.console import begin_log
+from mixadv.console import begin_log, say
 from mixadv.errors import UserError
 from mixadv.files import remove_leftovers, write_arrays, write_text
 from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
@@ -45,19 +46,20 @@ class State(Enum):
 
 
 @contextmanager
-def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
+def claimed(run_dir: Path, cfg: DictConfig, content: str = "") -> Iterator[tuple[Path, State]]:
     """Lock a run directory; yields the directory to work in and its state.
 
-    With ``resume=never`` a directory that holds a run stays as it is, and a new one is made beside it: NAME.2, NAME.3,
-    ... A finished run is not locked, because nobody writes there. An exception inside leaves FAILED with its reason,
-    or no directory if nothing was written.
+    A finished run that measured other content than `content` (see `seal`) is NEW for this command, and `write_config`
+    removes its results. With ``resume=never`` a directory that holds a run stays as it is, and a new one is made beside
+    it: NAME.2, NAME.3, ... A finished run is not locked, because nobody writes there. An exception inside leaves FAILED
+    with its reason, or no directory if nothing was written.
 
     Raises:
         UserError: the directory holds a run with other settings, or cannot be written.
         Held: another process works there.
     """
     anew = cfg.resume == "never"
-    if not anew and _state(run_dir, cfg) is State.DONE:
+    if not anew and _state(run_dir, cfg) is State.DONE and is_current(run_dir, content):
         # A process that was killed after DONE leaves its lock file.
         with suppress(OSError):
             if holder(run_dir) is None:
@@ -76,6 +78,9 @@ def claimed(run_dir: Path, cfg: DictConfig) -> Iterator[tuple[Path, State]]:
             remove_leftovers(folder)
         # Read again: another process may have worked here before this one got the lock.
         state = _state(run_dir, cfg)
+        if state is State.DONE and not is_current(run_dir, content):
+            say(f"{os.path.relpath(run_dir)}: its mixture, members or images have changed since; measuring anew")
+            state = State.NEW
         try:
             yield run_dir, state
         except Exception as error:
@@ -182,15 +187,33 @@ def digest(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def seal(run_dir: Path, settings: str) -> None:
-    """Write into DONE the `digest` of the settings as the command gave them, without those that files decide."""
-    write_text(run_dir / "DONE", settings + "\n")
+def seal(run_dir: Path, settings: str, content: str = "") -> None:
+    """Write two digests into DONE.
+
+    Args:
+        settings: `digest` of the settings as the command gave them, without those that files decide.
+        content: digests of what was measured, separated by ":", each "" where unknown; "" for tasks that measure what
+            they make themselves.
+    """
+    write_text(run_dir / "DONE", f"{settings}\n{content}\n" if content else f"{settings}\n")
 
 
 def is_sealed(run_dir: Path, settings: str) -> bool:
     """Whether a finished run of these settings is there; the files that it was made from are not read."""
+    return _done(run_dir)[0] == settings
+
+
+def is_current(run_dir: Path, content: str) -> bool:
+    """Whether a finished run is there that measured this content (see `seal`), as far as both are known."""
+    pairs = zip(_done(run_dir)[1].split(":"), content.split(":"), strict=False)
+    return (run_dir / "DONE").is_file() and all(old == new or not old or not new for old, new in pairs)
+
+
+def _done(run_dir: Path) -> tuple[str, str]:
+    """The digests in DONE; "" where there are none."""
     done = run_dir / "DONE"
-    return done.is_file() and done.read_text(encoding="utf-8").strip() == settings
+    lines = done.read_text(encoding="utf-8").split() if done.is_file() else []
+    return (lines[0] if lines else ""), (lines[1] if len(lines) > 1 else "")
 
 
 def _difference(saved: Any, cfg: DictConfig) -> str:
@@ -202,7 +225,11 @@ def _difference(saved: Any, cfg: DictConfig) -> str:
 
 
 def write_config(run_dir: Path, cfg: DictConfig) -> None:
-    """Write config.yaml, resolved; remove FAILED of an earlier attempt; begin mixadv.log."""
+    """Write config.yaml, resolved; remove the results of other content and FAILED of an earlier attempt; begin
+    mixadv.log."""
+    if (run_dir / "DONE").exists():
+        for name in ("DONE", results.FILE, records.RECORDS, records.EXAMPLES):
+            (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     (run_dir / "FAILED").unlink(missing_ok=True)
     begin_log(run_dir)

@@ -53,24 +53,25 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
-    if sweep is not None and cfg.resume != "never" and is_sealed(run_dir, settings):
+    content_may_change = cfg.task in ("evaluate", "solve")
+    if sweep is not None and cfg.resume != "never" and not content_may_change and is_sealed(run_dir, settings):
         print(f"{run_dir.name} is done", flush=True)
         return Ended(False, measured(read_results(run_dir), cfg.optimized_metric))
-    cfg, work = _prepared(cfg, overrides, sweep)
+    cfg, work, content = _prepared(cfg, overrides, sweep)
     # Settings that come from recorded members and mixtures are not checked yet.
     check(cfg)
     if processes.rank(cfg) > 0:
         with _stopped_by_signals(cfg):
-            _help_along(cfg, run_dir, work)
+            _help_along(cfg, run_dir, work, content)
         return Ended(True)
-    with claimed(run_dir, cfg) as (path, state):
+    with claimed(run_dir, cfg, content) as (path, state):
         if state is not State.DONE:
             processes.work_in(path)
             with _stopped_by_signals(cfg):
                 run = work(cfg, path, state)
             if cfg.trainer.fast_dev_run:
                 return Ended(True)
-            seal(path, settings)
+            seal(path, settings, content)
     if state is not State.DONE:
         show(run)
         return Ended(True, measured(run.results, cfg.optimized_metric))
@@ -99,40 +100,44 @@ def _stopped_by_signals(cfg: DictConfig) -> Iterator[None]:
         raise
 
 
-def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any]]:
-    """`cfg` with the settings that recorded members decide, and the task: a function of (cfg, run_dir, state) that
-    returns the finished `Run`."""
+def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any], str]:
+    """`cfg` with the settings that recorded members decide; the task, a function of (cfg, run_dir, state) that returns
+    the finished `Run`; and the digest of what is measured, "" for tasks that make it themselves."""
     if cfg.task == "train":
         from mixadv.tasks.train import train
 
-        return cfg, partial(train, sweep=sweep)
+        return cfg, partial(train, sweep=sweep), ""
     if cfg.task == "game":
         from mixadv.tasks.game import play_game
 
-        return cfg, play_game
+        return cfg, play_game, ""
     from mixadv.members.source import Source
     from mixadv.members.store import read_mixture
+    from mixadv.tasks.content import content_of
     from mixadv.tasks.evaluate import as_named, as_trained, evaluate_members, evaluate_mixture
 
     if cfg.task == "solve" or not cfg.mixture:
         sources = [Source(str(name)) for name in cfg.members]
         if cfg.task == "evaluate":
-            return as_named(cfg, sources, overrides), partial(evaluate_members, sweep=sweep, sources=sources)
+            cfg = as_named(cfg, sources, overrides)
+            return cfg, partial(evaluate_members, sweep=sweep, sources=sources), content_of(cfg, sources)
         from mixadv.tasks.members import as_recorded_by_members
         from mixadv.tasks.solve import solve_weights
 
-        return as_recorded_by_members(cfg, sources, overrides), partial(solve_weights, sweep=sweep, sources=sources)
+        cfg = as_recorded_by_members(cfg, sources, overrides)
+        return cfg, partial(solve_weights, sweep=sweep, sources=sources), content_of(cfg, sources)
     mixture, config = read_mixture(cfg.mixture, factories=list(cfg.members))
-    return as_trained(cfg, config, overrides), partial(evaluate_mixture, sweep=sweep, mixture=mixture, config=config)
+    cfg = as_trained(cfg, config, overrides)
+    return cfg, partial(evaluate_mixture, sweep=sweep, mixture=mixture, config=config), content_of(cfg)
 
 
-def _help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any]) -> None:
+def _help_along(cfg: DictConfig, run_dir: Path, work: Callable[..., Any], content: str) -> None:
     """Run the task in a process other than rank 0: it computes its part and writes no files."""
-    from mixadv.runs.directory import State
+    from mixadv.runs.directory import State, is_current
 
     # Rank 0 passes the directory to the processes that it starts; others take it from their command.
     run_dir = Path(os.environ.get(processes.RUN_DIR, run_dir))
-    if not (run_dir / "DONE").exists():
+    if not is_current(run_dir, content):
         work(cfg, run_dir, State.UNFINISHED)
 
 
