@@ -141,6 +141,19 @@ def imported_modules(tree):
             yield module
 
 
+def test_text_files_are_utf_8_on_every_system():
+    """Without `encoding`, Windows and old locales write and read something else."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                given = {keyword.arg for keyword in node.keywords}
+                mode = next((arg.value for arg in node.args if isinstance(arg, ast.Constant)), "")
+                texts = node.func.attr in ("read_text", "write_text")
+                texts |= node.func.attr == "open" and mode in ("r", "w", "a", "x", "") and not node.args[1:]
+                binary = ast.unparse(node).startswith(("os.open", "tarfile.open", "Image.open"))
+                assert not texts or binary or "encoding" in given, f"{path}:{node.lineno}"
+
+
 # --- directions --------------------------------------------------------------------------------------------
 
 

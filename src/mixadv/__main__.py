@@ -14,8 +14,8 @@ REQUIREMENTS = (
     *("numpy", "scipy", "sklearn", "matplotlib", "PIL", "rich", "jinja2", "pooch", "safetensors", "dotenv", "yaml"),
     "pydantic",
 )
-# Exit code by which shells report a program that SIGINT ended.
-INTERRUPTED = 130
+# Exit codes by which shells report programs that SIGINT and SIGPIPE ended.
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def start() -> None:
@@ -31,6 +31,8 @@ def start() -> None:
     except KeyboardInterrupt:
         print("mixadv: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(PIPE_CLOSED)
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         if missing not in REQUIREMENTS:

@@ -6,9 +6,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from mixadv.signals import Signals, Stopped
+
+
+class OneProcess(LightningEnvironment):
+    """The environment of a Trainer that runs in this process alone, whatever allocation surrounds it.
+
+    Inside an allocation of Slurm, Lightning would check that its tasks fit the trainer's devices, and would take this
+    process for one of them: all but task 0 write no logs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_global_rank(0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mixadv.evaluation.record import EvaluationRecord, expectation
 from mixadv.evaluation.state import EvaluationState, Worst
 from mixadv.evaluation.vote_attack import VoteAttack
 from mixadv.mixture import Mixture
-from mixadv.ranks import Ranks
+from mixadv.ranks import OneProcess, Ranks
 from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
 from mixadv.vote import Vote
@@ -196,7 +196,8 @@ class _Loader:
 
 
 def _test(loop: MixtureEvaluation, batches: list[tuple[Tensor, Tensor]], processes: Mapping[str, Any] | None) -> None:
-    alone = {"accelerator": "cpu" if batches[0][0].device.type == "cpu" else "gpu", "devices": 1}
+    accelerator = "cpu" if batches[0][0].device.type == "cpu" else "gpu"
+    alone = {"accelerator": accelerator, "devices": 1, "plugins": [OneProcess()]}
     with warnings.catch_warnings(), quiet_lightning():
         # Lightning 2.6 causes this warning under newer versions of torch.
         warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")

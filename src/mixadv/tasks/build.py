@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.callbacks import ProgressBar as ProgressBarBase
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from mixadv import instantiate as building
 from mixadv.attacks.pgd import PGD
@@ -21,6 +22,7 @@ from mixadv.errors import UserError
 from mixadv.games.base import Playable
 from mixadv.lambda_solvers import LambdaSolver
 from mixadv.losses import RobustLoss, ZeroOne
+from mixadv.ranks import OneProcess
 from mixadv.runs import processes
 from mixadv.threat_model import ThreatModel
 
@@ -195,7 +197,7 @@ def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
     """The arguments of Lightning's Trainer for devices and processes.
 
     Raises:
-        UserError: a strategy that cannot train a mixture.
+        UserError: a strategy that cannot train a mixture, or an allocation of Slurm that does not fit.
     """
     wanted = cfg.trainer.strategy
     if wanted not in ("auto", "ddp"):
@@ -210,8 +212,14 @@ def trainer_settings(cfg: DictConfig, device: "torch.device") -> dict[str, Any]:
         "devices": list(cfg.trainer.devices) if named else processes.devices(cfg),
         "num_nodes": cfg.trainer.num_nodes,
     }
-    if processes.number(cfg) > 1:
-        from mixadv.training import Replicas
+    if processes.number(cfg) == 1:
+        return {**settings, "plugins": [OneProcess()]}
+    from mixadv.training import Replicas
 
-        settings["strategy"] = Replicas()
-    return settings
+    try:
+        if SLURMEnvironment.detect():
+            SLURMEnvironment()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Slurm: {reason} One process (trainer.devices=1) runs in any allocation.") from error
+    return {**settings, "strategy": Replicas()}

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from mixadv.callbacks import Checkpoints, WholeFiles
@@ -309,13 +310,16 @@ def _trainer(session: TrainingSession, loggers: Sequence[Logger], callbacks: Seq
     if isinstance(settings["profiler"], dict):
         settings["profiler"] = build.instantiate(settings["profiler"], "trainer.profiler")
     settings |= build.trainer_settings(cfg, session.device)
+    ours = [WholeFiles(), *settings.pop("plugins", [])]
+    if any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        ours = ours[:1]
     settings |= {
         "precision": session.precision,
         "logger": list(loggers),
         "callbacks": list(callbacks),
         "default_root_dir": session.run_dir,
         "use_distributed_sampler": False,
-        "plugins": [WholeFiles(), *plugins],
+        "plugins": [*ours, *plugins],
     }
     try:
         with _lightning():
