@@ -145,7 +145,7 @@ def test_a_run_keeps_the_contract(trained):
     assert (results["task"], results["seed"]) == ("train", 5)
     assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
     assert results["num_examples"] == 50
-    assert list(results["attacks"]) == ["pgd-20", "arc", "subsets"]
+    assert list(results["attacks"]) == ["pgd-20", "arc", "subsets", "square"]
     assert results["robust"]["expected_accuracy"] <= results["attacks"]["pgd-20"]["expected_accuracy"]
     assert results["robust"]["expected_accuracy"] <= results["clean"]["expected_accuracy"]
     # Ten classes: a trained member knows more than chance, an untrained one does not.

@@ -1,6 +1,7 @@
 """Broken defences raise the flags that fit, sound models raise none, and thresholds lie where they are said to lie."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,9 @@ from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
 
 NAMES = [
-    "non-finite-logits",
-    *("zero-gradients", "probabilities", "random-outputs", "batch-dependent", "black-box-beats-white-box"),
-    *("noise-beats-pgd", "more-steps-do-not-hurt", "larger-eps-does-not-hurt", "ce-and-dlr-disagree"),
-    *("robust-above-clean", "survives-grey"),
+    *("non-finite-logits", "zero-gradients", "saturated-logits", "probabilities", "random-outputs", "batch-dependent"),
+    *("black-box-beats-white-box", "noise-beats-pgd", "more-steps-do-not-hurt", "larger-eps-does-not-hurt"),
+    *("ce-and-dlr-disagree", "white-box-attacks-disagree", "robust-above-clean", "survives-grey"),
 ]
 
 # What each must raise at least; what else it raises is true of it as well.
@@ -47,7 +47,17 @@ FITTING = {
     "train-mode batch norm": {"batch-dependent"},
     "wrong normalisation": {"ce-and-dlr-disagree"},
     "label in the margin": {"survives-grey"},
+    "tanh of the logits": {"saturated-logits"},
+    "mild tanh of the logits": {"saturated-logits"},
+    "tanh of the logits, tiny": {"saturated-logits", "ce-and-dlr-disagree"},
+    "detached where sure": {"black-box-beats-white-box"},
+    "k winners take all": {"black-box-beats-white-box"},
+    "rounded frequencies": {"zero-gradients", "black-box-beats-white-box", "survives-grey"},
+    "misleading gradient": {"black-box-beats-white-box", "more-steps-do-not-hurt", "survives-grey"},
 }
+# Flags that compare attacks which protocol=fast does not have, and the one that sees there what they see.
+NOT_IN_FAST = {"noise-beats-pgd"}
+IN_FAST = {"ce-and-dlr-disagree": "white-box-attacks-disagree"}
 # Flags about gradients say nothing about members that have good ones.
 NOT_FITTING = {
     "softmax": {"zero-gradients", "random-outputs", "batch-dependent"},
@@ -55,6 +65,12 @@ NOT_FITTING = {
     "noise on the input": {"zero-gradients", "batch-dependent", "probabilities"},
     "label in the margin": {"zero-gradients"},
 }
+
+
+@cache
+def sound(name):
+    """The sound model of that name, trained once."""
+    return SOUND[name]()
 
 
 def flags(mixture, images=None, record=None, ball=BALL, **options):
@@ -80,10 +96,30 @@ def test_broken_defences_raise_a_flag_that_fits(name):
         assert "\n" not in evidence
 
 
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_defences_raise_a_flag_in_the_default_protocol(name):
+    images = images_for(name)
+    mixture = Mixture([BROKEN[name]()])
+    found = flags(mixture, images, evaluated_defence(mixture, images, "fast"))
+    assert set(found) >= {IN_FAST.get(flag, flag) for flag in FITTING[name] - NOT_IN_FAST}, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_defences_raise_a_flag_in_the_strict_protocol(name):
+    images = images_for(name)
+    mixture = Mixture([BROKEN[name]()])
+    record = evaluated_defence(mixture, images, "strict")
+    found = flags(mixture, images, record)
+    print(name, f"{record.worst_case().mean():.1%}", list(found))
+    assert set(found) >= FITTING[name], found
+
+
+@pytest.mark.parametrize("attacks", [None, "fast", pytest.param("strict", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SOUND)
-def test_sound_models_raise_no_flag(name):
-    mixture = SOUND[name]()
-    assert flags(mixture, record=evaluated_defence(mixture)) == {}
+def test_sound_models_raise_no_flag(name, attacks):
+    mixture = sound(name)
+    assert flags(mixture, record=evaluated_defence(mixture, attacks=attacks)) == {}
 
 
 @pytest.mark.parametrize("name", ["very sure", "logits times 10,000", "wrong normalisation"])
@@ -183,6 +219,42 @@ def test_more_than_five_percent_must_be_without_gradient(without, flagged):
     assert ("zero-gradients" in flags(Sometimes(), (x, y), ball=ThreatModel("linf", 0.05))) is flagged
 
 
+class Slopes(nn.Module):
+    """Four logits, each a coordinate times a slope of its own, plus the same large number for all."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slopes = nn.Parameter(torch.tensor([slope, slope, slope, 1.0]))
+
+    def forward(self, x):
+        return self.slopes * x + 100 * x.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("slope", "flagged"), [(0.08, False), (0.06, True), (0.0, True), (1.0, False)])
+def test_logits_saturate_where_gradients_of_classes_differ_tenfold(slope, flagged):
+    """For label 0 the gradients of f_c - f_0 have norms sqrt(2) slope and sqrt(1 + slope^2)."""
+    found = flags(Slopes(slope), points(60, 4))
+    assert ("saturated-logits" in found) is flagged
+    if flagged:
+        assert found["saturated-logits"].startswith("member 0: on 75.0% of the images")
+
+
+@pytest.mark.parametrize(("small", "flagged"), [(15, False), (16, True)])
+def test_a_quarter_of_the_images_may_be_saturated(small, flagged):
+    x, y = points(60)
+    y = torch.where(torch.arange(60) < small, y, 3)
+    assert ("saturated-logits" in flags(Slopes(0.01), (x, y))) is flagged
+
+
+def test_members_of_two_classes_have_no_classes_to_compare():
+    class Two(Linear):
+        def forward(self, x):
+            return torch.tanh(20 * super().forward(x)[:, :2])
+
+    x, y = points(60, 2)
+    assert "saturated-logits" not in flags(Two(), (x, y))
+
+
 @pytest.mark.parametrize(("noise", "flagged"), [(0.003, False), (0.05, True)])
 def test_outputs_may_move_by_rounding_and_no_more(noise, flagged):
     class Noisy(nn.Module):
@@ -278,6 +350,14 @@ def contradictions(record):
         ({"apgd_ce": (60, 0), "apgd_dlr": (60, 30)}, None, ""),
         ({"apgd_ce": (60, 0), "apgd_dlr": (61, 0), "apgd_dlr_targeted": (90, 0)}, None, ""),
         ({"apgd_ce": (60, 0), "apgd_dlr_targeted": (90, 0)}, "ce-and-dlr-disagree", "apgd-dlr-targeted 55.0%"),
+        ({"pgd": (0, 0), "apgd_ce": (0, 0), "pgd__0": (20, 0), "apgd_ce__0": (50, 0)}, None, ""),
+        (
+            {"pgd": (0, 0), "apgd_ce": (0, 0), "pgd__0": (20, 0), "apgd_ce__0": (30, 24)},
+            "white-box-attacks-disagree",
+            "member 0: pgd leaves 90.0% accuracy, apgd-ce 73.0%.",
+        ),
+        # Member 1 alone is attacked by one of them only.
+        ({"pgd": (0, 0), "apgd_ce": (0, 0), "pgd__1": (20, 0), "apgd_ce__0": (54, 0)}, None, ""),
         # "force" has no cross-entropy in it.
         ({"force": (60, 0), "apgd_dlr": (90, 0)}, None, ""),
     ],

@@ -6,7 +6,7 @@ The symptoms are those of Carlini et al., "On Evaluating Adversarial Robustness"
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from mixadv.attacks.pgd import PGD
 from mixadv.attacks.search import check_batch
 from mixadv.attacks.suite import CLEAN, TWIN, Pass, passes_of
-from mixadv.evaluation.probes import OwnAttacks, answers, gradients, named
+from mixadv.evaluation.probes import SATURATED_RATIO, OwnAttacks, answers, gradients, named, saturated
 from mixadv.evaluation.record import ON, EvaluationRecord
 from mixadv.intervals import paired_interval
 from mixadv.mixture import Mixture
@@ -31,6 +31,11 @@ MAX_SHARE_BEATEN, MIN_BEATEN = 0.01, 2
 # The 95 % interval of the difference between two losses may not lie beyond this. The differences are at most 7 points
 # on the sound models of the tests, and 40 points on saturated ones.
 MAX_DISAGREEMENT = 0.05
+# The same for any two white-box attacks on one classifier, of which the weaker may have a weak loss or few starts: the
+# differences are at most 10 points on the sound models of the tests.
+MAX_WHITE_BOX_DISAGREEMENT = 0.1
+# On the sound models of the tests no image counts as saturated, under a mild tanh three quarters do.
+MAX_SHARE_SATURATED = 0.25
 WHITE_BOX, BLACK_BOX, NOISE_ATTACKS = ("pgd", "apgd", "arc", "subset"), ("square",), ("noise",)
 CE_BASED, WITHOUT_CE = ("pgd", "apgd"), {"dlr", "margin", "cw"}
 
@@ -40,6 +45,8 @@ FLAGS: dict[str, str] = {
     "non-finite-logits": "Look for a logarithm, division or root in the model that fails on some images.",
     "zero-gradients": "Attack a differentiable version of the model (for a rounding step its identity), climb the "
     "margin or DLR in place of the cross-entropy, or trust attacks without gradients only.",
+    "saturated-logits": "Remove the function that squashes the logits (tanh, sigmoid, clipping): the order of the "
+    "classes stays the same without it.",
     "probabilities": "Return the logits, without softmax.",
     "random-outputs": "Make the noise a mixture's members with fixed weights, or attack the mean over many draws.",
     "batch-dependent": "Let every layer use stored statistics in eval mode, so that an image's answer is its own.",
@@ -52,6 +59,8 @@ FLAGS: dict[str, str] = {
     "larger-eps-does-not-hurt": "Give the attack steps that grow with eps, and look for a layer that stops or "
     "falsifies the gradient.",
     "ce-and-dlr-disagree": "Count the attack that finds more, with more restarts, and check the scale of the logits.",
+    "white-box-attacks-disagree": "Count the attack that finds more, give it more restarts, and look for what weakens "
+    "the others: the scale of the logits, or a gradient that is right at some points only.",
     "robust-above-clean": "Check that clean and attacked images meet the same model, with the same preprocessing, in "
     "eval mode.",
     "survives-grey": "Look for what the model knows besides the image, such as the test set or the label, and for what "
@@ -73,8 +82,9 @@ def distrust(
 
     The members, and the mixture if it has several, are evaluated and attacked on the images x [N, ...] with labels
     y [N], a few hundred of the test set. The attacks made here climb the margin, because it has a gradient for logits
-    of any size. They cost at most 20 + 20 + 2 * 20 forward and backward passes of N images per target. All randomness
-    comes from `seed`, including that of members that draw numbers from torch; the caller's random state is restored.
+    of any size. They cost at most 20 + 20 + 2 * 20 forward and backward passes of N images per target; comparing the
+    gradients of classes costs 9 backward passes of N images per member. All randomness comes from `seed`, including
+    that of members that draw numbers from torch; the caller's random state is restored.
 
     Args:
         mixture: on the device of x; attacked in eval mode and left unchanged.
@@ -91,7 +101,7 @@ def distrust(
     with seeded(seed, "distrust", device=x.device), mixture.attack_mode(plain=True):
         found = answers(mixture, x)
         shares, blind = gradients(mixture, x, y, threat_model, seed, batch_size)
-        found |= _no_gradients(shares, record)
+        found |= _no_gradients(shares, record) | _saturated(saturated(mixture, x, y, threat_model, seed, batch_size))
         runs = OwnAttacks(x, y, threat_model, seed, batch_size)
         for one in passes_of({"distrust": PGD()}, mixture):
             # An attack on the mixture works if any member has a gradient. No number is claimed for the twin.
@@ -139,6 +149,17 @@ def _no_gradients(shares: Mapping[str, list[float]], record: EvaluationRecord | 
     return {"zero-gradients": f"{named(members)}: the gradient of {of} is 0 or rounding noise on {each} of the images"}
 
 
+def _saturated(shares: list[float]) -> dict[str, str]:
+    members = [k for k, share in enumerate(shares) if share > MAX_SHARE_SATURATED]
+    if not members:
+        return {}
+    each = ", ".join(f"{shares[k]:.1%}" for k in members)
+    return {
+        "saturated-logits": f"{named(members)}: on {each} of the images the logits of some classes have gradients more "
+        f"than {SATURATED_RATIO:.0f} times those of others"
+    }
+
+
 def _contradictions(record: EvaluationRecord) -> dict[str, str]:
     """The symptoms for which the results of the evaluation's attacks are compared."""
     found: dict[str, str] = {}
@@ -170,6 +191,9 @@ def _contradictions(record: EvaluationRecord) -> dict[str, str]:
                 f"{', '.join(ce)} leave {lowest(ce, False).mean():.1%} accuracy, {', '.join(dlr)} "
                 f"{lowest(dlr, False).mean():.1%}"
             )
+    apart = list(_white_box_disagreements(record))
+    if apart:
+        found["white-box-attacks-disagree"] = "; ".join(apart)
     clean = record.expected(record.clean)
     above = [name for name in record.attacks if paired_interval(accuracy[name] - clean)[0] > 0]
     if above:
@@ -177,6 +201,24 @@ def _contradictions(record: EvaluationRecord) -> dict[str, str]:
             f"{accuracy[name].mean():.1%} ({name})" for name in above
         )
     return found
+
+
+def _white_box_disagreements(record: EvaluationRecord) -> Iterator[str]:
+    """For each member the white-box attack that finds least, if another one on the same member finds far more.
+
+    Attacks on a mixture are not compared: climbing the averaged loss stalls there also if all members are sound.
+    """
+    white = _beginning(record, WHITE_BOX)
+    for k in range(len(record.weights)):
+        on = "" if len(record.weights) == 1 else f"{ON}member {k}"
+        correct = {name: record.found[name + on][k].astype(float) for name in white if name + on in record.found}
+        if len(correct) < 2:
+            continue
+        weak, strong = (choose(correct, key=lambda name: correct[name].mean()) for choose in (max, min))
+        if paired_interval(correct[weak] - correct[strong])[0] > MAX_WHITE_BOX_DISAGREEMENT:
+            yield (
+                f"member {k}: {weak} leaves {correct[weak].mean():.1%} accuracy, {strong} {correct[strong].mean():.1%}"
+            )
 
 
 def _beginning(record: EvaluationRecord, algorithms: tuple[str, ...]) -> list[str]:

@@ -29,6 +29,8 @@ ANSWER_TOLERANCE = 1e-2
 REPEATS, NUM_REPEATED = 8, 32
 # Steps of PGD, each a quarter of the radius long, so that they can cross the ball twice.
 NUM_STEPS, RESTARTS = 20, 2
+# Runner-up classes whose gradients are compared, and the ratio of gradients from which logits count as saturated.
+NUM_RUNNER_UPS, SATURATED_RATIO = 9, 10.0
 # Under PGD the loss of a sound model rises on almost all images; if the attack fails it rises on half of them.
 SOUND_SHARE = 0.75
 
@@ -112,6 +114,39 @@ def gradients(
                     blind.add(k)
                     vanishing[loss][k].append(torch.ones_like(labels, dtype=torch.bool))
     return {loss: [int(torch.cat(each).sum()) / len(x) for each in vanishing[loss]] for loss in vanishing}, blind
+
+
+def saturated(
+    mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, seed: int, batch_size: int
+) -> list[float]:
+    """Each member's share of images on which a squashing function hides some of its logits from the gradient.
+
+    At a random point of the ball let g_c = ||grad(f_c - f_y)||_2, for the 9 highest classes c beside the label. An
+    image counts if max_c g_c > 10 min_c g_c. A function such as 20 tanh(z), applied to each logit, scales the gradient
+    of each class by a slope of its own, which is almost 0 for a class that is sure. Adding the same number to all
+    logits, as log-softmax does, changes no g_c. With two classes there is one g_c, so no image counts.
+    """
+    generator = generator_for(seed, "saturated", device=x.device)
+    counts = [0] * mixture.num_members
+    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        points = threat_model.sample(images, generator)
+        for k in range(mixture.num_members):
+            at = points.clone().requires_grad_()
+            with torch.enable_grad():
+                logits = mixture.logits_of(k, at)
+                if not logits.requires_grad:
+                    continue
+                label = labels[:, None]
+                others = logits.detach().scatter(1, label, float("-inf"))
+                runner_ups = others.topk(min(NUM_RUNNER_UPS, others.shape[1] - 1), dim=1).indices
+                leads = logits.gather(1, runner_ups) - logits.gather(1, label)
+                slopes = [gradient(lead, at, retain_graph=True).flatten(1) for lead in leads.unbind(1)]
+            # Scaled first, because the squares of tiny gradients underflow.
+            joint = torch.stack(slopes, dim=1)
+            largest = joint.abs().amax((1, 2), keepdim=True)
+            size = torch.linalg.vector_norm(joint / largest.clamp_min(torch.finfo(joint.dtype).tiny), dim=2)
+            counts[k] += int((size.amax(1) > SATURATED_RATIO * size.amin(1)).sum())
+    return [count / len(x) for count in counts]
 
 
 class OwnAttacks:
