@@ -185,7 +185,7 @@ def _check_weights(cfg: DictConfig) -> None:
     shown = f"weights=[{','.join(f'{weight:g}' for weight in weights)}]"
     if cfg.task == "solve":
         raise UserError(f"{shown}: task=solve finds the weights itself; task=evaluate measures those that you give")
-    if cfg.task != "evaluate":
+    if cfg.task not in ("evaluate", "train"):
         raise UserError(f"{shown}: task={cfg.task} does not read it; it belongs to task=evaluate members=[A,B,...]")
     if cfg.mixture:
         raise UserError(
@@ -203,6 +203,8 @@ def _check_weights(cfg: DictConfig) -> None:
     if not abs(sum(weights) - 1) <= WEIGHTS_TOLERANCE:
         divided = ",".join(f"{part / sum(relative):.9g}" for part in relative)
         raise UserError(f"{shown} sum to {sum(weights):.9g}, not to 1: divide them by their sum, weights=[{divided}]")
+    if cfg.task == "train" and not cfg.members and len(weights) != cfg.L:
+        raise UserError(f"{shown} has {len(weights)} numbers, but L={cfg.L}: give one for each member")
 
 
 def _check_keys(cfg: DictConfig) -> None:
@@ -312,8 +314,10 @@ def _check_threat_model(cfg: DictConfig) -> None:
 def _check_inputs(cfg: DictConfig) -> None:
     """Check that the task uses `members`, `mixture` and `weights` if they are given, and has what it needs."""
     unread = f"task={cfg.task} does not read it; task=evaluate measures"
-    if cfg.members and cfg.task not in ("solve", "evaluate"):
-        raise UserError(f"members=[...]: {unread} them, task=solve finds their weights")
+    if cfg.members and cfg.task not in ("solve", "evaluate", "train"):
+        raise UserError(f"members=[...]: {unread} them, task=solve finds their weights, task=train trains them further")
+    if cfg.members and cfg.task == "train" and cfg.baseline:
+        raise UserError("members=[...]: baseline=true trains a fresh single model, no member of these; leave it out")
     if cfg.mixture and cfg.task != "evaluate":
         raise UserError(f"mixture={cfg.mixture}: {unread} it")
     if cfg.weights is not None:

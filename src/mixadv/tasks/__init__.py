@@ -103,7 +103,7 @@ def _stopped_by_signals(cfg: DictConfig) -> Iterator[None]:
 def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple[DictConfig, Callable[..., Any], str]:
     """`cfg` with the settings that recorded members decide; the task, a function of (cfg, run_dir, state) that returns
     the finished `Run`; and the digest of what is measured, "" for tasks that make it themselves."""
-    if cfg.task == "train":
+    if cfg.task == "train" and not cfg.members:
         from mixadv.tasks.train import train
 
         return cfg, partial(train, sweep=sweep), ""
@@ -114,14 +114,18 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
     from mixadv.members.source import Source
     from mixadv.members.store import read_mixture
     from mixadv.tasks.content import content_of
-    from mixadv.tasks.evaluate import as_named, as_trained, evaluate_members, evaluate_mixture
+    from mixadv.tasks.evaluate import as_trained, evaluate_members, evaluate_mixture
+    from mixadv.tasks.members import as_named, as_recorded_by_members
 
-    if cfg.task == "solve" or not cfg.mixture:
+    if cfg.task != "evaluate" or not cfg.mixture:
         sources = [Source(str(name)) for name in cfg.members]
         if cfg.task == "evaluate":
             cfg = as_named(cfg, sources, overrides)
             return cfg, partial(evaluate_members, sweep=sweep, sources=sources), content_of(cfg, sources)
-        from mixadv.tasks.members import as_recorded_by_members
+        if cfg.task == "train":
+            from mixadv.tasks.train import train
+
+            return as_named(cfg, sources, overrides), partial(train, sweep=sweep, sources=sources), ""
         from mixadv.tasks.solve import solve_weights
 
         cfg = as_recorded_by_members(cfg, sources, overrides)

@@ -25,6 +25,7 @@ from mixadv.losses import RobustLoss, ZeroOne
 from mixadv.ranks import OneProcess
 from mixadv.runs import processes
 from mixadv.threat_model import ThreatModel
+from mixadv.training.phase import WeightsPhase
 
 CHECKPOINTS = "mixadv.callbacks.Checkpoints"
 # The base class of what a key may name.
@@ -162,6 +163,42 @@ def build_attack(node: Any, key: str) -> PGD:
     if not isinstance(attack, PGD):
         raise UserError(f"{key} must be PGD for training, not {type(attack).__name__}")
     return attack
+
+
+# Keys of the group lambda_solver that are not arguments of the solver.
+PHASE = ("payoff", "attacks", "num_images")
+
+
+def build_solver(cfg: DictConfig) -> LambdaSolver:
+    """The solver of ``lambda_solver``.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    settings = as_dict(cfg.lambda_solver)
+    solver: LambdaSolver = instantiate({k: v for k, v in settings.items() if k not in PHASE}, "lambda_solver")
+    return solver
+
+
+def build_phase(cfg: DictConfig) -> WeightsPhase:
+    """The game of the weights phases, from the other keys of ``lambda_solver``; attacks are named as in the protocol.
+
+    Raises:
+        UserError: an attack that the protocol does not have, or settings out of their range.
+    """
+    settings = {key: value for key, value in as_dict(cfg.lambda_solver).items() if key in PHASE}
+    names = settings.pop("attacks", None) or []
+    known = [str(name) for name in cfg.protocol.attacks]
+    if not isinstance(names, list) or not set(map(str, names)) <= set(known):
+        raise UserError(
+            f"lambda_solver.attacks={names}: give a list of attacks of protocol={cfg.protocol.name}, which has "
+            f"{', '.join(known)}"
+        )
+    attacks = {str(name): instantiate(cfg.protocol.attacks[name], f"protocol.attacks.{name}") for name in names}
+    try:
+        return WeightsPhase(attacks=attacks, **settings)
+    except ValueError as error:
+        raise UserError(f"lambda_solver.{error}") from error
 
 
 def build_protocol(cfg: DictConfig) -> dict[str, Attack]:

@@ -6,13 +6,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mixadv.members.recipe import Recipe, factories_of, member_recipes
+from mixadv.members.recipe import factories_of, member_recipes
 from mixadv.results import Results
 
 
 def model_card(results: Results, config: dict[str, Any]) -> str:
     """The model card of a trained mixture."""
-    return _rendered(results, config, model=Recipe.of(config["model"]).name)
+    names = dict.fromkeys(recipe.name for recipe in member_recipes(config))
+    return _rendered(results, config, model=", ".join(names))
 
 
 def solved_card(results: Results, config: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.members import as_recorded_by_members, flags_of_other_splits, load_members, named_results
+from mixadv.tasks.members import flags_of_other_splits, load_members, named_results, weights_of
 from mixadv.tasks.session import Session, as_finished
 
 # The number of images on which members are tried before the attacks.
@@ -65,7 +65,7 @@ def evaluate_members(
     data = session.data
     x = torch.cat([data.test_images[:TRIED], data.train_images[:TRIED]])[:TRIED].float() / 255
     members = load_members(session, sources, x)
-    mixture = Mixture([member.module for member in members], _weights(cfg, members))
+    mixture = Mixture([member.module for member in members], weights_of(cfg, members))
     for k, (member, weight) in enumerate(zip(members, mixture.weights.tolist(), strict=True)):
         line = f"member {k}: {member.name}, weight {weight:.4f} (from {member.source}, {member.note})"
         session.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -76,19 +76,6 @@ def evaluate_members(
     )
     flags = flags_of_other_splits(cfg, sources, "another-split", evidence, ", or train the members on one split")
     return _evaluate(session, sweep, mixture, members, flags)
-
-
-def _weights(cfg: DictConfig, members: list[LoadedMember]) -> list[float] | None:
-    if cfg.weights is None:
-        return None
-    given: list[float] = list(cfg.weights)
-    if len(given) != len(members):
-        found = ", ".join(member.name for member in members)
-        raise UserError(
-            f"weights=[...] has {len(given)} numbers, but members=[...] holds {len(members)}: {found}; give one for "
-            "each in this order, or leave it out for 1/L each"
-        )
-    return given
 
 
 def _evaluate(
@@ -141,20 +128,6 @@ def as_trained(cfg: DictConfig, config: dict[str, Any], overrides: list[str]) ->
     merged = build.as_recorded(cfg, config, given, cfg.mixture)
     merged.L = int(config["L"])
     merged.model = {"_target_": ", ".join(dict.fromkeys(recipe.target for recipe in member_recipes(config)))}
-    return merged
-
-
-def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -> DictConfig:
-    """`cfg` with data, eps and norm as for `as_recorded_by_members`, and L = the number of members named.
-
-    Raises:
-        UserError: the records disagree, or the command line sets L.
-    """
-    merged = as_recorded_by_members(cfg, sources, overrides).copy()
-    counts = [1 if source.record is None else source.record.get("L") for source in sources]
-    # A record without L is refused when the members are loaded.
-    if all(isinstance(count, int) for count in counts):
-        merged.L = sum(counts)
     return merged
 
 

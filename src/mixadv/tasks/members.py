@@ -47,6 +47,20 @@ def as_recorded_by_members(cfg: DictConfig, sources: Sequence[Source], overrides
     return cfg if first is None else first[1]
 
 
+def as_named(cfg: DictConfig, sources: Sequence[Source], overrides: list[str]) -> DictConfig:
+    """`cfg` with data, eps and norm as for `as_recorded_by_members`, and L = the number of members named.
+
+    Raises:
+        UserError: the records disagree, or the command line sets L.
+    """
+    merged = as_recorded_by_members(cfg, sources, overrides).copy()
+    counts = [1 if source.record is None else source.record.get("L") for source in sources]
+    # A record without L is refused when the members are loaded.
+    if all(isinstance(count, int) for count in counts):
+        merged.L = sum(counts)
+    return merged
+
+
 def load_members(session: Session, sources: Sequence[Source], x: Tensor) -> list[LoadedMember]:
     """The classifiers of all sources, on the device, tried on the images x `[B, C, H, W]`, B >= 2.
 
@@ -70,6 +84,24 @@ def load_members(session: Session, sources: Sequence[Source], x: Tensor) -> list
             "choose the data they were trained for with data=..."
         )
     return members
+
+
+def weights_of(cfg: DictConfig, members: Sequence[LoadedMember]) -> list[float] | None:
+    """``cfg.weights``; None stands for 1/L each.
+
+    Raises:
+        UserError: there is another number of weights than of members.
+    """
+    if cfg.weights is None:
+        return None
+    given: list[float] = list(cfg.weights)
+    if len(given) != len(members):
+        found = ", ".join(member.name for member in members)
+        raise UserError(
+            f"weights=[...] has {len(given)} numbers, but members=[...] holds {len(members)}: {found}; give one for "
+            "each in this order, or leave it out for 1/L each"
+        )
+    return given
 
 
 def named_results(results: Sequence[Classifier], members: Sequence[LoadedMember]) -> tuple[Classifier, ...]:

@@ -44,6 +44,7 @@ from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.members import flags_of_other_splits, load_members, named_results
 from mixadv.tasks.provenance import header_of, settings_of
 from mixadv.tasks.session import Session, as_finished
+from mixadv.training import WeightsPhase
 
 
 class Weighed(NamedTuple):
@@ -73,9 +74,14 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         UserError: members that cannot be loaded, or do not fit one another or the data.
     """
     started = time.perf_counter()
-    solver = build.instantiate(cfg.lambda_solver, "lambda_solver")
+    solver = build.build_solver(cfg)
     if not solver.adapts:
         raise UserError("lambda_solver=uniform solves nothing: use lp, oracle or entropic (1/L is in the table anyway)")
+    if build.build_phase(cfg) != WeightsPhase():
+        raise UserError(
+            f"lambda_solver.{', lambda_solver.'.join(build.PHASE)} are for task=train: task=solve plays the 0/1 loss "
+            "on all validation images with every attack of the protocol; leave them out"
+        )
     attacks, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
     session = Session.begin(cfg, run_dir)
     x, y = _validation_images(session)

@@ -23,11 +23,13 @@ from mixadv.console import quiet_lightning
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationState
 from mixadv.lambda_solvers import Uniform
-from mixadv.members.recipe import Recipe
+from mixadv.members.recipe import Recipe, factories_of
+from mixadv.members.source import LoadedMember, Source
 from mixadv.members.store import load_mixture, save_mixture
+from mixadv.mixture import Mixture
 from mixadv.report import Run, draw_curves
 from mixadv.report.files import BASELINE
-from mixadv.results import Data
+from mixadv.results import Data, Flag
 from mixadv.runs import processes
 from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
 from mixadv.seeding import seed_all
@@ -44,8 +46,9 @@ from mixadv.tasks.logging_to import (
     with_history,
 )
 from mixadv.tasks.measure import STATE, measure
+from mixadv.tasks.members import flags_of_other_splits, load_members, named_results, weights_of
 from mixadv.tasks.session import Session, as_finished
-from mixadv.training import MixtureTraining
+from mixadv.training import MixtureTraining, Schedule
 from mixadv.training.generators import same_draws
 from mixadv.training.shared_attack import parts_of
 
@@ -66,13 +69,17 @@ class TrainingSession(Session):
     """What the steps of a training share, see `Session`.
 
     Attributes:
-        recipe: of each member.
+        recipes: one for each member.
+        members: those of ``members=[...]``, with which the training starts; none: fresh ones.
+        doubts: flags about them.
         parts: the arguments of `MixtureTraining` that groups of the configuration name.
         precision: of Lightning's Trainer.
         compiled: whether the members are compiled.
     """
 
-    recipe: Recipe
+    recipes: Sequence[Recipe]
+    members: Sequence[LoadedMember]
+    doubts: Sequence[Flag]
     parts: dict[str, Any]
     precision: str
     compiled: bool = False
@@ -83,7 +90,9 @@ class TrainingSession(Session):
         return min(self.data.batch_size, self.data.num_train) // processes.number(self.cfg)
 
 
-def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> Run | None:
+def train(
+    cfg: DictConfig, run_dir: Path, state: State, sweep: str | None, sources: Sequence[Source] = ()
+) -> Run | None:
     """Algorithm 2 as configured, in `run_dir`, from the last checkpoint if it holds one.
 
     With ``trainer.fast_dev_run`` a few batches run and nothing is kept.
@@ -92,6 +101,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> Ru
         cfg: the checked configuration.
         run_dir: a claimed directory; `state` is what it holds (not a finished run).
         sweep: name of the sweep this run belongs to.
+        sources: the entries of ``members=[...]``, theta_0 of Algorithm 2; none: fresh members of ``model``.
 
     Returns:
         The finished run; None in processes other than rank 0, and with ``trainer.fast_dev_run``.
@@ -102,7 +112,7 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> Ru
     # Settings are refused before data are loaded, before the directory is written, and before loggers begin.
     parts, callbacks = _parts(cfg), build.build_callbacks(cfg, run_dir)
     loggers = with_history(build_loggers(cfg, run_dir, sweep), run_dir)
-    session = _begin(cfg, run_dir, parts)
+    session = _begin(cfg, run_dir, parts, sources)
     with _torch_errors(cfg):
         module = _module(session)
         _try_smallest_part(session, module)
@@ -112,6 +122,8 @@ def train(cfg: DictConfig, run_dir: Path, state: State, sweep: str | None) -> Ru
             _try_out(session, module, trainer)
         return None
     batches = speed.batches_of_training(cfg, module, session.data)
+    if missing := phase_that_never_comes(module.schedule, batches):
+        session.console.print(missing, highlight=False, soft_wrap=True)
     session = replace(session, compiled=speed.settle_compilation(cfg, batches, session.device, session.choices))
     if session.is_first:
         # In this order: other processes read the choices as soon as there is a configuration.
@@ -135,16 +147,21 @@ def _finish(run_dir: Path) -> Run:
     return run
 
 
-def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any]) -> TrainingSession:
-    """Load the data and settle what depends on them.
+def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any], sources: Sequence[Source]) -> TrainingSession:
+    """Load the data and the members of `sources`, and settle what depends on them.
 
     Raises:
-        UserError: data or model cannot be used, or the processes cannot share a batch evenly.
+        UserError: data, model or members cannot be used, or the processes cannot share a batch evenly.
     """
     session = Session.begin(cfg, run_dir)
     data = session.data
-    recipe = models.model_recipe(cfg.model, data)
-    models.check_own_model(recipe, data)
+    members: list[LoadedMember] = []
+    if sources:
+        members = load_members(session, sources, data.train_images[:8].to(session.device).float() / 255)
+        recipes = [member.recipe for member in members]
+    else:
+        recipes = [models.model_recipe(cfg.model, data)] * cfg.L
+        models.check_own_model(recipes[0], data)
     count, size = processes.number(cfg), min(data.batch_size, data.num_train)
     if size % count:
         raise UserError(
@@ -152,7 +169,25 @@ def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any]) -> TrainingSes
             f"{max(1, size // count) * count}"
         )
     precision = speed.settle_precision(cfg, session.device, session.choices)
-    return TrainingSession(**vars(session), recipe=recipe, parts=parts, precision=precision)
+    doubts = flags_of_other_splits(
+        cfg, sources, "another-split", "; it may know validation images, by which the epoch is chosen.", remedy=""
+    )
+    return TrainingSession(
+        **vars(session), recipes=recipes, members=members, doubts=doubts, parts=parts, precision=precision
+    )
+
+
+def phase_that_never_comes(schedule: Schedule, batches: int) -> str:
+    """One line that says so if a training of this many batches ends before its first weights phase, else ""."""
+    first = schedule.first_phase
+    if not schedule.weights_phases or batches >= first:
+        return ""
+    most = (batches - 1) // (schedule.num_members if schedule.kind == "sampled" else 1)
+    remedy = f"set schedule.T_theta={most} or less (now {schedule.T_theta})" if most else "raise trainer.max_epochs"
+    return (
+        f"lambda stays as it starts: the first weights phase is batch {first}, and this training has {batches} "
+        f"batches; {remedy}, or set lambda_solver=uniform"
+    )
 
 
 @contextmanager
@@ -201,11 +236,12 @@ def _train_baseline(session: TrainingSession, loggers: Sequence[Logger]) -> None
     """Train one model for the same epochs per model, in ``baseline/``, which has the files of a run of its own."""
     run_dir = session.run_dir / BASELINE
     cfg = session.cfg.copy()
-    cfg.L, cfg.baseline = 1, False
+    cfg.L, cfg.baseline, cfg.weights = 1, False, None
     if session.is_first:
         run_dir.mkdir(exist_ok=True)
         write_config(run_dir, cfg)
-    single = replace(session, cfg=cfg, run_dir=run_dir, parts=session.parts | {"solver": Uniform()})
+    parts = session.parts | {"solver": Uniform()}
+    single = replace(session, cfg=cfg, run_dir=run_dir, recipes=session.recipes[:1], parts=parts)
     own = of_baseline(loggers, cfg, run_dir)
     trainer = _trainer(single, own, build.build_callbacks(cfg, run_dir))
     _train_and_measure(single, _module(single), trainer)
@@ -219,7 +255,7 @@ def _train_and_measure(session: TrainingSession, module: MixtureTraining, traine
     measured_before = read_results(run_dir)
     if measured_before is not None:
         log_accuracies(loggers, measured_before, module.t)
-        log_examples(loggers, session, load_mixture(run_dir / "mixture", [session.recipe.name]))
+        log_examples(loggers, session, load_mixture(run_dir / "mixture", factories_of(session.recipes)))
         return
     started = time.perf_counter()
     best_epoch, validation = _fit(session, module, trainer)
@@ -234,6 +270,8 @@ def _train_and_measure(session: TrainingSession, module: MixtureTraining, traine
     spent = {"train": round(training_seconds, 3), **results.seconds, "total": round(time.perf_counter() - started, 3)}
     results = replace(
         results,
+        members=named_results(results.members, session.members),
+        flags=(*(results.flags or ()), *session.doubts),
         data=Data(data.name, data.num_train, data.num_val, data.num_test),
         best_epoch=best_epoch,
         validation=validation,
@@ -259,7 +297,8 @@ def _parts(cfg: DictConfig) -> dict[str, Any]:
         "attack": build.build_attack(cfg.attack, "attack"),
         "validation_attack": build.build_attack(cfg.protocol.validation, "protocol.validation"),
         "protocol": build.build_protocol(cfg),
-        "solver": build.instantiate(cfg.lambda_solver, "lambda_solver") if cfg.L > 1 else Uniform(),
+        "solver": build.build_solver(cfg) if cfg.L > 1 else Uniform(),
+        "phase": build.build_phase(cfg),
         "optimizer": build.instantiate(cfg.optimizer, "optimizer"),
         "scheduler": build.instantiate(cfg.scheduler, "scheduler"),
     }
@@ -268,13 +307,24 @@ def _parts(cfg: DictConfig) -> dict[str, Any]:
 def _module(session: TrainingSession) -> MixtureTraining:
     """The LightningModule for L members."""
     cfg = session.cfg
+    recipes = session.recipes
+    same = all(recipe == recipes[0] for recipe in recipes)
     recipe = {
-        "L": cfg.L,
-        "model": session.recipe.record(),
+        "L": len(recipes),
+        **({"model": recipes[0].record()} if same else {"models": [one.record() for one in recipes]}),
         "loss": build.as_dict(cfg.loss),
         **session.mixture_record(),
     }
-    mixture = models.build_members(session.recipe, cfg.L, cfg.seed, session.device)
+    if session.members:
+        recipe["started_from"] = [member.source for member in session.members]
+        recipe |= {"num_classes": session.data.num_classes, "image_shape": list(session.data.image_shape)}
+        mixture = Mixture([member.module for member in session.members]).train()
+        weights = weights_of(cfg, session.members)
+    else:
+        mixture = models.build_members(recipes[0], cfg.L, cfg.seed, session.device)
+        weights = cfg.weights and list(cfg.weights)
+    if weights is not None:
+        mixture.set_weights(weights)
     try:
         module = MixtureTraining(
             mixture,

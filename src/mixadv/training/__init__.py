@@ -1,7 +1,8 @@
 """Algorithm 2 as a LightningModule with manual optimization."""
 
 from mixadv.training.module import MixtureTraining
+from mixadv.training.phase import WeightsPhase
 from mixadv.training.replicas import Replicas
 from mixadv.training.schedule import Schedule
 
-__all__ = ["MixtureTraining", "Replicas", "Schedule"]
+__all__ = ["MixtureTraining", "Replicas", "Schedule", "WeightsPhase"]

@@ -29,7 +29,7 @@ from mixadv.lambda_solvers import LambdaSolver, OracleSubgradient
 from mixadv.losses import AT, RobustLoss
 from mixadv.members.store import mixture_of_checkpoint
 from mixadv.mixture import Mixture
-from mixadv.mixture_game import AttackedBatch
+from mixadv.mixture_game import AttackedBatch, MixtureGame
 from mixadv.models import MODELS
 from mixadv.ranks import Ranks
 from mixadv.seeding import generator_for
@@ -38,6 +38,7 @@ from mixadv.threat_model import ThreatModel
 from mixadv.training import generators, learning_rate
 from mixadv.training.checks import check_optimizer, check_trainer
 from mixadv.training.learning_rate import build_scheduler
+from mixadv.training.phase import WeightsPhase
 from mixadv.training.recorded import rebuilt, recorded
 from mixadv.training.schedule import Schedule
 from mixadv.training.shared_attack import DividedGame, SharedAttack
@@ -51,6 +52,7 @@ RECORDED = (
     "attack",
     "validation_attack",
     "solver",
+    "phase",
     "kind",
     "T_theta",
     "optimizer",
@@ -71,7 +73,7 @@ class MixtureTraining(pl.LightningModule):
     (lam_t, theta_t) and one member (``sampled``) or every member (``shared``) takes a step on its outer loss
     at the attacked batch. Training attacks return their last iterate; the weights phase keeps the best one. The step of
     member k does not carry the factor lam_k of the gradient of the mixture's loss: a member without weight would never
-    learn.
+    learn. theta_0 and lam_0 are the members and the weights that `mixture` has.
 
     An epoch is one *per model*: it shows every member the training set about once (in expectation when sampled), and
     all epochs have the same number of batches (`Schedule.batches_in_epoch`). It works under any ``pl.Trainer`` with
@@ -93,6 +95,7 @@ class MixtureTraining(pl.LightningModule):
         solver: weights of a phase; one with ``adapts = False`` keeps them fixed, without phases. Where its
             ``recent_batches`` says so, the last batches of the members' phases, with the points found for them then,
             join the game of a weights phase.
+        phase: payoff, attacks and images of a weights phase; None: the published ones, see `WeightsPhase`.
         kind, T_theta: the schedule, see `Schedule`.
         optimizer: called with a member's parameters, makes its optimizer:
             ``functools.partial(torch.optim.SGD, lr=0.1)``.
@@ -126,6 +129,7 @@ class MixtureTraining(pl.LightningModule):
         attack: PGD | None = None,
         validation_attack: PGD | None = None,
         solver: LambdaSolver | None = None,
+        phase: WeightsPhase | None = None,
         kind: str = "sampled",
         T_theta: int = 50,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
@@ -159,6 +163,7 @@ class MixtureTraining(pl.LightningModule):
         self.weights_attack = replace(self.training_attack, keep="objective")
         self.validation_attack = validation_attack or PGD(num_steps=20, step_size=0.25)
         self.solver = OracleSubgradient(num_steps=10) if solver is None else solver
+        self.phase = phase or WeightsPhase()
         adapts = self.solver.adapts and mixture.num_members > 1
         self.schedule = Schedule(kind, mixture.num_members, T_theta, weights_phases=adapts)
         self.optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -191,6 +196,7 @@ class MixtureTraining(pl.LightningModule):
         self.member_updates = [0] * self.mixture.num_members
         self.member_generator = generator_for(self.seed, "members")
         self.attack_generator = generator_for(self.seed, "attacks", device=device)
+        self._phase_images: tuple[Tensor, Tensor] | None = None
         self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
         self._bad_step: Tensor | None = None
 
@@ -239,6 +245,8 @@ class MixtureTraining(pl.LightningModule):
         trainer: Any = self.trainer
         data = self._data()
         check_trainer(trainer, list(self.mixture.members))
+        if self.schedule.weights_phases:
+            self._check_phase(data)
         length = self.schedule.batches_in_epoch(data.batches_per_pass, trainer.limit_train_batches)
         if length < 1:
             raise UserError("limit_train_batches=0 trains nothing: leave it out, or give 1 batch or more")
@@ -321,15 +329,7 @@ class MixtureTraining(pl.LightningModule):
 
     def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         self.refuse_broken()
-        most, generator = self.micro_batch_size, self.attack_generator
-        attacks = [SharedAttack(self.weights_attack, self.ranks, most)]
-        # After a resume they come from a checkpoint, on the CPU.
-        recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
-        game = DividedGame(
-            *(self.mixture, x, y, self.threat_model, attacks, self.loss, generator),
-            recent=recent,
-            micro_batch_size=most,
-        )
+        game = self._game(x, y)
         try:
             game.known()
         except ValueError as error:
@@ -346,13 +346,51 @@ class MixtureTraining(pl.LightningModule):
         bound = {} if solution.lower_bound is None else {"weights/lower_bound": solution.lower_bound}
         return {"weights/value": solution.value, **bound}
 
+    def _game(self, x: Tensor, y: Tensor) -> MixtureGame:
+        """The game of a weights phase whose batch is x, y."""
+        most, phase = self.micro_batch_size, self.phase
+        # After a resume they come from a checkpoint, on the CPU.
+        recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
+        loss = phase.loss(self.loss)
+        if phase.is_published:
+            attacks = [SharedAttack(self.weights_attack, self.ranks, most)]
+            parts = (self.mixture, x, y, self.threat_model, attacks, loss, self.attack_generator)
+            return DividedGame(*parts, recent=recent, micro_batch_size=most)
+        if phase.num_images is not None:
+            self._phase_images = self._phase_images or phase.images(self._data())
+            assert self._phase_images is not None
+            (x, y), recent = self._phase_images, []
+        # Of several processes each attacks all images: the weights come from the first.
+        return MixtureGame(
+            *(self.mixture, x, y, self.threat_model),
+            list(phase.attacks.values()) or [self.weights_attack],
+            loss,
+            self.attack_generator,
+            batch_size=most or self._data().eval_batch_size,
+            recent=recent,
+        )
+
+    def _check_phase(self, data: ImageDataModule) -> None:
+        """Refuse before the first batch what a weights phase cannot play.
+
+        Raises:
+            UserError: too few validation images, or temperatures for another number of examples.
+        """
+        images = self.phase.images(data)
+        count = min(data.batch_size, data.num_train) if images is None else len(images[1])
+        if self.solver.num_examples not in (None, count):
+            raise UserError(
+                f"lambda_solver.alpha has {self.solver.num_examples} temperatures, but a weights phase has {count} "
+                "images: give one for each, or one number for all"
+            )
+
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.member_generator)
         attack = SharedAttack(self.training_attack, self.ranks, self.micro_batch_size)
         with self._interruptible():
             x_adv = attack.own_rows(self.mixture, x, y, self.threat_model, self.attack_generator)
         self._before_batch = None
-        if self.solver.recent_batches:
+        if self.solver.recent_batches and self.phase.num_images is None:
             self._recent.append(AttackedBatch(x, self.ranks.gather(x_adv, len(x)), y))
         rows = self.ranks.rows(len(x))
         x, y = x[rows], y[rows]

@@ -28,6 +28,7 @@ HOMES = {
     "validation_attack": ("mixadv.attacks", "mixadv.losses"),
     "protocol": ("mixadv.attacks", "mixadv.losses"),
     "solver": ("mixadv.lambda_solvers",),
+    "phase": ("mixadv.training.phase", "mixadv.attacks", "mixadv.losses"),
     "optimizer": ("torch.optim",),
     "scheduler": ("torch.optim.lr_scheduler", learning_rate.__name__),
 }

@@ -48,9 +48,14 @@ class Schedule:
         """Batches that update members between two weights phases."""
         return self.T_theta * self.num_members if self.kind == "sampled" else self.T_theta
 
+    @property
+    def first_phase(self) -> int:
+        """The batch t of the first weights phase, if there are any."""
+        return self.member_batches + 1
+
     def is_weights_phase(self, t: int) -> bool:
         """Whether batch t (counted from 1) serves the weights."""
-        return self.weights_phases and t % (self.member_batches + 1) == 0
+        return self.weights_phases and t % self.first_phase == 0
 
     def members_at(self, generator: torch.Generator) -> list[int]:
         """The members to update on a member batch: one uniform draw from `generator`, or all of them."""
@@ -65,7 +70,7 @@ class Schedule:
 
     def member_batches_in(self, batches: int) -> int:
         """How many of the batches 1..`batches` update members."""
-        return batches - (batches // (self.member_batches + 1) if self.weights_phases else 0)
+        return batches - (batches // self.first_phase if self.weights_phases else 0)
 
     def batches_in_epoch(self, batches_per_pass: int, limit: Any = None) -> int:
         """Length of an epoch: `batches_per_pass` batches for every member, and the weights phases due for them.
