@@ -2,7 +2,10 @@
 
 import itertools
 import random
+import re
+import shlex
 from fractions import Fraction as F
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,3 +303,26 @@ def test_the_command_plays_the_triangle_in_every_regime(command, tmp_path):
             if len(row) == 3:
                 assert F(row[1].strip()) + F(row[2].strip()) == 1
     assert len(list(itertools.chain(tmp_path.glob("outputs/game/*/game.png")))) == 3
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_work_on_the_files_of_the_page(command, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "games.md").read_text()
+    rps, examples, points = re.findall(r"```csv\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "game.csv").write_text(rps)
+    (tmp_path / "points.csv").write_text(points)
+    (tmp_path / "examples.csv").write_text(examples)
+    assert Table(str(tmp_path / "examples.csv")).game.num_examples == 2
+    said = []
+    for line in re.findall(r"```bash\n(.*?)\n```", page, re.DOTALL):
+        words = shlex.split(line)
+        assert words[:2] == ["python", "run.py"]
+        finished = command(*words[2:])
+        assert finished.rc == 0, finished.err
+        said.append(finished.out)
+    for number in ("1/4", "5/12", "1/3", "1/12"):
+        assert number in said[0]
+        assert number in page
+    assert "holds in all 4 games" in said[1]

@@ -130,6 +130,7 @@ def test_the_table_shows_fractions_beside_what_was_computed(motivating):
         assert re.search(r"D without randomness\W+1/4", text)
         assert "label -1 at 0, mass 1/2: to " in text
         assert "…" not in text
+        assert "A constant answer, which is neither of the two classifiers, has the risk 1/2." in text
     assert "clean %" not in finished.out
 
 

@@ -107,6 +107,14 @@ def runs_by_radius(game: dict[str, Any]) -> dict[float, list[dict[str, Any]]]:
     return {eps: [run for run in game["runs"] if run["eps"] == eps] for eps in radii}
 
 
+def constant_risk(game: dict[str, Any]) -> Fraction:
+    """The risk of the best constant answer in the motivating example: the mass of the other label."""
+    masses = {label: Fraction(0) for label in (-1, 1)}
+    for point in game["attack"]:
+        masses[point["label"]] += Fraction(point["mass"])
+    return min(masses.values())
+
+
 def _motivating(game: dict[str, Any]) -> tuple[Table, list[str]]:
     exact, solvers = game["exact"], game["solvers"]
     headings = ["", "exact", *(f"{solver['solver']}\n{solver['detail']}" for solver in solvers)]
@@ -126,6 +134,7 @@ def _motivating(game: dict[str, Any]) -> tuple[Table, list[str]]:
             for move in point["moves"]
         ]
         lines.append(f"  label {point['label']:+d} at {point['point']}, mass {point['mass']}: {', '.join(moves)}")
+    lines.append(f"A constant answer, which is neither of the two classifiers, has the risk {constant_risk(game)}.")
     return table, [*lines, "Algorithm 1 and the entropic solver start at f1 alone; their D is a lower bound."]
 
 

@@ -23,7 +23,7 @@ from mixadv.report.figures.style import (
 from mixadv.report.figures.table_of_losses import table_figure
 from mixadv.report.figures.triangle import triangle_figure
 from mixadv.report.files import Run, opened
-from mixadv.report.game_tables import damage_named, read_game, runs_by_radius
+from mixadv.report.game_tables import constant_risk, damage_named, read_game, runs_by_radius
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,8 @@ def motivating_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fi
         f"The best mixture draws f1 with probability {exact['weights'][0]}, anew for every point, and is wrong with "
         f"probability {exact['value']} under attack; the better classifier alone with {alone}. The attacker does not "
         f"see the draw. It is sure of {exact['dual']} with the moves shown, and of {exact['pure_attacker']} without "
-        "random moves. All numbers are exact.",
+        f"random moves. A constant answer, which is neither of the two, is wrong with probability {constant_risk(game)}. "
+        "All numbers are exact.",
     )
     return figure
 
