@@ -68,7 +68,8 @@ ONLY_WITH = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", F
 # Methods that unpack what an archive says, wherever it says.
 METHODS = {"extractall", "extract"}
 # Who imports by name: what a person has named, names of a package's own, and what a checkpoint may name (ours alone).
-IMPORTERS = {"members/factory.py", "instantiate.py", "__init__.py", "data/__init__.py"} | {"training/recorded.py"}
+IMPORTERS = {"members/factory.py", "instantiate.py", "__init__.py", "data/__init__.py"}
+IMPORTERS |= {"training/recorded.py", "games/points.py"}
 # Who builds what settings name: those that a person gave, after a record was held to mixadv's own classes.
 BUILDERS = {"instantiate.py"}
 

@@ -70,8 +70,8 @@ def motivating_figure(game: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fi
         f"The best mixture draws f1 with probability {exact['weights'][0]}, anew for every point, and is wrong with "
         f"probability {exact['value']} under attack; the better classifier alone with {alone}. The attacker does not "
         f"see the draw. It is sure of {exact['dual']} with the moves shown, and of {exact['pure_attacker']} without "
-        f"random moves. A constant answer, which is neither of the two, is wrong with probability {constant_risk(game)}. "
-        "All numbers are exact.",
+        "random moves. A constant answer, which is neither of the two, is wrong with probability "
+        f"{constant_risk(game)}. All numbers are exact.",
     )
     return figure
 
