@@ -50,7 +50,7 @@ def test_algorithm_1_and_its_certificate_keep_the_bound_at_every_number_of_steps
         averages.append(game.value(found.average_weights) - value)
         gaps.append(found.gap)
         assert found.value == pytest.approx(best_value(game.losses.numpy(), found.weights.tolist()), abs=1e-13)
-        assert len(found.history["value"]) == len(found.history["weights"]) == T
+        assert len(found.history["value"]) == len(found.history["weights"]) == T + 1
     bounds = [2 * game.max_loss * math.sqrt(game.num_members / T) for T in steps]
     for name, series in (("best", errors), ("average", averages), ("gap", gaps)):
         assert (np.array(series) >= -1e-9).all(), name
@@ -320,7 +320,7 @@ def test_algorithm_1_is_safe_at_any_scale_and_level(scale, shift):
     np.testing.assert_allclose(found.history["weights"], reference.history["weights"], atol=1e-9)
     assert found.value / scale - shift == pytest.approx(reference.value, abs=1e-11 + 1e-15 * shift)
     theirs = OracleSubgradient(40).solve(FiniteGame(losses))
-    assert theirs.history["step_size"] == [2 / (losses.abs().max().item() * math.sqrt(3 * 40))] * 40
+    assert theirs.history["step_size"] == [2 / (losses.abs().max().item() * math.sqrt(3 * 40))] * 41
     assert all(is_distribution(torch.tensor(w, dtype=torch.float64), 1e-12) for w in theirs.history["weights"])
 
 
@@ -329,7 +329,7 @@ def test_algorithm_1_is_safe_at_any_scale_and_level(scale, shift):
 
 @pytest.mark.parametrize(
     ("solver", "entries"),
-    [(OracleSubgradient(37), 37), (AcceleratedEntropic(2e-2, 37), 38)],
+    [(OracleSubgradient(37), 38), (AcceleratedEntropic(2e-2, 37), 38)],
     ids=["Algorithm 1", "entropic"],
 )
 def test_histories_agree_with_the_game_they_record(solver, entries):
