@@ -344,3 +344,32 @@ def test_more_than_eight_bits_are_not_cut_off_silently(folder):
 def test_bad_settings(folder, settings, message):
     with pytest.raises(ValueError, match=message):
         set_up_folder(folder, **settings)
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("free", [2 * 17 * 3 * 5 * 7 - 1, 2 * 17 * 3 - 1])
+def test_images_that_memory_cannot_hold_are_refused_before_they_are_decoded(folder, monkeypatch, free):
+    """17 images of 7x5 pixels with 3 channels, twice."""
+    monkeypatch.setattr(image_folder, "free_memory", lambda: free)
+    monkeypatch.setattr(ImageFolder, "_decode", None)
+    with pytest.raises(
+        UserError, match=r"^17 images of 7x5 pixels in .* need 0\.0 GiB of memory, but only "
+    ) as refused:
+        ImageFolder(folder).prepare_data()
+    fits = "data.image_size=N with N at most 5" if free > 2 * 17 * 3 else "fewer images"
+    assert str(refused.value).endswith(f"use {fits}")
+
+
+@pytest.mark.parametrize("free", [None, 2 * 17 * 3 * 5 * 7])
+def test_images_that_fit_are_read(folder, monkeypatch, free):
+    monkeypatch.setattr(image_folder, "free_memory", lambda: free)
+    assert set_up_folder(folder).num_test == 5
+
+
+def test_the_size_that_is_asked_for_counts(folder, monkeypatch):
+    monkeypatch.setattr(image_folder, "free_memory", lambda: 2 * 17 * 3 * 4 * 4)
+    assert set_up_folder(folder, image_size=4).image_shape == (3, 4, 4)
+    with pytest.raises(UserError, match="at most 4"):
+        ImageFolder(folder, image_size=5).prepare_data()

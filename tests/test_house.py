@@ -24,6 +24,8 @@ ALLOWED = {
     "__init__": {"members", "mixture", "threat_model"},  # only when a name is first used
     "errors": set(),
     "files": set(),
+    "memory": set(),
+    "wording": set(),
     "metrics_file": {"files"},
     "tensor_files": {"files"},
     "redaction": set(),
@@ -51,7 +53,7 @@ ALLOWED = {
     "correctness": set(),
     "losses": {"correctness"},
     "models": set(),
-    "data": {"files", "seeding"},
+    "data": {"files", "memory", "seeding"},
     "mixture": {"correctness", "simplex"},
     "vote": {"correctness"},
     "attacks": {"correctness", "mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
@@ -79,9 +81,9 @@ ALLOWED = {
     "checkpoint_files": {"files"},
     "callbacks": {"training", "checkpoint_files", "files", "signals"},
     "loggers": {"redaction", "console", "files", "metrics_file", "results"},
-    "members": {"evaluation", "mixture", "models", "checkpoint_files", "files", "seeding"},
-    "runs": {"console", "files", "run_names", "records", "results", "setting_keys", "shipped"},
-    "report": {"files", "intervals", "metrics_file", "records", "redaction", "results", "runs"}
+    "members": {"wording", "evaluation", "mixture", "models", "checkpoint_files", "files", "seeding"},
+    "runs": {"wording", "console", "files", "run_names", "records", "results", "setting_keys", "shipped"},
+    "report": {"wording", "files", "intervals", "metrics_file", "records", "redaction", "results", "runs"}
     | {"setting_keys", "shipped", "unknown_keys"},
     # The shell.
     "run_names": set(),

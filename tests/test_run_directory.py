@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -623,3 +624,48 @@ def test_a_defect_of_ours_leaves_its_reason_too(command, tmp_path, monkeypatch):
     assert "Continuing outputs/train/defect" in again.out
     assert (path / "DONE").exists()
     assert not (path / "FAILED").exists()
+
+
+# --- finished means what it says ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_a_finished_run_without_its_results_is_refused_with_a_remedy_that_works(command, tmp_path, damage):
+    argv = ["task=game", "game=motivating", "name=g"]
+    assert command(*argv).rc == 0
+    path = tmp_path / "outputs" / "game" / "g"
+    before = (path / "results.json").read_bytes()
+    (path / "results.json").unlink()
+    if damage is not None:
+        (path / "results.json").write_bytes(damage)
+    refusal = command(*argv).refusal()
+    assert refusal.startswith(f"{path} is marked as done, but its results.json is missing or damaged")
+    sweep = command("-m", *argv[:2], "hydra.sweep.dir=outputs/game", "hydra.sweep.subdir=g")
+    assert sweep.rc == 1
+    assert "is marked as done, but its results.json is missing or damaged" in sweep.err
+    for name in ("DONE", "results.json"):
+        (path / name).unlink(missing_ok=True)
+    again = command(*argv)
+    assert again.rc == 0
+    assert again.out.startswith("Starting again in outputs/game/g\n")
+    assert len((path / "results.json").read_bytes()) == pytest.approx(len(before), abs=20)
+
+
+def test_what_is_no_mixture_yet_is_told_as_what_it_is(trained, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    sweep = command("task=evaluate", "mixture=.").refusal()
+    assert sweep == ". holds 1 finished run: name one, as run"
+    for name in ("DONE", "results.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "mixture")
+    for key in ("mixture=run", "members=[run]"):
+        refusal = command("task=evaluate", key).refusal()
+        assert refusal.startswith("run is an unfinished run"), refusal
+        assert refusal.endswith("or take run/checkpoints/best.ckpt")
+    taken = command("task=evaluate", "mixture=run/checkpoints/best.ckpt", "data.num_test=10", "protocol.diagnosed=0")
+    assert taken.rc == 0, taken.err
+    shutil.rmtree(run / "checkpoints")
+    assert command("task=evaluate", "mixture=run").refusal().endswith("it has no checkpoint yet")
+    (tmp_path / "resnet.pth.tar").write_bytes(b"parameters")
+    assert "members=[...], with model=NAME" in command("task=evaluate", "mixture=resnet.pth.tar").refusal()

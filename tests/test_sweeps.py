@@ -27,8 +27,9 @@ from hydra.plugins.sweeper import Sweeper
 from PIL import Image
 
 from conftest import OUTSIDE
-from mixadv.config import run_name
+from mixadv.main import AGAIN
 from mixadv.report import read_run
+from mixadv.run_names import run_name
 from mixadv.runs.locks import DirectoryLock
 from mixadv.runs.sweep import Sweep
 from mixadv.tasks import train
@@ -206,7 +207,7 @@ def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(command, tmp_path, 
     monkeypatch.setattr(train, "measure", interrupted)
     first = command(*argv)
     assert first.rc == 130
-    assert first.err.splitlines() == ["mixadv: interrupted; the same command continues the run"]
+    assert first.err.splitlines() == [f"mixadv: interrupted; {AGAIN}"]
     sweep = tmp_path / "outputs" / "sweeps" / "s"
     assert states(sweep) == {"seed=1": ""}
     monkeypatch.setattr(train, "measure", real)

@@ -189,6 +189,42 @@ def test_a_disabled_service_leaves_no_files(command, tmp_path):
 # --- the logger itself -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", wandb_link.LOCAL_SETTINGS)
+def test_wandb_disabled_in_the_working_directory_is_honoured(mirror, tmp_path, monkeypatch, place):
+    """`wandb disabled` writes this file; WANDB_MODE goes before it."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("[default]\nmode = disabled\nbase_url = http://elsewhere\n", encoding="utf-8")
+    made = mirror("off")
+    made.log_hyperparams({"L": 2})
+    assert (made.mode, made.run, warnings_of(made)) == ("disabled", None, [])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    made = mirror("on")
+    made.log_hyperparams({"L": 2})
+    assert made.mode == "offline"
+    made.finish(0)
+
+
+def test_an_agents_run_has_the_agents_id(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "agentrun1")
+    made = mirror("agent")
+    made.log_hyperparams({"L": 2})
+    assert made.run.id == "agentrun1"
+    made.finish(0)
+    (kept,) = tmp_path.rglob(ID_FILE)
+    assert kept.read_text(encoding="utf-8").strip() == "agentrun1"
+
+
+def test_an_agent_with_a_sweep_of_ours_is_refused_before_any_work(command, tmp_path):
+    refused = command("-m", *TINY, "logger=wandb", "seed=1,2", WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="agentrun1")
+    assert refused.rc == 1
+    assert refused.err.count("leave -m out") >= 2
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
 def test_the_id_is_kept_and_reused_and_other_runs_get_others(mirror, tmp_path):
     first, second = mirror("a", group="g"), None
     first.finish(0)

@@ -38,6 +38,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 # Exit code by which shells report a program that Ctrl-C ended.
 INTERRUPTED = 130
 
+# After an interruption, whatever the task was.
+AGAIN = "the same command continues a training or an evaluation, and starts task=solve and task=game again"
+
 # The only names that are read from .env. A folder from somebody else may contain a .env, and other variables could
 # choose which code runs or where the user's keys are sent.
 FROM_DOTENV = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "DATA_DIR")
@@ -258,14 +261,14 @@ def _refusing(application: Callable[[], Any]) -> None:
             _exit_with(str(error))
         raise
     except KeyboardInterrupt:
-        _refuse("interrupted; the same command continues the run")
+        _refuse(f"interrupted; {AGAIN}")
         sys.exit(INTERRUPTED)
     except Stopped as stop:
         if is_helper():
             # The process that started this one stops too and prints the message. A non-zero exit code here would make
             # Lightning kill that process before it has saved.
             sys.exit(0)
-        _refuse(f"stopped by {stop}; the same command continues the run")
+        _refuse(f"stopped by {stop}; {AGAIN}")
         sys.exit(stop.exit_code)
     except Exception as error:
         # A killed process or a job that the cluster cancelled: the summary of the other jobs is still printed.

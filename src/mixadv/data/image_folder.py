@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mixadv.data.base import ImageCorpus, ImageDataModule, user_cache
 from mixadv.errors import UserError
 from mixadv.files import read_arrays, replacing
+from mixadv.memory import free_memory, in_gib
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # Only these decoders are used, whatever the file's name, because some of Pillow's decoders can start programs.
@@ -26,6 +28,8 @@ _CACHE_FORMAT = 1
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _CHUNK = 256
 _SMALL_FILE = 8192
+# Copies of the pixels in memory at once.
+COPIES = 2
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +112,7 @@ class ImageFolder(ImageDataModule):
             test_name, class_names, train, test = self._list()
         except OSError as error:
             raise UserError(f"cannot read the images below {self.root}: {error}") from error
+        self._check_memory([image.path for image in (*train, *test)])
         stamps = {"train": [image.stamp for image in train], test_name: [image.stamp for image in test]}
         content = json.dumps([self._cached(), class_names, stamps])
         return hashlib.blake2b(content.encode()).hexdigest(), class_names, train, test
@@ -130,6 +135,24 @@ class ImageFolder(ImageDataModule):
             _save_cache(candidates, arrays, fingerprint)
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         return ImageCorpus(**tensors, class_names=tuple(class_names))
+
+    def _check_memory(self, paths: Sequence[Path]) -> None:
+        """Refuse folders whose decoded images cannot be in memory; all images have the size of the first.
+
+        They need their size once more while validation images are split from the others.
+        """
+        free = free_memory()
+        width, height = (self.image_size, self.image_size) if self.image_size else _size_of(paths[0])
+        count = self.channels * len(paths)
+        needed = COPIES * count * width * height
+        if free is None or needed <= free:
+            return
+        fits = math.isqrt(free // (COPIES * count))
+        remedy = f"data.image_size=N with N at most {fits}" if fits else "fewer images"
+        raise UserError(
+            f"{len(paths):,} images of {width}x{height} pixels in {self.root} need {in_gib(needed)} of memory, but "
+            f"only {in_gib(free)} are free: use {remedy}"
+        )
 
     def _cache_files(self, settings: dict[str, Any]) -> list[Path]:
         # One file for each choice of settings, replaced when the images change, so that old caches do not pile up.
@@ -232,6 +255,17 @@ class ImageFolder(ImageDataModule):
             reason = known if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read the image {path} ({reason}): replace or remove it") from error
         return pixels.transpose(2, 0, 1) if self.channels == 3 else pixels[None]
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """Width and height from the header of a file; what cannot be read is told when it is decoded."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            return opened.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0, 0
 
 
 def _load_cache(path: Path, fingerprint: str) -> dict[str, NDArray[Any]] | None:

@@ -1,5 +1,6 @@
 """The connection to Weights & Biases. It may fail at any time; the console then shows one line, and the run goes on."""
 
+import configparser
 import netrc
 import os
 import re
@@ -72,9 +73,12 @@ class Link:
         refused = ""
         # The service, the network, the disk and several libraries raise exceptions of any type.
         try:
-            arguments["id"] = arguments.get("id") or _kept_id(Path(arguments["dir"]) / ID_FILE)
             # A folder from somebody else may contain such a file, and it names the server that gets the key.
             found = [path for path in LOCAL_SETTINGS if path.exists()]
+            if self.mode is None and any(map(_switches_off, found)):
+                self.mode, self.lost = "disabled", True
+                return
+            arguments["id"] = arguments.get("id") or _kept_id(Path(arguments["dir"]) / ID_FILE, _agents_id())
             if found and self.mode != "offline":
                 refused, self.mode = f"{found[0]} could send your key elsewhere: move it to ~/.config/wandb", "offline"
             self.mode = self.mode or ("online" if _has_key() else "offline")
@@ -195,11 +199,30 @@ def _has_key() -> bool:
         return False
 
 
-def _kept_id(path: Path) -> str:
-    """The run's id from the file `path`; else a new one, which is written there. It is part of a folder's name."""
+def _agents_id() -> str | None:
+    """The run's id if an agent of a Weights & Biases sweep has started this process: wandb takes no other."""
+    return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+
+
+def _switches_off(path: Path) -> bool:
+    """Whether ``wandb disabled`` has written this file of settings; nothing else is taken from it."""
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read_string(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, configparser.Error):
+        return False
+    return settings.get("default", "mode", fallback="") == "disabled"
+
+
+def _kept_id(path: Path, given: str | None = None) -> str:
+    """The run's id: `given`, else from the file `path`, else a new one. It is written there, and part of a folder's
+    name."""
     kept = (
         path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() and not path.is_symlink() else ""
     )
+    if given and re.fullmatch(r"[\w-]{1,64}", given, re.ASCII):
+        write_text(path, given + "\n")
+        return given
     if not re.fullmatch(r"\w{4,64}", kept, re.ASCII):
         kept = secrets.token_hex(4)
         # The file is renamed into place, so a symbolic link is replaced, not followed.

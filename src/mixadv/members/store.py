@@ -15,6 +15,7 @@ from mixadv.errors import UserError
 from mixadv.files import replacing
 from mixadv.members.recipe import Recipe, check_factories, check_size, checked_config, member_recipes
 from mixadv.mixture import Mixture
+from mixadv.wording import counted
 
 # Key of the recipes in config.json -> its schema: one recipe for all members, or a list with one for each.
 EXPORT_SCHEMAS = {"model": 1, "models": 2}
@@ -128,8 +129,26 @@ def _folder(path: Path) -> Path:
     """The exported folder: `path` or its subfolder mixture/."""
     folder = path if (path / CONFIG_FILE).is_file() else path / "mixture"
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"no mixture at {path}: expected a folder with {CONFIG_FILE}, a run directory or a .ckpt file")
+        raise UserError(_no_mixture(path))
     return folder
+
+
+def _no_mixture(path: Path) -> str:
+    """What is at `path` instead of a mixture, and what to do."""
+    if path.is_file():
+        return (
+            f"{path} is no mixture: checkpoints of mixadv end in .ckpt; parameters of another program are named in "
+            "members=[...], with model=NAME"
+        )
+    if (path / "config.yaml").is_file():
+        kept = [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+        found = next((file for file in kept if file.is_file()), None)
+        remedy = f"or take {found}" if found else "it has no checkpoint yet"
+        return f"{path} is an unfinished run, its mixture is exported at its end: repeat its command, {remedy}"
+    runs = sorted(file.parent.parent.name for file in path.glob(f"*/mixture/{CONFIG_FILE}"))
+    if runs:
+        return f"{path} holds {counted(len(runs), 'finished run')}: name one, as {path / runs[0]}"
+    return f"no mixture at {path}: expected a folder with {CONFIG_FILE}, a run directory or a .ckpt file"
 
 
 def _folder_config(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mixadv.errors import UserError
 from mixadv.report.cells import NONE, add_row, new_table, print_whole
 from mixadv.report.files import Run
 from mixadv.report.names import group_name, short_names
+from mixadv.wording import counted
 
 # Deterministic classifiers that are no members: keys of a run -> headings, and words.
 COUNTERPARTS = {"best_constant": "constant", "best_vote": "vote"}
@@ -74,7 +75,7 @@ def games_table(runs: Sequence[Run]) -> Table:
     """One row per run of ``task=game``, in the given order: state, and values at the largest radius."""
     words = ("run", "state", "game")
     table = new_table(
-        f"{len(runs)} games",
+        counted(len(runs), "game"),
         [*words, "ε", "D", "V_rand", "V_det"],
         words=words,
         folds=dict.fromkeys(words, 1),
@@ -155,7 +156,9 @@ def _any_game(game: dict[str, Any], title: str = "", caption: str = "") -> tuple
         cells += [_mean(runs, key) for key, _ in others]
         table.add_row(f"{eps:g}", *cells, _tiny(max(run["gap"] for run in runs)))
     worst = _tiny(max(run["violation"] for run in game["runs"]))
-    lines = [f"D ≤ V_rand ≤ V_det holds in all {len(game['runs'])} games (largest violation {worst})."]
+    games = counted(len(game["runs"]), "game")
+    held = f"all {games}" if len(game["runs"]) > 1 else games
+    lines = [f"D ≤ V_rand ≤ V_det holds in {held} (largest violation {worst})."]
     return table, lines + [_against_counterparts(game["runs"])] * bool(others)
 
 
@@ -167,8 +170,8 @@ def _against_counterparts(runs: list[dict[str, Any]]) -> str:
     better = {key: sum(run[key] < run["v_rand"] - 1e-7 for run in pays) for key in COUNTERPARTS if key in pays[0]}
     said = ", ".join(f"{WORDS[key]} in {count}" for key, count in better.items())
     return (
-        f"The best mixture beats the best member by more than 0.001 in {len(pays)} games. Of these, a deterministic "
-        f"classifier that is no member beats the mixture: {said}."
+        f"The best mixture beats the best member by more than 0.001 in {counted(len(pays), 'game')}. There, a "
+        f"deterministic classifier that is no member beats the mixture: {said}."
     )
 
 

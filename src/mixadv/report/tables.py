@@ -17,6 +17,7 @@ from mixadv.report.names import format_ball, format_eps, norm_symbol, number, sh
 from mixadv.report.records import APGD, GAP, PGD, measured
 from mixadv.report.settings import relevant_settings
 from mixadv.results import UNKNOWN, Accuracy
+from mixadv.wording import counted
 
 _STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinished": "yellow"}
 
@@ -158,7 +159,7 @@ def sweep_table(runs: Sequence[Run]) -> RichTable:
     ]
     lines = [rows_of(run, name)["mixture"] for run, name in _named(runs)]
     caption = _sweep_caption(runs, common)
-    return on_console(Table(f"{len(runs)} runs", columns, lines, caption), box=SIMPLE_HEAD, pad_edge=False)
+    return on_console(Table(counted(len(runs), "run"), columns, lines, caption), box=SIMPLE_HEAD, pad_edge=False)
 
 
 def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:

@@ -255,6 +255,21 @@ def read_results(run_dir: Path) -> results.Results | None:
         return None
 
 
+def finished_results(run_dir: Path) -> results.Results:
+    """The results of a run that is marked as done.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    with suppress(ValueError):
+        if (found := read_results(run_dir)) is not None:
+            return found
+    raise UserError(
+        f"{run_dir} is marked as done, but its results.json is missing or damaged: restore it, or remove DONE and "
+        "results.json there and repeat the command, which measures anew"
+    )
+
+
 def measured(found: results.Results | None, metric: str) -> float:
     """An accuracy of a run, in [0, 1]; nan if it was not measured.
 

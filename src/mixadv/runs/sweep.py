@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from mixadv.files import write_text
 from mixadv.run_names import name_in, run_name
 from mixadv.runs.locks import holder
+from mixadv.wording import counted
 
 DONE = "done"
 BEFORE = "done before"
@@ -124,12 +125,12 @@ class Sweep(Callback):
 
 def summary(directory: Path, outcomes: Sequence[Outcome]) -> str:
     """Counts of how the jobs ended, and a line for each job that another process is working on."""
-    counted = {state: sum(outcome.state == state for outcome in outcomes) for state in (FAILED, ELSEWHERE, MISSING)}
+    by_state = {state: sum(outcome.state == state for outcome in outcomes) for state in (FAILED, ELSEWHERE, MISSING)}
     before = sum(outcome.state == BEFORE for outcome in outcomes)
     done = sum(outcome.state == DONE for outcome in outcomes) + before
     parts = [f"{done} done" + (f" ({before} before)" if before else "")]
-    parts += [f"{count} {state}" for state, count in counted.items() if count]
-    jobs = f"{len(outcomes)} job{'s' if len(outcomes) != 1 else ''}"
+    parts += [f"{count} {state}" for state, count in by_state.items() if count]
+    jobs = counted(len(outcomes), "job")
     lines = [f"Sweep {os.path.relpath(directory)}: {jobs}, {', '.join(parts)}"]
     lines += [f"  {outcome.name}: {ELSEWHERE}, {outcome.reason}" for outcome in outcomes if outcome.state == ELSEWHERE]
     return "\n".join(lines)
@@ -140,7 +141,7 @@ def complaint(outcomes: Sequence[Outcome]) -> str:
     bad = [outcome for outcome in outcomes if outcome.state in (FAILED, MISSING)]
     if not bad:
         return ""
-    head = f"{len(bad)} of {len(outcomes)} jobs failed; the same command runs these again:"
+    head = f"{len(bad)} of {counted(len(outcomes), 'job')} failed; the same command runs these again:"
     return "\n".join([head, *(f"  {outcome.name}: {outcome.reason}" for outcome in bad)])
 
 

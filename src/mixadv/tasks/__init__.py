@@ -49,14 +49,15 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
 
         report_runs(cfg)
         return Ended(True)
-    from mixadv.runs.directory import State, claimed, digest, is_sealed, measured, read_results, seal
+    from mixadv.runs.directory import State, claimed, digest, finished_results, is_sealed, measured, seal
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
     content_may_change = cfg.task in ("evaluate", "solve")
     if sweep is not None and cfg.resume != "never" and not content_may_change and is_sealed(run_dir, settings):
+        found = finished_results(run_dir)
         print(f"{run_dir.name} is done", flush=True)
-        return Ended(False, measured(read_results(run_dir), cfg.optimized_metric))
+        return Ended(False, measured(found, cfg.optimized_metric))
     cfg, work, content = _prepared(cfg, overrides, sweep)
     # Settings that come from recorded members and mixtures are not checked yet.
     check(cfg)
@@ -75,9 +76,10 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
     if state is not State.DONE:
         show(run)
         return Ended(True, measured(run.results, cfg.optimized_metric))
+    found = finished_results(path)
     if sweep is not None:
         print(f"{path.name} is done", flush=True)
-        return Ended(False, measured(read_results(path), cfg.optimized_metric))
+        return Ended(False, measured(found, cfg.optimized_metric))
     from mixadv.report import read_run
 
     run = read_run(path)

@@ -11,6 +11,7 @@ from mixadv.mixture import Mixture
 from mixadv.tasks.session import Session
 from mixadv.tasks.speed import batches_of_training
 from mixadv.training import MixtureTraining
+from mixadv.wording import counted
 
 # A step that takes at least this long, in seconds, is extrapolated without timing more images.
 ENOUGH_SECONDS = 1.0
@@ -34,11 +35,9 @@ def announce(session: Session, module: MixtureTraining) -> None:
     phases = total - member_batches
     seconds = per_batch * (member_batches + phases * module.solver.attack_cost() + validations)
     members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
-    threads = torch.get_num_threads()
-    cores = f"{threads} CPU core{'s' if threads > 1 else ''}"
+    cores = counted(torch.get_num_threads(), "CPU core")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
-    times = f"{epochs} epoch{'s' if epochs > 1 else ''}"
-    line = f"Training {members} for {times} each on {hardware}: about {in_words(seconds)}"
+    line = f"Training {members} for {counted(epochs, 'epoch')} each on {hardware}: about {in_words(seconds)}"
     if device.type == "cpu" and seconds > LONG_ON_CPU:
         line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"
     session.console.print(line, highlight=False, soft_wrap=True)
@@ -118,4 +117,4 @@ def in_words(seconds: float) -> str:
     for size, unit in ((30 * 86400, "months"), (86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, round(seconds))} seconds"
+    return counted(max(1, round(seconds)), "second")

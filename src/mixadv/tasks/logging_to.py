@@ -1,5 +1,6 @@
 """Builds the loggers of a run and sends them settings, accuracies, images and figures."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from pytorch_lightning.loggers import Logger
 
 from mixadv.config import parse_eps
 from mixadv.correctness import correct
+from mixadv.errors import UserError
 from mixadv.instantiate import arguments_of, named
 from mixadv.loggers.accuracies import accuracies_of
 from mixadv.loggers.csv import CSVLogger
@@ -33,6 +35,9 @@ def build_loggers(cfg: DictConfig, run_dir: Path, sweep: str | None) -> list[Log
     Raises:
         UserError: a logger cannot be built.
     """
+    targets = [str(node.get("_target_")) for node in cfg.logger.values()]
+    if sweep is not None and "WANDB_SWEEP_ID" in os.environ and any(name.endswith(".WandbLogger") for name in targets):
+        raise UserError("an agent of a Weights & Biases sweep gives each command one run: leave -m out of its command")
     own = {"save_dir": str(run_dir), "name": run_dir.name, "group": sweep}
     built = []
     for name, node in cfg.logger.items():

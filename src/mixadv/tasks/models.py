@@ -1,9 +1,7 @@
 """The members that ``model=...`` describes: their recipe, a trial, and fresh members."""
 
-import os
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from mixadv.errors import UserError
 from mixadv.members.checks import check_members
 from mixadv.members.recipe import Recipe, are_plain, build_mixture
 from mixadv.members.source import LoadedMember
+from mixadv.memory import free_memory, in_gib
 from mixadv.mixture import Mixture
 from mixadv.models import MODELS
 from mixadv.tasks.build import as_dict
@@ -77,14 +76,7 @@ def available_memory(device: torch.device) -> int | None:
     """Bytes that are free on `device`; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return free_memory()
 
 
 def build_members(recipe: Recipe, num_members: int, seed: int, device: torch.device) -> Mixture:
@@ -104,8 +96,8 @@ def build_members(recipe: Recipe, num_members: int, seed: int, device: torch.dev
     if free is not None and needed > free:
         fit = num_members * free // needed
         raise UserError(
-            f"L={num_members} members of model={recipe.name} need {needed / 2**30:.1f} GiB to train, but only "
-            f"{free / 2**30:.1f} GiB are free on the {device.type}: choose "
+            f"L={num_members} members of model={recipe.name} need {in_gib(needed)} to train, but only "
+            f"{in_gib(free)} are free on the {device.type}: choose "
             + (f"at most L={fit}, or a smaller model=..." if fit else "a smaller model=... or model.width=...")
         )
     # The user's own command has named the factory.

@@ -1,5 +1,6 @@
 """``task=solve``: the optimal weights over classifiers that exist already."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -95,6 +96,8 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
     mixture = Mixture([member.module for member in members]).to(session.device)
     write_config(run_dir, cfg)
+    verb = "Starting again in" if state is State.UNFINISHED else "Writing to"
+    session.console.print(f"{verb} {os.path.relpath(run_dir)}", highlight=False, soft_wrap=True)
     speed.compile_for_evaluation(session, mixture)
 
     weighed = _play(session, mixture, attacks, solver, x, y)
