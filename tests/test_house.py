@@ -28,6 +28,7 @@ ALLOWED = {
     "wording": set(),
     "metrics_file": {"files"},
     "tensor_files": {"files"},
+    "points_file": {"tensor_files"},
     "redaction": set(),
     "console": {"redaction", "signals"},
     "unknown_keys": set(),

@@ -93,6 +93,7 @@ class Config:
     members: list[str] = field(default_factory=list)
     weights: list[float] | None = None
     mixture: str | None = None
+    points: str | None = None
     runs: str = "outputs"
     optimized_metric: str = "test/robust_accuracy"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -116,7 +117,7 @@ SCHEMAS = {"": Config, "schedule": ScheduleConfig, "trainer": TrainerConfig}
 KEYS: dict[str, tuple[set[str], set[str]]] = {
     **{name: ({key.name for key in fields(schema)}, set()) for name, schema in SCHEMAS.items()},
     "threat_model": ({"norm"}, {"eps"}),
-    "protocol": ({"name", "validation", "attacks"}, {"diagnosed"}),
+    "protocol": ({"name", "validation", "attacks"}, {"diagnosed", "save_points"}),
 }
 
 
@@ -244,6 +245,8 @@ def _check_groups(cfg: DictConfig) -> None:
         if not re.fullmatch(PLAIN_NAME, name):
             raise UserError(f"protocol.attacks.{name}: names consist of letters, digits and single . _ -, as pgd-20")
     _whole("protocol.diagnosed", protocol.get("diagnosed", 0), 0)
+    if not isinstance(protocol.get("save_points", False), bool):
+        raise UserError(f"protocol.save_points={protocol.save_points} must be true or false")
     for key in sorted({"restarts", "keep", "start", "objective"} & set(cfg.attack)):
         raise UserError(f"attack.{key}: in training it follows from the loss and the phase; leave it out")
     for group in ("callbacks", "logger"):
@@ -320,6 +323,11 @@ def _check_inputs(cfg: DictConfig) -> None:
         raise UserError("members=[...]: baseline=true trains a fresh single model, no member of these; leave it out")
     if cfg.mixture and cfg.task != "evaluate":
         raise UserError(f"mixture={cfg.mixture}: {unread} it")
+    if cfg.points is not None:
+        if cfg.task != "evaluate":
+            raise UserError(f"points={cfg.points}: {unread} a mixture at saved points")
+        if not Path(cfg.points).is_file():
+            raise UserError(f"points={cfg.points} is no file: give a points.safetensors of protocol.save_points=true")
     if cfg.weights is not None:
         _check_weights(cfg)
     if cfg.task == "solve" and not cfg.members:

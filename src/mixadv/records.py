@@ -5,7 +5,7 @@ averaged twin or the mixture with other weights. "clean" stands for the clean im
 """
 
 RECORDS = "records.npz"
-LABELS, WEIGHTS, FOUND_BY = "labels", "weights", "found_by"
+LABELS, INDICES, WEIGHTS, FOUND_BY = "labels", "indices", "weights", "found_by"
 CLEAN, ROBUST = "clean", "robust"
 MEMBERS_ROBUST, TWIN_ROBUST, VOTE_ROBUST = "members_robust", "averaged_twin_robust", "vote_robust"
 # Only in task=solve: ROBUST for the mixture with equal weights.

@@ -71,6 +71,16 @@ class Counterparts:
 
 
 @dataclass(frozen=True)
+class ClassResult:
+    """The mixture on the measured images of one class: their number, and the expected accuracies."""
+
+    name: str = ""
+    num_examples: int | None = None
+    clean: float | None = None
+    robust: float | None = None
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """The accuracies under one attack against each classifier, and its cost.
 
@@ -241,6 +251,7 @@ class Results:
     averaged_twin: Classifier | None = None
     members: tuple[Classifier, ...] = ()
     counterparts: Counterparts | None = None
+    classes: tuple[ClassResult, ...] = ()
     game: GameValue | None = None
     played: dict[str, Any] | None = None
     checks: tuple[str, ...] | None = None

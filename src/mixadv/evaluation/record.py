@@ -1,6 +1,6 @@
 """Per-example results of an evaluation, and the numbers computed from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixadv import records
 from mixadv.records import ON
-from mixadv.results import Accuracy, AttackResult, Classifier, Results
+from mixadv.results import Accuracy, AttackResult, Classifier, ClassResult, Results
 
 
 @dataclass
@@ -101,6 +101,15 @@ class EvaluationRecord:
             arrays[records.VOTE_ROBUST] = self.vote_worst_case().astype(np.uint8)
         arrays |= {records.ATTACK + name: self.expected(self.found[name]) for name in self.attacks}
         return arrays | {records.MEMBER_CORRECT + key: correct for key, correct in self.found.items()}
+
+    def by_class(self, names: Sequence[str]) -> tuple[ClassResult, ...]:
+        """The expected accuracies of the mixture on the images of each class that occurs; `names`: of the classes."""
+        clean, robust = self.expected(self.clean), self.worst_case()
+        found = []
+        for label in np.unique(self.labels).tolist():
+            own = self.labels == label
+            found.append(ClassResult(names[label], int(own.sum()), float(clean[own].mean()), float(robust[own].mean())))
+        return tuple(found)
 
     def results(self, settings: Mapping[str, Any]) -> Results:
         """The measured part of results.json; `settings`: name of an attack -> its arguments."""

@@ -34,6 +34,7 @@ def evaluate(
     seed: int = 0,
     other_weights: Sequence[Sequence[float]] = (),
     vote: Vote | None = None,
+    starts: Tensor | None = None,
     state: EvaluationState | None = None,
     on_progress: Callable[[str, int], None] | None = None,
     processes: Mapping[str, Any] | None = None,
@@ -54,6 +55,7 @@ def evaluate(
         seed: of the attacks' random starts.
         other_weights: further distributions over the members, attacked as the mixture is.
         vote: of the members, is asked at every point, and attacked in a pass of its own.
+        starts: [N, ...], where attacks with ``warm_starts`` begin, in place of the worst points so far.
         state: its finished passes are not repeated, new ones are added; None keeps nothing after the call.
         on_progress: called with (pass, examples done) after each batch; a pass is "NAME" or "NAME on WHOM".
         processes: Lightning's accelerator, devices, num_nodes and strategy for several ranks: the batches are divided
@@ -75,7 +77,9 @@ def evaluate(
     if done < len(passes):
         todo = dict(list(passes.items())[done:])
         worst = state.worst(done) or Worst.before(batches)
-        loop = MixtureEvaluation(mixture, todo, threat_model, seed, len(batches), done, worst, vote, state, on_progress)
+        loop = MixtureEvaluation(
+            mixture, todo, threat_model, seed, len(batches), done, worst, starts, vote, state, on_progress
+        )
         _test(loop, batches, processes)
     found = {key: state.load(key) or {} for key in passes}
     reached = state.worst(len(passes))
@@ -111,6 +115,7 @@ class MixtureEvaluation(pl.LightningModule):
         num_batches: int,
         done: int,
         worst: Worst,
+        starts: Tensor | None,
         vote: Vote | None,
         state: EvaluationState,
         on_progress: Callable[[str, int], None] | None,
@@ -122,6 +127,7 @@ class MixtureEvaluation(pl.LightningModule):
         self.passes = list(passes.items())
         self.threat_model, self.seed, self.num_batches = threat_model, seed, num_batches
         self.done, self.worst, self.vote, self.state, self.on_progress = done, worst, vote, state, on_progress
+        self.starts = worst.points if starts is None else starts
         self.lam = mixture.weights.to("cpu", torch.float64).numpy()
         self._begin_pass()
 
@@ -141,7 +147,7 @@ class MixtureEvaluation(pl.LightningModule):
             ball = self.threat_model.rows(slice(self._seen, self._seen + len(y)))
             started = time.perf_counter()
             with torch.enable_grad():
-                starts = self.worst.points[rows].to(x.device) if one.is_warm else None
+                starts = self.starts[rows].to(x.device) if one.is_warm else None
                 x_adv, logits = one.replayed(self.mixture, x, y, ball, self.seed, batch_idx, starts)
             found = {
                 "correct": correct(logits, y),

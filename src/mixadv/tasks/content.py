@@ -18,8 +18,9 @@ from mixadv.tasks import build
 def content_of(cfg: DictConfig, sources: Sequence[Source] = ()) -> str:
     """Two digests, CLASSIFIERS:IMAGES.
 
-    The first is of the files of the mixture, or of the members that `sources` name. The second is of what the images
-    are read from (see `ImageDataModule.origin`); it is "" if that is gone, or if the settings fix the images.
+    The first is of the files of the mixture, or of the members that `sources` name, and of the saved points. The second
+    is of what the images are read from (see `ImageDataModule.origin`); it is "" if that is gone, or if the settings fix
+    the images.
 
     Weights, protocol and seed are settings, which are compared by themselves.
     """
@@ -28,4 +29,6 @@ def content_of(cfg: DictConfig, sources: Sequence[Source] = ()) -> str:
     with suppress(UserError):
         origin = data.origin()
     own = [source.digest() for source in sources] if sources else [digest_of_files(files_of(Path(cfg.mixture)))]
+    if cfg.points:
+        own.append(digest_of_files([Path(cfg.points)]))
     return f"{digest_of({'classifiers': own})}:{origin}"

@@ -22,6 +22,7 @@ from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import flags_of_other_splits, load_members, named_results, weights_of
+from mixadv.tasks.replay import saved_points
 from mixadv.tasks.session import Session, as_finished
 
 # The number of images on which members are tried before the attacks.
@@ -88,6 +89,8 @@ def _evaluate(
     cfg, run_dir, data = session.cfg, session.run_dir, session.data
     # Refused before the directory is written: the corrected command can use it.
     build.build_protocol(cfg)
+    if cfg.points:
+        saved_points(session)
     loggers = build_loggers(cfg, run_dir, sweep)
     if session.is_first:
         write_config(run_dir, cfg)

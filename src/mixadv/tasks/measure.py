@@ -33,10 +33,14 @@ from mixadv.evaluation import (
 )
 from mixadv.files import write_arrays
 from mixadv.mixture import Mixture
+from mixadv.points_file import FILE as POINTS
+from mixadv.points_file import Points
+from mixadv.points_file import write as write_points
 from mixadv.results import Curve, Curves, GameValue, Results
 from mixadv.seeding import derive_seed
 from mixadv.tasks.build import build_attack, build_protocol, trainer_settings
 from mixadv.tasks.provenance import header_of, settings_of
+from mixadv.tasks.replay import Replay, saved_points
 from mixadv.tasks.session import Session
 
 # The number of attacked images that a run keeps to be shown.
@@ -45,7 +49,7 @@ STATE = "evaluation"
 
 
 def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.ndarray]] | None:
-    """Attack the test images with the protocol.
+    """Attack the test images with the protocol, or judge the points of ``cfg.points`` on their images.
 
     Finished attacks are kept in ``run_dir/evaluation``, so that a killed measurement continues with the attack that it
     was in. A few attacked images are written to examples.npz.
@@ -60,10 +64,18 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
     started = time.perf_counter()
     cfg, ball = session.cfg, session.threat_model
     batches = list(session.test_batches())
-    attacks = build_protocol(cfg)
-    choice = _choice(session, mixture)
-    vote = choice.vote if mixture.num_members > 1 else None
-    mark = fingerprint(mixture, batches, [json.dumps(settings_of(cfg), sort_keys=True), ball, cfg.seed, vote])
+    attacks, settings = build_protocol(cfg), settings_of(cfg)
+    starts, choice, vote = None, None, None
+    indices = session.data.test_indices[: sum(len(y) for _, y in batches)]
+    if cfg.points:
+        rows, starts = saved_points(session)
+        batches, indices = _rows(batches, rows), session.data.test_indices[rows]
+        attacks, settings = {"replay": Replay()}, {"replay": {"points": cfg.points}}
+    else:
+        choice = _choice(session, mixture)
+        vote = choice.vote if mixture.num_members > 1 else None
+    given = batches if starts is None else [*batches, (starts, indices)]
+    mark = fingerprint(mixture, given, [json.dumps(settings, sort_keys=True), ball, cfg.seed, vote])
     num_passes = sum(1 for _ in passes_of(attacks, mixture)) + (vote is not None)
     total = num_passes * sum(len(y) for _, y in batches)
     with _bar(total, cfg.trainer.enable_progress_bar and session.is_first) as advance:
@@ -74,6 +86,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
             ball,
             seed=cfg.seed,
             vote=vote,
+            starts=starts,
             state=EvaluationState(session.run_dir / STATE, mark),
             on_progress=advance,
             processes=trainer_settings(cfg, session.device),
@@ -81,15 +94,28 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
     if not session.is_first:
         return None
     results = replace(
-        record.results(settings_of(cfg)),
+        record.results(settings),
         **header_of(session),
         **_diagnosis(session, mixture, batches, record),
-        counterparts=counterparts_of(record, choice),
+        counterparts=None if choice is None else counterparts_of(record, choice),
+        classes=record.by_class(session.data.class_names),
         game=GameValue(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
         seconds={"evaluate": round(time.perf_counter() - started, 3)},
     )
     _keep_examples(session.run_dir / records.EXAMPLES, batches, record, session.data.class_names)
-    return results, record.arrays()
+    arrays = record.arrays() | {records.INDICES: indices.numpy()}
+    if cfg.protocol.get("save_points", False):
+        assert record.worst_points is not None
+        labels, robust = torch.from_numpy(record.labels), torch.from_numpy(record.worst_case())
+        write_points(session.run_dir / POINTS, Points(record.worst_points, indices, labels, robust))
+    return results, arrays
+
+
+def _rows(batches: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The images `rows` [N] of all batches together, in batches of the same size."""
+    size = len(batches[0][1])
+    x, y = (torch.cat(parts)[rows.to(parts[0].device)] for parts in zip(*batches, strict=True))
+    return list(zip(x.split(size), y.split(size), strict=True))
 
 
 def _choice(session: Session, mixture: Mixture) -> Choice:
@@ -119,7 +145,8 @@ def _diagnosis(
 ) -> dict[str, Any]:
     """Flags, the checks behind them, and curves over eps and steps, on the first ``protocol.diagnosed`` images."""
     count, seed = session.cfg.protocol.get("diagnosed", 0), session.cfg.seed
-    if not count:
+    # Curves and flags come from attacks of their own.
+    if not count or session.cfg.points:
         return {"flags": tuple(flags_of_record(record)), "checks": ()}
     x, y = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
     found = curves(mixture, x, y, session.threat_model, seed=seed)

@@ -29,7 +29,7 @@ def header_of(session: Session) -> dict[str, Any]:
         "config": as_dict(cfg),
         "norm": ball.norm,
         "eps": parse_eps(ball.eps),
-        "protocol": protocol_name(cfg),
+        "protocol": "replay" if cfg.points else protocol_name(cfg),
     }
 
 

@@ -123,6 +123,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         members=named_results(found.members, members),
         counterparts=counterparts_of(test, choice),
         game=GameValue(**equilibrium_of(pool_of(test), lam)),
+        classes=test.by_class(session.data.class_names),
         flags=(*flags_of_record(test), *doubts),
         solve=_solved(weighed, lam, cfg.lambda_solver["_target_"], [m.name for m in members], fresh, test),
         data=Data(session.data.name, num_val=session.data.num_val, num_test=session.data.num_test),
@@ -130,7 +131,8 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     )
     config = _mixture_config(session, members)
     save_mixture(mixture, run_dir / "mixture", config, solved_card(results, config))
-    arrays = test.arrays() | {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal))}
+    arrays = test.arrays() | {records.INDICES: session.data.test_indices[: len(test.labels)].numpy()}
+    arrays |= {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal))}
     write_results(run_dir, results, arrays)
     run = as_finished(run_dir)
     draw_solution(run)
