@@ -18,9 +18,11 @@ from mixadv.run_names import name_in, path_safe, run_name
 from mixadv.setting_keys import flat_settings
 from mixadv.unknown_keys import RENAMED_VALUES, unknown_key
 
-TASKS = ("train", "evaluate", "solve", "game", "report")
+TASKS = ("train", "evaluate", "solve", "ceiling", "game", "report")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "16", "64")
 RESUME = ("auto", "never")
+# The splits of task=ceiling; "all" stands for the three.
+SPLITS = ("train", "validation", "test")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 # Names that are safe as file names.
 PLAIN_NAME = r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"
@@ -34,6 +36,15 @@ class ScheduleConfig:
 
     kind: str = "sampled"
     T_theta: int = 50
+
+
+@dataclass
+class CeilingConfig:
+    """What `task=ceiling` looks at: radii (null: `eps`), splits, seconds for each linear or integer program."""
+
+    eps: list[Any] | None = None
+    split: Any = "train"
+    time_limit: float = 60.0
 
 
 @dataclass
@@ -100,6 +111,7 @@ class Config:
     optimizer: dict[str, Any] = MISSING
     scheduler: dict[str, Any] = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ceiling: CeilingConfig = field(default_factory=CeilingConfig)
     data: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     loss: dict[str, Any] = MISSING
@@ -113,7 +125,7 @@ class Config:
 
 
 # Groups whose keys no class checks: their required and their optional keys.
-SCHEMAS = {"": Config, "schedule": ScheduleConfig, "trainer": TrainerConfig}
+SCHEMAS = {"": Config, "schedule": ScheduleConfig, "trainer": TrainerConfig, "ceiling": CeilingConfig}
 KEYS: dict[str, tuple[set[str], set[str]]] = {
     **{name: ({key.name for key in fields(schema)}, set()) for name, schema in SCHEMAS.items()},
     "threat_model": ({"norm"}, {"eps"}),
@@ -302,16 +314,45 @@ def _check_top_level(cfg: DictConfig) -> None:
 
 
 def _check_threat_model(cfg: DictConfig) -> None:
-    eps = parse_eps(cfg.eps)
     if "eps" in cfg.threat_model:
         raise UserError("threat_model.eps: the radius is the top-level key, eps=8/255")
     norm = cfg.threat_model.get("norm")
     _one_of("threat_model.norm", norm, ("linf", "l2"))
-    if norm == "linf" and eps > 1:
+    _check_eps("eps", cfg.eps, norm)
+
+
+def _check_eps(key: str, value: Any, norm: str) -> None:
+    if parse_eps(value) > 1 and norm == "linf":
         raise UserError(
-            f"eps={cfg.eps} is larger than the whole input range [0, 1]: eps is in input units, "
-            f"did you mean eps={cfg.eps}/255?"
+            f"{key}={value} is larger than the whole input range [0, 1]: eps is in input units, "
+            f"did you mean {key}={value}/255?"
         )
+
+
+def ceiling_splits(cfg: DictConfig) -> list[str]:
+    """The splits that `ceiling.split` names, in the order of `SPLITS`.
+
+    Raises:
+        UserError: it names none, or an unknown one.
+    """
+    wanted = cfg.ceiling.split
+    named = list(wanted) if isinstance(wanted, ListConfig) else [wanted]
+    if not named:
+        raise UserError("ceiling.split=[] names no split: choose ceiling.split=train, or several as [train,validation]")
+    for name in named:
+        _one_of("ceiling.split", name, (*SPLITS, "all"))
+    return [name for name in SPLITS if name in named or "all" in named]
+
+
+def _check_ceiling(cfg: DictConfig) -> None:
+    _at_least("ceiling.time_limit", cfg.ceiling.time_limit, 0)
+    ceiling_splits(cfg)
+    if cfg.ceiling.eps is None:
+        return
+    if not cfg.ceiling.eps:
+        raise UserError("ceiling.eps=[] names no radius: give several, as ceiling.eps=[4/255,8/255], or leave it out")
+    for eps in cfg.ceiling.eps:
+        _check_eps("ceiling.eps", eps, cfg.threat_model.get("norm"))
 
 
 def _check_inputs(cfg: DictConfig) -> None:
@@ -352,6 +393,7 @@ def check(cfg: DictConfig) -> None:
     _check_keys(cfg)
     _check_top_level(cfg)
     _check_threat_model(cfg)
+    _check_ceiling(cfg)
     _check_groups(cfg)
     _check_trainer(cfg)
     _check_inputs(cfg)

@@ -15,6 +15,9 @@ ATTACK, MEMBER_CORRECT = "attack/", "member_correct/"
 # Between attack and target in the name of a pass.
 ON = " on "
 
+# Of task=ceiling.
+CEILING = "ceiling.npz"
+
 EXAMPLES = "examples.npz"
 # Beside FOUND_BY and LABELS, which is text there.
 X, X_ADV, CORRECT = "x", "x_adv", "correct"

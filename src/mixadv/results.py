@@ -224,6 +224,27 @@ class Solve:
 
 
 @dataclass(frozen=True)
+class CeilingRow:
+    """The game over all classifiers on `num_examples` images at one radius, see `mixadv.game.Ceiling`.
+
+    `in_conflict` is the share of the images that conflict with one of another class. `pairs`: None if there are too
+    many to be listed. The optima are None where they were not computed.
+    """
+
+    eps: float | None = None
+    num_examples: int | None = None
+    in_conflict: float | None = None
+    pairs: int | None = field(default=None, metadata=at(null=True))
+    randomised: float | None = field(default=None, metadata=at(null=True))
+    randomised_upper: float | None = field(default=None, metadata=at(null=True))
+    deterministic: float | None = field(default=None, metadata=at(null=True))
+    deterministic_upper: float | None = field(default=None, metadata=at(null=True))
+    gain_at_most: float | None = field(default=None, metadata=at(null=True))
+    status: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class Results:
     """The results of a run.
 
@@ -258,6 +279,8 @@ class Results:
     curves: Curves | None = None
     flags: tuple[Flag, ...] | None = None
     solve: Solve | None = None
+    first_conflict_eps: float | None = None
+    ceiling: tuple[CeilingRow, ...] = ()
     data: Data = field(default_factory=Data)
     best_epoch: float | None = None
     validation: dict[str, float] = field(default_factory=dict)

@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mixadv.errors import UserError
-from mixadv.report.cells import print_whole
+from mixadv.report.ceiling import ceilings_table, is_ceiling, write_ceiling
+from mixadv.report.cells import on_console, print_whole
 from mixadv.report.figures.curves import draw_curves
 from mixadv.report.figures.games import draw_game
 from mixadv.report.figures.solve import draw_solution
@@ -59,10 +60,12 @@ def report(root: str | Path, console: Console) -> list[Path]:
         )
     if len(runs) == 1:
         return _report_one(runs[0], console)
-    games = [run for run in runs if is_game(run)]
-    runs = [run for run in runs if not is_game(run)]
+    games, ceilings = ([run for run in runs if kind(run)] for kind in (is_game, is_ceiling))
+    runs = [run for run in runs if run not in games and run not in ceilings]
     if games:
         print_whole(games_table(games), console)
+    if ceilings:
+        print_whole(on_console(ceilings_table(ceilings)), console)
     if not runs:
         return []
     print_whole(sweep_table(runs), console)
@@ -81,6 +84,8 @@ def _report_one(run: Run, console: Console) -> list[Path]:
         written.append(draw_curves(run))
     if is_game(run) and (run.path / "game.npz").exists():
         written.append(draw_game(run))
+    if is_ceiling(run) and run.has_results:
+        written += write_ceiling(run)
     if run.results.attacks:
         written.append(write_report(run))
     show_run(run, console)

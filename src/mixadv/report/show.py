@@ -7,6 +7,7 @@ from rich.text import Text
 
 from mixadv.redaction import printable
 from mixadv.report.attacks import attacks_table
+from mixadv.report.ceiling import ceiling_sentences, ceiling_table
 from mixadv.report.cells import on_console, print_whole
 from mixadv.report.compare import baseline_sentence, member_sentence
 from mixadv.report.files import Run
@@ -16,7 +17,17 @@ from mixadv.report.tables import run_table
 
 _FILES = (
     *("results.json", "metrics.csv", "records.npz", "game.npz", "report.html", "curves.png", "solve.png", "game.png"),
-    *("attacks.png", "eps.png", "steps.png", "examples.png", "mixture", "checkpoints"),
+    *(
+        "attacks.png",
+        "eps.png",
+        "steps.png",
+        "examples.png",
+        "ceiling.npz",
+        "ceiling.csv",
+        "ceiling.png",
+        "mixture",
+        "checkpoints",
+    ),
 )
 
 
@@ -32,6 +43,8 @@ def show_run(run: Run, console: Console) -> None:
             say(sentence)
     elif run.results.task == "game":
         print_game(run, console)
+    elif run.results.task == "ceiling":
+        print_whole(on_console(ceiling_table(run)), console)
     elif run.has_results:
         print_whole(run_table(run), console)
         for sentence in (baseline_sentence(run), member_sentence(run)):
@@ -39,6 +52,8 @@ def show_run(run: Run, console: Console) -> None:
                 say(sentence)
         if run.results.attacks:
             print_whole(on_console(attacks_table(run)), console)
+    for sentence in ceiling_sentences(run):
+        say(sentence)
     if run.state == "failed":
         say(f"Failed: {run.reason}", "red")
     elif run.state == "running":

@@ -113,6 +113,10 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
         from mixadv.tasks.game import play_game
 
         return cfg, play_game, ""
+    if cfg.task == "ceiling":
+        from mixadv.tasks.ceiling import find_ceiling
+
+        return cfg, find_ceiling, ""
     from mixadv.members.source import Source
     from mixadv.members.store import read_mixture
     from mixadv.tasks.content import content_of

@@ -39,6 +39,7 @@ from mixadv.points_file import write as write_points
 from mixadv.results import Curve, Curves, GameValue, Results
 from mixadv.seeding import derive_seed
 from mixadv.tasks.build import build_attack, build_protocol, trainer_settings
+from mixadv.tasks.ceiling import measured_ceiling
 from mixadv.tasks.provenance import header_of, settings_of
 from mixadv.tasks.replay import Replay, saved_points
 from mixadv.tasks.session import Session
@@ -96,6 +97,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
     results = replace(
         record.results(settings),
         **header_of(session),
+        **measured_ceiling(session),
         **_diagnosis(session, mixture, batches, record),
         counterparts=None if choice is None else counterparts_of(record, choice),
         classes=record.by_class(session.data.class_names),

@@ -104,7 +104,7 @@ def examples_figure(run: Run, examples: Examples) -> Figure:
         for r, (name, images) in enumerate(rows.items()):
             box = (left + (i % COLUMNS) * cell, top - (r + 1) * cell, cell - 0.07, cell - 0.07)
             axes = figure.add_axes((box[0] / 14, box[1] / height, box[2] / 14, box[3] / height), label=f"{name} {i}")
-            _show(axes, images[i])
+            show_image(axes, images[i])
             if i % COLUMNS == 0:
                 heading = name if name != "difference" else f"difference\n× {factor:g}"
                 axes.set_ylabel(heading, rotation=0, ha="right", va="center", fontsize=12)
@@ -143,7 +143,7 @@ def _caption(examples: Examples, count: int, factor: float) -> str:
     return " ".join(parts)
 
 
-def _show(axes: Axes, image: np.ndarray) -> None:
+def show_image(axes: Axes, image: np.ndarray) -> None:
     """Draw one image [C, H, W] in [0, 1] without interpolation."""
     pixels = np.clip(image.transpose(1, 2, 0), 0.0, 1.0).astype(np.float64)
     if pixels.shape[2] == 1:
