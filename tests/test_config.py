@@ -342,7 +342,9 @@ def test_refusals_name_the_remedy(compose):
     assert "at least 1" in compose_text(compose, "L=0")
     cfg = compose()
     cfg.task = "fly"
-    with pytest.raises(UserError, match="task=fly is unknown: choose one of train, evaluate, solve, game, report"):
+    with pytest.raises(
+        UserError, match="task=fly is unknown: choose one of train, evaluate, solve, ceiling, game, report"
+    ):
         config.check(cfg)
 
 
@@ -386,7 +388,7 @@ BAD_COMMANDS = [
     (["task=evaluate", "mixture=é,b"], "Ambiguous value for argument 'mixture=é,b': there is no such path"),
     (["eps=8"], "eps=8"),
     (["eps=8px"], "eps=8px"),
-    (["task=fly"], "task=fly is unknown: choose one of evaluate, game, report, solve, train"),
+    (["task=fly"], "task=fly is unknown: choose one of ceiling, evaluate, game, report, solve, train"),
     (["+foo=1"], "foo"),
     (["data=image_folder"], "data.root"),
 ]

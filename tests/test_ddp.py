@@ -123,6 +123,7 @@ def test_told_to_stop_all_processes_stop_together_and_go_on_together(tmp_path):
         (("trainer=ddp_cpu", "trainer.num_nodes=0"), "trainer.num_nodes=0 must be at least 1"),
         (("trainer=cpu", "trainer.devices=-1"), "trainer=ddp_cpu"),
         (("task=game", "trainer=ddp_cpu"), "task=game runs in one process"),
+        (("task=ceiling", "trainer=ddp_cpu"), "task=ceiling runs in one process"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused_with_what_works(command, argv, message):

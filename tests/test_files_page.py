@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY, Trained, run_command
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "files.md").read_text()
-TASKS = ("train", "evaluate", "solve", "game")
+TASKS = ("train", "evaluate", "solve", "ceiling", "game")
 Runs = dict[str, Path]
 Page = dict[str, tuple[set[str], bool, list[str]]]
 
@@ -28,6 +28,7 @@ def runs(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ["task=evaluate", f"mixture={trained.path}", "protocol.diagnosed=4", "data.num_test=20", *attacks],
         # Another split than the members' own, so that something is flagged.
         ["task=solve", f"members=[{trained.path}]", "data.num_val=20", "data.num_test=20", *attacks],
+        ["task=ceiling", "data=digits", "eps=0.3"],
         ["task=game", "game.num_steps=5"],
     ):
         finished = run_command(cwd, *argv, "name=one")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mixadv.errors import UserError
 from mixadv.report.cells import Column, Table, of_view, write_csv
 from mixadv.report.figures.ceiling import ceiling_figure, read_pictures
 from mixadv.report.figures.style import save
@@ -133,9 +134,11 @@ def write_ceiling(run: Run) -> list[Path]:
     """Write `ceiling.csv` and draw `ceiling.png` of a run of ``task=ceiling``.
 
     Raises:
-        UserError: the directory cannot be written.
-        ValueError: ceiling.npz is damaged.
+        UserError: ceiling.npz is damaged, or the directory cannot be written.
     """
-    pictures = read_pictures(run)
+    try:
+        pictures = read_pictures(run)
+    except ValueError as error:
+        raise UserError(f"{error}: run task=ceiling again with resume=never") from error
     table = write_csv(run.path / "ceiling.csv", ceiling_table(run, "csv"))
     return [table, save(lambda: ceiling_figure(run, _about(run), pictures), run.path / "ceiling.png")]

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from mixadv import records
 from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, attack_rows, attacks_table, classifiers, is_single
+from mixadv.report.ceiling import ceiling_sentences
 from mixadv.report.cells import Column, Table
 from mixadv.report.citations import papers_of
 from mixadv.report.compare import baseline_sentence, member_sentence
@@ -91,6 +92,7 @@ def write_report(run: Run | str | Path) -> Path:
         results=run.results,
         damage=[*run.notes, *damage],
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        ceilings=ceiling_sentences(run),
         comparisons=[sentence for sentence in (member_sentence(run), baseline_sentence(run)) if sentence],
         classifiers=_classifiers(run),
         rows=attack_rows(run),
