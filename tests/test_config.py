@@ -92,6 +92,10 @@ def test_every_choice_of_every_group_composes_and_passes(compose):
         said = [f"{group}={names[number % len(names)]}" for group, names in choices.items()]
         if "data=image_folder" in said:
             said.append("data.root=somewhere")
+        if {"game=table", "game=points"} & set(said):
+            said.append("game.file=mine.csv")
+        if "game=points" in said:
+            said.append("game.classifiers=[[1,0,0]]")
         if "task=solve" in said:
             said.append("members=[here,there]")
         if "task=evaluate" in said:
