@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from broken_defences import Then, measured_on, natural
 from builders.data import digits_tensors, seeded
 from builders.linear_problems import LinearByRow, LinearProblem, linear_problems
 from builders.networks import WEIGHTS, trained_member, untrained_members
 from mixadv.attacks import ARC, PGD, SubsetAttack
+from mixadv.attacks.boundaries import nearest_boundary, squashed_at
 from mixadv.attacks.subsets import subsets_by_weight
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
@@ -184,8 +186,8 @@ def test_sets_lighter_than_what_was_fooled_are_skipped():
     mixture.members[1].register_forward_hook(lambda module, inputs, output: asked.append(output.requires_grad))
     found = SubsetAttack(num_steps=10)(mixture, x, y, ThreatModel("linf", 1.0, None))
     np.testing.assert_allclose(mixture.expected_accuracy(found, y), 0.4, atol=1e-6)
-    # Once to see whether there is a gradient, and ten steps for the pair.
-    assert sum(asked) == 1 + 10
+    # Once to see whether there is a gradient, once whether it is squashed, and ten steps for the pair.
+    assert sum(asked) == 2 + 10
 
 
 @pytest.mark.parametrize(
@@ -203,3 +205,57 @@ def test_sets_lighter_than_what_was_fooled_are_skipped():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SubsetAttack(**settings)
+
+
+# --- squashed logits ----------------------------------------------------------------------------------------
+
+
+class Squashed(torch.nn.Module):
+    """f(W x) with f applied to each logit."""
+
+    def __init__(self, W, f):
+        super().__init__()
+        self.W, self.f = torch.nn.Parameter(W, requires_grad=False), f
+
+    def forward(self, x):
+        return self.f(x @ self.W.T)
+
+
+@pytest.mark.parametrize("ball", [LINF, L2], ids=lambda ball: ball.norm)
+def test_the_rescaled_boundary_of_squashed_logits_leads_where_unit_rows_do(ball):
+    """The gradient of 20 tanh(w x) is parallel to w, so scaled to length 1 it is w / ||w||."""
+    W = torch.randn(4, 6, generator=seeded(3), dtype=torch.float64)
+    x = 2 * torch.randn(9, 6, generator=seeded(4), dtype=torch.float64)
+    z = x @ W.T
+    y = z.argmax(1)
+    second = z.scatter(1, y[:, None], -torch.inf).argmax(1)
+    rows = torch.arange(9) != 4
+    found = nearest_boundary(Squashed(W, lambda z: 20 * torch.tanh(z)), x, y, ball, rescaled=rows)
+    plain = nearest_boundary(Squashed(W, lambda z: 20 * torch.tanh(z)), x, y, ball)
+    unit = W / W.norm(dim=1, keepdim=True)
+    down = unit[second] - unit[y]
+    expected = down.sign() if ball.norm == "linf" else down / down.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found.direction[rows], expected[rows])
+    torch.testing.assert_close(found.direction[4], plain.direction[4])
+    assert not torch.equal(found.direction[rows], plain.direction[rows])
+    torch.testing.assert_close(found.distance, plain.distance)
+
+
+def test_logits_are_squashed_where_one_gradient_is_ten_times_another():
+    """Logits (x_1, s x_2, -5): the gradients of the two that matter have the lengths 1 and s."""
+    x, y = torch.tensor([[1.0, 1.0]]).repeat(4, 1), torch.tensor([0, 1, 0, 1])
+
+    def member(slope):
+        return lambda x: torch.stack([x[:, 0], slope * x[:, 1], 0 * x[:, 0] - 5], dim=1)
+
+    for slope, squashed in ((0.11, False), (0.09, True), (0.0, False), (9.0, False), (11.0, True)):
+        assert squashed_at(member(slope), x, y).tolist() == [squashed] * 4
+
+
+def test_a_tanh_after_the_network_hardly_helps_it():
+    x, y = measured_on()
+    found = {}
+    for name, net in (("plain", natural()), ("tanh", Then(natural(), lambda z: 20 * torch.tanh(z / 2)))):
+        points = SubsetAttack()(net, x, y, LINF, seeded())
+        found[name] = float(Mixture([net]).expected_accuracy(points, y).mean())
+    assert found["tanh"] <= found["plain"] + 0.04

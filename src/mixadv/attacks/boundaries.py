@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from mixadv.attacks.search import gradient
 from mixadv.losses import at_least_float32
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
+
+# Beyond this ratio of the gradients of two logits, the larger one alone decides where their difference leads.
+SATURATED_RATIO = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def nearest_boundary(
     num_runner_ups: int = 1,
     leave_top: bool = False,
     rival: Tensor | None = None,
+    rescaled: Tensor | None = None,
 ) -> Boundary:
     """The boundary of smallest distance between a class to leave and the highest `num_runner_ups` other classes.
 
@@ -57,6 +61,9 @@ def nearest_boundary(
         leave_top: the class to leave is the one that the member answers; by default it is the label, so that a member
             that errs already has a negative distance (the most negative one over the runner-ups).
         rival: classes [R], which take the place of the runner-ups.
+        rescaled: [R] bool, points whose normal and direction are those of w = grad f_t / ||grad f_t||_2 -
+            grad f_j / ||grad f_j||_2, j the highest other class. A function applied to each logit, such as a tanh, does
+            not change this w, see `squashed_at`. Costs two more backward passes for the whole batch.
 
     Raises:
         ValueError: the member has no gradient.
@@ -72,11 +79,62 @@ def nearest_boundary(
         else:
             count, rivals = 1, rival[:, None]
         leads = logits.gather(1, leave) - logits.gather(1, rivals)
-        slopes = [gradient(leads[:, i], points, retain_graph=i + 1 < count) for i in range(count)]
+        again = rescaled is not None
+        slopes = [gradient(leads[:, i], points, retain_graph=again or i + 1 < count) for i in range(count)]
+        classes = _class_gradients(logits, leave, rivals[:, :1], points) if again else []
     best = _linearised(leads[:, 0].detach(), slopes[0], here, threat_model)
     for i in range(1, count):
         best = _nearer(_linearised(leads[:, i].detach(), slopes[i], here, threat_model), best)
+    if rescaled is not None:
+        slope = _unit(classes[0]) - _unit(classes[1])
+        other = _linearised(leads[:, 0].detach(), slope, here, threat_model)
+        wide = per_example(rescaled, other.normal)
+        normal, direction = (
+            torch.where(wide, other.normal, best.normal),
+            torch.where(wide, other.direction, best.direction),
+        )
+        best = replace(best, normal=normal, direction=direction)
     return best
+
+
+def squashed_at(member: nn.Module, points: Tensor, y: Tensor) -> Tensor:
+    """Where the gradients of the label's logit and of the highest other one differ more than tenfold in length, [R].
+
+    Such points are common if a function is applied to each logit, such as 20 tanh(z): the gradient of a margin then
+    leads where the less sure class leads. Costs one forward pass and two backward passes.
+
+    Args:
+        member: frozen, in eval mode, maps points [R, ...] to logits [R, C]; y: labels [R].
+    """
+    with torch.enable_grad():
+        points = points.detach().requires_grad_(True)
+        logits = at_least_float32(member(points))
+        label = y.unsqueeze(1)
+        rival = logits.detach().scatter(1, label, float("-inf")).argmax(1, keepdim=True)
+        label_size, rival_size = map(_length, _class_gradients(logits, label, rival, points))
+    uneven = (label_size > SATURATED_RATIO * rival_size) | (rival_size > SATURATED_RATIO * label_size)
+    # Where one gradient is 0, scaling changes no direction: for instance logits (0, w x) of two classes.
+    return uneven & (label_size > 0) & (rival_size > 0)
+
+
+def _class_gradients(logits: Tensor, one: Tensor, other: Tensor, points: Tensor) -> list[Tensor]:
+    """The gradients [R, ...] of two logits of each point, given as classes [R, 1]; NaN counts as 0."""
+    first = gradient(logits.gather(1, one), points, retain_graph=True)
+    return [first.nan_to_num(nan=0.0), gradient(logits.gather(1, other), points).nan_to_num(nan=0.0)]
+
+
+def _length(slope: Tensor) -> Tensor:
+    """||slope||_2 of each example, [R]; scaled first, because the squares of tiny gradients underflow."""
+    largest = slope.flatten(1).abs().amax(1)
+    scale = largest.clamp_min(torch.finfo(slope.dtype).tiny)
+    return torch.linalg.vector_norm(slope.flatten(1) / scale[:, None], dim=1) * scale
+
+
+def _unit(slope: Tensor) -> Tensor:
+    """slope / ||slope||_2 of each example; 0 stays 0."""
+    tiny = torch.finfo(slope.dtype).tiny
+    slope = slope / per_example(slope.flatten(1).abs().amax(1).clamp_min(tiny), slope)
+    return slope / per_example(_length(slope).clamp_min(tiny), slope)
 
 
 def _linearised(lead: Tensor, slope: Tensor, logits: Tensor, threat_model: ThreatModel) -> Boundary:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary
+from mixadv.attacks.boundaries import members_with_gradient, nearest_boundary, squashed_at
 from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.search import Climb, SearchAttack
 from mixadv.correctness import correct
@@ -54,6 +54,9 @@ class SubsetAttack(SearchAttack):
         L = 4). Otherwise all L sets of one member, then the heaviest sets for half of the rest, then random ones;
         never fewer than the L sets of one member and the set of all members.
 
+    Where the gradients of two logits of a member differ more than tenfold at x, both are scaled to the same length
+    first (`nearest_boundary`), so that logits squashed by a tanh or a sigmoid do not stop the attack.
+
     Returns the worst points, see `SearchAttack`; the objective is the expected margin.
 
     Members without gradient do not pull, but count for the accuracy. Warns if NaN gradients kept it from moving.
@@ -77,7 +80,7 @@ class SubsetAttack(SearchAttack):
     ) -> Tensor:
         climb = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
         weights, turnable = mixture.weights, members_with_gradient(mixture, x)
-        search = _Search(self, climb, threat_model, generator, weights, turnable)
+        search = _Search(self, climb, threat_model, generator, weights, turnable, _squashed(climb, turnable))
         sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
         for restart, members in itertools.product(range(self.restarts), sets):
             search.run(members, from_x=restart == 0)
@@ -87,7 +90,10 @@ class SubsetAttack(SearchAttack):
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """One call of SubsetAttack; turnable: the members that have a gradient."""
+    """One call of SubsetAttack.
+
+    turnable: the members that have a gradient. squashed: for some of them the images [B] where `squashed_at` holds.
+    """
 
     settings: SubsetAttack
     climb: Climb
@@ -95,6 +101,7 @@ class _Search:
     generator: torch.Generator | None
     weights: Tensor
     turnable: list[int]
+    squashed: dict[int, Tensor]
 
     def run(self, members: Sequence[int], from_x: bool) -> None:
         """One start for one set, for the examples that it can make worse."""
@@ -126,11 +133,24 @@ class _Search:
             if k not in pulling:
                 logits.append(member(points))
                 continue
-            boundary = nearest_boundary(member, points, self.climb.y[rows], self.threat_model)
+            rescaled = self.squashed[k][rows] if k in self.squashed else None
+            boundary = nearest_boundary(member, points, self.climb.y[rows], self.threat_model, rescaled=rescaled)
             logits.append(boundary.logits)
             self.climb.blind[rows] |= boundary.blind
             total += per_example((boundary.distance > -kappa).to(total), total) * boundary.normal
         return torch.stack([z.to(logits[0]) for z in logits]), total
+
+
+def _squashed(climb: Climb, members: Sequence[int]) -> dict[int, Tensor]:
+    """For each of the members that has such images: the images [B] that can get worse where `squashed_at` holds."""
+    rows = climb.worst.unfinished()
+    found = {}
+    for k in members if len(rows) else ():
+        where = torch.zeros(len(climb.x), dtype=torch.bool, device=climb.x.device)
+        where[rows] = squashed_at(climb.mixture.members[k], climb.x[rows], climb.y[rows])
+        if bool(where.any()):
+            found[k] = where
+    return found
 
 
 def subsets_by_weight(
