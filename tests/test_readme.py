@@ -314,7 +314,7 @@ def test_the_third_door_solves_the_same_game_from_its_geometry(command, tmp_path
     # What the README says below its picture.
     assert (exact["deterministic_risks"], exact["weights"]) == (["3/4", "3/4"], ["1/2", "1/2"])
     assert (exact["value"], exact["dual"]) == ("1/2", "1/2")
-    less = [f"game.{key}=40" for key in ("num_points", "num_samples", "num_steps")]
+    less = [f"game.{key}=40" for key in ("num_points", "num_steps")]
     assert command(*gaussians, *less, "game.draws=1", "name=gaussians").rc == 0
     assert (tmp_path / "outputs" / "game" / "gaussians" / "game.png").exists()
 

@@ -30,7 +30,7 @@ from evaluated_run import write_evaluation
 from mixadv.checkpoint_files import read_checkpoint
 from mixadv.data.image_folder import ImageFolder
 from mixadv.errors import UserError
-from mixadv.evaluation.state import EvaluationState
+from mixadv.evaluation.state import EvaluationState, Worst
 from mixadv.files import read_arrays
 from mixadv.instantiate import held_to_mixadv, instantiate
 from mixadv.loggers.wandb import WandbLogger
@@ -268,12 +268,15 @@ def test_object_arrays_are_not_read(tmp_path, marker):
     disarmed(str(error.value))
 
 
+NOWHERE = Worst(torch.zeros(3, 1), torch.zeros(3))
+
+
 def test_a_state_of_an_evaluation_holds_no_objects(tmp_path, marker):
     state = EvaluationState(tmp_path / "evaluation", "mark")
-    state.save("pgd-20", {"correct": np.zeros(3)})
+    state.save(0, "pgd-20", {"correct": np.zeros(3)}, NOWHERE)
     (path,) = (tmp_path / "evaluation").glob("*.npz")
     np.savez(path, fingerprint=np.asarray("mark"), **bombs(marker, "correct"))
-    with pytest.raises(UserError, match="remove it, and that attack is run again") as error:
+    with pytest.raises(UserError, match=r"remove .*evaluation, and the attacks are run again") as error:
         EvaluationState(tmp_path / "evaluation", "mark").load("pgd-20")
     disarmed(str(error.value))
     np.savez(path, **bombs(marker, "fingerprint"))
@@ -284,7 +287,7 @@ def test_a_state_of_an_evaluation_holds_no_objects(tmp_path, marker):
 def test_names_of_passes_do_not_leave_their_folder(tmp_path):
     state = EvaluationState(tmp_path / "evaluation", "mark")
     for name in ("../../outside", "/tmp/outside", "..", "a\x00b"):
-        state.save(name, {"x": np.zeros(1)})
+        state.save(0, name, {"x": np.zeros(1)}, NOWHERE)
     assert {path.parent for path in tmp_path.rglob("*.npz")} == {tmp_path / "evaluation"}
 
 
