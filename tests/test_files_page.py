@@ -63,7 +63,7 @@ def agree(page: Page, real: dict[str, set[str]]) -> None:
 
 def keys_of(node: Any, prefix: str = "") -> set[str]:
     """The leaves of a results.json as the page writes them."""
-    if prefix in ("config", "attacks.NAME.settings"):
+    if prefix in ("config", "training", "attacks.NAME.settings"):
         return {prefix}
     if isinstance(node, list):
         parts = [keys_of(part, f"{prefix}[]") for part in node if isinstance(part, dict)]

@@ -248,6 +248,7 @@ class CeilingRow:
 class Results:
     """The results of a run.
 
+    `training` holds the settings with which a measured mixture was trained, as it records them.
     `weights` is lambda [L], float64, as the game used it. `game` is the game on all points found. `played` holds the
     results of task=game as plain containers, under the key `game` of the file.
     """
@@ -259,6 +260,7 @@ class Results:
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = field(default=None, metadata=at(null=True))
     config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     norm: str | None = field(default=None, metadata=at("threat_model", "norm"))
     eps: float | None = field(default=None, metadata=at("threat_model", "eps"))
     protocol: str | None = None

@@ -25,6 +25,34 @@ INDIFFERENT = (
 )
 
 
+# Settings of a training. A run that trains nothing does not read them, so it does not record their defaults as facts.
+TRAINING = (
+    *("loss", "attack", "lambda_solver", "schedule", "optimizer", "scheduler", "callbacks", "baseline"),
+    "micro_batch_size",
+)
+# What task=evaluate and task=solve read of `trainer`.
+_TRAINER = (
+    *("accelerator", "strategy", "devices", "num_nodes", "enable_progress_bar", "fast_dev_run"),
+    *("limit_val_batches", "limit_test_batches"),
+)
+
+
+def settings_read(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a resolved configuration that its task reads.
+
+    Only task=evaluate and task=solve leave some out: those of a training (task=solve reads ``lambda_solver``), of games
+    and of reports.
+    """
+    task = config.get("task")
+    if task not in ("evaluate", "solve"):
+        return config
+    unread = {*TRAINING, "game", "runs"} - ({"lambda_solver"} if task == "solve" else set())
+    kept = {key: value for key, value in config.items() if key not in unread}
+    if isinstance(trainer := kept.get("trainer"), dict):
+        kept["trainer"] = {key: value for key, value in trainer.items() if key in _TRAINER}
+    return kept
+
+
 def is_indifferent(key: str) -> bool:
     """Whether a dotted key or one of its parents is in `INDIFFERENT`."""
     return any(key == skip or key.startswith(f"{skip}.") for skip in INDIFFERENT)

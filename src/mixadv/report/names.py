@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,17 @@ def group_name(value: Any) -> str:
         value = value.get("name") or str(value.get("_target_", "")).rpartition(".")[2]
     name = str(value or "")
     return _GROUP_NAMES.get(name, name)
+
+
+def trained_with(settings: Mapping[str, Any]) -> str:
+    """The loss, solver, schedule, epochs and learning rate of a training in one line; "" without settings."""
+    schedule, trainer, optimizer = (settings.get(key) for key in ("schedule", "trainer", "optimizer"))
+    parts = [group_name(settings.get("loss")), group_name(settings.get("lambda_solver"))]
+    parts += [f"{schedule['kind']} schedule"] if isinstance(schedule, dict) and "kind" in schedule else []
+    if isinstance(trainer, dict) and "max_epochs" in trainer:
+        parts.append(f"trainer.max_epochs={trainer['max_epochs']}")
+    parts += [f"optimizer.lr={optimizer['lr']}"] if isinstance(optimizer, dict) and "lr" in optimizer else []
+    return ", ".join(part for part in parts if part)
 
 
 def format_eps(eps: float | None) -> str:

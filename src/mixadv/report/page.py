@@ -31,7 +31,7 @@ from mixadv.report.figures.evaluation import eps_lines, evaluation_figures, step
 from mixadv.report.figures.examples import MOST, Examples, read_examples, wrong_members
 from mixadv.report.figures.style import save
 from mixadv.report.files import Run, opened, writing
-from mixadv.report.names import format_ball, format_eps
+from mixadv.report.names import format_ball, format_eps, trained_with
 from mixadv.report.records import measured
 from mixadv.report.tables import results_table
 from mixadv.results import GameValue
@@ -105,7 +105,9 @@ def write_report(run: Run | str | Path) -> Path:
         curves={"eps": eps_lines(run), "steps": steps_lines(run)},
         examples=_in_examples(examples) if "examples.png" in drawn else [],
         radius=format_eps,
-        config=json.dumps(run.config, indent=2, ensure_ascii=False, default=str),
+        config=_as_json(run.config),
+        training=_as_json(run.results.training) if run.results.training else "",
+        trained_with=trained_with(run.results.training if run.was_only_measured else run.config),
         papers=papers_of(run.results.attacks),
     )
     path = run.path / "report.html"
@@ -121,6 +123,10 @@ def _noting(damage: list[str]) -> Iterator[None]:
         yield
     except ValueError as error:
         damage.append(" ".join(str(error).split()))
+
+
+def _as_json(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=2, ensure_ascii=False, default=str)
 
 
 def _shown(value: Any) -> Any:

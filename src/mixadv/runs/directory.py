@@ -22,7 +22,7 @@ from mixadv.console import begin_log, say
 from mixadv.errors import UserError
 from mixadv.files import remove_leftovers, write_arrays, write_text
 from mixadv.runs.locks import LOCK, DirectoryLock, Held, holder
-from mixadv.setting_keys import comparable, flat_settings, is_indifferent
+from mixadv.setting_keys import comparable, flat_settings, is_indifferent, settings_read
 from mixadv.shipped import refuse_aliases
 
 # Folders of a run into which files are written; leftovers of killed processes are removed from them.
@@ -180,9 +180,15 @@ def leave_reason(run_dir: Path, error: Exception) -> None:
             write_text(run_dir / "FAILED", one_line(error) + "\n")
 
 
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that a run records: those that its task reads, resolved, as plain containers."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return settings_read(plain)
+
+
 def digest(cfg: DictConfig) -> str:
     """SHA-256 of the settings that change what is computed."""
-    flat = flat_settings(OmegaConf.to_container(cfg, resolve=True))
+    flat = flat_settings(recorded(cfg))
     kept = {key: comparable(value) for key, value in flat.items() if not is_indifferent(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -217,7 +223,7 @@ def _done(run_dir: Path) -> tuple[str, str]:
 
 
 def _difference(saved: Any, cfg: DictConfig) -> str:
-    old, new = flat_settings(saved), flat_settings(OmegaConf.to_container(cfg, resolve=True))
+    old, new = flat_settings(settings_read(saved)), flat_settings(recorded(cfg))
     keys = [key for key in {**old, **new} if not is_indifferent(key)]
     differing = [key for key in keys if comparable(old.get(key)) != comparable(new.get(key))]
     changed = [f"{key}: {old.get(key)} there, {new.get(key)} here" for key in differing]
@@ -230,7 +236,7 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
     if (run_dir / "DONE").exists():
         for name in ("DONE", results.FILE, records.RECORDS, records.EXAMPLES):
             (run_dir / name).unlink(missing_ok=True)
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(recorded(cfg))))
     (run_dir / "FAILED").unlink(missing_ok=True)
     begin_log(run_dir)
 

@@ -48,7 +48,8 @@ def evaluate_mixture(
     """
     session = Session.begin(cfg, run_dir)
     _check_fit(config, session.data)
-    return _evaluate(session, sweep, mixture)
+    training = config.get("training")
+    return _evaluate(session, sweep, mixture, training=training if isinstance(training, dict) else {})
 
 
 def evaluate_members(
@@ -85,6 +86,8 @@ def _evaluate(
     mixture: Mixture,
     members: Sequence[LoadedMember] = (),
     flags: Sequence[Flag] = (),
+    *,
+    training: dict[str, Any] | None = None,
 ) -> Run | None:
     cfg, run_dir, data = session.cfg, session.run_dir, session.data
     # Refused before the directory is written: the corrected command can use it.
@@ -104,6 +107,7 @@ def _evaluate(
         results, arrays = measured
         results = replace(
             results,
+            training=training or {},
             members=named_results(results.members, members),
             flags=(*(results.flags or ()), *flags),
             data=Data(data.name, num_test=data.num_test),

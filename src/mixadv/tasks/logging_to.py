@@ -21,6 +21,7 @@ from mixadv.loggers.hyperparameters import flat_config
 from mixadv.loggers.wandb import WandbLogger
 from mixadv.mixture import Mixture
 from mixadv.results import Results
+from mixadv.runs.directory import recorded
 from mixadv.seeding import generator_for
 from mixadv.signals import Stopped
 from mixadv.tasks import build
@@ -60,7 +61,7 @@ def logging_to(loggers: Sequence[Logger], cfg: DictConfig) -> Iterator[None]:
     try:
         choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
         for logger in loggers:
-            logger.log_hyperparams(flat_config(build.as_dict(cfg), dict(choices), parse_eps(cfg.eps)))
+            logger.log_hyperparams(flat_config(recorded(cfg), dict(choices), parse_eps(cfg.eps)))
         yield
         code = 0
     except Stopped as stop:

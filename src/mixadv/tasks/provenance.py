@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from mixadv import __version__
 from mixadv.config import parse_eps
+from mixadv.runs.directory import recorded
 from mixadv.shipped import protocols, shipped_protocol
 from mixadv.tasks.build import as_dict
 from mixadv.tasks.session import Session
@@ -26,7 +27,7 @@ def header_of(session: Session) -> dict[str, Any]:
         "seed": cfg.seed,
         "device": device_name(session.device),
         **provenance(),
-        "config": as_dict(cfg),
+        "config": recorded(cfg),
         "norm": ball.norm,
         "eps": parse_eps(ball.eps),
         "protocol": "replay" if cfg.points else protocol_name(cfg),

@@ -31,8 +31,9 @@ from mixadv.report import Run, draw_curves
 from mixadv.report.files import BASELINE
 from mixadv.results import Data, Flag
 from mixadv.runs import processes
-from mixadv.runs.directory import State, mark_done, read_results, write_config, write_results
+from mixadv.runs.directory import State, mark_done, read_results, recorded, write_config, write_results
 from mixadv.seeding import seed_all
+from mixadv.setting_keys import TRAINING, is_indifferent
 from mixadv.signals import Signals
 from mixadv.tasks import build, models, speed
 from mixadv.tasks.card import model_card
@@ -304,6 +305,13 @@ def _parts(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
+def _training_record(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of the training that results depend on, as the exported mixture records them."""
+    plain = recorded(cfg)
+    kept = {key: plain[key] for key in TRAINING if not is_indifferent(key) and key not in ("callbacks", "baseline")}
+    return kept | {"trainer": {key: plain["trainer"][key] for key in ("max_epochs", "precision", "gradient_clip_val")}}
+
+
 def _module(session: TrainingSession) -> MixtureTraining:
     """The LightningModule for L members."""
     cfg = session.cfg
@@ -313,6 +321,7 @@ def _module(session: TrainingSession) -> MixtureTraining:
         "L": len(recipes),
         **({"model": recipes[0].record()} if same else {"models": [one.record() for one in recipes]}),
         "loss": build.as_dict(cfg.loss),
+        "training": _training_record(cfg),
         **session.mixture_record(),
     }
     if session.members:
