@@ -1,6 +1,7 @@
 """The time announced before training, and that asking for it changes nothing."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,10 +12,13 @@ import torch
 from builders.data import digits_module
 from builders.networks import untrained_mixture
 from conftest import QUIET
-from mixadv.attacks import PGD
+from mixadv.attacks import APGD, ARC, PGD, Square
+from mixadv.evaluation import evaluate
 from mixadv.lambda_solvers import OracleSubgradient
 from mixadv.losses import TRADES
-from mixadv.tasks import estimate
+from mixadv.mixture import Mixture
+from mixadv.tasks import attack_cost, estimate
+from mixadv.tasks.attack_cost import passes_of_protocol, passes_per_image
 from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.threat_model import ThreatModel
 from mixadv.training import MixtureTraining
@@ -161,3 +165,55 @@ def test_durations_in_words(seconds, words):
 
 def test_no_time_at_all_still_counts():
     assert in_words(0.0) == in_words(1.4) == "1 second"
+
+
+# --- the measurement after it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("num_members", [1, 3])
+def test_passes_of_pgd_are_those_of_the_formula(num_members, norm):
+    """K steps take a forward and a backward pass through each member; keep="accuracy" looks at every point again."""
+    for steps in (1, 5, 100):
+        attack = PGD(num_steps=steps, keep="last")
+        assert passes_per_image(attack, num_members, 10, norm) == 2 * steps * num_members
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(num_steps=20, keep="accuracy"), ARC(num_steps=20), Square(num_queries=60), APGD(num_steps=40)]
+)
+def test_long_attacks_are_extrapolated_from_short_ones(attack, monkeypatch):
+    short = passes_per_image(attack, 3, 10, "linf")
+    monkeypatch.setattr(attack_cost, "FEW", (1000, 2000))
+    assert short == pytest.approx(passes_per_image(attack, 3, 10, "linf"), rel=0.15)
+
+
+def test_an_evaluation_is_counted_like_a_run_of_its_passes():
+    """On members that no attack fools, counted by hooks of the test."""
+    counts = []
+    members = [SureOfZero(counts) for _ in range(3)]
+    attacks = {"pgd-6": PGD(num_steps=6), "arc": ARC(num_steps=5), "square": Square(num_queries=7)}
+    x, y = torch.full((4, 1, 3, 3), 0.5), torch.zeros(4, dtype=torch.long)
+    evaluate(Mixture(members), [(x, y)], attacks, ThreatModel("linf", 1e-3))
+    assert passes_of_protocol(attacks, 3, 5, "linf") == pytest.approx(sum(counts) / 4, rel=0.1)
+
+
+class SureOfZero(torch.nn.Module):
+    def __init__(self, counts):
+        super().__init__()
+        self.linear = torch.nn.Linear(9, 5)
+        with torch.no_grad():
+            self.linear.bias[0] += 10
+        self.linear.register_forward_hook(lambda module, given, out: counts.append(len(out)))
+        self.linear.register_full_backward_hook(lambda module, given, out: counts.append(len(out[0])))
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def test_the_announcement_covers_training_and_measurement(trained):
+    (line,) = [line for line in trained.finished.out.splitlines() if line.startswith("Training 3 members")]
+    assert re.search(
+        r" for 2 epochs each on .*: about \d+ seconds?, then at most about \d+ seconds? to measure 50 test images$",
+        line,
+    )

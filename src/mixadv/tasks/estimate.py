@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixadv import seeding
 from mixadv.mixture import Mixture
+from mixadv.tasks.attack_cost import passes_of_protocol, passes_per_image
 from mixadv.tasks.session import Session
 from mixadv.tasks.speed import batches_of_training
 from mixadv.training import MixtureTraining
@@ -21,7 +22,8 @@ PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small_a
 
 
 def announce(session: Session, module: MixtureTraining) -> None:
-    """Print an estimate of the length of the training, and smaller presets if it takes more than a day on a CPU."""
+    """Print estimates of the length of the training and of the measurement after it, which is shorter if attacks
+    succeed early, and smaller presets if they take more than a day on a CPU."""
     cfg, data, device = session.cfg, session.data, session.device
     epochs = cfg.trainer.max_epochs
     # At most as many images at once as in the training itself.
@@ -38,9 +40,21 @@ def announce(session: Session, module: MixtureTraining) -> None:
     cores = counted(torch.get_num_threads(), "CPU core")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     line = f"Training {members} for {counted(epochs, 'epoch')} each on {hardware}: about {in_words(seconds)}"
-    if device.type == "cpu" and seconds > LONG_ON_CPU:
+    measuring = _seconds_to_measure(session, module, per_batch / data.batch_size)
+    line += f", then at most about {in_words(measuring)} to measure {counted(session.num_test_images, 'test image')}"
+    if device.type == "cpu" and seconds + measuring > LONG_ON_CPU:
         line += f".\n[bold yellow]That is for a GPU.[/] What fits this machine: {PRESETS}"
     session.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _seconds_to_measure(session: Session, module: MixtureTraining, per_image: float) -> float:
+    """Seconds of the measurement; `per_image` are those of a training step, whose passes give the time of one."""
+    size, classes, norm = module.mixture.num_members, session.data.num_classes, module.threat_model.norm
+    stepped = size if module.schedule.kind == "shared" else 1
+    # A member's own step is a forward and a backward pass, which is twice as long with gradients of parameters.
+    step = passes_per_image(module.training_attack, size, classes, norm) + 3 * stepped
+    protocol = passes_of_protocol(module.protocol or {}, size, classes, norm)
+    return session.num_test_images * per_image * protocol / step
 
 
 def _synchronize(device: torch.device) -> None:
