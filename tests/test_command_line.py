@@ -1,6 +1,7 @@
 """What is typed arrives as typed: Hydra's own parser reads back what `for_hydra` writes."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,17 @@ def test_paths_are_relative_to_where_the_command_is_typed(command, tmp_path):
 def test_bytes_that_are_no_text_are_refused(command):
     refusal = command("name=\udce9t\udce9").refusal()
     assert "PYTHONUTF8=1" in refusal
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs", "conf", "studies", "benchmarks"])
+def test_printed_commands_are_quoted_for_zsh(page):
+    """zsh takes brackets for a pattern of file names, and `no matches found` ends the command."""
+    root = Path(__file__).resolve().parents[1] / page
+    files = (
+        [root] if root.is_file() else [path for end in ("md", "yaml", "py", "j2") for path in root.rglob(f"*.{end}")]
+    )
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if found := re.search(r"(python run\.py|python -m mixadv|(^|[` ])mixadv) +(?P<words>.*)", line):
+                words = re.sub(r"'[^']*'|\"[^\"]*\"", "", found["words"].split("`")[0].split("    ")[0])
+                assert not re.search(r"=\S*\[", words), (path.name, line)
