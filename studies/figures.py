@@ -88,7 +88,7 @@ def answers_of(runs: Sequence[Run]) -> tuple[list[Answer], list[str]]:
         for run in of_setting:
             seed = run.seed or 0
             if seed not in seeds and (found := compare_with_best_member(run)) is not None:
-                best, comparison = found
+                best, _, comparison = found
                 answers.append(
                     Answer(BEST_MEMBER, names[setting], f"member {best}", Difference((seed,), ALL, comparison))
                 )

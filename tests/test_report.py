@@ -27,7 +27,7 @@ from mixadv.report import (
     write_table_csv,
 )
 from mixadv.report.cells import print_whole
-from mixadv.report.compare import compare_with_baseline, compare_with_best_member, member_sentence
+from mixadv.report.compare import compare_with_baseline, compare_with_best_member, counterpart_sentences
 from mixadv.report.figures.curves import curves_figure
 from mixadv.report.figures.style import member_style, running_mean
 from mixadv.report.figures.sweep import sweep_figure
@@ -257,12 +257,13 @@ def test_the_best_member_is_compared_on_the_same_images(run_dir: Path) -> None:
     np.savez(file, **arrays, members_robust=members)
     found = compare_with_best_member(read_run(run_dir))
     assert found is not None
-    best, result = found
+    best, how, result = found
+    assert how == "chosen on the same images, which favours it"
     assert best == 1
     assert result.difference == pytest.approx(arrays["robust"].mean() - members[1].mean(), abs=1e-12)
     ends = paired_interval_by_weights(arrays["robust"] - members[1])
     assert (result.low, result.high) == pytest.approx(ends, abs=1e-12)
-    sentence = member_sentence(read_run(run_dir))
+    (sentence,) = counterpart_sentences(read_run(run_dir))
     assert "member 1" in sentence
     assert "its best member alone is more robust than the mixture" in sentence
 

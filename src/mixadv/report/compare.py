@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixadv.intervals import num_differing, paired_interval
+from mixadv.intervals import ROUNDING, num_differing, paired_interval
+from mixadv.report.attacks import TWIN, is_single
 from mixadv.report.files import Run
-from mixadv.report.records import ALL, APGD, CLEAN, GAP, MEMBERS, PGD, Measured, measured
+from mixadv.report.records import ALL, APGD, CLEAN, CONSTANT, GAP, MEMBERS, PGD, VOTE, Measured, measured
 
 MEASURES = (CLEAN, PGD, APGD, ALL, MEMBERS, GAP)
 
@@ -95,32 +96,57 @@ def compare_with_baseline(run: Run) -> Comparison | None:
     return Comparison(difference, difference - half, difference + half, False, run.num_examples, None, note)
 
 
-def compare_with_best_member(run: Run) -> tuple[int, Comparison] | None:
-    """The best member's index, and the mixture minus that member, paired; None if L < 2 or without usable records.
+def compare_with_best_member(run: Run) -> tuple[int, str, Comparison] | None:
+    """The best member: its index, on which images it was chosen, and the mixture minus it, paired.
 
-    The best member has the highest robust accuracy on these images. The choice on the same images favours it a little.
+    None if L < 2 or without usable records. Results without a choice on other images name the member with the highest
+    robust accuracy on the test images, which favours it.
     """
+    known = run.results.counterparts
+    chosen = known.best_member if known is not None else None
     try:
         found = measured(run)
     except ValueError:
         return None
     if found.members is None or len(found.members) < 2:
         return None
-    best = int(found.members.mean(axis=1).argmax())
-    return best, paired(found.accuracies[ALL] - found.members[best])
+    best, how = int(found.members.mean(axis=1).argmax()), "chosen on the same images, which favours it"
+    if known is not None and chosen is not None and chosen.which in range(len(found.members)):
+        best, how = int(chosen.which or 0), f"chosen on {known.chosen_on or 'unknown images'}"
+    return best, how, paired(found.accuracies[ALL] - found.members[best])
 
 
-def member_sentence(run: Run) -> str:
-    """One sentence: mixture minus its best member; "" if there is nothing to compare."""
-    found = compare_with_best_member(run)
-    if found is None:
-        return ""
-    best, result = found
+def counterpart_sentences(run: Run) -> list[str]:
+    """Mixture minus each deterministic counterpart, one sentence each; [] if there is nothing to compare."""
+    sentences = []
+    if (member := compare_with_best_member(run)) is not None:
+        best, how, comparison = member
+        sentences.append(_sentence(f"its best member (member {best}, {how})", "its best member", comparison))
+    try:
+        found = measured(run)
+    except ValueError:
+        return sentences
+    # A single model is its own averaged twin.
+    single = is_single(run)
+    for name, right in found.counterparts.items():
+        if name == CONSTANT or not single:
+            comparison = paired(found.accuracies[ALL] - right)
+            sentences.append(_sentence(WHO[name], WHO[name], comparison, "Model" if single else "Mixture"))
+    return sentences
+
+
+# Counterpart -> its name in a sentence.
+WHO = {VOTE: "the vote of its members", TWIN: "its averaged twin", CONSTANT: "the best constant answer"}
+
+
+def _sentence(other: str, short: str, result: Comparison, mine: str = "Mixture") -> str:
+    ahead = f"{short} is ahead, but no difference is shown" if result.difference < -ROUNDING else ""
     verdict = result.verdict(
-        "the mixture is more robust than any of its members alone",
-        "its best member alone is more robust than the mixture",
+        f"the {mine.lower()} is more robust",
+        f"{short} alone is more robust than the {mine.lower()}",
+        *([ahead] if ahead else []),
     )
-    return f"Mixture minus its best member (member {best}): {result.in_words()}: {verdict}."
+    return f"{mine} minus {other}: {result.in_words()}: {verdict}."
 
 
 def baseline_sentence(run: Run) -> str:

@@ -26,13 +26,13 @@ from mixadv.report.attacks import TWIN, attack_rows, attacks_table, classifiers,
 from mixadv.report.ceiling import ceiling_sentences
 from mixadv.report.cells import Column, Table
 from mixadv.report.citations import papers_of
-from mixadv.report.compare import baseline_sentence, member_sentence
+from mixadv.report.compare import baseline_sentence, counterpart_sentences
 from mixadv.report.figures.evaluation import eps_lines, evaluation_figures, steps_lines
 from mixadv.report.figures.examples import MOST, Examples, read_examples, wrong_members
 from mixadv.report.figures.style import save
 from mixadv.report.files import Run, opened, writing
 from mixadv.report.names import format_ball, format_eps, trained_with
-from mixadv.report.records import measured
+from mixadv.report.records import CONSTANT, VOTE, measured
 from mixadv.report.tables import results_table
 from mixadv.results import GameValue
 
@@ -93,7 +93,8 @@ def write_report(run: Run | str | Path) -> Path:
         damage=[*run.notes, *damage],
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         ceilings=ceiling_sentences(run),
-        comparisons=[sentence for sentence in (member_sentence(run), baseline_sentence(run)) if sentence],
+        comparisons=[sentence for sentence in (*counterpart_sentences(run), baseline_sentence(run)) if sentence],
+        counterparts=run.results.counterparts,
         classifiers=_classifiers(run),
         rows=attack_rows(run),
         tables=[attacks_table(run, view) for view in ("page", "cost")],
@@ -149,7 +150,7 @@ def _about(run: Run) -> dict[str, Any]:
 
 def _classifiers(run: Run) -> Table[Any]:
     names = ["mixture"] if is_single(run) else classifiers(run)
-    return results_table(run, "Clean and robust accuracy", [*names, "baseline"])
+    return results_table(run, "Clean and robust accuracy", [*names, VOTE, CONSTANT, "baseline"])
 
 
 class _Finder(NamedTuple):

@@ -8,13 +8,19 @@ from typing import NamedTuple
 import numpy as np
 
 from mixadv import records
+from mixadv.report.attacks import TWIN
 from mixadv.report.files import Run
 
 CLEAN, PGD, APGD, ALL = "clean", "pgd-20", "apgd", "all points"
 MEMBERS, GAP = "mean of the members", "matching-penny gap"
 EVEN = "equal weights"
+# Counterparts; the averaged twin and the best member are the other two.
+VOTE, CONSTANT = "vote", "constant answer"
 _PGD, _APGD = records.ATTACK + PGD, records.ATTACK + "apgd-"
-_READ = (records.CLEAN, records.ROBUST, records.MEMBERS_ROBUST, _PGD, records.UNIFORM_ROBUST)
+_READ = (
+    *(records.CLEAN, records.ROBUST, records.MEMBERS_ROBUST, records.VOTE_ROBUST, records.TWIN_ROBUST),
+    *(_PGD, records.UNIFORM_ROBUST),
+)
 
 
 class Measured(NamedTuple):
@@ -30,12 +36,14 @@ class Measured(NamedTuple):
             - "matching-penny gap": "all points" minus m_i;
             - "equal weights": "all points" for the mixture with weights 1/L (only task=solve).
         members: r [L, N], or None.
+        counterparts: "vote", "averaged twin" and "constant answer" -> whether it is right at all points found [N].
         labels: [N].
         how: data, norm, eps and attacks as text. Runs are comparable only if it is equal.
     """
 
     accuracies: dict[str, np.ndarray]
     members: np.ndarray | None
+    counterparts: dict[str, np.ndarray]
     labels: np.ndarray
     how: str
 
@@ -74,6 +82,11 @@ def measured(run: Run) -> Measured:
             found[measure] = np.min([found[CLEAN], *(numbers[name] for name in attacks)], axis=0)
     if records.UNIFORM_ROBUST in numbers:
         found[EVEN] = numbers[records.UNIFORM_ROBUST]
+    names = {VOTE: records.VOTE_ROBUST, TWIN: records.TWIN_ROBUST}
+    counterparts = {name: numbers[array] for name, array in names.items() if array in numbers}
+    known = run.results.counterparts
+    if known is not None and known.constant is not None and known.constant.which is not None:
+        counterparts[CONSTANT] = (labels == known.constant.which).astype(np.float64)
     weights = run.results.weights
     if members is not None and members.shape != (len(weights), len(labels)):
         members = None
@@ -82,4 +95,4 @@ def measured(run: Run) -> Measured:
         found[GAP] = found[ALL] - found[MEMBERS]
     settings = {name: attack.settings for name, attack in run.results.attacks.items()}
     how = json.dumps([run.data, run.norm, run.eps, settings], sort_keys=True, default=str)
-    return Measured(found, members, labels, how)
+    return Measured(found, members, counterparts, labels, how)

@@ -9,7 +9,7 @@ from mixadv.redaction import printable
 from mixadv.report.attacks import attacks_table
 from mixadv.report.ceiling import ceiling_sentences, ceiling_table
 from mixadv.report.cells import on_console, print_whole
-from mixadv.report.compare import baseline_sentence, member_sentence
+from mixadv.report.compare import baseline_sentence, counterpart_sentences
 from mixadv.report.files import Run
 from mixadv.report.game_tables import print_game
 from mixadv.report.solve import solution_sentences, solution_table
@@ -47,7 +47,7 @@ def show_run(run: Run, console: Console) -> None:
         print_whole(on_console(ceiling_table(run)), console)
     elif run.has_results:
         print_whole(run_table(run), console)
-        for sentence in (baseline_sentence(run), member_sentence(run)):
+        for sentence in (baseline_sentence(run), *counterpart_sentences(run)):
             if sentence:
                 say(sentence)
         if run.results.attacks:

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from mixadv.report.cells import Column, Table
-from mixadv.report.compare import paired
+from mixadv.report.compare import WHO, paired
 from mixadv.report.files import Run
 from mixadv.report.names import format_ball
 from mixadv.report.records import ALL, EVEN, measured
@@ -103,6 +103,7 @@ def _differences(run: Run, rows: tuple[SolveRow, ...]) -> list[str]:
     rivals = {}
     if found.members is not None and weights[best] < 1:
         rivals[f"best member on the validation images ({rows[best].who})"] = found.members[best]
+    rivals |= {WHO[name]: right for name, right in found.counterparts.items()}
     if EVEN in found.accuracies:
         rivals["uniform mixture"] = found.accuracies[EVEN]
     for name, other in rivals.items():

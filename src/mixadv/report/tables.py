@@ -10,13 +10,13 @@ from typing import NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from mixadv.report.attacks import TWIN, classifiers, settings_text
+from mixadv.report.attacks import TWIN, classifiers, is_single, settings_text
 from mixadv.report.cells import Column, Table, of_view, on_console, write_csv
 from mixadv.report.files import Run
 from mixadv.report.names import format_ball, format_eps, norm_symbol, number, short_names
-from mixadv.report.records import APGD, GAP, PGD, measured
+from mixadv.report.records import APGD, CONSTANT, GAP, PGD, VOTE, measured
 from mixadv.report.settings import relevant_settings
-from mixadv.results import UNKNOWN, Accuracy
+from mixadv.results import UNKNOWN, Accuracy, Counterparts
 from mixadv.wording import counted
 
 _STATE_STYLES = {"done": "green", "running": "cyan", "failed": "red", "unfinished": "yellow"}
@@ -26,7 +26,8 @@ class Line(NamedTuple):
     """A row of the table of results: one classifier of a run.
 
     Attributes:
-        who: "mixture", "member 0", ..., "ensemble" (the averaged twin on clean images), "averaged twin" or "baseline".
+        who: "mixture", "member 0", ..., "ensemble" (the averaged twin on clean images), "averaged twin", "vote",
+            "constant answer" or "baseline".
         label: its name on the console and the page.
         clean, robust: on clean images, and at the worst of all points found in all passes.
         weight: lambda_k of a member; "" for other classifiers.
@@ -114,17 +115,22 @@ RESULTS: tuple[Column[Line], ...] = (
 
 
 def rows_of(run: Run, name: str = "") -> dict[str, Line]:
-    """`Line.who` -> row: the members, the mixture, its averaged twin (also as "ensemble") and the baseline."""
+    """`Line.who` -> row: members, mixture, averaged twin (also as "ensemble"), other counterparts and baseline."""
     found, results = {}, run.results
+    counterparts = results.counterparts or Counterparts()
     for k, member in enumerate(results.members):
         weight = results.weights[k] if results.weights else None
-        label = ": ".join(part for part in (f"member {k}", member.name) if part)
+        best = "best" if counterparts.best_member and counterparts.best_member.which == k else ""
+        label = ": ".join(part for part in (f"member {k}", member.name) if part) + (f" ({best})" if best else "")
         found[f"member {k}"] = Line(run, f"member {k}", label, Accuracy(member.clean), member.robust, weight, name)
     found["mixture"] = Line(run, "mixture", classifiers(run)[0], run.clean, run.robust, name=name)
     ensemble = Accuracy(results.ensemble_accuracy)
     found["ensemble"] = Line(run, "ensemble", "ensemble accuracy", ensemble, name=name)
     if (twin := results.averaged_twin) is not None:
         found[TWIN] = Line(run, TWIN, TWIN, Accuracy(twin.clean), twin.robust, name=name)
+    for who, one in ((VOTE, counterparts.vote), (CONSTANT, counterparts.constant)):
+        if one is not None:
+            found[who] = Line(run, who, who, Accuracy(one.clean), one.robust, name=name)
     if (base := run.baseline) is not None:
         label = f"baseline ({'one model' if base.state == 'done' else base.state})"
         found["baseline"] = Line(run, "baseline", label, base.clean, base.robust, name=name)
@@ -142,9 +148,11 @@ def results_table(run: Run, title: str, who: Iterable[str], caption: str = "") -
 
 
 def run_table(run: Run) -> RichTable:
-    """`results_table` for the console, with the ensemble accuracy: that of the averaged twin on clean images."""
+    """`results_table` for the console: the members, the mixture, its counterparts and the baseline."""
     title = headline(run, "" if run.seed is None else f"seed {run.seed}")
-    who = [*(f"member {k}" for k in range(len(run.results.members))), "mixture", "ensemble", "baseline"]
+    twin = TWIN if run.results.averaged_twin is not None else "ensemble"
+    who = [*(f"member {k}" for k in range(len(run.results.members))), "mixture", VOTE, CONSTANT, "baseline"]
+    who += [] if is_single(run) else [twin]
     return on_console(results_table(run, title, who, _caption(run)))
 
 
@@ -165,7 +173,8 @@ def sweep_table(runs: Sequence[Run]) -> RichTable:
 def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
     """Write a tidy csv, one row per run and classifier; accuracies are fractions in full precision.
 
-    Column `who` is "mixture", "ensemble" (clean only), "member 0", ..., "baseline". `robust` is the accuracy at all
+    Column `who` is "mixture", "ensemble" (the averaged twin on clean images), "vote", "averaged twin", "constant
+    answer" (these three if the results have counterparts), "member 0", ..., "baseline". `robust` is the accuracy at all
     points found; `pgd_20`, `apgd` and `matching_penny_gap` are those of `records.Measured`. A run without results has
     one row with `who` = "mixture" and empty numbers.
 
@@ -185,6 +194,8 @@ def _written(run: Run, name: str) -> list[Line]:
     found = rows_of(run, name)
     order = ["mixture"]
     order += ["ensemble"] if run.results.ensemble_accuracy is not None else []
+    if run.results.counterparts is not None:
+        order += [who for who in (VOTE, TWIN, CONSTANT) if who in found]
     order += [f"member {k}" for k in range(len(run.results.members))]
     order += ["baseline"] if run.baseline is not None and run.baseline.has_results else []
     return [found[who] for who in order]

@@ -15,8 +15,9 @@ from mixadv.report.figures.examples import Examples, examples_figure
 from mixadv.report.figures.style import CLEAN_COLOUR, ROBUST_COLOUR, footnote, member_style, new_figure, spaced
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
+from mixadv.report.records import CONSTANT, VOTE
 from mixadv.report.tables import headline
-from mixadv.results import Accuracy
+from mixadv.results import UNKNOWN, Accuracy, Counterparts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,8 @@ _LOOKS: Any = {
         "markerfacecolor": "white",
         "zorder": 3,
     },
+    VOTE: {"color": "#222222", "marker": "*", "markersize": 9, "linestyle": "", "zorder": 3},
+    CONSTANT: {"color": "#777777", "marker": "x", "markersize": 7, "linestyle": "", "zorder": 3},
 }
 _MARKERS = "o^vPX*<>"  # of members: more markers than colours, so that the pairs differ
 _LEGEND, _ABOVE, _BELOW = 2.35, 0.65, 1.15  # inches
@@ -85,6 +88,10 @@ def attacks_figure(run: Run) -> Figure:
     interval.
     """
     rows, worst, targets = attack_rows(run), worst_cases(run), classifiers(run)
+    # Counterparts that no attack of the protocol is run against have a place in the last row alone.
+    known = run.results.counterparts or Counterparts()
+    also = {name: one.robust for name, one in ((VOTE, known.vote), (CONSTANT, known.constant)) if one is not None}
+    worst, targets = {**worst, **also}, [*targets, *also]
     names = [*(_shortened(row.name) for row in rows), ALL]
     tall = max(0.5, 0.11 * len(targets) + 0.1)
     height = _ABOVE + _BELOW + max(tall * len(names), 0.29 * len(targets) + 0.8)
@@ -92,7 +99,8 @@ def attacks_figure(run: Run) -> Figure:
     offsets = np.linspace(-0.32, 0.32, len(targets)) if len(targets) > 1 else [0.0]
     for who, offset in zip(targets, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
-        _draw_intervals(axes, [*(row.values[who] for row in rows), worst[who]], float(offset), who, style)
+        shown = [*(row.values.get(who, UNKNOWN) for row in rows), worst[who]]
+        _draw_intervals(axes, shown, float(offset), who, style)
     name, final = targets[0], worst[targets[0]]
     if final.value is not None:
         axes.axvline(final.value, color=ROBUST_COLOUR, linewidth=1.4, label="worst case", zorder=1)
