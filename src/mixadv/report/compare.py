@@ -121,7 +121,7 @@ def counterpart_sentences(run: Run) -> list[str]:
     sentences = []
     if (member := compare_with_best_member(run)) is not None:
         best, how, comparison = member
-        sentences.append(_sentence(f"its best member (member {best}, {how})", "its best member", comparison))
+        sentences.append(_sentence(f"its best member (member {best}, {how})", "its best member alone", comparison))
     try:
         found = measured(run)
     except ValueError:
@@ -143,7 +143,7 @@ def _sentence(other: str, short: str, result: Comparison, mine: str = "Mixture")
     ahead = f"{short} is ahead, but no difference is shown" if result.difference < -ROUNDING else ""
     verdict = result.verdict(
         f"the {mine.lower()} is more robust",
-        f"{short} alone is more robust than the {mine.lower()}",
+        f"{short} is more robust than the {mine.lower()}",
         *([ahead] if ahead else []),
     )
     return f"{mine} minus {other}: {result.in_words()}: {verdict}."

@@ -210,6 +210,9 @@ def headline(run: Run, *more: str) -> str:
 
 def _caption(run: Run) -> str:
     lines = [f"{run.images}, {format_ball(run.norm, run.eps)}"] if run.images else []
+    known = run.results.counterparts
+    if known is not None and known.chosen_on:
+        lines.append(f"constant answer{'' if is_single(run) else ' and best member'}: chosen on {known.chosen_on}")
     called = {name: settings_text(attack.settings, with_class=False) for name, attack in run.results.attacks.items()}
     attacks = "; ".join(f"{name} ({how})" if how else name for name, how in called.items())
     return "\n".join([*lines, f"robust: per image the worst case over {attacks}"] if attacks else lines)
