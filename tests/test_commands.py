@@ -157,7 +157,7 @@ def test_a_run_says_what_came_out_and_where(trained):
     out = trained.finished.out
     assert out.startswith("Writing to outputs/train/tiny\n")
     assert "Training 3 members for 2 epochs each" in out
-    for label in ("member 0", "member 1", "member 2", "mixture", "ensemble accuracy"):
+    for label in ("member 0", "member 1", "member 2", "mixture", "averaged twin", "vote", "constant answer"):
         assert label in out
     assert str(trained.path) in out
     assert "baseline" not in out
