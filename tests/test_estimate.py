@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from mixadv.tasks import attack_cost, estimate
 from mixadv.tasks.attack_cost import passes_of_protocol, passes_per_image
 from mixadv.tasks.estimate import in_words, seconds_per_batch
 from mixadv.threat_model import ThreatModel
-from mixadv.training import MixtureTraining
+from mixadv.training import MixtureTraining, WeightsPhase
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
@@ -217,3 +218,33 @@ def test_the_announcement_covers_training_and_measurement(trained):
         r" for 2 epochs each on .*: about \d+ seconds?, then at most about \d+ seconds? to measure 50 test images$",
         line,
     )
+
+
+def test_a_phase_with_attacks_of_its_own_is_timed_on_a_copy():
+    """Each of eight images costs what the slow attack takes for it; nothing of the training moves."""
+
+    @dataclass(frozen=True)
+    class Slow:
+        seen: list
+
+        def __call__(self, mixture, x, y, threat_model, generator=None):
+            with mixture.attack_mode():
+                self.seen.append((len(x), y.tolist(), mixture(x).argmax(1).tolist()))
+            time.sleep(0.08)
+            return x
+
+    slow = Slow([])
+    module = MixtureTraining(
+        untrained_mixture("small_resnet", seed=1, width=2),
+        ThreatModel("linf", 0.1),
+        solver=OracleSubgradient(num_steps=2),
+        phase=WeightsPhase("zero_one", {"slow": slow}, num_images=30),
+    )
+    before = everything(module)
+    seconds = estimate.seconds_per_response(module, SHAPE, CPU)
+    assert 0.01 <= seconds < 0.2
+    ((count, labels, answers),) = slow.seen
+    assert count == 8
+    assert labels == answers
+    after = everything(module)
+    assert all(torch.equal(before[name], after[name]) for name in before)

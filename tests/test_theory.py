@@ -5,9 +5,12 @@ exact worst cases of linear members, and what must not change an answer.
 """
 
 import itertools
+import math
+import re
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +18,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from scipy import stats
+from scipy.optimize import linprog, minimize
 
 from mixadv.attacks import PGD, ExpectedLoss
 from mixadv.game import FiniteGame
@@ -434,6 +438,112 @@ def test_values_of_linear_members_grow_with_the_radius_and_mixing_gains_at_a_lar
         gains.append(deterministic - value)
     assert gains[0] == pytest.approx(0.0, abs=1e-9)
     assert gains[-1] > 0.05
+
+
+# --- the ball of distributions, and samples of the ball -------------------------------------------------------------
+
+
+def moved_mass(P, y, near, labels, payoffs):
+    """max over Q with W_inf(P, Q) <= eps of min_k E_Q l_k, and the maximum of E_Q l_k for every k.
+
+    Q lies on targets of both labels. By Strassen's theorem some coupling moves P to Q by at most eps, without changing
+    labels, if and only if Q(targets near A, with the labels of A) >= P(A) for every set A of atoms.
+
+    Args:
+        P: [N] masses of atoms with labels y; near: [N, m] bool, the targets within eps; labels: [m] of the targets;
+        payoffs: [m, L].
+    """
+    n, m = near.shape
+    rows, bounds = [], []
+    for size in range(1, n + 1):
+        for atoms in map(list, itertools.combinations(range(n), size)):
+            reached = (near[atoms] & (labels == y[atoms][:, None])).any(0)
+            rows.append(-reached.astype(float))
+            bounds.append(-P[atoms].sum())
+    settings = {"A_eq": np.ones((1, m)), "b_eq": [1.0], "bounds": [(0, None)] * m}
+    single = [-linprog(-payoffs[:, k], A_ub=rows, b_ub=bounds, **settings).fun for k in range(payoffs.shape[1])]
+    rows = [np.append(row, 0.0) for row in rows] + [np.append(-payoffs[:, k], 1.0) for k in range(payoffs.shape[1])]
+    bounds = bounds + [0.0] * payoffs.shape[1]
+    joint = linprog(
+        np.append(np.zeros(m), -1.0),
+        A_ub=rows,
+        b_ub=bounds,
+        A_eq=np.append(np.ones((1, m)), [[0.0]], axis=1),
+        b_eq=[1.0],
+        bounds=[(0, None)] * m + [(None, None)],
+    )
+    return -joint.fun, single
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_moving_each_example_in_its_ball_is_moving_the_distribution_in_a_wasserstein_ball(seed):
+    """The attacker's strategies are the Q with W_inf(P, Q) <= eps: the same values, although no Q names an example."""
+    rng = np.random.default_rng(seed)
+    atoms, y, P = rng.uniform(size=5), np.array([0, 1, 0, 1, 0]), rng.dirichlet(np.ones(5))
+    places = np.concatenate([atoms, rng.uniform(size=6)])
+    where, labels = np.tile(places, 2), np.repeat([0, 1], len(places))
+    near = np.abs(where - atoms[:, None]) <= 0.3
+    payoffs = rng.normal(size=(len(where), 3))
+    # The game: example i chooses among the targets near it that have its label.
+    allowed = near & (labels == y[:, None])
+    losses = torch.from_numpy(np.broadcast_to(payoffs, (5, *payoffs.shape)).copy())
+    game = FiniteGame(losses, torch.from_numpy(allowed), torch.from_numpy(P))
+    dual, single = moved_mass(P, y, near, labels, payoffs)
+    np.testing.assert_allclose(game.deterministic_values(), single, atol=1e-8)
+    assert dual == pytest.approx(full_linear_program(losses.numpy(), P, allowed)[0], abs=1e-8)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("m", [2, 8, 32])
+def test_what_m_uniform_points_tell_of_the_whole_ball(norm, m):
+    """One member on an interval that the box cuts to [0, 0.4]; it errs beyond 0.3, on a share p = 1/4 of it.
+
+    R = 1 there; the pool misses with probability (1 - p)^m. F = alpha log(1 - p + p exp(1 / alpha)) for the whole ball;
+    the expected F of a pool is below it and rises with m; and with probability 1 - delta both differ by at most
+    alpha (exp(M / alpha) - 1) sqrt(log(2 / delta) / (2 m)).
+    """
+    n, p, alpha, delta = 4000, 0.25, 0.5, 0.1
+    x = torch.full((n, 1), 0.1, dtype=torch.float64)
+    game = MixtureGame(
+        linear_mixture(np.array([[1.0]]), np.array([-0.3])),
+        x,
+        torch.zeros(n, dtype=torch.long),
+        ThreatModel(norm, 0.3),
+        [],
+        ZeroOne(),
+    )
+    one = torch.ones(1, dtype=torch.float64)
+    pool = game.pool(one, m, False, torch.Generator().manual_seed(m))
+    assert pool.value(one) == pytest.approx(1 - (1 - p) ** m, abs=4 * math.sqrt(p / n))
+    whole = alpha * math.log(1 - p + p * math.exp(1 / alpha))
+    binomial = stats.binom(m, p)
+    hits = np.arange(m + 1)
+    of_pools = alpha * np.log1p((math.exp(1 / alpha) - 1) * hits / m)
+    expected = float(binomial.pmf(hits) @ of_pools)
+    assert pool.smoothed_value(one, alpha) == pytest.approx(expected, abs=4 * alpha / math.sqrt(n))
+    assert expected < whole
+    half = game.pool(one, m // 2, False, torch.Generator().manual_seed(m + 1))
+    assert half.smoothed_value(one, alpha) < pool.smoothed_value(one, alpha)
+    bound = alpha * (math.exp(1 / alpha) - 1) * math.sqrt(math.log(2 / delta) / (2 * m))
+    found = pool.losses[..., 0].double().mean(1).numpy()
+    off = np.abs(alpha * np.log1p((math.exp(1 / alpha) - 1) * found) - whole)
+    assert (off <= bound).mean() >= 1 - delta
+    # The relaxation of the whole ball is below R, by the price of the small share p at most.
+    assert 0 <= 1 - whole <= alpha * math.log(1 / p)
+
+
+def test_every_test_that_the_page_of_the_theory_names_exists():
+    page = (Path(__file__).parents[1] / "docs" / "theory.md").read_text()
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)(\.py)?`", page)
+    assert len(named) > 40
+    for name, ending in named:
+        assert (Path(__file__).parent / f"{name}.py").exists() if ending else f"def {name}(" in tests, name
+    table = page.partition("## The poster, row by row")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 18
+    for row in rows:
+        assert "`test_" in row, row
 
 
 # --- what must not change an answer ----------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-# Rounds of the Markov chain, in fewer than 1,024 dimensions and in more. After them the largest difference between its
-# distribution functions of entries, sums and lengths and the exact ones is below 1 % (tests/test_threat_model.py).
+# Rounds of the Markov chain, in fewer than 1,024 dimensions and in more. After them its distribution functions of
+# entries, sums and lengths are off by less than about 1 % (tests/test_threat_model.py).
 ROUNDS, ROUNDS_OF_IMAGES = 64, 32
 
 

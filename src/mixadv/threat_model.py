@@ -117,8 +117,8 @@ class ThreatModel:
 
         linf: exact, because the set is a product of intervals. l2: a Gaussian direction and the radius eps u^(1/d) are
         exact where the point lies in the box. Where it does not, a Markov chain moves it in; its law is uniform up to
-        an error below 1 %, see `mixadv.ball_in_box`. In thousands of dimensions, where nearly every point of the ball
-        leaves the box, this is the law of nearly all samples.
+        an error of about 1 % at most, see `mixadv.ball_in_box`. In thousands of dimensions nearly every point of the
+        ball leaves the box, and the chain makes nearly all samples.
 
         The numbers are drawn on the device of the generator, or of `x` if there is none.
         """

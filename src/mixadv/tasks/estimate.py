@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixadv import seeding
 from mixadv.mixture import Mixture
+from mixadv.mixture_game import MixtureGame
 from mixadv.tasks.attack_cost import passes_of_protocol, passes_per_image
 from mixadv.tasks.session import Session
 from mixadv.tasks.speed import batches_of_training
@@ -16,6 +17,8 @@ from mixadv.wording import counted
 
 # A step that takes at least this long, in seconds, is extrapolated without timing more images.
 ENOUGH_SECONDS = 1.0
+# Images on which a best response of a weights phase is timed.
+RESPONSE_IMAGES = 8
 # Seconds beyond which a training on a CPU is announced with the presets that fit a CPU.
 LONG_ON_CPU = 86400
 PRESETS = "experiment=quickstart (digits, minutes) or experiment=cifar10_small_at (a small net on part of CIFAR-10)"
@@ -34,8 +37,13 @@ def announce(session: Session, module: MixtureTraining) -> None:
     member_batches = module.schedule.member_batches_in(total)
     steps = module.validation_attack.num_steps / max(1, module.training_attack.num_steps)
     validations = epochs / (cfg.trainer.check_val_every_n_epoch or 1) * steps * data.num_val / data.batch_size
-    phases = total - member_batches
-    seconds = per_batch * (member_batches + phases * module.solver.attack_cost() + validations)
+    per_response = per_batch
+    if total > member_batches and not module.phase.is_published:
+        per_response = seconds_per_response(module, data.image_shape, device) * (
+            module.phase.num_images or data.batch_size
+        )
+    phases = (total - member_batches) * module.solver.attack_cost()
+    seconds = per_batch * (member_batches + validations) + per_response * phases
     members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
     cores = counted(torch.get_num_threads(), "CPU core")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
@@ -109,6 +117,29 @@ def seconds_per_batch(
         per_image = max(0.0, longer - seconds) / (more - count)
         count, seconds = more, longer
     return seconds + per_image * (batch_size - count)
+
+
+def seconds_per_response(module: MixtureTraining, image_shape: tuple[int, int, int], device: torch.device) -> float:
+    """Seconds per image of one best response in a weights phase whose attacks are not those of the training.
+
+    Measured on `RESPONSE_IMAGES` images with the labels that the mixture gives them, so that attacks have work to do.
+    Members and generators of the training are not changed.
+    """
+    mixture = copy.deepcopy(module.mixture).to(device)
+    generator = seeding.generator_for(0, "estimate", device=device)
+    x = torch.rand(RESPONSE_IMAGES, *image_shape, generator=generator, device=device)
+    with mixture.attack_mode(), torch.no_grad():
+        y = mixture(x).argmax(1)
+    game = MixtureGame(
+        *(mixture, x, y, module.threat_model),
+        list(module.phase.attacks.values()) or [module.weights_attack],
+        module.phase.loss(module.loss),
+        generator,
+    )
+    _synchronize(device)
+    started = time.perf_counter()
+    game.best_response(mixture.weights.to("cpu", torch.float64))
+    return (time.perf_counter() - started) / RESPONSE_IMAGES
 
 
 def _timed(

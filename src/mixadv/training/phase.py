@@ -26,7 +26,7 @@ class WeightsPhase:
     The defaults are the published phase: the loss of the training, its PGD, the batch of the phase. With
     payoff="zero_one", attacks made for mixtures and some hundred validation images it is the step of BARRE that fits
     the sampling probabilities (Dbouk & Shanbhag, On the robustness of randomized ensembles to adversarial
-    perturbations, ICML 2023, Algorithm 2).
+    perturbations, ICML 2023).
 
     Args:
         payoff: l_k(x'): "loss", the outer loss of the training, or "zero_one", 1[f_k(x') != y].
