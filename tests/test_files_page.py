@@ -130,7 +130,9 @@ def test_every_key_of_a_checkpoint_of_a_mixture_and_of_the_choices_is_listed(run
     }
     page = table("mixture/")
     # Of members that are built in different ways, which this run has not.
-    assert page.pop("models")[0] == {"solve"}
+    assert page.pop("models")[0] == {"solve", "train"}
+    # Of a training that starts from members.
+    assert page.pop("started_from")[0] == {"train"}
     agree(page, recipes)
     choices = {
         task: set(json.loads((runs[task] / "choices.json").read_text())) for task in ("train", "evaluate", "solve")
