@@ -21,7 +21,7 @@ from builders.networks import (
     patchwork_mixture,
 )
 from builders.refusals import refusal
-from mixadv.attacks import APGD, ARC, PGD, Square, SubsetAttack, UniformNoise
+from mixadv.attacks import APGD, ARC, PGD, LatticeClimber, Square, SubsetAttack, UniformNoise
 from mixadv.attacks.search import SearchAttack
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
@@ -54,6 +54,7 @@ CASES = {
     "apgd-targeted": Case(APGD(4, loss="dlr-targeted", targets=2), steps=40, fixed={"start": "none"}),
     "arc": Case(ARC(3), steps=1, fixed={"order": "weights"}),
     "arc-published": Case(ARC(3, variant="published"), steps=1, fixed={"order": "weights"}),
+    "climber": Case(LatticeClimber(8, steps_per_set=4), steps=40, fixed=None),
     "subsets": Case(SubsetAttack(3), steps=1, fixed={}),
     "square": Case(Square(30), steps=None, fixed=None),
 }

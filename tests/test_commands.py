@@ -82,7 +82,7 @@ def assert_contract(path, num_members, baseline=False, files=frozenset(FILES)):
     for member in results["members"]:
         assert {"clean", "robust"} <= set(member)
     for name, attack in results["attacks"].items():
-        assert name.split("-")[0] in ("pgd", "apgd", "arc", "square", "subsets")
+        assert name.split("-")[0] in ("pgd", "apgd", "arc", "square", "subsets", "climber")
         assert {"expected_accuracy", "settings", "seconds"} <= set(attack)
     assert {"train", "evaluate", "total"} <= set(results["seconds"])
     for part in ("clean", "robust"):
@@ -145,7 +145,7 @@ def test_a_run_keeps_the_contract(trained):
     assert (results["task"], results["seed"]) == ("train", 5)
     assert results["threat_model"] == {"norm": "linf", "eps": 0.05}
     assert results["num_examples"] == 50
-    assert list(results["attacks"]) == ["pgd-20", "arc", "subsets", "square"]
+    assert list(results["attacks"]) == ["pgd-20", "arc", "subsets", "square", "climber"]
     assert results["robust"]["expected_accuracy"] <= results["attacks"]["pgd-20"]["expected_accuracy"]
     assert results["robust"]["expected_accuracy"] <= results["clean"]["expected_accuracy"]
     # Ten classes: a trained member knows more than chance, an untrained one does not.

@@ -32,6 +32,7 @@ NAMES = [
     *("non-finite-logits", "zero-gradients", "saturated-logits", "probabilities", "random-outputs", "batch-dependent"),
     *("black-box-beats-white-box", "noise-beats-pgd", "more-steps-do-not-hurt", "larger-eps-does-not-hurt"),
     *("ce-and-dlr-disagree", "white-box-attacks-disagree", "robust-above-clean", "survives-grey"),
+    "search-not-exhaustive",
 ]
 
 # What each must raise at least; what else it raises is true of it as well.

@@ -146,7 +146,7 @@ def test_the_number_is_the_worst_expectation_over_all_points_found(shelf, five):
     assert results["robust"]["expected_accuracy"] == pytest.approx(worst.mean(), abs=1e-6)
     np.testing.assert_allclose(records["robust"], worst, atol=1e-6)
     assert records["labels"].shape == (50,)
-    assert set(results["attacks"]) == {"pgd-20", "arc", "subsets", "square"}
+    assert set(results["attacks"]) == {"pgd-20", "arc", "subsets", "square", "climber"}
 
 
 def test_data_eps_and_norm_are_the_records_and_the_report_is_whole(shelf, five):

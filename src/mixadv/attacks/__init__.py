@@ -2,6 +2,7 @@
 
 from mixadv.attacks.apgd import APGD
 from mixadv.attacks.arc import ARC
+from mixadv.attacks.climber import LatticeClimber
 from mixadv.attacks.noise import UniformNoise
 from mixadv.attacks.objectives import AveragedLoss, ExpectedLoss, InnerLoss, Objective, TargetedLoss
 from mixadv.attacks.pgd import PGD
@@ -19,6 +20,7 @@ __all__ = [
     "AveragedLoss",
     "ExpectedLoss",
     "InnerLoss",
+    "LatticeClimber",
     "Objective",
     "Square",
     "SubsetAttack",

@@ -60,7 +60,7 @@ def nearest_boundary(
         num_runner_ups: how many classes are tried; C - 1 if there are fewer.
         leave_top: the class to leave is the one that the member answers; by default it is the label, so that a member
             that errs already has a negative distance (the most negative one over the runner-ups).
-        rival: classes [R], which take the place of the runner-ups.
+        rival: classes [R], which take the place of the runner-ups; -1 leaves it to the highest of them.
         rescaled: [R] bool, points whose normal and direction are those of w = grad f_t / ||grad f_t||_2 -
             grad f_j / ||grad f_j||_2, j the highest other class. A function applied to each logit, such as a tanh, does
             not change this w, see `squashed_at`. Costs two more backward passes for the whole batch.
@@ -74,10 +74,9 @@ def nearest_boundary(
         here = logits.detach()
         leave = (here.argmax(-1) if leave_top else y).unsqueeze(1)
         count = min(num_runner_ups, here.shape[1] - 1)
-        if rival is None:
-            rivals = here.scatter(1, leave, float("-inf")).topk(count, dim=1).indices
-        else:
-            count, rivals = 1, rival[:, None]
+        rivals = here.scatter(1, leave, float("-inf")).topk(count, dim=1).indices
+        if rival is not None:
+            count, rivals = 1, torch.where(rival[:, None] >= 0, rival[:, None], rivals[:, :1])
         leads = logits.gather(1, leave) - logits.gather(1, rivals)
         again = rescaled is not None
         slopes = [gradient(leads[:, i], points, retain_graph=again or i + 1 < count) for i in range(count)]

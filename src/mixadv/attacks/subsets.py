@@ -1,4 +1,4 @@
-"""Attacks on sets of members: the worst point fools some set of members, so the attack tries each set."""
+"""Attacks on sets of members: the worst point fools some set of members, so a few members have each set tried."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class SubsetAttack(SearchAttack):
-    """For each of many sets S of members, searches for a point that fools all of S.
+    """For each of a fixed list of sets S of members, searches for a point that fools all of S.
 
     The exact expected accuracy sum_k lambda_k 1[f_k(x') = y] takes at most 2^L values, one for each set of fooled
     members. Climbing a sum of losses over all members stalls where their gradients oppose each other. For a set S the
@@ -51,8 +51,8 @@ class SubsetAttack(SearchAttack):
         before any set has the next.
     kappa: the depth at which a fooled member stops pulling, relative to eps.
     max_subsets: all nonempty sets of members of positive weight are tried if there are no more than this (15: up to
-        L = 4). Otherwise all L sets of one member, then the heaviest sets for half of the rest, then random ones;
-        never fewer than the L sets of one member and the set of all members.
+        L = 4), otherwise this many of the heaviest. Among more members most images need other sets: `LatticeClimber`
+        chooses sets for each image.
 
     Where the gradients of two logits of a member differ more than tenfold at x, both are scaled to the same length
     first (`nearest_boundary`), so that logits squashed by a tanh or a sigmoid do not stop the attack.
@@ -81,11 +81,15 @@ class SubsetAttack(SearchAttack):
         climb = Climb.begin(mixture, ExpectedLoss("margin"), x, y)
         weights, turnable = mixture.weights, members_with_gradient(mixture, x)
         search = _Search(self, climb, threat_model, generator, weights, turnable, _squashed(climb, turnable))
-        sets = subsets_by_weight(weights.tolist(), self.max_subsets, generator)
+        sets = heaviest_subsets(weights.tolist(), self.max_subsets)
         for restart, members in itertools.product(range(self.restarts), sets):
             search.run(members, from_x=restart == 0)
         self.warn_of_nan_gradients(climb.blind, "move")
         return climb.worst.x
+
+    def sets_of(self, num_members: int) -> int:
+        """How many sets of members are tried, if `num_members` have positive weight."""
+        return min(self.max_subsets, 2**num_members - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,27 +157,13 @@ def _squashed(climb: Climb, members: Sequence[int]) -> dict[int, Tensor]:
     return found
 
 
-def subsets_by_weight(
-    weights: Sequence[float], max_subsets: int, generator: torch.Generator | None = None
-) -> list[tuple[int, ...]]:
-    """Nonempty sets of members by decreasing weight, at most `max_subsets` (but see `SubsetAttack.max_subsets`).
+def heaviest_subsets(weights: Sequence[float], count: int) -> list[tuple[int, ...]]:
+    """The `count` heaviest nonempty sets of members, or all if there are fewer, by decreasing weight.
 
     Args:
         weights: lambda of L members, all positive.
-        generator: draws the random sets, if not all sets fit.
     """
-    count = len(weights)
-    if 2**count - 1 <= max_subsets:
-        chosen = {s for size in range(1, count + 1) for s in itertools.combinations(range(count), size)}
-    else:
-        chosen = {(k,) for k in range(count)}
-        heaviest = max(1, (max_subsets - count + 1) // 2)
-        chosen |= set(itertools.islice(_heaviest_first(weights), heaviest))
-        device = "cpu" if generator is None else generator.device
-        while len(chosen) < max_subsets:
-            coins = torch.rand(count, generator=generator, device=device) < 0.5
-            if bool(coins.any()):
-                chosen.add(tuple(coins.nonzero().flatten().tolist()))
+    chosen = list(itertools.islice(_heaviest_first(weights), count))
     return sorted(chosen, key=lambda s: (-sum(weights[k] for k in s), s))
 
 

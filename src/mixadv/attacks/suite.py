@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -189,17 +189,19 @@ def _no_attack(
 
 def passes_of(
     attacks: Mapping[str, Attack], mixture: Mixture, other_weights: Sequence[Sequence[float]] = ()
-) -> Iterator[Pass]:
-    """All attacks on the mixture, then those on its members alone, its averaged twin, and it with other weights."""
-    for name, attack in attacks.items():
-        yield Pass(name, attack, MIXTURE, mixture)
-    if mixture.num_members == 1:
-        return
-    for name, attack in attacks.items():
-        if getattr(attack, "transfers", True):
-            for k, member in enumerate(mixture.members):
-                yield Pass(name, attack, f"member {k}", Mixture([member]))
-            # The forward pass of a mixture is its averaged prediction.
-            yield Pass(name, attack, TWIN, Mixture([mixture]))
-        for j, weights in enumerate(other_weights):
-            yield Pass(name, attack, f"other weights {j}", Mixture(mixture.members, weights))
+) -> list[Pass]:
+    """All attacks on the mixture, then those on its members alone, its averaged twin, and it with other weights.
+
+    Passes that begin at the worst points of others come last.
+    """
+    passes = [Pass(name, attack, MIXTURE, mixture) for name, attack in attacks.items()]
+    if mixture.num_members > 1:
+        for name, attack in attacks.items():
+            if getattr(attack, "transfers", True):
+                alone = enumerate(mixture.members)
+                passes += [Pass(name, attack, f"member {k}", Mixture([member])) for k, member in alone]
+                # The forward pass of a mixture is its averaged prediction.
+                passes.append(Pass(name, attack, TWIN, Mixture([mixture])))
+            for j, weights in enumerate(other_weights):
+                passes.append(Pass(name, attack, f"other weights {j}", Mixture(mixture.members, weights)))
+    return sorted(passes, key=lambda one: one.is_warm)

@@ -58,7 +58,7 @@ def curves(
     accuracies: list[np.ndarray] = []
     losses: list[np.ndarray] = []
     batches = list(zip(x.detach().split(batch_size), y.split(batch_size), strict=True))
-    passes = list(passes_of({"curves": PGD()}, mixture))
+    passes = passes_of({"curves": PGD()}, mixture)
     with mixture.attack_mode():
         for i, (images, labels) in enumerate(batches):
             accuracies.append(_against_eps(mixture, passes, images, labels, threat_model, radii, seeds=(seed, i)))

@@ -20,6 +20,11 @@ _PAPERS = {
         "ARC: H. Dbouk, N. R. Shanbhag. Adversarial Vulnerability of Randomized Ensembles. ICML 2022,",
         "2206.06737",
     ),
+    "climber": (
+        "Lattice Climber: L. Gnecco-Heredia, B. Negrevergne, Y. Chevaleyre. Adversarial attacks for mixtures of "
+        "classifiers. 2023,",
+        "2307.10788",
+    ),
     "pgd": (
         "PGD: A. Madry, A. Makelov, L. Schmidt, D. Tsipras, A. Vladu. Towards Deep Learning Models Resistant to "
         "Adversarial Attacks. ICLR 2018,",

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from mixadv import records
+from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import passes_of
 from mixadv.console import Console
 from mixadv.evaluation import (
@@ -77,7 +78,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         vote = choice.vote if mixture.num_members > 1 else None
     given = batches if starts is None else [*batches, (starts, indices)]
     mark = fingerprint(mixture, given, [json.dumps(settings, sort_keys=True), ball, cfg.seed, vote])
-    num_passes = sum(1 for _ in passes_of(attacks, mixture)) + (vote is not None)
+    num_passes = len(passes_of(attacks, mixture)) + (vote is not None)
     total = num_passes * sum(len(y) for _, y in batches)
     with _bar(total, cfg.trainer.enable_progress_bar and session.is_first) as advance:
         record = evaluate(
@@ -98,7 +99,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         record.results(settings),
         **header_of(session),
         **measured_ceiling(session),
-        **_diagnosis(session, mixture, batches, record),
+        **_diagnosis(session, mixture, batches, record, attacks),
         counterparts=None if choice is None else counterparts_of(record, choice),
         classes=record.by_class(session.data.class_names),
         game=GameValue(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
@@ -143,7 +144,11 @@ def _choice(session: Session, mixture: Mixture) -> Choice:
 
 
 def _diagnosis(
-    session: Session, mixture: Mixture, batches: Sequence[tuple[Tensor, Tensor]], record: EvaluationRecord
+    session: Session,
+    mixture: Mixture,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    record: EvaluationRecord,
+    attacks: Mapping[str, Attack],
 ) -> dict[str, Any]:
     """Flags, the checks behind them, and curves over eps and steps, on the first ``protocol.diagnosed`` images."""
     count, seed = session.cfg.protocol.get("diagnosed", 0), session.cfg.seed
@@ -153,7 +158,7 @@ def _diagnosis(
     x, y = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
     found = curves(mixture, x, y, session.threat_model, seed=seed)
     return {
-        "flags": tuple(distrust(mixture, x, y, session.threat_model, record, seed=seed)),
+        "flags": tuple(distrust(mixture, x, y, session.threat_model, record, attacks, seed=seed)),
         "checks": tuple(FLAGS),
         "curves": Curves(found["num_examples"], Curve(**found["eps"]), Curve(**found["steps"])),
     }
