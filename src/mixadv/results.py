@@ -248,6 +248,7 @@ class CeilingRow:
 class Results:
     """The results of a run.
 
+    `content` is a digest of what was measured and how: parameters, weights, images, ball, protocol and seed.
     `training` holds the settings with which a measured mixture was trained, as it records them.
     `weights` is lambda [L], float64, as the game used it. `game` is the game on all points found. `played` holds the
     results of task=game as plain containers, under the key `game` of the file.
@@ -261,6 +262,7 @@ class Results:
     git: str | None = field(default=None, metadata=at(null=True))
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    content: str | None = None
     norm: str | None = field(default=None, metadata=at("threat_model", "norm"))
     eps: float | None = field(default=None, metadata=at("threat_model", "eps"))
     protocol: str | None = None

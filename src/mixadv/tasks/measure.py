@@ -101,6 +101,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         **measured_ceiling(session),
         **_diagnosis(session, mixture, batches, record, attacks),
         counterparts=None if choice is None else counterparts_of(record, choice),
+        content=mark,
         classes=record.by_class(session.data.class_names),
         game=GameValue(**equilibrium_of(pool_of(record), torch.from_numpy(record.weights))),
         seconds={"evaluate": round(time.perf_counter() - started, 3)},
