@@ -122,7 +122,8 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     folder = _folder(path)
-    return [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+    # A missing file is refused where the mixture is built.
+    return [path for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE) if path.is_file()]
 
 
 def _folder(path: Path) -> Path:
