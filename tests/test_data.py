@@ -610,6 +610,59 @@ def test_digits_are_the_published_ones():
     assert (np.abs(torch.bincount(data.test_labels).numpy() - shares) < 1).all()
 
 
+def test_digits_of_some_classes_are_numbered_anew():
+    whole, some = set_up(Digits()), set_up(Digits(classes=[7, 1, 5]))
+    assert some.class_names == ("7", "1", "5")
+    assert some.name == "Digits (8x8), classes 7, 1, 5"
+    for number, digit in enumerate((7, 1, 5)):
+        assert torch.equal(some.test_images[some.test_labels == number], whole.test_images[whole.test_labels == digit])
+    kept = torch.cat([some.train_labels, some.val_labels])
+    of_all = torch.cat([whole.train_labels, whole.val_labels])
+    assert torch.bincount(kept).tolist() == [int((of_all == digit).sum()) for digit in (7, 1, 5)]
+
+
+def test_averages_are_of_originals_of_one_class_and_split():
+    """With as many as there are of a class, every average of the split is the mean of exactly its originals."""
+    common = {"classes": [1, 5], "num_train": 20, "num_val": 20, "num_test": 20}
+    originals, averages = set_up(Digits(**common)), set_up(Digits(**common, average=10))
+    for split in ("train", "val", "test"):
+        labels = getattr(originals, f"{split}_labels")
+        assert torch.equal(getattr(averages, f"{split}_labels"), labels)
+        assert torch.bincount(labels).tolist() == [10, 10]
+        for label in (0, 1):
+            mean = getattr(originals, f"{split}_images")[labels == label].double().mean(0).round()
+            assert (getattr(averages, f"{split}_images")[labels == label] == mean).all()
+    assert averages.mean[0] == pytest.approx((averages.train_images / 255).mean().item(), abs=1e-6)
+
+
+def test_averages_are_as_many_different_images_as_originals_and_the_same_in_every_run():
+    first, second = (set_up(Digits(classes=[1, 5, 7], average=4, seed=seed)) for seed in (0, 1))
+    images, labels = first.train_images, first.train_labels
+    assert torch.equal(images, second.train_images)
+    assert len(images.flatten(1).unique(dim=0)) == len(images)
+    originals = set_up(Digits(classes=[1, 5, 7])).train_images
+    for label in range(3):
+        # The variance of the mean of m draws without replacement from n: s^2 (1/m - 1/n) with s^2 over n - 1.
+        before, after = (part[labels == label].double().var(0).sum() for part in (originals, images))
+        count = int((labels == label).sum())
+        assert float(after / before) == pytest.approx(1 / 4 - 1 / count, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": [3]}, "two different digits or more"),
+        ({"classes": [3, 3]}, "two different digits or more"),
+        ({"classes": [3, 10]}, "two different digits or more"),
+        ({"average": 0}, "average=0 must be at least 1"),
+        ({"classes": [1, 5], "num_test": 6, "average": 5}, "the test images hold 3 of digit 1: lower average"),
+    ],
+)
+def test_digits_that_cannot_be_averaged_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        set_up(Digits(**settings))
+
+
 def test_digits_test_images_never_move():
     one, two = set_up(Digits(seed=0)), set_up(Digits(seed=1))
     assert torch.equal(one.test_images, two.test_images)

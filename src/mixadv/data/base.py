@@ -173,6 +173,10 @@ class ImageDataModule(LightningDataModule):
         """
         return ""
 
+    def derived(self, images: Tensor, labels: Tensor, split: str) -> Tensor:
+        """The images of a split ("train", "validation" or "test"), made from its part of the published ones."""
+        return images
+
     def setup(self, stage: str | None = None) -> None:
         """Load and split; a second call keeps the tensors. For "fit" the training batches start at number 0."""
         if stage in (None, "fit"):
@@ -193,12 +197,13 @@ class ImageDataModule(LightningDataModule):
         test = stratified_subset(corpus.test_labels, num_test, _TEST_SUBSET_SEED)
         self.class_names = corpus.class_names
         self.train_indices, self.val_indices, self.test_indices = train, val, test
-        self.train_images, self.train_labels = corpus.train_images[train], labels[train]
-        self.val_images, self.val_labels = corpus.train_images[val], labels[val]
+        self.train_labels, self.val_labels = labels[train], labels[val]
+        self.train_images = self.derived(corpus.train_images[train], self.train_labels, "train")
+        self.val_images = self.derived(corpus.train_images[val], self.val_labels, "validation")
         self.mean, self.std = channel_statistics(self.train_images)
         # `test_images` comes last, because it marks the module as set up: after an interruption setup runs again.
         self.test_labels = corpus.test_labels[test]
-        self.test_images = corpus.test_images[test]
+        self.test_images = self.derived(corpus.test_images[test], self.test_labels, "test")
 
     def _sizes(self, corpus: ImageCorpus) -> tuple[int, int, int]:
         available = len(corpus.train_labels)

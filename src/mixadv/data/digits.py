@@ -1,12 +1,15 @@
 """Scikit-learn's embedded digits: a data set that needs no download and trains in seconds."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mixadv.data.base import ImageCorpus, ImageDataModule
 from mixadv.data.split import stratified_subset
+from mixadv.seeding import derive_seed
 
 NUM_TEST_IMAGES = 360
 # A constant, so that no seed of a run moves test images into training.
@@ -20,7 +23,13 @@ class Digits(ImageDataModule):
     become 0 and 255 exactly and eps = 1/16 is about one grey level of the original. The published data have no test
     set: 360 images, stratified and the same in every run, are used as one, and 1,437 for training and validation.
 
+    With `average` = m every image is the rounded mean of m different originals of its class and split, the same in
+    every run; there are as many of them as originals. No original is in the averages of two splits. Averages of a
+    class are close to each other, so that few classes of them conflict in triangles (docs/ceiling.md).
+
     Args:
+        classes: the digits that are kept, in this order, as [1, 5, 7]; None for all.
+        average: m, 1 for the originals.
         val_fraction: 0.15 by default, 216 images.
         padding, flip: off by default: at 8x8 a shift by one pixel is large, and a mirrored digit is another shape.
         common: see `ImageDataModule`.
@@ -29,9 +38,26 @@ class Digits(ImageDataModule):
     name = "Digits (8x8)"
 
     def __init__(
-        self, *, val_fraction: float | None = 0.15, padding: int = 0, flip: bool = False, **common: Any
+        self,
+        *,
+        classes: Sequence[int] | None = None,
+        average: int = 1,
+        val_fraction: float | None = 0.15,
+        padding: int = 0,
+        flip: bool = False,
+        **common: Any,
     ) -> None:
         super().__init__(val_fraction=val_fraction, padding=padding, flip=flip, **common)
+        self.classes = list(range(10)) if classes is None else list(classes)
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes) or set(self.classes) - set(range(10)):
+            raise ValueError(f"classes={self.classes} must be two different digits or more, as [1,5,7]")
+        if average < 1:
+            raise ValueError(f"average={average} must be at least 1, the originals themselves")
+        self.average = average
+        if classes is not None:
+            self.name += f", classes {', '.join(map(str, self.classes))}"
+        if average > 1:
+            self.name += f", averages of {average}"
 
     def load(self) -> ImageCorpus:
         from sklearn.datasets import load_digits
@@ -41,5 +67,27 @@ class Digits(ImageDataModule):
         images = torch.from_numpy(pixels).unsqueeze(1)
         labels = torch.from_numpy(bunch.target).long()
         is_test = torch.isin(torch.arange(len(labels)), stratified_subset(labels, NUM_TEST_IMAGES, _TEST_SPLIT_SEED))
-        names = tuple(str(name) for name in bunch.target_names)
-        return ImageCorpus(images[~is_test], labels[~is_test], images[is_test], labels[is_test], names)
+        place = torch.full((10,), -1)
+        place[self.classes] = torch.arange(len(self.classes))
+        labels = place[labels]
+        train, test = ~is_test & (labels >= 0), is_test & (labels >= 0)
+        names = tuple(str(bunch.target_names[digit]) for digit in self.classes)
+        return ImageCorpus(images[train], labels[train], images[test], labels[test], names)
+
+    def derived(self, images: Tensor, labels: Tensor, split: str) -> Tensor:
+        if self.average == 1:
+            return images
+        averages = torch.empty_like(images)
+        for label in labels.unique():
+            own = (labels == label).nonzero().flatten()
+            if len(own) < self.average:
+                raise ValueError(
+                    f"average={self.average}, but the {split} images hold {len(own)} of digit "
+                    f"{self.classes[int(label)]}: lower average, or give the split more images"
+                )
+            for i in own.tolist():
+                # Not by a generator: its draws may differ between versions.
+                ranks = {j: derive_seed("averages", split, i, j) for j in own.tolist()}
+                chosen = sorted(ranks, key=ranks.__getitem__)[: self.average]
+                averages[i] = images[chosen].double().mean(0).round().to(torch.uint8)
+        return averages
