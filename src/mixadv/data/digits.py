@@ -75,6 +75,7 @@ class Digits(ImageDataModule):
         return ImageCorpus(images[train], labels[train], images[test], labels[test], names)
 
     def derived(self, images: Tensor, labels: Tensor, split: str) -> Tensor:
+        """The averages, or the originals themselves; raises as `setup` does if a class has too few."""
         if self.average == 1:
             return images
         averages = torch.empty_like(images)
