@@ -160,13 +160,19 @@ def test_the_command_plays_a_table_and_draws_it(command, tmp_path):
     for line in ("best mixture, weight of paper", "5/12", "move 1 with probability 0.4167"):
         assert line in finished.out
     assert (tmp_path / "outputs" / "game" / "rps" / "game.png").read_bytes().startswith(b"\x89PNG")
+    again = command("task=game", "game=table", "game.file=rps.csv", "name=rps")
+    assert "is done; its results" in again.out
+    (tmp_path / "rps.csv").write_text(RPS.replace("2", "1"))
+    changed = command("task=game", "game=table", "game.file=rps.csv", "name=rps")
+    assert changed.rc == 0, changed.err
+    assert re.search(r"weight of paper\W+1/3", changed.out)
     many = np.random.default_rng(0).random((40, 7, 30)) < 0.3
     np.save(tmp_path / "many.npy", many)
     finished = command("task=game", "game=table", "game.file=many.npy", "name=many")
     assert finished.rc == 0, finished.err
     assert "The 20 members with the largest weights; results.json has all 30." in finished.out
     table = command("task=report", "runs=outputs")
-    assert "1/12" in table.out
+    assert re.search(r"rps +done +Table +– +0 +0 +1\b", table.out)
     assert "game.file has no default: add game.file=..." in command("task=game", "game=table", "name=x").refusal()
 
 

@@ -53,7 +53,7 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
-    content_may_change = cfg.task in ("evaluate", "solve")
+    content_may_change = cfg.task in ("evaluate", "solve") or (cfg.task == "game" and "file" in cfg.game)
     if sweep is not None and cfg.resume != "never" and not content_may_change and is_sealed(run_dir, settings):
         found = finished_results(run_dir)
         print(f"{run_dir.name} is done", flush=True)
@@ -110,9 +110,9 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
 
         return cfg, partial(train, sweep=sweep), ""
     if cfg.task == "game":
-        from mixadv.tasks.game import play_game
+        from mixadv.tasks.game import content_of_game, play_game
 
-        return cfg, play_game, ""
+        return cfg, play_game, content_of_game(cfg)
     if cfg.task == "ceiling":
         from mixadv.tasks.ceiling import find_ceiling
 

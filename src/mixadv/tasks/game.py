@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from mixadv.config import Config
 from mixadv.console import Console
 from mixadv.errors import UserError
+from mixadv.files import digest_of_files
 from mixadv.report import Run
 from mixadv.report.figures.games import draw_game
 from mixadv.results import Results
@@ -19,6 +20,18 @@ from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks.build import as_dict, instantiate
 from mixadv.tasks.provenance import device_name, provenance
 from mixadv.tasks.session import as_finished
+
+
+def content_of_game(cfg: DictConfig) -> str:
+    """A digest of the files that a game is made from, its `file` and classifiers as ``file.py:callable``; "" for none.
+
+    A file that is gone does not count, so that a finished run is still shown.
+    """
+    named = [cfg.game.get("file"), *(cfg.game.get("classifiers") or ())]
+    texts = [text for text in named if isinstance(text, str)]
+    paths = [Path(text).expanduser() for name in texts for text in (name, name.rpartition(":")[0])]
+    files = [path for path in paths if path.is_file()]
+    return digest_of_files(files) if files else ""
 
 
 def play_game(cfg: DictConfig, run_dir: Path, state: State) -> Run:
