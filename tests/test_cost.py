@@ -133,7 +133,9 @@ class Levelling(LambdaSolver):
 
 
 SOLVERS = {
-    "oracle": (OracleSubgradient(num_steps=2), {"responses": 2, "pooled": False, "samples": 0}),
+    # A response for each step, and one that judges the last iterate.
+    "oracle": (OracleSubgradient(num_steps=2), {"responses": 3, "pooled": False, "samples": 0}),
+    "oracle, last": (OracleSubgradient(num_steps=2, select="last"), {"responses": 2, "pooled": False, "samples": 0}),
     "entropic": (AcceleratedEntropic(num_steps=3, num_samples=5), {"responses": 1, "pooled": True, "samples": 5}),
     "entropic, samples alone": (
         AcceleratedEntropic(num_steps=3, num_samples=4, include_attack_points=False),
