@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import linprog, minimize
 
 from builders.linear_problems import ManyLinearMembers
+from mixadv.attacks import AttackSuite
 from oracles_linear import exact_worst_case, length, worst_case_with_depth
 
 
@@ -95,3 +96,45 @@ def test_two_classes_without_a_box_agree_with_the_other_oracle(norm):
         expected, _ = exact_worst_case(W, b, y, x, eps, norm, lam)
         value, _ = worst_case_with_depth(*logits, y, x, eps, norm, lam, bounds=None, depth=1e-6)
         assert value == pytest.approx(expected, abs=1e-9)
+
+
+# --- what the protocols reach -----------------------------------------------------------------------------------
+
+CASES = {3: (20, "linf", 0.12), 4: (24, "l2", 0.35), 8: (32, "linf", 0.1), 16: (48, "l2", 0.45)}
+OTHER_NORM = {3: (20, "l2", 0.3), 4: (24, "linf", 0.12), 8: (32, "l2", 0.45), 16: (48, "linf", 0.1)}
+# How far the mean accuracy may be above the optimum.
+ALLOWED = {"fast": {3: 0.01, 4: 0.01, 8: 0.01, 16: 0.05}, "strict": {3: 0.001, 4: 0.001, 8: 0.003, 16: 0.015}}
+
+
+def excess(protocol, L, d, norm, eps):
+    """By how much the mean expected accuracy under a protocol is above the optimum of 20 points."""
+    problem = ManyLinearMembers(L, d, norm, eps, 20)
+    record = AttackSuite.from_protocol(protocol)(problem.mixture, problem.x, problem.y, problem.threat_model)
+    found = record.expected_accuracy.numpy()
+    # Members may count as wrong right behind their boundary, but nobody finds more than there is.
+    assert all(found[i] >= 1 - problem.worst_case(i, depth=-1e-6)[0] - 1e-9 for i in range(20))
+    above = float((found - problem.best).mean())
+    print(f"{protocol} L={L} d={d} {norm}: {found.mean():.2%}, optimum {problem.best.mean():.2%}, above {above:.2%}")
+    return above
+
+
+@pytest.mark.parametrize("L", [3, 4, 8])
+def test_the_fast_protocol_comes_close_to_the_optimum(L):
+    assert excess("fast", L, *CASES[L]) <= ALLOWED["fast"][L]
+
+
+def test_the_strict_protocol_reaches_the_optimum_of_three_members():
+    assert excess("strict", 3, *CASES[3]) <= ALLOWED["strict"][3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("L", [4, 8, 16])
+def test_the_strict_protocol_reaches_the_optimum_of_many_members(L):
+    assert excess("strict", L, *CASES[L]) <= ALLOWED["strict"][L]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["fast", "strict"])
+@pytest.mark.parametrize("L", CASES)
+def test_the_protocols_come_close_in_the_other_norm(L, protocol):
+    assert excess(protocol, L, *OTHER_NORM[L]) <= ALLOWED[protocol][L]

@@ -141,11 +141,11 @@ class ManyLinearMembers:
         worst = [self.worst_case(i)[0] for i in range(count)]
         self.best = 1.0 - np.array(worst)
 
-    def worst_case(self, i):
-        """The largest expected loss at point number i, and where."""
+    def worst_case(self, i, depth=0.01):
+        """The largest expected loss at point number i, and where; members are wrong by `depth` eps."""
         ball = self.threat_model
         return worst_case_with_depth(
-            self.W, self.b, int(self.y[i]), self.x[i].numpy(), ball.eps, ball.norm, self.lam, ball.bounds
+            self.W, self.b, int(self.y[i]), self.x[i].numpy(), ball.eps, ball.norm, self.lam, ball.bounds, depth
         )
 
 
