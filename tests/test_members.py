@@ -354,7 +354,7 @@ def test_a_torchscript_program_is_refused(tmp_path, net):
         (b"\n \n", "is empty: save or download it again"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "is a web page"),
         (b"\r\n<html lang='en'>", "is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "save or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "fetch it with `git lfs pull`"),
         (b"\x00" * 4096, "save or download it again"),
         (b"PK\x03\x04" + b"\x00" * 100, "save or download it again"),
         (b"{}", "save or download it again"),
@@ -399,7 +399,7 @@ def test_a_safetensors_header_may_begin_as_a_tag_does(tmp_path, net):
         ([1, 2], "holds a list, not a state dict: save module.state_dict()"),
         (torch.ones(3), "holds a Tensor, not a state dict: save module.state_dict()"),
         ({}, "(it has nothing): save module.state_dict()"),
-        ({"epoch": 3, "weights": {"0.weight": torch.ones(1)}}, "(it has 'epoch', 'weights'): save module.state_dict()"),
+        ({"epoch": 3, "weights": [torch.ones(1)]}, "(it has 'epoch', 'weights'): save module.state_dict()"),
         ({"state_dict": {}}, "(it has 'state_dict'): save module.state_dict()"),
     ],
 )

@@ -141,9 +141,11 @@ class _PreActBlock(nn.Module):
 
 
 class _PreActResNet(nn.Module):
-    """Pre-activation residual network (He et al., ECCV 2016), with batch norm before the linear layer."""
+    """Pre-activation residual network (He et al., ECCV 2016); `norm`: batch norm and ReLU before the linear layer."""
 
-    def __init__(self, channels: int, num_classes: int, width: int, stages: int, blocks: int, stem_stride: int) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, width: int, stages: int, blocks: int, stem_stride: int, norm: bool = True
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride=stem_stride, padding=1, bias=False)
         layers: list[nn.Module] = []
@@ -154,12 +156,14 @@ class _PreActResNet(nn.Module):
                 layers.append(_PreActBlock(previous, planes, 2 if stage > 0 and block == 0 else 1))
                 previous = planes
         self.blocks = nn.Sequential(*layers)
-        self.bn = nn.BatchNorm2d(previous)
+        self.bn = nn.BatchNorm2d(previous) if norm else None
         self.fc = nn.Linear(previous, num_classes)
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.blocks(self.conv1(x))).relu()
+        x = self.blocks(self.conv1(x))
+        if self.bn is not None:
+            x = self.bn(x).relu()
         return self.fc(x.mean((-2, -1)))
 
 
@@ -212,13 +216,15 @@ def preact_resnet18(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     width: int = 64,
+    final_norm: bool = True,
 ) -> nn.Module:
     """Pre-activation ResNet-18 for small images, as in Rice et al., ICML 2020 (with the final batch norm).
 
-    It has 11,172,170 parameters for 10 classes.
+    It has 11,172,170 parameters for 10 classes. `final_norm=False`: the linear layer follows the last block without
+    batch norm and ReLU, as in the network of kuangliu/pytorch-cifar (11,171,146 parameters).
     """
     channels, _, _ = _checked(num_classes, image_shape, width)
-    return _member(_PreActResNet(channels, num_classes, width, 4, 2, 1), channels, mean, std)
+    return _member(_PreActResNet(channels, num_classes, width, 4, 2, 1, final_norm), channels, mean, std)
 
 
 def preact_resnet20(

@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from mixadv.checkpoint_files import load_tensors
 from mixadv.errors import UserError
 from mixadv.members.recipe import Recipe
+from mixadv.members.state_dicts import Fit, StateDict, fit, parts_of, state_dicts
 from mixadv.models import MODELS
 
-# The keys under which programs save a state dict, by priority.
-NESTS = ("state_dict", "model_state_dict", "model", "net", "ema")
 IN_A_FACTORY = "load it in a factory members=[module:callable]"
 
 
@@ -38,6 +37,8 @@ def read_file(path: Path) -> Mapping[Any, Any]:
             head = file.read(512)
         if not head.strip():
             raise UserError(f"{path} is empty: save or download it again")
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a pointer of git-lfs, not the file itself: fetch it with `git lfs pull`")
         if re.match(rb"\s*<(!doctype|html|head|body|\?xml)", head, re.IGNORECASE):
             raise UserError(f"{path} is a web page, not a file of tensors: download the file itself")
         if path.suffix.lower() == ".safetensors":
@@ -73,132 +74,187 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> UserError:
     return UserError(f"{path} is not a readable {kind} file ({reason}): save or download it again")
 
 
-def _state_dicts(content: Mapping[Any, Any], depth: int = 4) -> list[tuple[str, dict[str, Tensor]]]:
-    """(path of keys, state dict) for every state dict under `NESTS`; else `content`, if it holds tensors."""
-    found = []
-    # The depth is limited because a pickled mapping can contain itself.
-    for nest in NESTS if depth else ():
-        inner = content.get(nest)
-        if isinstance(inner, Mapping):
-            found += [(f"{nest}.{below}".rstrip("."), state) for below, state in _state_dicts(inner, depth - 1)]
-    own = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    return found or ([("", own)] if own else [])
-
-
-def to_member(path: Path, content: Mapping[Any, Any], default_recipe: Recipe | None) -> tuple[nn.Module, Recipe, str]:
+def to_member(
+    path: Path, content: Mapping[Any, Any], default_recipe: Recipe | None, chosen: str = ""
+) -> tuple[nn.Module, Recipe, str]:
     """The member that `default_recipe` builds, with the parameters in `content`; its recipe; and a note for tables.
 
-    The parameters are those of a member (``normalize.*``, ``net.*``) or of its net alone (``conv1.weight``, ...). Mean
-    and standard deviation come from the file, else from the recipe; without either the images are not normalised. The
-    note names the case. `path` is for messages.
+    The parameters are those of a network, with its names or those of other programs for the same network, see
+    `mixadv.members.state_dicts.fit`. A normalisation beside the network, ``(x - mean) / std``, is taken from the file,
+    else mean and std of the recipe; without either the images are not normalised. The note names the case, and every
+    other state dict in the file that fits.
+
+    Args:
+        path: for messages.
+        content: see `read_file`.
+        default_recipe: builds the network.
+        chosen: the place of the state dict in the file, as ``state_dict_ema``; "" for the first that fits.
 
     Raises:
         UserError: `content` has no state dict, or its parameters do not fit.
     """
     if default_recipe is None:
         raise UserError(f"{path} holds only parameters: name their architecture with model=... and data=...")
-    states = _state_dicts(content)
-    if not states:
-        has = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
-        raise UserError(
-            f"{path} has no tensors at its top or under {', '.join(NESTS)} (it has {has}): save module.state_dict()"
-        )
     arguments = {
         key: list(value) if isinstance(value, (list, tuple)) else value
         for key, value in default_recipe.arguments.items()
         if value is not None
     }
     recipe = Recipe(default_recipe.name, arguments)
-    try:
-        member = recipe.build()
-    except ValueError as error:
-        raise UserError(f"model={recipe.name}: {error}") from error
-    where, state = states[0]
-    normalised = _load(f"{path} (its {where})" if where else str(path), recipe, member, state)
+    found = _found(path, content, recipe, chosen)
+    state, fitted = found[0]
+    if _lacks_only_norm(fitted, recipe):
+        recipe = Recipe(recipe.name, recipe.arguments | {"final_norm": False})
+        found = _found(path, content, recipe, chosen)
+        state, fitted = found[0]
+    place = f"{path} (its {state.where})" if state.where else str(path)
+    _check_fit(place, recipe, fitted, state.tensors, _network(recipe))
+    if fitted.mean:
+        recipe = _with_statistics(place, recipe, state.tensors[fitted.mean], state.tensors[fitted.std])
+    member = _build(recipe)
+    own = "" if recipe.is_factory else "net."
+    loaded = {f"{own}{key}": state.tensors[name] for key, name in fitted.keys.items()}
+    member.load_state_dict({**member.state_dict(), **loaded})
+    others = [
+        other.where or "the top of the file"
+        for other, fits in found[1:]
+        if fits.fits and other.where != state.where and _differ(other, fits, state, fitted)
+    ]
+    return member, recipe, _note(recipe, state.where, others, fitted)
+
+
+def _note(recipe: Recipe, where: str, others: Sequence[str], fitted: Fit) -> str:
     if recipe.is_factory:
         note = "with the normalisation of its factory"
-    elif normalised:
-        note, recipe = "normalised as in the file", _with_statistics(path, recipe, member)
+    elif fitted.mean:
+        note = "normalised as in the file"
+    elif "mean" in recipe.arguments:
+        note = "normalised with the given mean and std"
     else:
-        note = "normalised with the given mean and std" if "mean" in arguments else "no normalisation"
+        note = "no normalisation"
+        if re.search(r"(^|\.)[1-9]\.$", fitted.prefix):
+            note += f" (names begin with {fitted.prefix}: if layer 0 normalised, give model.mean and model.std)"
+    if "final_norm" in recipe.arguments:
+        note += "; without a batch norm before the linear layer"
     if where:
-        others = ", ".join(other for other, _ in states[1:])
-        note += f"; from {where}" + (f" (not {others})" if others else "")
-    return member, recipe, note
+        note += f"; from {where}"
+    return note + (f" (not {', '.join(others)})" if others else "")
 
 
-def _with_statistics(path: Path, recipe: Recipe, member: nn.Module) -> Recipe:
-    """The recipe with the mean and standard deviation that were loaded from the file."""
-    found = {key: member.get_buffer(f"normalize.{key}").flatten().tolist() for key in ("mean", "std")}
-    if not all(s > 0 for s in found["std"]):
-        raise UserError(f"{path} has normalize.std={found['std']}: every entry must be positive; correct the file")
-    return Recipe(recipe.name, recipe.arguments | found)
+def _build(recipe: Recipe) -> nn.Module:
+    try:
+        return recipe.build()
+    except ValueError as error:
+        raise UserError(f"model={recipe.name}: {error}") from error
 
 
-class _Fit(NamedTuple):
-    """One way to map the names in a file to those of a target, the member or its net.
+def _network(recipe: Recipe) -> dict[str, Tensor]:
+    """What a file must hold: the state dict of the network, or of all that a factory builds; ours without memory."""
+    if recipe.is_factory:
+        return dict(_build(recipe).state_dict())
+    with torch.device("meta"):
+        whole = _build(recipe).state_dict()
+    return {key.removeprefix("net."): value for key, value in whole.items() if key.startswith("net.")}
 
-    Attributes:
-        missing: names of the target that the file lacks.
-        unexpected: names in the file that the target lacks.
-        is_whole: whether the target is the member.
-        keys: name in the target -> name in the file.
+
+def _found(path: Path, content: Mapping[Any, Any], recipe: Recipe, chosen: str) -> list[tuple[StateDict, Fit]]:
+    """State dicts with their fits: first the one to load, or to complain about.
+
+    A state dict that does not fit as a whole is taken apart, as the file of a module that holds a network and its
+    average. A part is taken if all parts fit; else it has to be chosen.
+
+    Raises:
+        UserError: there are no state dicts, or not the chosen one.
     """
+    network, model = _network(recipe), None if recipe.is_factory else recipe.name
 
-    missing: list[str]
-    unexpected: list[str]
-    is_whole: bool
-    keys: dict[str, str]
+    def fits_of(states: Sequence[StateDict]) -> list[tuple[StateDict, Fit]]:
+        try:
+            return [(state, fit(state.tensors, network, model)) for state in states]
+        except UserError as error:
+            raise UserError(f"{path}: {error}, or {IN_A_FACTORY}") from error
 
-
-def _fits(keys: dict[str, str], targets: Sequence[Mapping[str, Tensor]]) -> list[_Fit]:
-    """The fits for each target, with the full names and then without each common prefix."""
-    fits = []
-    while True:
-        for target in targets:
-            # num_batches_tracked is only used in training, and old files lack it.
-            missing = [key for key in target if key not in keys and not key.endswith(".num_batches_tracked")]
-            unexpected = [key for key in keys if key not in target]
-            fits.append(_Fit(missing, unexpected, target is targets[0], keys))
-        if len({key.partition(".")[0] for key in keys}) != 1 or not all("." in key for key in keys):
-            return fits
-        keys = {key.partition(".")[2]: own for key, own in keys.items()}
-
-
-def _load(place: str, recipe: Recipe, member: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Load `state` into `member` or its net, by the best of `_fits`; True if `state` includes the normalisation.
-
-    Names that torch.compile and AveragedModel add are dropped.
-    """
-    keys = {".".join(part for part in key.split(".") if part != "_orig_mod"): key for key in state}
-    if len(keys) < len(state):
+    states = state_dicts(content)
+    if not states:
+        has = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
+        raise UserError(f"{path} holds no mapping of names to tensors (it has {has}): save module.state_dict()")
+    wholes, parts = fits_of(states), []
+    for state, fitted in wholes:
+        # Mappings with fewer tensors, as those of optimizers, cannot hold the network in a part.
+        if not fitted.fits and len(state.tensors) > len(fitted.missing) and len(state.tensors) >= len(network) // 2:
+            parts.append(fits_of(parts_of(state)))
+    if chosen:
+        everything = [*wholes, *(pair for group in parts for pair in group)]
+        taken = [pair for pair in everything if pair[0].where == chosen]
+        if not taken:
+            places = ", ".join(state.where for state, _ in everything if state.where) or "none"
+            raise UserError(f"{path} has no state dict {chosen}: choose one of its own ({places})")
+        return [*taken, *(pair for pair in everything if pair[0].where != chosen)]
+    complete = [pair for group in parts for pair in group if all(fitted.fits for _, fitted in group)]
+    fitting = [pair for pair in wholes if pair[1].fits]
+    first = fitting or complete
+    if first:
+        return [*first, *(complete if fitting else ())]
+    incomplete = [(state, fitted) for group in parts for state, fitted in group if fitted.fits]
+    if incomplete:
+        state = incomplete[0][0]
+        group = next(group for group in parts if any(pair[0] is state for pair in group))
+        left = ", ".join(other.where for other, fitted in group if not fitted.fits)
         raise UserError(
-            f"{place} holds parameters twice, compiled and not compiled: remove one copy, or {IN_A_FACTORY}"
+            f"{path} holds model={recipe.name} in {state.where}, and other parameters in {left}: if the network works "
+            f"without those, choose {path}:{state.where}, else {IN_A_FACTORY}"
         )
-    keys = {key: own for key, own in keys.items() if key.rpartition(".")[2] != "n_averaged"}
-    whole = member.state_dict()
-    net = {key.removeprefix("net."): value for key, value in whole.items() if key.startswith("net.")}
-    fits = _fits(keys, (whole,) if recipe.is_factory else (whole, net))
-    best = min(fits, key=lambda fit: len(fit.missing) + len(fit.unexpected))
-    _check_fit(place, recipe, best, state, whole if best.is_whole else net)
-    prefix = "" if best.is_whole else "net."
-    member.load_state_dict({**whole, **{f"{prefix}{key}": state[own] for key, own in best.keys.items()}})
-    return best.is_whole
+    return [min(wholes, key=lambda pair: pair[1].cost), *wholes]
+
+
+def _lacks_only_norm(fitted: Fit, recipe: Recipe) -> bool:
+    """Whether the file is kuangliu's pre-activation ResNet-18, which has no batch norm before its linear layer."""
+    lacks = {name.partition(".")[0] for name in fitted.missing} == {"bn"} and not fitted.unexpected
+    return recipe.name == "preact_resnet18" and lacks
+
+
+def _differ(other: StateDict, fits: Fit, state: StateDict, fitted: Fit) -> bool:
+    """Whether two state dicts that fit hold different parameters."""
+    shared = [key for key in fitted.keys if key in fits.keys]
+    return not all(torch.equal(other.tensors[fits.keys[key]], state.tensors[fitted.keys[key]]) for key in shared)
+
+
+def _with_statistics(place: str, recipe: Recipe, mean: Tensor, std: Tensor) -> Recipe:
+    """The recipe with the mean and standard deviation in the file, [C] or one number, of images in [0, 1]."""
+    channels = recipe.arguments.get("image_shape", [3])[0]
+    values = {}
+    for key, tensor in (("mean", mean), ("std", std)):
+        if tensor.numel() not in (1, channels):
+            raise UserError(
+                f"{place} normalises with a {key} of shape {tuple(tensor.shape)}, the images have {channels} channels: "
+                f"choose the data=... it was trained with, or {IN_A_FACTORY}"
+            )
+        values[key] = tensor.flatten().float().expand(channels).tolist()
+    if not all(s > 0 for s in values["std"]):
+        raise UserError(f"{place} has normalize.std={values['std']}: every entry must be positive; correct the file")
+    if max(map(abs, values["mean"])) > 4:
+        raise UserError(
+            f"{place} normalises with mean={values['mean']}, for pixels in 0..255: members take images in [0, 1]; "
+            f"{IN_A_FACTORY} and divide mean and std by 255"
+        )
+    return Recipe(recipe.name, recipe.arguments | values)
 
 
 def _check_fit(
-    place: str, recipe: Recipe, fit: _Fit, state: Mapping[str, Tensor], target: Mapping[str, Tensor]
+    place: str, recipe: Recipe, fitted: Fit, tensors: Mapping[str, Tensor], network: Mapping[str, Tensor]
 ) -> None:
     known = ", ".join(MODELS)
     remedy = f"choose the model=... ({known}), model.width=... and data=... it was trained with, or {IN_A_FACTORY}"
-    if fit.missing or fit.unexpected:
-        sides = ((fit.missing, "missing"), (fit.unexpected, "unexpected"))
+    if fitted.cost:
+        sides = ((fitted.missing, "missing"), (fitted.unexpected, "unexpected"))
         wrong = [f"{names[0]!r} is {what}" for names, what in sides if names]
-        more = len(fit.missing) + len(fit.unexpected) - len(wrong)
+        more = fitted.cost - len(wrong)
         named = " and ".join(wrong) + (f" ({more} more)" if more else "")
-        raise UserError(f"{place} does not fit model={recipe.name}: {named}; {remedy}")
-    for key, own in fit.keys.items():
-        new, old = state[own], target[key]
+        fine, other = fitted.parts
+        share = f" (what fits: {', '.join(fine)}; what does not: {', '.join(other)})" if fine and other else ""
+        raise UserError(f"{place} does not fit model={recipe.name}{share}: {named}; {remedy}")
+    for key, own in fitted.keys.items():
+        new, old = tensors[own], network[key]
         if new.shape != old.shape:
             shapes = f"has the shape {tuple(new.shape)}, the model {tuple(old.shape)}"
             raise UserError(f"{place} does not fit model={recipe.name}: {own!r} {shapes}; {remedy}")

@@ -27,7 +27,10 @@ from mixadv.members.store import (
 )
 from mixadv.seeding import seeded
 
-KINDS = "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .ckpt, .safetensors) or module:callable"
+KINDS = (
+    "an exported mixture, a run directory, a state dict (.pt, .pth, .bin, .ckpt, .safetensors; FILE:KEY for one of "
+    "several in a file), module:callable or FILE.py:callable"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +56,10 @@ class Source:
     """One entry of ``members=[...]``. Opening a source builds no module and imports no code.
 
     Attributes:
-        name: an exported mixture, a run directory or a checkpoint of mixadv; a state dict, which may be under one of
-            the keys `NESTS` and whose keys may have a common prefix such as ``module.``; or ``module:callable``, see
-            `mixadv.members.factory.build_factory`. An existing path is never read as ``module:callable``.
+        name: an exported mixture, a run directory or a checkpoint of mixadv; a file with state dicts, or ``FILE:KEY``
+            for the one at KEY in the file, see `mixadv.members.foreign.to_member`; or ``module:callable`` or
+            ``FILE.py:callable``, see `mixadv.members.factory.build_factory`. An existing path is never read as
+            ``module:callable``.
         record: the recipe of a mixture, with its eps, norm and data if mixadv trained it; None for a state dict and
             for ``module:callable``.
 
@@ -64,7 +68,8 @@ class Source:
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._path = name, _path(name)
+        self.name = name
+        self._path, self._state_dict = _path(name)
         self.record: dict[str, Any] | None = None
         self._content: Mapping[Any, Any] | None = None
         if self._path is None:
@@ -73,7 +78,7 @@ class Source:
             self.record = read_config(self._path)
             return
         self._content = read_file(self._path)
-        if "mixture_config" in self._content:
+        if "mixture_config" in self._content and not self._state_dict:
             self.record = read_config(self._path, self._content)
 
     def digest(self) -> str:
@@ -121,8 +126,9 @@ class Source:
             ]
         else:
             assert content is not None, "members() was called before"
-            module, recipe, note = to_member(path, content, default_recipe)
-            found = [LoadedMember(module, path.stem, self.name, recipe, note)]
+            module, recipe, note = to_member(path, content, default_recipe, self._state_dict)
+            name = f"{path.stem}:{self._state_dict}".rstrip(":")
+            found = [LoadedMember(module, name, self.name, recipe, note)]
         return [replace(member, module=member.module.to(device).eval()) for member in found]
 
 
@@ -140,19 +146,24 @@ def with_unique_names(members: Sequence[LoadedMember]) -> list[LoadedMember]:
     return renamed
 
 
-def _path(source: str) -> Path | None:
-    """The file or folder that `source` names; None if it is the import path of a factory."""
+def _path(source: str) -> tuple[Path | None, str]:
+    """The file or folder that `source` names and the chosen state dict in it; (None, "") for a factory."""
     # Shells do not expand "~" inside members=[...].
-    path = Path(os.path.expanduser(source))
+    path, chosen = Path(os.path.expanduser(source)), ""
     if not os.path.exists(path):
-        if FACTORY.fullmatch(source):
-            return None
-        raise UserError(f"there is nothing at {source}: name {KINDS}")
+        place, _, last = source.rpartition(":")
+        file = Path(os.path.expanduser(place))
+        if last and os.path.isfile(file) and file.suffix != ".py":
+            path, chosen = file, last
+        elif FACTORY.fullmatch(source):
+            return None, ""
+        else:
+            raise UserError(f"there is nothing at {source}: name {KINDS}")
     if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
-        return path.parent
+        return path.parent, ""
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{source} is neither a file nor a folder: name {KINDS}")
-    return path
+    return path, chosen
 
 
 def _place(path: Path) -> str:
