@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from mixadv.errors import UserError
 from mixadv.members.recipe import build_factory, build_mixture, member_recipes
 from mixadv.members.store import read_config, read_mixture, save_mixture
 from mixadv.tasks.build import instantiate
+from mixadv.tensor_files import write_tensors
 
 RECIPE = {
     "L": 3,
@@ -74,6 +76,38 @@ def test_a_mixture_comes_back_bit_for_bit(exported):
     assert {key: config[key] for key in RECIPE} == RECIPE
     assert config["weights"] == WEIGHTS
     assert config["schema"] == 1
+
+
+def test_the_names_of_the_classes_come_back_with_the_mixture(exported):
+    folder, mixture = exported
+    assert load_mixture(folder).class_names is None
+    save_mixture(mixture, folder, RECIPE | {"class_names": ["d", "a", "c", "b"]}, "")
+    found = load_mixture(folder)
+    assert found.class_names == ("d", "a", "c", "b")
+    found.set_weights([0.5, 0, 0.5])
+    assert found.support().class_names == ("d", "a", "c", "b")
+
+
+@pytest.mark.parametrize("names", ["abcd", ["a", "b", "c"], ["a", "b", "c", 4], {"a": 1}])
+def test_names_that_are_not_those_of_the_classes_are_refused(exported, names):
+    folder, _ = exported
+    change(folder, class_names=names)
+    assert "class_names" in refusal(load_mixture, folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no modes")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_exported_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_mixture(build_mixture(RECIPE), tmp_path / "mixture", RECIPE, "")
+        write_tensors(tmp_path / "points.safetensors", {"x": torch.zeros(2)}, {})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
 
 
 @pytest.mark.parametrize("form", [str, Path])

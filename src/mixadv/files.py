@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     The temporary file has a name of its own, so that two processes may write the same file. If the block fails, the
     temporary file is removed and `path` stays as it was. A process that is killed leaves it: see `remove_leftovers`.
 
+    The file may be read by those whom the umask allows to, also where the block replaces the temporary file by one that
+    only its owner may read, as safetensors does.
+
     Args:
         durable: wait until the disk has the content, so that it also survives a power failure.
 
@@ -34,7 +38,11 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         if durable:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())

@@ -24,6 +24,8 @@ class Mixture(nn.Module):
     members: modules that map a batch x `[B, ...]` to logits `[B, C]`, all with the same C.
     weights: lambda, a distribution over the members; uniform by default. Kept as a buffer `[L]` in float64 (float32
         on Apple's GPUs), whatever precision the members have.
+    class_names: the names of the C classes, in the order of the logits; None where they are not known. A mixture that
+        `load_mixture` reads has those of the data that it was made for.
 
     A mixture defines two classifiers. The *randomized* one draws a member for each answer; its accuracy on an example
     is the finite sum `expected_accuracy`. The *ensemble* answers with the argmax of the averaged probabilities
@@ -37,6 +39,7 @@ class Mixture(nn.Module):
     """
 
     weights: Tensor
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, members: Iterable[nn.Module], weights: Tensor | Sequence[float] | None = None) -> None:
         super().__init__()
@@ -103,6 +106,7 @@ class Mixture(nn.Module):
             return self
         part = Mixture(self.members[k] for k in drawn)
         part.weights = self.weights[drawn]
+        part.class_names = self.class_names
         return part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixture:

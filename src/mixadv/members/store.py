@@ -201,6 +201,7 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
         # set_weights refuses weights that are not in the simplex.
         mixture.set_weights(mixture.weights.clone())
         _check_content(config, recipes, mixture)
+        mixture.class_names = _class_names(config, recipes)
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
         # The first line of load_state_dict is only a heading.
@@ -210,6 +211,19 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
             f"the parameters in {path} do not fit its recipe (L={num_members}): {reason}; export it again"
         ) from error
     return mixture.eval()
+
+
+def _class_names(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> tuple[str, ...] | None:
+    """The names of the classes that the config records, one for each; None for a mixture without that record."""
+    names = config.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names is {names!r}, not a list of names")
+    for record in (config, *(recipe.arguments for recipe in recipes)):
+        if (count := record.get("num_classes", len(names))) != len(names):
+            raise ValueError(f"class_names has {len(names)} names for {count} classes")
+    return tuple(names)
 
 
 def _check_content(config: Mapping[str, Any], recipes: Sequence[Recipe], mixture: Mixture) -> None:
