@@ -26,6 +26,7 @@ from mixadv.report.attacks import TWIN, attack_rows, attacks_table, classifiers,
 from mixadv.report.ceiling import ceiling_sentences
 from mixadv.report.cells import Column, Table
 from mixadv.report.citations import papers_of
+from mixadv.report.classes import classes_table, write_images
 from mixadv.report.compare import baseline_sentence, counterpart_sentences
 from mixadv.report.figures.evaluation import eps_lines, evaluation_figures, steps_lines
 from mixadv.report.figures.examples import MOST, Examples, read_examples, wrong_members
@@ -53,7 +54,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(run: Run | str | Path) -> Path:
-    """Draw the figures of an evaluation and write `report.html`, which embeds them, atomically.
+    """Draw the figures of an evaluation and write `report.html`, which embeds them, and `images.csv`; atomically.
 
     Works on any run directory: the page names missing data and unreadable files.
 
@@ -71,6 +72,8 @@ def write_report(run: Run | str | Path) -> Path:
     found, pictures, ran = None, {}, run.results.checks
     with _noting(damage):
         found = _found(run)
+        if (run.path / records.RECORDS).exists():
+            write_images(run)
     for name, path in drawn.items():
         with _noting(damage):
             pictures[name] = _picture(path)
@@ -96,6 +99,7 @@ def write_report(run: Run | str | Path) -> Path:
         comparisons=[sentence for sentence in (*counterpart_sentences(run), baseline_sentence(run)) if sentence],
         counterparts=run.results.counterparts,
         classifiers=_classifiers(run),
+        by_class=classes_table(run, None),
         rows=attack_rows(run),
         tables=[attacks_table(run, view) for view in ("page", "cost")],
         found=found,

@@ -9,6 +9,7 @@ from mixadv.redaction import printable
 from mixadv.report.attacks import attacks_table
 from mixadv.report.ceiling import ceiling_sentences, ceiling_table
 from mixadv.report.cells import on_console, print_whole
+from mixadv.report.classes import classes_table
 from mixadv.report.compare import baseline_sentence, counterpart_sentences
 from mixadv.report.files import Run
 from mixadv.report.game_tables import print_game
@@ -16,18 +17,9 @@ from mixadv.report.solve import solution_sentences, solution_table
 from mixadv.report.tables import run_table
 
 _FILES = (
-    *("results.json", "metrics.csv", "records.npz", "game.npz", "report.html", "curves.png", "solve.png", "game.png"),
-    *(
-        "attacks.png",
-        "eps.png",
-        "steps.png",
-        "examples.png",
-        "ceiling.npz",
-        "ceiling.csv",
-        "ceiling.png",
-        "mixture",
-        "checkpoints",
-    ),
+    *("results.json", "metrics.csv", "records.npz", "images.csv", "game.npz", "report.html", "curves.png"),
+    *("solve.png", "game.png", "attacks.png", "eps.png", "steps.png", "examples.png"),
+    *("ceiling.npz", "ceiling.csv", "ceiling.png", "mixture", "checkpoints"),
 )
 
 
@@ -52,6 +44,8 @@ def show_run(run: Run, console: Console) -> None:
                 say(sentence)
         if run.results.attacks:
             print_whole(on_console(attacks_table(run)), console)
+        if run.results.classes:
+            print_whole(on_console(classes_table(run)), console)
     for sentence in ceiling_sentences(run):
         say(sentence)
     if run.state == "failed":
