@@ -3,7 +3,9 @@
 import itertools
 import logging
 import os
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,134 @@ def test_real_jpegs(tmp_path):
     for index, name in enumerate(sorted((tmp_path / "test").glob("*/*.jpg"), key=lambda p: (p.name, p.parent.name))):
         expected = np.array(Image.open(name).convert("RGB")).transpose(2, 0, 1)
         np.testing.assert_array_equal(data.test_images[index].numpy(), expected)
+
+
+# --- what is left out --------------------------------------------------------------------------------------
+
+
+def test_endings_that_are_read(folder):
+    expected = []
+    for k, (name, format_name) in enumerate({"a.tif": "TIFF", "b.tiff": "TIFF", "c.ppm": "PPM"}.items()):
+        image = Image.fromarray(pixels(200 + k))
+        image.save(folder / "test" / "aster" / name, format_name, **({"compression": "tiff_lzw"} if k else {}))
+        expected.append(pixels(200 + k).transpose(2, 0, 1))
+    Image.fromarray(pixels(7)).save(folder / "test" / "aster" / "d.JFIF", "JPEG")
+    data = set_up_folder(folder)
+    asters = data.test_images[data.test_labels == 0].numpy()
+    assert len(asters) == 7
+    np.testing.assert_array_equal(asters[3:6], expected)
+    assert data.left_out == {}
+
+
+def test_files_that_are_not_read_are_counted_by_reason(folder, caplog):
+    image = (folder / "train" / "rose" / "00.png").read_bytes()
+    for path in (
+        *("train/rose/a.gif", "train/aster/b.GIF", "test/rose/c.txt", "test/rose/README", "train/notes.csv"),
+        *("train/rose/more/0.png", "train/rose/more/deep/1.jpg", "train/rose/more/x.csv", "val/rose/0.png"),
+        *("val/aster/0.png", "extra/0.png", "train/rose/.DS_Store", ".git/0.png", "train/rose/.thumbs/0.png"),
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(image)
+    for number in range(2):
+        clear = Image.fromarray(pixels(3)).convert("RGBA")
+        # An opaque alpha channel loses nothing.
+        clear.putpixel((4, 2), (9, 9, 9, 255 if number else 254))
+        clear.save(folder / "train" / "aster" / f"{2 * number:02d}.png")
+    found = {
+        ".gif files": 2,
+        ".txt files": 1,
+        "files without an ending": 1,
+        "files in train/ beside the classes": 1,
+        "images in folders below a class": 2,
+        "images in val/ beside train/; test/ is the test set": 2,
+        "images in extra/ beside train/": 1,
+        "transparency of images": 1,
+    }
+    # The second reading finds the images in the cache.
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="mixadv"):
+            data = set_up_folder(folder)
+        assert data.left_out == found
+        (line,) = caplog.messages
+        assert line.startswith(f"{folder}: left out: ")
+        assert all(f"{reason}: {count}" in line for reason, count in found.items())
+        assert (data.num_train + data.num_val, data.num_test) == (12, 5)
+
+
+def test_classes_with_a_folder_of_images_are_read(folder):
+    for split in ("train", "test"):
+        for place in (folder / split).iterdir():
+            files = list(place.iterdir())
+            (place / "images").mkdir()
+            for path in files:
+                path.rename(place / "images" / path.name)
+            (place / "boxes.txt").write_text("0 0 3 3")
+    data = set_up_folder(folder)
+    assert (data.num_train + data.num_val, data.num_test) == (12, 5)
+    assert data.left_out == {"files beside a folder images/": 4}
+    first = np.array(Image.open(folder / "test" / "aster" / "images" / "00.png")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(data.test_images[0].numpy(), first)
+
+
+def test_tiny_imagenet_as_published_is_named(folder):
+    (folder / "val" / "images").mkdir(parents=True)
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\trose\t0\t0\t4\t4\n")
+    refused_folder(folder, "is Tiny-ImageNet as published.* move the images of val/images into val/CLASS")
+
+
+def test_images_one_folder_too_deep_are_named(folder):
+    for split in ("train", "test"):
+        (folder / split / "tulip" / "raw").mkdir(parents=True)
+        Image.fromarray(pixels(1)).save(folder / split / "tulip" / "raw" / "7.png")
+    refused_folder(folder, r"train/tulip holds no images .* but .*tulip/raw/7\.png is one in a folder below it")
+
+
+def png_with_16_bits(channels):
+    """A PNG of 7 x 5 pixels, written by hand: Pillow writes none with 16 bits in colour."""
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = np.random.default_rng(0).integers(0, 2**16, (5, 7 * channels), dtype=np.uint16).astype(">u2")
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", 7, 5, 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    parts = (struct.pack(">I", len(c)) + t + c + struct.pack(">I", zlib.crc32(t + c)) for t, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_with_16_bits():
+    """An RGB TIFF of 7 x 5 pixels."""
+    data = np.arange(105, dtype="<u2").tobytes()
+    tags = ((256, 3, 1, 7), (257, 3, 1, 5), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 128))
+    tags += ((277, 3, 1, 3), (278, 3, 1, 5), (279, 4, 1, len(data)))
+    listed = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, 9) + listed + struct.pack("<IHHH", 0, 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("form", ["grey", "grey with alpha", "RGB", "RGBA", "TIFF", "PPM", "plain PPM"])
+def test_sixteen_bits_in_any_form_are_refused(folder, form):
+    channels = {"grey": 1, "grey with alpha": 2, "RGB": 3, "RGBA": 4}
+    content = {
+        "TIFF": tiff_with_16_bits,
+        "PPM": lambda: b"P6 7 5 65535 " + bytes(210),
+        "plain PPM": lambda: b"P3 7 5 1023 " + b"1000 " * 105,
+    }.get(form, lambda: png_with_16_bits(channels[form]))
+    (folder / "train" / "rose" / "02.png").write_bytes(content())
+    refused_folder(folder, r"rose/02\.png has more than 8 bits per channel")
+
+
+def test_bitmaps_with_16_bits_per_pixel_have_less_than_8_per_channel(folder):
+    rows = np.full((5, 8), 0b0_11111_00000_00000, dtype="<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 7, 5, 1, 16, 0, len(rows), 0, 0, 0, 0)
+    content = b"BM" + struct.pack("<IHHI", 54 + len(rows), 0, 0, 54) + header + rows
+    (folder / "test" / "aster" / "00.png").write_bytes(content)
+    assert set_up_folder(folder).test_images[0, :, 2, 3].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("form", ["TIFF", "WEBP", "PNG"])
+def test_files_with_several_frames_are_refused(folder, form):
+    frames = [Image.fromarray(pixels(k)) for k in range(3)]
+    frames[0].save(folder / "train" / "rose" / "02.png", form, save_all=True, append_images=frames[1:])
+    refused_folder(folder, r"rose/02\.png has 3 frames, of which one would be read: save that one alone")
 
 
 # --- cache -----------------------------------------------------------------------------------------------

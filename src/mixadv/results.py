@@ -157,12 +157,13 @@ class Flag:
 
 @dataclass(frozen=True)
 class Data:
-    """The data set and the sizes of its splits."""
+    """The data set, the sizes of its splits, and how much was not read of what it was read from, by reason."""
 
     name: str | None = None
     num_train: int | None = None
     num_val: int | None = None
     num_test: int | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

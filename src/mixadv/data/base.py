@@ -90,7 +90,7 @@ class ImageDataModule(LightningDataModule):
 
     After `setup`: `train_images`, `val_images`, `test_images` (uint8 [N, C, H, W]), `train_labels`, ... (long [N]),
     `train_indices`, `val_indices`, `test_indices` (their places in the published order), `class_names`, and `mean`,
-    `std` (one float per channel, of the training images in [0, 1]).
+    `std` (one float per channel, of the training images in [0, 1]). `left_out` counts what was not read, by reason.
 
     Args:
         batch_size: training images per batch. It changes the result (steps per epoch, noise of the gradient).
@@ -120,6 +120,7 @@ class ImageDataModule(LightningDataModule):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    left_out: dict[str, int]
 
     def __init__(
         self,
@@ -145,6 +146,7 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"val_fraction must be between 0 and 1 (both excluded), got {val_fraction}")
         if padding < 0:
             raise ValueError(f"padding must be >= 0, got {padding}")
+        self.left_out = {}
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,11 @@ from mixadv.errors import UserError
 from mixadv.files import read_arrays, replacing
 from mixadv.memory import free_memory, in_gib
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Only these decoders are used, whatever the file's name, because some of Pillow's decoders can start programs.
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-_CACHE_FORMAT = 1
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
+_CACHE_FORMAT = 2
+_TRANSPARENT = "num_transparent"
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _CHUNK = 256
 _SMALL_FILE = 8192
@@ -48,8 +50,10 @@ class ImageFolder(ImageDataModule):
 
     If there is no folder `test`, the folder `val` is the test set. If there are both, `val` is not used, because
     validation images are split from `train`, see `ImageDataModule`. Both folders must have the same classes, none of
-    them empty. Files with the endings png, jpg, jpeg, bmp and webp are read; names that begin with a dot, other
-    endings and folders inside a class are ignored.
+    them empty. Files with the endings `ENDINGS` are read. A class may hold its images in a folder ``images``, as in
+    Tiny-ImageNet. What is left out is counted in `left_out`, with the
+    reason, and told in one line: other endings, deeper folders, files beside the classes, folders beside the splits,
+    transparency. Names that begin with a dot are hidden files of the system, and not counted.
 
     The classes take turns, each with its next image by file name, so that the first n images hold all classes.
 
@@ -62,13 +66,14 @@ class ImageFolder(ImageDataModule):
         image_size: None keeps the size of the files, which must all have the same size; n resizes every image to n x n
             (bilinear with antialiasing; the aspect ratio is not kept).
         channels: 3 for RGB (grey images are repeated), 1 for grey (ITU-R 601 luma of coloured ones).
-            Transparency is dropped; the orientation recorded in the file is applied.
+            Transparency is dropped, and counted in `left_out`; the orientation recorded in the file is applied.
         name: the name of the data in figures and tables; None for the folder's name.
         common: see `ImageDataModule`.
 
     Raises:
         ValueError: image_size or channels is outside its range.
-        UserError: a missing or unreadable folder or image, missing or differing classes, differing sizes.
+        UserError: a missing or unreadable folder or image, missing or differing classes, differing sizes, images with
+            more than 8 bits per channel or with several frames.
     """
 
     def __init__(
@@ -107,7 +112,8 @@ class ImageFolder(ImageDataModule):
         return self._listing()[0]
 
     def _listing(self) -> tuple[str, list[str], list[_Image], list[_Image]]:
-        """`origin`, the names of the classes, the training images and the test images."""
+        """`origin`, the names of the classes, the training images and the test images; what is not one is counted."""
+        self.left_out = {}
         try:
             test_name, class_names, train, test = self._list()
         except OSError as error:
@@ -125,16 +131,24 @@ class ImageFolder(ImageDataModule):
         fingerprint, class_names, train, test = self._listing()
         settings = self._cached()
         candidates = self._cache_files(settings)
-        arrays = next(filter(None, (_load_cache(path, fingerprint) for path in candidates)), None)
-        if arrays is None:
-            images = self._decode([*train, *test])
+        arrays = next(filter(None, (_load_cache(path, fingerprint) for path in candidates)), {})
+        if not arrays:
+            images, num_transparent = self._decode([*train, *test])
             labels = np.array([image.label for image in (*train, *test)], dtype=np.int64)
             cut = len(train)
             parts = (images[:cut], labels[:cut], images[cut:], labels[cut:])
-            arrays = dict(zip(_ARRAYS, parts, strict=True))
+            arrays = {**dict(zip(_ARRAYS, parts, strict=True)), _TRANSPARENT: np.array(num_transparent)}
             _save_cache(candidates, arrays, fingerprint)
+        self._leave_out("transparency of images", int(arrays.pop(_TRANSPARENT)))
+        if self.left_out:
+            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
+            log.warning("%s: left out: %s.", self.root, counts)
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         return ImageCorpus(**tensors, class_names=tuple(class_names))
+
+    def _leave_out(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
 
     def _check_memory(self, paths: Sequence[Path]) -> None:
         """Refuse folders whose decoded images cannot be in memory; all images have the size of the first.
@@ -169,6 +183,11 @@ class ImageFolder(ImageDataModule):
         test_name = next((name for name in ("test", "val") if (self.root / name).is_dir()), None)
         if not (self.root / "train").is_dir() or test_name is None:
             raise UserError(f"{self.root} must hold the folders train/CLASS and test/CLASS (or val/CLASS)")
+        if test_name == "test" and (self.root / "val" / "val_annotations.txt").is_file():
+            raise UserError(
+                f"{self.root} is Tiny-ImageNet as published, whose test images have no labels: move the images of "
+                "val/images into val/CLASS, as val/val_annotations.txt says, and remove test/"
+            )
         names, in_test = self._class_names("train"), self._class_names(test_name)
         if differing := sorted({*names} ^ {*in_test}, key=lambda name: (name in in_test, name)):
             extra = differing[0]
@@ -182,7 +201,12 @@ class ImageFolder(ImageDataModule):
                 f"{self.root} has only the class {names[0]!r}, but a classifier needs two or more: give every class a "
                 "folder in train/ and in test/"
             )
-        return test_name, names, self._list_split("train", names), self._list_split(test_name, names)
+        splits = self._list_split("train", names), self._list_split(test_name, names)
+        for other in sorted(e.name for e in os.scandir(self.root) if e.is_dir() and e.name[0] != "."):
+            if other not in ("train", test_name):
+                used = f"; {test_name}/ is the test set" if other == "val" else ""
+                self._leave_out(f"images in {other}/ beside train/{used}", len(_images_below(self.root / other)))
+        return test_name, names, *splits
 
     def _class_names(self, split: str) -> list[str]:
         folder = self.root / split
@@ -193,29 +217,52 @@ class ImageFolder(ImageDataModule):
 
     def _list_split(self, split: str, names: Sequence[str]) -> list[_Image]:
         found = []
+        beside = [e for e in os.scandir(self.root / split) if e.name[0] != "." and not e.is_dir()]
+        self._leave_out(f"files in {split}/ beside the classes", len(beside))
         for label, name in enumerate(names):
-            folder = self.root / split / name
-            files = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(ENDINGS) and e.name[0] != ".")
-            if not files:
-                raise UserError(
-                    f"{folder} holds no images ({', '.join(ENDINGS)}): add some, or remove the class from both splits"
-                )
-            for place, file in enumerate(files):
-                stat = (folder / file).stat()
+            for place, path in enumerate(self._images_of(self.root / split / name)):
+                stat = path.stat()
                 if not S_ISREG(stat.st_mode):
-                    raise UserError(f"cannot read the image {folder / file} (it is not a file): replace or remove it")
-                found.append(_Image(place, label, folder / file, (f"{name}/{file}", stat.st_size, stat.st_mtime_ns)))
+                    raise UserError(f"cannot read the image {path} (it is not a file): replace or remove it")
+                place_in_split = path.relative_to(self.root / split).as_posix()
+                found.append(_Image(place, label, path, (place_in_split, stat.st_size, stat.st_mtime_ns)))
         # The first image of every class, then the second, and so on: then a limited evaluation has all classes.
         return sorted(found)
 
-    def _decode(self, files: Sequence[_Image]) -> NDArray[np.uint8]:
+    def _images_of(self, folder: Path) -> list[Path]:
+        """The images of a class in the order of their names; whatever else is there is counted as left out."""
+        entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda e: e.name)
+        images = [folder / e.name for e in entries if e.name.lower().endswith(ENDINGS)]
+        if not images and [e.name for e in entries if e.is_dir()] == ["images"]:
+            self._leave_out("files beside a folder images/", len(entries) - 1)
+            return self._images_of(folder / "images")
+        if not images:
+            below = _images_below(folder)
+            there = f", but {below[0]} is one in a folder below it: move those up" if below else ": add some"
+            raise UserError(
+                f"{folder} holds no images ({', '.join(ENDINGS)}){there}, or remove the class from both splits"
+            )
+        for entry in entries:
+            if entry.name.lower().endswith(ENDINGS):
+                continue
+            if entry.is_dir():
+                self._leave_out("images in folders below a class", len(_images_below(Path(entry.path))))
+            else:
+                ending = Path(entry.name).suffix.lower()
+                self._leave_out(f"{ending} files" if ending else "files without an ending")
+        return images
+
+    def _decode(self, files: Sequence[_Image]) -> tuple[NDArray[np.uint8], int]:
+        """The images uint8 [N, C, H, W], and the number of those that are transparent somewhere."""
         paths = [image.path for image in files]
-        first = self._decode_one(paths[0])
+        first, _ = self._decode_one(paths[0])
         images = np.empty((len(paths), *first.shape), dtype=np.uint8)
 
-        def decode_chunk(start: int) -> None:
+        def decode_chunk(start: int) -> int:
+            num_transparent = 0
             for index in range(start, min(start + _CHUNK, len(paths))):
-                image = self._decode_one(paths[index])
+                image, transparent = self._decode_one(paths[index])
+                num_transparent += transparent
                 if image.shape != first.shape:
                     raise UserError(
                         f"images of different sizes: {paths[0]} is {first.shape[2]}x{first.shape[1]}, "
@@ -223,28 +270,32 @@ class ImageFolder(ImageDataModule):
                         "with data.image_size=32"
                     )
                 images[index] = image
+            return num_transparent
 
         # With small files most time is spent in Python under the interpreter lock, so threads do not help: 60,000
         # CIFAR images on two cores took 14 to 18 s in one thread, 13 to 21 s in two (three runs each).
         small = sum(size for _, _, _, (_, size, _) in files) < _SMALL_FILE * len(files)
         with ThreadPoolExecutor(max_workers=1 if small else min(32, os.cpu_count() or 1)) as pool:
             # In order, so that the reported error does not depend on the speed of threads. An error cancels the rest.
-            for _ in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
-                pass
-        return images
+            return images, sum(pool.map(decode_chunk, range(0, len(paths), _CHUNK)))
 
-    def _decode_one(self, path: Path) -> NDArray[np.uint8]:
-        """uint8 [C, H, W]."""
+    def _decode_one(self, path: Path) -> tuple[NDArray[np.uint8], bool]:
+        """uint8 [C, H, W], and whether a pixel of the file is transparent."""
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
             # One read instead of the decoder's many small ones.
             with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as opened:
-                if opened.mode.startswith(("I", "F")):
+                if opened.mode.startswith(("I", "F")) or _is_deep(opened):
                     raise UserError(
                         f"{path} has more than 8 bits per channel (mode {opened.mode}): convert it to 8 "
                         "bits, because an automatic conversion would clip its range"
                     )
+                # Some cameras append previews to a JPEG, which are no images of their own.
+                frames = 1 if opened.format in ("JPEG", "MPO") else getattr(opened, "n_frames", 1)
+                if frames > 1:
+                    raise UserError(f"{path} has {frames} frames, of which one would be read: save that one alone")
+                transparent = opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255
                 image = ImageOps.exif_transpose(opened).convert("RGB" if self.channels == 3 else "L")
                 if self.image_size is not None and image.size != (self.image_size, self.image_size):
                     image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
@@ -254,7 +305,33 @@ class ImageFolder(ImageDataModule):
             known = f"it is not an image in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
             reason = known if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read the image {path} ({reason}): replace or remove it") from error
-        return pixels.transpose(2, 0, 1) if self.channels == 3 else pixels[None]
+        return pixels.transpose(2, 0, 1) if self.channels == 3 else pixels[None], transparent
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """The files with endings of images in a folder and in the folders below it, hidden ones excluded."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(place, file) for file in sorted(files) if file.lower().endswith(ENDINGS) and file[0] != "."]
+    return found
+
+
+def _is_deep(opened: Any) -> bool:
+    """Whether a file has more than 8 bits per channel, which Pillow's decoders cut to 8 in colours without a word.
+
+    Their arguments name the layout in the file, as RGB;16B, and for PPM the largest value.
+    """
+    if opened.format == "BMP":
+        # There BGR;16 stands for 16 bits per pixel.
+        return False
+    for decoder, _, _, arguments in opened.tile:
+        values = arguments if isinstance(arguments, tuple) else (arguments,)
+        if decoder.startswith("ppm") and values[-1] > 255:
+            return True
+        if any(isinstance(value, str) and re.search(r";(?:16|32|64)", value) for value in values):
+            return True
+    return False
 
 
 def _size_of(path: Path) -> tuple[int, int]:

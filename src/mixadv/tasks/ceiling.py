@@ -78,7 +78,7 @@ def find_ceiling(cfg: DictConfig, run_dir: Path, state: State) -> Run:
         first_conflict_eps=found.first_conflict_eps,
         ceiling=tuple(rows),
         flags=(),
-        data=Data(data.name, data.num_train, data.num_val, data.num_test),
+        data=Data(data.name, data.num_train, data.num_val, data.num_test, data.left_out),
         seconds={name: round(value, 3) for name, value in {**spent, "total": time.perf_counter() - started}.items()},
     )
     write_results(run_dir, results, arrays, records.CEILING)

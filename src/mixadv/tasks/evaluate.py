@@ -110,7 +110,7 @@ def _evaluate(
             training=training or {},
             members=named_results(results.members, members),
             flags=(*(results.flags or ()), *flags),
-            data=Data(data.name, num_test=data.num_test),
+            data=Data(data.name, num_test=data.num_test, left_out=data.left_out),
             seconds={**results.seconds, "total": round(time.perf_counter() - started, 3)},
         )
         write_results(run_dir, results, arrays)

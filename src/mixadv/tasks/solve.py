@@ -126,7 +126,12 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         classes=test.by_class(session.data.class_names),
         flags=(*flags_of_record(test), *doubts),
         solve=_solved(weighed, lam, cfg.lambda_solver["_target_"], [m.name for m in members], fresh, test),
-        data=Data(session.data.name, num_val=session.data.num_val, num_test=session.data.num_test),
+        data=Data(
+            session.data.name,
+            num_val=session.data.num_val,
+            num_test=session.data.num_test,
+            left_out=session.data.left_out,
+        ),
         seconds={"solve": round(weighed.seconds, 3), "total": round(time.perf_counter() - started, 3)},
     )
     config = _mixture_config(session, members)

@@ -273,7 +273,7 @@ def _train_and_measure(session: TrainingSession, module: MixtureTraining, traine
         results,
         members=named_results(results.members, session.members),
         flags=(*(results.flags or ()), *session.doubts),
-        data=Data(data.name, data.num_train, data.num_val, data.num_test),
+        data=Data(data.name, data.num_train, data.num_val, data.num_test, data.left_out),
         best_epoch=best_epoch,
         validation=validation,
         member_updates=tuple(module.member_updates),
