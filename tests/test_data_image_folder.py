@@ -226,8 +226,8 @@ def test_files_that_are_not_read_are_counted_by_reason(folder, caplog):
             data = set_up_folder(folder)
         assert data.left_out == found
         (line,) = caplog.messages
-        assert line.startswith(f"{folder}: left out: ")
-        assert all(f"{reason}: {count}" in line for reason, count in found.items())
+        assert line.startswith(f"Not read in {folder}: ")
+        assert all(f"{reason} ({count})" in line for reason, count in found.items())
         assert (data.num_train + data.num_val, data.num_test) == (12, 5)
 
 

@@ -93,8 +93,8 @@ def test_files_of_version_0_1_are_read_whole(path: Path) -> None:
     content = json.loads(path.read_text())
     results, problems = read(path)
     assert problems == []
-    # Which repeated the weights.
-    assert [member.pop("weight") for member in content["members"]] == list(results.weights)
+    # Which repeated the weights; task=ceiling has no members.
+    assert [member.pop("weight") for member in content.get("members", ())] == list(results.weights)
     assert known(to_json(results)) == known(content)
 
 

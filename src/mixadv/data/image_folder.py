@@ -141,8 +141,8 @@ class ImageFolder(ImageDataModule):
             _save_cache(candidates, arrays, fingerprint)
         self._leave_out("transparency of images", int(arrays.pop(_TRANSPARENT)))
         if self.left_out:
-            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
-            log.warning("%s: left out: %s.", self.root, counts)
+            counts = ", ".join(f"{reason} ({count:,})" for reason, count in self.left_out.items())
+            log.warning("Not read in %s: %s.", self.root, counts)
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         return ImageCorpus(**tensors, class_names=tuple(class_names))
 
