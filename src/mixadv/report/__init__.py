@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mixadv.errors import UserError
 from mixadv.report.ceiling import ceilings_table, is_ceiling, write_ceiling
-from mixadv.report.cells import on_console, print_whole
+from mixadv.report.cells import print_narrow, print_whole
 from mixadv.report.figures.curves import draw_curves
 from mixadv.report.figures.games import draw_game
 from mixadv.report.figures.solve import draw_solution
@@ -24,7 +24,7 @@ from mixadv.report.files import Run, find_runs, opened, read_run
 from mixadv.report.game_tables import games_table, is_game
 from mixadv.report.page import write_report
 from mixadv.report.show import show_run
-from mixadv.report.tables import sweep_table, write_table_csv
+from mixadv.report.tables import sweep_tables, write_table_csv
 
 __all__ = [
     "Run",
@@ -36,7 +36,7 @@ __all__ = [
     "read_run",
     "report",
     "show_run",
-    "sweep_table",
+    "sweep_tables",
     "write_report",
     "write_table_csv",
 ]
@@ -45,8 +45,8 @@ __all__ = [
 def report(root: str | Path, console: Console) -> list[Path]:
     """Print and draw the runs in `root`; returns the written files.
 
-    For one run: draw its figures and its page again, and print its tables. For several: print a table, and write
-    `report.csv` and, if a run has results, `report.png` (see `draw_sweep`) into `root`.
+    For one run: draw its figures and its page again, and print its tables. For several: print a table per panel
+    (`panels.Panel`), and write `report.csv` and, if a run has results, `report.png` (see `draw_sweep`) into `root`.
 
     Raises:
         UserError: `root` does not exist, holds no run, or cannot be written to.
@@ -65,10 +65,11 @@ def report(root: str | Path, console: Console) -> list[Path]:
     if games:
         print_whole(games_table(games), console)
     if ceilings:
-        print_whole(on_console(ceilings_table(ceilings)), console)
+        print_narrow(ceilings_table(ceilings), console)
     if not runs:
         return []
-    print_whole(sweep_table(runs), console)
+    for table in sweep_tables(runs):
+        print_narrow(table, console)
     written = []
     if any(run.robust.value is not None for run in runs):
         written.append(draw_sweep(runs, root / "report.png"))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -167,13 +168,45 @@ def add_row(table: RichTable, cells: Iterable[str | Text], style: str = "") -> N
 
 
 def print_whole(table: RichTable, console: Console) -> None:
-    """Print a table with all its columns, even if that is wider than the console."""
-    measured = console.measure(table, options=console.options.update(width=10_000))
-    # The minimum is that of single words; columns that are not wrapped need their longest line.
-    needed = measured.maximum if all(column.no_wrap for column in table.columns) else measured.minimum
-    if needed > console.width:
-        table.width = needed
+    """Print a table with all its columns, even if that is wider than the console.
+
+    Columns that may be wrapped share what the others leave, each at least its `Column.fold`: rich would cut others.
+    """
+    wide = console.options.update(width=10_000)
+    widest = [
+        max(console.measure(cell, options=wide).maximum for cell in (column.header, *column.cells))
+        for column in table.columns
+    ]
+    between = console.measure(table, options=wide).maximum - sum(
+        max(width, column.min_width or 0) for width, column in zip(widest, table.columns, strict=True)
+    )
+    least = [
+        width if column.no_wrap else min(width, column.min_width or 1)
+        for width, column in zip(widest, table.columns, strict=True)
+    ]
+    if sum(widest) + between > console.width:
+        for _ in range(console.width - between - sum(least)):
+            # To the narrowest of the columns that are wrapped.
+            i = min(range(len(least)), key=lambda i: (least[i] == widest[i], least[i]))
+            least[i] += 1
+        for column, width in zip(table.columns, least, strict=True):
+            column.width, column.min_width = width, None
+        table.width = between + sum(least)
     console.print(table, crop=False)
+
+
+def print_narrow(table: Table[Row], console: Console) -> None:
+    """Print a table of several runs without a frame, so that many columns fit into 80 characters.
+
+    Title and caption are as wide as the console, not as the table.
+    """
+    bare = on_console(replace(table, title="", caption=""), box=SIMPLE_HEAD, show_edge=False, padding=(0, 0))
+    bare.title = bare.caption = None
+    console.print(Text(table.title, style="bold"))
+    print_whole(bare, console)
+    if table.caption:
+        console.print(Text(table.caption, style="dim"))
+    console.print()
 
 
 # --- in a file ---------------------------------------------------------------------------------------------

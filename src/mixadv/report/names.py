@@ -53,12 +53,12 @@ def trained_with(settings: Mapping[str, Any]) -> str:
 
 
 def format_eps(eps: float | None) -> str:
-    """The radius as text: "8/255" for whole grey levels, else a decimal."""
+    """The radius as text: "8/255" for quarters of grey levels, else a decimal."""
     if eps is None:
         return "–"
     levels = eps * 255
-    if eps > 0 and abs(eps - round(eps, 3)) > 1e-9 and abs(levels - round(levels)) < 1e-3:
-        return f"{round(levels)}/255"
+    if eps > 0 and abs(eps - round(eps, 3)) > 1e-9 and abs(4 * levels - round(4 * levels)) < 1e-3:
+        return f"{round(4 * levels) / 4:g}/255"
     return f"{eps:.4g}"
 
 

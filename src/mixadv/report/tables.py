@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from mixadv.report.attacks import TWIN, classifiers, is_single, settings_text
-from mixadv.report.cells import Column, Table, of_view, on_console, write_csv
+from mixadv.report.cells import NONE, Column, Table, of_view, on_console, text_of, write_csv
 from mixadv.report.files import Run
-from mixadv.report.names import format_ball, format_eps, norm_symbol, number, short_names
+from mixadv.report.names import format_ball, format_eps, number, short_names
+from mixadv.report.panels import panels_of
 from mixadv.report.records import APGD, CONSTANT, GAP, PGD, VOTE, measured
 from mixadv.report.settings import relevant_settings
 from mixadv.results import UNKNOWN, Accuracy, Counterparts
@@ -32,6 +31,7 @@ class Line(NamedTuple):
         clean, robust: on clean images, and at the worst of all points found in all passes.
         weight: lambda_k of a member; "" for other classifiers.
         name: the short name of the run in a table of several.
+        differing: see `panels.Panel`.
     """
 
     run: Run
@@ -41,6 +41,17 @@ class Line(NamedTuple):
     robust: Accuracy = UNKNOWN
     weight: float | str | None = ""
     name: str = ""
+    differing: str = ""
+
+    @property
+    def how(self) -> str | None:
+        """Loss, solver and what else tells the training of a run from those beside it; None if unknown."""
+        return " ".join(part for part in (self.run.loss or self.run.task, self.run.solver, self.differing) if part)
+
+    @property
+    def interval(self) -> str | None:
+        """The interval of the robust accuracy, as percentages; None if unknown."""
+        return "–".join(f"{100 * end:.1f}" for end in self.robust.ends) if self.robust.ends else None
 
     def under(self, measure: str) -> float | None:
         """The mixture's mean of a measure of `records.Measured`; None if unknown and for other classifiers."""
@@ -78,14 +89,14 @@ def _baseline(line: Line) -> float | None:
 # Views: `run`, the classifiers of one run on the console and the page; `sweep`, the mixtures of several runs on the
 # console; `csv`, all classifiers of several runs in report.csv.
 RESULTS: tuple[Column[Line], ...] = (
-    Column("run", "run", lambda line: line.name, views="sweep csv", words=True, fold=12),
+    Column("run", "run", lambda line: line.name, views="csv"),
     Column(
-        "state",
-        "state",
-        _state,
+        "run",
+        "run",
+        lambda line: f"{line.name} {_state(line)}",
         views="sweep",
         words=True,
-        fold=10,
+        fold=12,
         style=lambda line: _STATE_STYLES[line.run.state],
     ),
     Column("state", "state", lambda line: line.run.state, views="csv"),
@@ -94,23 +105,28 @@ RESULTS: tuple[Column[Line], ...] = (
     Column("norm", "norm", lambda line: line.run.norm, views="csv"),
     Column("eps", "ε", lambda line: line.run.eps, format_eps, views="sweep csv"),
     Column("L", "L", lambda line: line.run.num_members, views="sweep csv"),
-    Column("loss", "loss", lambda line: line.run.loss or None, views="sweep csv", words=True),
-    Column("solver", "solver", lambda line: line.run.solver or None, views="sweep csv", words=True),
+    Column("training", "training", lambda line: line.how, views="sweep", words=True, fold=8),
+    Column("loss", "loss", lambda line: line.run.loss or None, views="csv", words=True),
+    Column("solver", "solver", lambda line: line.run.solver or None, views="csv", words=True),
     Column("schedule", "schedule", _schedule, views="csv"),
     Column("epochs", "epochs", _epochs, views="csv"),
     Column("seed", "seed", lambda line: line.run.seed, views="sweep csv"),
+    Column("differing", "settings", lambda line: line.differing or None, views="csv"),
     Column("train_seconds", "training, s", lambda line: line.run.training_seconds, ".0f", views="csv"),
     Column("num_examples", "images", lambda line: line.run.num_examples, views="csv"),
     Column("label", "", lambda line: line.label, views="run", words=True, fold=1),
     Column("who", "who", lambda line: line.who, views="csv"),
     Column("weight", "weight λ", lambda line: line.weight, ".3f", views="run csv"),
-    Column("clean", "clean % [95 %]", lambda line: line.clean, ".1%", views="run sweep csv", ends=True),
-    Column("robust", "robust % [95 %]", lambda line: line.robust, ".1%", views="run sweep csv", ends=True),
+    Column("clean", "clean % [95 %]", lambda line: line.clean, ".1%", views="run csv", ends=True),
+    Column("clean", "clean %", lambda line: line.clean.value, ".1%", views="sweep", fold=5),
+    Column("robust", "robust % [95 %]", lambda line: line.robust, ".1%", views="run csv", ends=True),
+    Column("robust", "robust %", lambda line: line.robust.value, ".1%", views="sweep", fold=6),
+    Column("interval", "95 %", lambda line: line.interval, views="sweep"),
     Column("pgd_20", "PGD-20 %", lambda line: line.under(PGD), ".1%", views="csv"),
     Column("apgd", "APGD %", lambda line: line.under(APGD), ".1%", views="csv"),
     Column("matching_penny_gap", "gap", lambda line: line.under(GAP), ".1%", views="csv"),
     Column("baseline", "baseline robust %", _baseline, ".1%", views="sweep", fold=8),
-    Column("weights", "λ", lambda line: line.run.results.weights, ".2f", views="sweep", fold=9),
+    Column("weights", "λ", lambda line: line.run.results.weights, ".2f", views="sweep", fold=4),
 )
 
 
@@ -156,18 +172,48 @@ def run_table(run: Run) -> RichTable:
     return on_console(results_table(run, title, who, _caption(run)))
 
 
-def sweep_table(runs: Sequence[Run]) -> RichTable:
-    """One row per run, in the given order. Loss and solver stand in the caption if all runs have the same."""
-    common = len(runs) > 1 and len({(run.loss, run.solver) for run in runs}) == 1
-    moved = {"loss", "solver"} if common else set()
-    columns = [column for column in of_view(RESULTS, "sweep") if column.key not in moved]
-    # Without its interval, for width.
-    columns = [
-        replace(column, of=lambda line: line.clean.value) if column.key == "clean" else column for column in columns
-    ]
-    lines = [rows_of(run, name)["mixture"] for run, name in _named(runs)]
-    caption = _sweep_caption(runs, common)
-    return on_console(Table(counted(len(runs), "run"), columns, lines, caption), box=SIMPLE_HEAD, pad_edge=False)
+def sweep_tables(runs: Sequence[Run]) -> list[Table[Any]]:
+    """One table for each panel, with a row per run, and one for the runs without results; for one panel a single table.
+
+    A last table lists the settings that have a number. On a console of 80 columns they are whole.
+    """
+    names = dict(_named(runs))
+    panels = panels_of(runs)
+    differing = {run: text for panel in panels for run, text in zip(panel.runs, panel.differing, strict=True)}
+    groups = [(panel.title, panel.runs) for panel in panels]
+    if len(panels) < 2:
+        groups = [(panels[0].title if panels else "", list(runs))]
+    elif rest := [run for run in runs if run not in differing]:
+        groups.append(("without results", rest))
+    tables: list[Table[Any]] = [_sweep_table(title, group, names, differing) for title, group in groups]
+    numbered = [item for panel in panels for item in panel.numbered.items()]
+    if numbered:
+        tables.append(Table("Settings", NUMBERED, numbered))
+    return tables
+
+
+# Name and text of settings that have a number.
+NUMBERED: tuple[Column[tuple[str, str]], ...] = (
+    Column("name", "", lambda item: item[0], words=True),
+    Column("text", "differing keys", lambda item: item[1], words=True, fold=20),
+)
+
+
+def _sweep_table(
+    title: str, runs: Sequence[Run], names: Mapping[Run, str], differing: Mapping[Run, str]
+) -> Table[Line]:
+    """One row per run. Values that all runs share stand in the caption; columns without values are left out."""
+    lines = [rows_of(run, names[run])["mixture"]._replace(differing=differing.get(run, "")) for run in runs]
+    columns, shared = [], []
+    for column in of_view(RESULTS, "sweep"):
+        cells = {text_of(column.of(line), column.form) for line in lines}
+        if column.key in ("eps", "L", "training", "seed") and len(cells) == 1 and len(runs) > 1 and cells != {NONE}:
+            value = cells.pop()
+            shared.append(value if column.key == "training" else f"{column.heading} = {value}")
+        elif cells != {NONE} or column.key in ("run", "robust"):
+            columns.append(column)
+    about = ": ".join(part for part in (counted(len(runs), "run"), title) if part)
+    return Table(about, columns, lines, _sweep_caption(runs, names, shared))
 
 
 def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
@@ -181,7 +227,13 @@ def write_table_csv(runs: Sequence[Run], path: str | Path) -> Path:
     Raises:
         UserError: `path` cannot be written.
     """
-    lines = [line for run, name in _named(runs) for line in _written(run, name)]
+    settings: dict[Run, str] = {}
+    for panel in panels_of(runs):
+        texts = [f"{text}: {panel.numbered[text]}" if text in panel.numbered else text for text in panel.differing]
+        settings.update(zip(panel.runs, texts, strict=True))
+    lines = [
+        line._replace(differing=settings.get(run, "")) for run, name in _named(runs) for line in _written(run, name)
+    ]
     return write_csv(path, Table("", of_view(RESULTS, "csv"), lines))
 
 
@@ -218,13 +270,10 @@ def _caption(run: Run) -> str:
     return "\n".join([*lines, f"robust: per image the worst case over {attacks}"] if attacks else lines)
 
 
-def _sweep_caption(runs: Sequence[Run], common: bool) -> str:
-    data = sorted({run.data for run in runs if run.data})
-    norms = sorted({norm_symbol(run.norm) for run in runs if run.norm})
+def _sweep_caption(runs: Sequence[Run], names: Mapping[Run, str], shared: Sequence[str]) -> str:
     attacks = sorted({", ".join(run.results.attacks) for run in runs if run.results.attacks})
-    learned = [runs[0].loss, runs[0].solver] if common else []
-    lines = [" · ".join(part for part in (", ".join(data), *learned, ", ".join(norms)) if part)]
+    lines = [f"all: {', '.join(shared)}" if shared else ""]
     lines.append("robust: per image the worst case over " + " | ".join(attacks) if attacks else "")
-    lines += [f"{name}: {run.reason}" for run, name in _named(runs) if run.reason]
+    lines += [f"{names[run]}: {run.reason}" for run in runs if run.reason]
     lines += [note for run in runs for note in run.notes]
     return "\n".join(line for line in lines if line)
