@@ -35,7 +35,7 @@ from mixadv.results import (
 )
 from trained_run import write_run
 
-STORED = sorted((Path(__file__).resolve().parents[1] / "results").glob("*/*/results.json"))
+STORED = sorted((Path(__file__).resolve().parents[1] / "results" / "small").glob("*/results.json"))
 FULL = Results(
     task="solve",
     seed=0,
