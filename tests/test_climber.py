@@ -175,9 +175,9 @@ def test_every_image_is_searched_at_least_so_often():
     ball = ThreatModel("linf", 0.1, None)
 
     class Counting(ThreatModel):
-        def sample(self, x, generator=None):
+        def random_start(self, x, generator=None):
             sampled.append(len(x))
-            return super().sample(x, generator)
+            return super().random_start(x, generator)
 
     attack(mixture, x, y, Counting(ball.norm, ball.eps, None), seeded())
     assert attack.searches == len(sampled) == 10

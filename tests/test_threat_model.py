@@ -291,6 +291,8 @@ def test_each_example_may_have_its_own_radius(norm, bounds, generator):
     x_adv = x + torch.randn(x.shape, generator=generator)
     inside = x + 0.2 * torch.randn(x.shape, generator=generator) / 24**0.5
     projected, samples = threat_model.project(x_adv, x), threat_model.sample(x, generator)
+    starts = threat_model.random_start(x, generator)
+    assert threat_model.contains(starts, x).all()
     assert threat_model.contains(samples, x).all()
     assert threat_model.contains(projected, x).all()
     for i, radius in enumerate(RADII):
@@ -300,8 +302,24 @@ def test_each_example_may_have_its_own_radius(norm, bounds, generator):
         for points in (x_adv, inside, x):
             assert threat_model.contains(points, x)[i] == one.contains(points[row], x[row])
     assert torch.equal(samples[1], x[1])
+    assert torch.equal(starts[1], x[1])
     # The largest ball is filled, not only the smallest.
     assert threat_model.distance(samples, x)[0] > 0.1
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.4), ("l2", 0.7)])
+def test_random_starts_are_samples_cut_to_the_box(norm, eps, generator):
+    """Where the ball lies in the box a start is a sample; elsewhere an l2 start is a point of the ball, then cut."""
+    x = torch.rand(40, 3, generator=generator)
+    starts, points = (
+        ThreatModel(norm, eps, bounds).random_start(x, torch.Generator().manual_seed(5)) for bounds in ((0, 1), None)
+    )
+    samples = ThreatModel(norm, eps, (-9, 9)).sample(x, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(points, samples, rtol=0, atol=1e-6)
+    assert ThreatModel(norm, eps).contains(starts, x).all()
+    assert (starts != points).any()
+    if norm == "l2":
+        assert torch.equal(starts, points.clamp(0, 1))
 
 
 def test_radii_of_some_examples(generator):

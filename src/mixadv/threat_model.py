@@ -122,19 +122,9 @@ class ThreatModel:
 
         The numbers are drawn on the device of the generator, or of `x` if there is none.
         """
-        eps = self._radius(x)
-        if self.norm == "linf":
-            low, high = self._clamp(x - eps), self._clamp(x + eps)
-            u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=_device(x, generator)).to(x.device)
-            return torch.minimum(low + u * (high - low), high)
-        device = _device(x, generator)
-        direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
-        u = torch.rand(x.shape[:1], generator=generator, dtype=x.dtype, device=device).to(x.device)
-        radius = eps * per_example(u ** (1.0 / max(1, math.prod(x.shape[1:]))), x)
-        norm = per_example(self._norm(direction), x).clamp_min(torch.finfo(x.dtype).tiny)
-        found = x + direction * (radius / norm)
-        if self.bounds is None:
-            return found
+        if self.norm == "linf" or self.bounds is None:
+            return self.random_start(x, generator)
+        found = self._point_of_ball(x, generator)
         outside = (found != self._clamp(found)).flatten(1).any(1)
         rows = outside.nonzero().flatten()
         if len(rows):
@@ -145,6 +135,28 @@ class ThreatModel:
             # Rounding may put a point on the other side of a face.
             found[rows] = self._clamp(moved).reshape(-1, *x.shape[1:])
         return found
+
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A random point of S_eps(x) for each example, for an attack to begin at.
+
+        linf: as `sample`. l2: a uniform point of the ball whose entries are then cut to the box. Near a face of the
+        box that is not uniform on the intersection, but an attack does not need that, and it costs next to nothing.
+        """
+        if self.norm == "l2":
+            return self._clamp(self._point_of_ball(x, generator))
+        eps = self._radius(x)
+        low, high = self._clamp(x - eps), self._clamp(x + eps)
+        u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=_device(x, generator)).to(x.device)
+        return torch.minimum(low + u * (high - low), high)
+
+    def _point_of_ball(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A uniform point of the l2 ball, without the box: a Gaussian direction, and the radius eps u^(1/d)."""
+        device = _device(x, generator)
+        direction = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+        u = torch.rand(x.shape[:1], generator=generator, dtype=x.dtype, device=device).to(x.device)
+        radius = self._radius(x) * per_example(u ** (1.0 / max(1, math.prod(x.shape[1:]))), x)
+        norm = per_example(self._norm(direction), x).clamp_min(torch.finfo(x.dtype).tiny)
+        return x + direction * (radius / norm)
 
     def ascent_step(self, x_adv: Tensor, grad: Tensor, step_size: float | Tensor) -> Tensor:
         """x_adv moved by `step_size` (in input units, one number or [B]) in the direction of steepest ascent.

@@ -33,6 +33,9 @@ class Plane(ThreatModel):
     def sample(self, x, generator=None):
         return torch.cat([super().sample(x[:, :2], generator), x[:, 2:]], dim=1)
 
+    def random_start(self, x, generator=None):
+        return torch.cat([super().random_start(x[:, :2], generator), x[:, 2:]], dim=1)
+
 
 class LinearProblem:
     """N mixtures of L linear members in the plane, all with the same lambda, attacked around x = 0 with eps = 1.

@@ -123,7 +123,7 @@ class APGD(SearchAttack):
         if not len(rows):
             return
         origin = climb.x[rows]
-        x = threat_model.sample(origin, generator) if self.start == "uniform" else origin
+        x = threat_model.random_start(origin, generator) if self.start == "uniform" else origin
         if not self.num_steps:
             climb.score(x, rows)
             return

@@ -107,7 +107,7 @@ class _Search:
         if from_x:
             points, accuracy = x, self.climb.worst.accuracy[rows]
         else:
-            points = self.threat_model.sample(x, self.generator)
+            points = self.threat_model.random_start(x, self.generator)
             accuracy = self.accuracy_at(points, rows)
         last = max(1, self.settings.num_steps - 1)
         for k in range(self.settings.num_steps):

@@ -279,7 +279,9 @@ class _Search:
         chosen = hardness.argmin(1)
         coin = self.random(len(rows))
         x = self.climb.x[rows]
-        start = torch.where(per_example(coin < FROM_POOL + FROM_X, x), x, self.threat_model.sample(x, self.generator))
+        start = torch.where(
+            per_example(coin < FROM_POOL + FROM_X, x), x, self.threat_model.random_start(x, self.generator)
+        )
         start = torch.where(per_example(coin < FROM_POOL, x), pool.points[rows, base[here, chosen]], start)
         stuck = holds.any(2)[here, chosen]
         self.forces[rows] = 2 * self.random(len(rows), len(self.lam))

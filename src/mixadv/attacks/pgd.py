@@ -129,7 +129,7 @@ class PGD(SearchAttack):
         if self.start == "none":
             return x.clone()
         if self.start == "uniform":
-            return threat_model.sample(x, generator)
+            return threat_model.random_start(x, generator)
         device = x.device if generator is None else generator.device
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
         return threat_model.project(x + 1e-3 * noise, x)

@@ -115,7 +115,7 @@ class _Search:
         if not pulling or not len(rows):
             return
         x = self.climb.x[rows]
-        points = x if from_x else self.threat_model.sample(x, self.generator)
+        points = x if from_x else self.threat_model.random_start(x, self.generator)
         for step in range(self.settings.num_steps):
             length = self.settings.step_size * self.threat_model.eps * LAST_STEP ** (step / self.settings.num_steps)
             logits, pull = self.pull(points, rows, pulling)

@@ -87,7 +87,7 @@ class VoteAttack:
                 rows = standing.nonzero().flatten()
                 if not len(rows):
                     break
-                points = threat_model.sample(x[rows], generator) if begin is None else begin[rows]
+                points = threat_model.random_start(x[rows], generator) if begin is None else begin[rows]
                 order = None if begin is not None else _orders(mixture.num_members, len(x), x.device, generator)
                 for step in range(self.num_steps + 1):
                     at = [
