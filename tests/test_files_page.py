@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import TINY, Trained, run_command
 
@@ -17,6 +18,19 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs" / "files.md").read_text()
 TASKS = ("train", "evaluate", "solve", "ceiling", "game")
 Runs = dict[str, Path]
 Page = dict[str, tuple[set[str], bool, list[str]]]
+
+
+def pictures(cwd: Path) -> Path:
+    """A folder of 3 x 3 pixels in two classes, with a file that is no image."""
+    colours = np.random.default_rng(0).integers(0, 256, (2, 2, 8, 3, 3, 3), dtype=np.uint8)
+    for split, classes in zip(("train", "test"), colours, strict=True):
+        for name, images in zip(("ant", "bee"), classes, strict=True):
+            folder = cwd / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for number, image in enumerate(images):
+                Image.fromarray(image).save(folder / f"{number}.png")
+    (folder / "notes.txt").write_text("two bees")
+    return cwd / "pictures"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +42,14 @@ def runs(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ["task=evaluate", f"mixture={trained.path}", "protocol.diagnosed=4", "data.num_test=20", *attacks],
         # Another split than the members' own, so that something is flagged.
         ["task=solve", f"members=[{trained.path}]", "data.num_val=20", "data.num_test=20", *attacks],
-        ["task=ceiling", "data=digits", "eps=0.3"],
+        [
+            "task=ceiling",
+            "data=image_folder",
+            f"data.root={pictures(cwd)}",
+            "data.num_val=3",
+            "data.padding=0",
+            "eps=0.3",
+        ],
         ["task=game", "game.num_steps=5"],
     ):
         finished = run_command(cwd, *argv, "name=one")
@@ -70,7 +91,7 @@ def keys_of(node: Any, prefix: str = "") -> set[str]:
         return set().union(*parts) if parts else set() if prefix == "flags" else {prefix}
     if not isinstance(node, dict):
         return {prefix}
-    capitals = {"versions": "PACKAGE", "attacks": "NAME", "validation": "METRIC"}
+    capitals = {"versions": "PACKAGE", "attacks": "NAME", "validation": "METRIC", "data.left_out": "REASON"}
     names = {key: f"{prefix}.{capitals.get(prefix, key)}" if prefix else key for key in node}
     return set().union(*(keys_of(part, names[key]) for key, part in node.items()))
 
