@@ -107,7 +107,7 @@ def attack_rows(run: Run) -> list[AttackRow]:
 
 # Views: `accuracy` on the console, `page` and `cost` on the page; `parts`: left out if L = 1.
 ATTACKS: tuple[Column[AttackRow], ...] = (
-    Column("attack", "attack", lambda row: printable(row.name), views="accuracy page cost", words=True, fold=1),
+    Column("attack", "attack", lambda row: printable(row.name), views="accuracy page cost", words=True, fold=17),
     Column("mixture", "mixture % [95 %]", lambda row: next(iter(row.values.values())), ".1%", views="accuracy page"),
     Column(
         "from_parts",
@@ -133,6 +133,9 @@ ATTACKS: tuple[Column[AttackRow], ...] = (
 )
 
 
+_OF_PARTS = "Each classifier is attacked itself. From parts: the mixture at the points found against its parts. "
+
+
 def attacks_table(run: Run, view: str = "accuracy") -> Table[AttackRow]:
     """Per attack: the accuracies of the attacked classifiers, the number of worst cases found, seconds, settings.
 
@@ -145,14 +148,15 @@ def attacks_table(run: Run, view: str = "accuracy") -> Table[AttackRow]:
         columns = [replace(c, heading="model % [95 %]") if c.key == "mixture" else c for c in columns]
     if view != "accuracy":
         return Table("Accuracy per attack" if view == "page" else "Cost and settings", columns, attack_rows(run))
+    on_any = "" if is_single(run) else ", on any classifier"
     rows = [*attack_rows(run), AttackRow("all points found", worst_cases(run), None)]
     last = len(rows) - 1
     return Table(
         "Accuracy per attack",
         columns,
         rows,
-        caption="Each classifier is attacked itself. From parts: the mixture at the points found against its parts. "
-        "Worst found: number of images whose worst point was first found by this attack, on any classifier.",
+        caption=("" if is_single(run) else _OF_PARTS)
+        + f"Worst found: number of images whose worst point was first found by this attack{on_any}.",
         bold=(last,),
         sections=(last - 1,),
     )

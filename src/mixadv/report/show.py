@@ -8,7 +8,7 @@ from rich.text import Text
 from mixadv.redaction import printable
 from mixadv.report.attacks import attacks_table
 from mixadv.report.ceiling import ceiling_sentences, ceiling_table
-from mixadv.report.cells import on_console, print_whole
+from mixadv.report.cells import on_console, print_narrow, print_whole
 from mixadv.report.classes import classes_table
 from mixadv.report.compare import baseline_sentence, counterpart_sentences
 from mixadv.report.files import Run
@@ -30,7 +30,7 @@ def show_run(run: Run, console: Console) -> None:
         console.print(Text(text, style=style))
 
     if run.results.task == "solve":
-        print_whole(on_console(solution_table(run)), console)
+        print_narrow(solution_table(run), console)
         for sentence in solution_sentences(run):
             say(sentence)
     elif run.results.task == "game":
@@ -43,7 +43,7 @@ def show_run(run: Run, console: Console) -> None:
             if sentence:
                 say(sentence)
         if run.results.attacks:
-            print_whole(on_console(attacks_table(run)), console)
+            print_narrow(attacks_table(run), console)
         if run.results.classes:
             print_whole(on_console(classes_table(run)), console)
     for sentence in ceiling_sentences(run):

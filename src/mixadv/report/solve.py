@@ -19,20 +19,20 @@ class _Line(NamedTuple):
 
 
 SOLUTION: tuple[Column[_Line], ...] = (
-    Column("who", "", lambda line: line.row.who, words=True, fold=1),
+    Column("who", "", lambda line: line.row.who, words=True, fold=17),
     Column("weight", "λ", lambda line: line.weight, ".4f"),
-    Column("clean", "clean %", lambda line: line.row.clean.value, ".1%"),
-    Column("pool", "pool %", lambda line: line.row.pool.value, ".1%"),
-    Column("fresh", "fresh %", lambda line: line.row.fresh.value, ".1%"),
-    Column("test", "test % [95 % interval]", lambda line: line.row.test, ".1%"),
+    Column("pool", "validation pool %", lambda line: line.row.pool.value, ".1%", fold=10),
+    Column("fresh", "validation fresh %", lambda line: line.row.fresh.value, ".1%", fold=10),
+    Column("clean", "test clean %", lambda line: line.row.clean.value, ".1%", fold=7),
+    Column("test", "test robust % [95 %]", lambda line: line.row.test, ".1%"),
 )
 
 
 def solution_table(run: Run) -> Table[_Line]:
     """Clean and robust accuracies of every member and of the mixtures with uniform and with optimal weights.
 
-    Column pool: at the points that chose the weights, on the validation images. Column fresh: on the same images,
-    under new attacks. Column test: on the test images, with 95 % intervals.
+    Each heading names the images. Pool: robust at the points that chose the weights, on the validation images. Fresh:
+    on the same images under new attacks. The other two are on the test images.
     """
     weights, rows = run.results.weights, solution_of(run).rows
     lines = [_Line(row, weights[k] if k < len(weights) else "") for k, row in enumerate(rows)]
@@ -57,8 +57,9 @@ def solution_caption(run: Run) -> str:
     on_members = [name for name, one in run.results.attacks.items() if any(value is not None for value in one.members)]
     alone = f"; members alone are attacked by {', '.join(on_members)}" if on_members else ""
     return (
-        f"Robust accuracy. Pool: at the points that chose the weights ({fit.num_examples} validation images, "
-        f"{fit.num_attacks} responses of the attacker, {fit.status}). Fresh: on the same images under new attacks. "
+        "Pool and fresh are robust accuracies. Pool: at the points that chose the weights "
+        f"({fit.num_examples} validation images, {fit.num_attacks} responses of the attacker, {fit.status}). "
+        "Fresh: on the same images under new attacks. "
         f"Test: {run.num_examples} test images. Attacks: {', '.join(run.results.attacks)}; every point is replayed "
         f"on all classifiers{alone}."
     )

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Percentage points above and below the values.
+LEAST_MARGIN = 1.0
+
 
 def draw_solution(run: Run | str | Path) -> Path:
     """Draw `solve.png`: the bounds on the optimal robust accuracy and lambda against rounds; the robust accuracy of
@@ -46,7 +49,7 @@ def solution_figure(run: Run) -> Figure:
     ball = format_ball(run.norm, run.eps)
     title = f"{run.data} · {ball} · optimal weights over {len(run.results.weights)} classifiers"
     figure = new_figure(max(6.0, 3.6 + 0.45 * len(rows)), title)
-    _draw_rounds(figure.add_axes((0.06, 0.31, 0.25, 0.57), label="rounds"), history)
+    _draw_rounds(figure.add_axes((0.075, 0.31, 0.235, 0.57), label="rounds"), history)
     _draw_weights(figure.add_axes((0.37, 0.31, 0.17, 0.57), label="weights"), history, rows)
     _draw_accuracies(figure.add_axes((0.68, 0.31, 0.30, 0.57), label="accuracy"), rows)
     for axes in figure.axes:
@@ -63,6 +66,11 @@ def _draw_rounds(axes: Axes, history: History) -> None:
     axes.plot(range(1, len(bounds) + 1), bounds, color=CLEAN_COLOUR, marker="v", label="limit (certain)")
     axes.plot(range(1, len(values) + 1), values, color=ROBUST_COLOUR, marker="o", label="reached (estimate)")
     axes.set(xlabel="round", ylabel="robust accuracy, validation %")
+    if known := [*bounds, *values]:
+        # Differences below a point are not blown up to the whole axis.
+        axes.set_ylim(min(known) - LEAST_MARGIN, max(known) + LEAST_MARGIN)
+    axes.locator_params(axis="y", nbins=6)
+    axes.ticklabel_format(axis="y", useOffset=False)
     _whole_rounds(axes, len(bounds))
 
 
