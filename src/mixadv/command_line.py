@@ -146,4 +146,7 @@ def _home(text: str) -> str:
 
 
 def _exists(text: str) -> bool:
-    return bool(text) and os.path.exists(_home(text))
+    """Whether it is a path, or FILE:NAME, a state dict or a function in a file."""
+    file, colon, name = text.rpartition(":")
+    inside = bool(colon) and re.fullmatch(r"[\w.-]+", name) is not None and os.path.isfile(_home(file))
+    return bool(text) and (os.path.exists(_home(text)) or inside)

@@ -27,7 +27,7 @@ class Recipe:
 
     Attributes:
         name: of a model of mixadv (`mixadv.models.MODELS`), or the import path ``package.module:callable`` of a
-            factory.
+            factory, or its path ``FILE.py:callable``.
         arguments: what it is called with, by name; values of JSON. Models of mixadv take num_classes, image_shape
             (C, H, W), mean, std and settings of their own.
     """
@@ -60,9 +60,9 @@ class Recipe:
 
     @property
     def target(self) -> str:
-        """The import path as the configuration writes it, ``package.module.callable``."""
+        """The import path as the configuration writes it, ``package.module.callable``; a path stays as it is."""
         if self.is_factory:
-            return self.name.replace(":", ".")
+            return self.name if ".py:" in self.name else self.name.replace(":", ".")
         factory = MODELS[self.name]
         return f"{factory.__module__}.{factory.__name__}"
 

@@ -25,6 +25,7 @@ from mixadv.members.store import (
     mixture_of_folder,
     read_config,
 )
+from mixadv.models import MODELS
 from mixadv.seeding import seeded
 
 KINDS = (
@@ -60,15 +61,17 @@ class Source:
             for the one at KEY in the file, see `mixadv.members.foreign.to_member`; or ``module:callable`` or
             ``FILE.py:callable``, see `mixadv.members.factory.build_factory`. An existing path is never read as
             ``module:callable``.
+        settings: the model of a state dict and its arguments, instead of those of a default recipe.
         record: the recipe of a mixture, with its eps, norm and data if mixadv trained it; None for a state dict and
             for ``module:callable``.
 
     Raises:
-        UserError: the file is missing, unreadable, changed, or holds objects other than tensors.
+        UserError: the file is missing, unreadable, changed, or holds objects other than tensors; or there are settings
+            for what needs none.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, settings: Mapping[str, Any] | None = None) -> None:
+        self.name, self.settings = name, dict(settings or {})
         self._path, self._state_dict = _path(name)
         self.record: dict[str, Any] | None = None
         self._content: Mapping[Any, Any] | None = None
@@ -76,10 +79,17 @@ class Source:
             return
         if self._path.is_dir():
             self.record = read_config(self._path)
-            return
-        self._content = read_file(self._path)
-        if "mixture_config" in self._content and not self._state_dict:
-            self.record = read_config(self._path, self._content)
+        else:
+            self._content = read_file(self._path)
+            if "mixture_config" in self._content and not self._state_dict:
+                self.record = read_config(self._path, self._content)
+        if self.record is not None and self.settings:
+            raise UserError(f"{name} records how it is built: leave {', '.join(self.settings)} out")
+
+    @property
+    def is_code(self) -> bool:
+        """Whether a function builds the member."""
+        return self._path is None
 
     def digest(self) -> str:
         """Of the bytes of its files, or of the tensors of the module that the factory builds.
@@ -88,7 +98,8 @@ class Source:
             UserError: the factory fails.
         """
         if self._path is not None:
-            return digest_of_files(files_of(self._path))
+            files = digest_of_files(files_of(self._path))
+            return digest_of({"files": files, "settings": self.settings}) if self.settings else files
         with seeded(0, "digest"):
             return digest_of(Recipe(self.name).build().state_dict())
 
@@ -112,7 +123,8 @@ class Source:
         path, content, self._content = self._path, self._content, None
         if path is None:
             recipe = Recipe(self.name)
-            found = [LoadedMember(recipe.build(), self.name, self.name, recipe, "as the factory built it")]
+            name = os.path.basename(self.name)
+            found = [LoadedMember(recipe.build(), name, self.name, recipe, "as the factory built it")]
         elif self.record is not None:
             if content is None:
                 mixture = mixture_of_folder(path, self.record, factories)
@@ -126,10 +138,22 @@ class Source:
             ]
         else:
             assert content is not None, "members() was called before"
-            module, recipe, note = to_member(path, content, default_recipe, self._state_dict)
+            module, recipe, note = to_member(path, content, self._recipe(default_recipe), self._state_dict)
             name = f"{path.stem}:{self._state_dict}".rstrip(":")
             found = [LoadedMember(module, name, self.name, recipe, note)]
         return [replace(member, module=member.module.to(device).eval()) for member in found]
+
+    def _recipe(self, default: Recipe | None) -> Recipe | None:
+        """What builds the network of a state dict: the settings of this source before those of the default."""
+        if not self.settings or default is None:
+            return default
+        own = dict(self.settings)
+        if (name := own.pop("model", None)) is None:
+            return Recipe(default.name, default.arguments | own)
+        if name not in MODELS:
+            raise UserError(f"{self.name}: model={name} is unknown: choose one of {', '.join(MODELS)}")
+        of_data = {key: default.arguments[key] for key in ("num_classes", "image_shape") if key in default.arguments}
+        return Recipe(name, of_data | own)
 
 
 def with_unique_names(members: Sequence[LoadedMember]) -> list[LoadedMember]:
@@ -163,6 +187,8 @@ def _path(source: str) -> tuple[Path | None, str]:
         return path.parent, ""
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{source} is neither a file nor a folder: name {KINDS}")
+    if path.suffix == ".py" and path.is_file():
+        raise UserError(f"{source} is Python code: name a function in it, as {source}:first")
     return path, chosen
 
 

@@ -117,14 +117,14 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
         from mixadv.tasks.ceiling import find_ceiling
 
         return cfg, find_ceiling, ""
-    from mixadv.members.source import Source
+    from mixadv.members.member_list import sources_of
     from mixadv.members.store import read_mixture
     from mixadv.tasks.content import content_of
     from mixadv.tasks.evaluate import as_trained, evaluate_members, evaluate_mixture
     from mixadv.tasks.members import as_named, as_recorded_by_members
 
     if cfg.task != "evaluate" or not cfg.mixture:
-        sources = [Source(str(name)) for name in cfg.members]
+        sources = sources_of([str(name) for name in cfg.members])
         if cfg.task == "evaluate":
             cfg = as_named(cfg, sources, overrides)
             return cfg, partial(evaluate_members, sweep=sweep, sources=sources), content_of(cfg, sources)
