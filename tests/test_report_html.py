@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from matplotlib import get_data_path
+from PIL import Image, ImageFont
 
 from evaluated_run import ATTACKS, FLAGS, write_evaluation
 from mixadv.report import page as page_module
 from mixadv.report.citations import papers_of
+from mixadv.report.figures.evaluation import evaluation_figures
+from mixadv.report.files import read_run
 from mixadv.report.page import CHECKS, write_report
 from trained_run import write_run
 
@@ -206,11 +209,11 @@ def test_the_tables_equal_the_results(tmp_path: Path, quick: None, weights: tupl
     rows = page.rows(CLASSIFIERS)
     wanted: dict[str, list[list[float]]] = {}
     for k, member in enumerate([] if single else results["members"]):
-        wanted[f"member {k}"] = [[results["weights"][k]], [member["clean"]], [member["robust"], *member["ci95"]]]
-    both = [[results[m]["expected_accuracy"], *results[m]["ci95"]] for m in ("clean", "robust")]
-    wanted["model" if single else "mixture"] = [[], *both]
+        wanted[f"member {k}"] = [[member["robust"], *member["ci95"]], [member["clean"]], [results["weights"][k]]]
+    both = [[results[m]["expected_accuracy"], *results[m]["ci95"]] for m in ("robust", "clean")]
+    wanted["model" if single else "mixture"] = [*both, []]
     twin = results["averaged_twin"]
-    wanted |= {} if single else {"averaged twin": [[], [twin["clean"]], [twin["robust"], *twin["ci95"]]]}
+    wanted |= {} if single else {"averaged twin": [[twin["robust"], *twin["ci95"]], [twin["clean"]], []]}
     assert {name: [values for _, values in cells] for name, cells in rows.items() if name} == wanted
 
     head, *body = page.tables[ACCURACY]
@@ -289,6 +292,65 @@ def test_flags_come_with_evidence_and_remedy(tmp_path: Path, quick: None) -> Non
     assert "No flag was raised" not in page.text
     assert f"Checked: zero-gradients, {FLAGS[0]['name']}." in page.text
     assert "Not checked: probabilities, random-outputs," in page.text
+
+
+def test_flags_of_members_that_are_never_drawn_come_last(tmp_path: Path, quick: None) -> None:
+    write_evaluation(tmp_path / "run", weights=(0.5, 0.0, 0.5, 0.0))
+    evidence = {
+        "zero-gradients": ("member 3: the gradient of the cross-entropy is 0 on 100.0% of the images", True),
+        "saturated-logits": ("members 1, 3: on 40.0%, 50.0% of the images", True),
+        "probabilities": ("members 0, 1: the logits sum to 1", False),
+        "non-finite-logits": ("member 1: logits; member 2: logits", False),
+        "more-steps-do-not-hurt": ("the mixture: 0.1; member 3: 0.2", False),
+        "noise-beats-pgd": ("noise found what pgd-20 missed on 3 of 400 images", False),
+    }
+    flags = [{"name": name, "evidence": text, "remedy": "Look."} for name, (text, _) in evidence.items()]
+    edit(tmp_path / "run", flags=flags)
+    write_report(tmp_path / "run")
+    text = read(tmp_path / "run").text
+    places = {name: text.index(words) for name, (words, _) in evidence.items()}
+    assert sorted(places, key=lambda name: places[name]) == [*list(evidence)[2:], *list(evidence)[:2]]
+    assert text.count("Only about members of weight 0") == 2
+    assert text.index("Only about members of weight 0") > places["noise-beats-pgd"]
+
+
+def test_members_have_their_names_in_tables_and_figures_and_their_sources_on_the_page(tmp_path: Path) -> None:
+    results = write_evaluation(tmp_path / "run")
+    names = ("plain", "a/rather/long/folder/with/resnet-18.pt", "mixer")
+    members = [
+        {**member, "name": name, "source": f"/data/{name}", "note": "normalised inside"}
+        for member, name in zip(results["members"], names, strict=True)
+    ]
+    edit(tmp_path / "run", members=members, content="0123abcd", config={"task": "evaluate", "members": ["x"]})
+    write_report(tmp_path / "run")
+    page, run = read(tmp_path / "run"), read_run(tmp_path / "run")
+    for k, name in enumerate(names):
+        assert f"member {k}: {name}, /data/{name}, normalised inside" in page.text
+        assert f"member {k}: {name}" in page.rows(CLASSIFIERS)
+    assert "0123abcd" in page.text
+    assert "not recorded" not in page.text[page.text.index("Mixture") : page.text.index("Trained with")]
+    for build in evaluation_figures(run, None).values():
+        labels = {text.get_text() for legend in build().legends for text in legend.get_texts()}
+        assert {"0: plain", "1: …/resnet-18.pt", "2: mixer"} <= labels
+
+
+@pytest.mark.parametrize("weights", [(1.0,), EIGHT], ids=["one", "eight"])
+def test_a_phone_shows_the_robust_accuracy_without_scrolling(
+    tmp_path: Path, quick: None, weights: tuple[float, ...]
+) -> None:
+    write_evaluation(tmp_path / "run", weights=weights)
+    write_report(tmp_path / "run")
+    page = read(tmp_path / "run")
+    heading, *body = page.tables[CLASSIFIERS]
+    assert [words for words, _ in heading][:2] == ["", "robust % [95 %]"]
+    # The widest of the fonts that the page names, at 0.92 rem; names may break, up to 9 rem.
+    bold = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf", 15)
+    robust = max(bold.getlength(row[1][0]) for row in [heading, *body])
+    name = min(9 * 16, max(bold.getlength(row[0][0]) for row in body))
+    assert name + robust + 3 * 8 <= 390 - 2 * 16
+    # What is beyond the edge can be scrolled to, and a shadow says so.
+    assert "overflow-x: auto" in page.style
+    assert page.style.count("no-repeat scroll") == page.style.count("no-repeat local") == 2
 
 
 def test_without_flags_the_page_says_what_was_checked(tmp_path: Path, quick: None) -> None:
@@ -502,7 +564,7 @@ def test_a_run_of_training_has_its_baseline_and_curves(tmp_path: Path, quick: No
     page = read(path)
     harmless(page)
     base = json.loads((path / "baseline" / "results.json").read_text())
-    _, clean, robust = page.rows(CLASSIFIERS)["baseline (one model)"]
+    robust, clean, _ = page.rows(CLASSIFIERS)["baseline (one model)"]
     assert clean[1] == [base["clean"]["expected_accuracy"], *base["clean"]["ci95"]]
     assert robust[1] == [base["robust"]["expected_accuracy"], *base["robust"]["ci95"]]
     assert "Mixture minus baseline:" in page.text

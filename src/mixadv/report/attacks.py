@@ -35,6 +35,16 @@ def is_single(run: Run) -> bool:
     return classifiers(run)[0] == "model"
 
 
+def shown_as(run: Run, who: str, most: int = 17) -> str:
+    """The name of a classifier in figures: of a member its number and what is known of its name, in `most` letters."""
+    k = int(who.removeprefix("member ")) if who.startswith("member ") else -1
+    name = run.results.members[k].name if 0 <= k < len(run.results.members) else None
+    if not name:
+        return who
+    name, room = printable(name), most - len(f"{k}: ")
+    return f"{k}: {name if len(name) <= room else '…' + name[1 - room :]}"
+
+
 def _by_classifier(run: Run, mixture: T, members: Sequence[T], twin: T, unknown: T) -> dict[str, T]:
     """Classifier -> its value; `unknown` for members without one."""
     known = {**dict.fromkeys(WHOLE, mixture), TWIN: twin, **{f"member {k}": one for k, one in enumerate(members)}}

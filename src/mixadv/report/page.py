@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from mixadv.report.files import Run, opened, writing
 from mixadv.report.names import format_ball, format_eps, trained_with
 from mixadv.report.records import CONSTANT, VOTE, measured
 from mixadv.report.tables import results_table
-from mixadv.results import GameValue
+from mixadv.results import Flag, GameValue
 
 CHECKS = {
     "zero-gradients": "gradients vanish at the clean images",
@@ -110,6 +111,9 @@ def write_report(run: Run | str | Path) -> Path:
         curves={"eps": eps_lines(run), "steps": steps_lines(run)},
         examples=_in_examples(examples) if "examples.png" in drawn else [],
         radius=format_eps,
+        flags=sorted(run.results.flags or (), key=lambda flag: is_about_weightless(run, flag)),
+        weightless=lambda flag: is_about_weightless(run, flag),
+        sources=_sources(run),
         config=_as_json(run.config),
         training=_as_json(run.results.training) if run.results.training else "",
         trained_with=trained_with(run.results.training if run.was_only_measured else run.config),
@@ -155,6 +159,24 @@ def _about(run: Run) -> dict[str, Any]:
 def _classifiers(run: Run) -> Table[Any]:
     names = ["mixture"] if is_single(run) else classifiers(run)
     return results_table(run, "Clean and robust accuracy", [*names, VOTE, CONSTANT, "baseline"])
+
+
+def is_about_weightless(run: Run, flag: Flag) -> bool:
+    """Whether all members that the evidence of a flag names have weight 0, and it names no mixture of them."""
+    weights = run.results.weights
+    listed = re.findall(r"\bmembers? (\d+(?:, \d+)*)", flag.evidence)
+    named = {int(k) for text in listed for k in text.split(", ")}
+    whole = re.search(r"\b(the mixture|averaged twin|vote)\b", flag.evidence)
+    return bool(named) and not whole and all(k < len(weights) and weights[k] == 0 for k in named)
+
+
+def _sources(run: Run) -> list[str]:
+    """A line per member with a known source: name, source, and how its file was read."""
+    return [
+        f"member {k}: " + ", ".join(dict.fromkeys(part for part in (one.name, one.source, one.note) if part))
+        for k, one in enumerate(run.results.members)
+        if one.source
+    ]
 
 
 class _Finder(NamedTuple):

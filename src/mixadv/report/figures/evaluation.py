@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixadv.redaction import printable
-from mixadv.report.attacks import TWIN, WHOLE, Lines, attack_rows, classifiers, lines_of, worst_cases
+from mixadv.report.attacks import TWIN, WHOLE, Lines, attack_rows, classifiers, lines_of, shown_as, worst_cases
 from mixadv.report.figures.examples import Examples, examples_figure
 from mixadv.report.figures.style import CLEAN_COLOUR, ROBUST_COLOUR, footnote, member_style, new_figure, spaced
 from mixadv.report.files import Run
@@ -100,7 +100,7 @@ def attacks_figure(run: Run) -> Figure:
     for who, offset in zip(targets, offsets, strict=True):
         style = {**look(who), "linestyle": ""}
         shown = [*(row.values.get(who, UNKNOWN) for row in rows), worst[who]]
-        _draw_intervals(axes, shown, float(offset), who, style)
+        _draw_intervals(axes, shown, float(offset), shown_as(run, who), style)
     name, final = targets[0], worst[targets[0]]
     if final.value is not None:
         axes.axvline(final.value, color=ROBUST_COLOUR, linewidth=1.4, label="worst case", zorder=1)
@@ -134,7 +134,7 @@ def eps_figure(run: Run, curve: Lines) -> Figure:
     """Accuracy against eps, with a band for the mixture's 95 % interval; its axes are labelled "eps"."""
     figure, axes = _panel(run, "eps")
     count = _count(run)
-    _draw_lines(axes, curve)
+    _draw_lines(axes, run, curve)
     first = next(iter(curve.of))
     if count is not None and first in WHOLE:
         ends = [Accuracy.of(float(v), count).ends or (math.nan, math.nan) for v in curve.of[first]]
@@ -155,7 +155,7 @@ def eps_figure(run: Run, curve: Lines) -> Figure:
 def steps_figure(run: Run, curve: Lines) -> Figure:
     """Loss of the attack against its number of steps; its axes are labelled "steps"."""
     figure, axes = _panel(run, "steps")
-    _draw_lines(axes, curve)
+    _draw_lines(axes, run, curve)
     steps = sorted({float(x) for x in curve.x})
     some = [x for x in steps if x > 0]
     if len(some) > 2 and some[-1] / some[0] > 20:
@@ -179,9 +179,9 @@ def _count(run: Run) -> int | None:
     return run.results.curves.num_examples if run.results.curves else None
 
 
-def _draw_lines(axes: Axes, curve: Lines) -> None:
+def _draw_lines(axes: Axes, run: Run, curve: Lines) -> None:
     for who, values in curve.of.items():
-        axes.plot(curve.x, values, label=who, **look(who))
+        axes.plot(curve.x, values, label=shown_as(run, who), **look(who))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
