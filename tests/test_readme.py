@@ -295,7 +295,18 @@ def test_the_second_door_takes_runs_with_what_they_record(place):
     assert [row["who"] for row in found["solve"]["rows"][:4]] == ["first#0", "first#1", "first#2", "baseline"]
 
 
-def test_the_third_door_solves_the_game_of_the_picture():
+def test_the_third_door_solves_a_table_of_losses(command, tmp_path):
+    """The weights by hand: each move costs the same, 1/12, with the weights 1/4, 5/12, 1/3."""
+    (table,) = blocks("README.md", "csv")
+    (tmp_path / "losses.csv").write_text(table)
+    finished = command(*door("I have a game")[0])
+    assert finished.rc == 0, finished.err
+    found = results_in(tmp_path / "outputs" / "game" / "game=table,game.file=losses.csv")
+    assert found["game"]["exact"]["weights"] == ["1/4", "5/12", "1/3"]
+    assert found["game"]["exact"]["value"] == "1/12"
+
+
+def test_the_third_door_solves_the_motivating_example():
     names = {}
     exec(python_block("README.md", "FiniteGame"), names)
     assert names["game"].deterministic_values().tolist() == [0.75, 0.75]
@@ -308,12 +319,14 @@ def test_the_third_door_solves_the_game_of_the_picture():
 
 
 def test_the_third_door_solves_the_same_game_from_its_geometry(command, tmp_path):
-    words, gaussians = door("I have a game")
-    assert command(*words).rc == 0
+    _, words, triangle, gaussians = door("I have a game")
+    assert command(*words).rc == command(*triangle).rc == 0
     exact = results_in(tmp_path / "outputs" / "game" / "game=motivating")["game"]["exact"]
-    # What the README says below its picture.
     assert (exact["deterministic_risks"], exact["weights"]) == (["3/4", "3/4"], ["1/2", "1/2"])
     assert (exact["value"], exact["dual"]) == ("1/2", "1/2")
+    # What the README says below its picture.
+    exact = results_in(tmp_path / "outputs" / "game" / "game=triangle")["game"]["exact"]
+    assert (exact["value"], min(exact["deterministic_risks"])) == ("1/2", "2/3")
     less = [f"game.{key}=40" for key in ("num_points", "num_steps")]
     assert command(*gaussians, *less, "game.draws=1", "name=gaussians").rc == 0
     assert (tmp_path / "outputs" / "game" / "gaussians" / "game.png").exists()
@@ -399,7 +412,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_readme_shows_the_game_and_stays_narrow():
-    assert "](docs/motivating.png)" in README
+    assert "](docs/triangle.png)" in README
     assert max(map(len, README.splitlines())) <= 120
 
 
