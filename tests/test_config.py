@@ -98,8 +98,10 @@ def test_every_choice_of_every_group_composes_and_passes(compose):
             said.append("game.classifiers=[[1,0,0]]")
         if "task=solve" in said:
             said.append("members=[here,there]")
-        if "task=evaluate" in said:
+        if {"task=evaluate", "task=predict"} & set(said):
             said.append(f"mixture={ROOT}")
+        if "task=predict" in said:
+            said.append(f"predict.images={ROOT}")
         cfg = compose(*said)
         config.check(cfg)
         assert cfg.loss._target_.rpartition(".")[2].lower() in said[GROUPS.index("loss")]
@@ -347,7 +349,7 @@ def test_refusals_name_the_remedy(compose):
     cfg = compose()
     cfg.task = "fly"
     with pytest.raises(
-        UserError, match="task=fly is unknown: choose one of train, evaluate, solve, ceiling, game, report"
+        UserError, match="task=fly is unknown: choose one of train, evaluate, solve, ceiling, game, predict, report"
     ):
         config.check(cfg)
 
@@ -392,7 +394,7 @@ BAD_COMMANDS = [
     (["task=evaluate", "mixture=é,b"], "Ambiguous value for argument 'mixture=é,b': there is no such path"),
     (["eps=8"], "eps=8"),
     (["eps=8px"], "eps=8px"),
-    (["task=fly"], "task=fly is unknown: choose one of ceiling, evaluate, game, report, solve, train"),
+    (["task=fly"], "task=fly is unknown: choose one of ceiling, evaluate, game, predict, report, solve, train"),
     (["+foo=1"], "foo"),
     (["data=image_folder"], "data.root"),
 ]

@@ -75,13 +75,13 @@ def assert_complete(data, root, test="test"):
 
 def count_decodings(monkeypatch):
     decoded = []
-    original = ImageFolder._decode_one
+    original = ImageFolder.decode
 
     def counting(self, path):
         decoded.append(path)
         return original(self, path)
 
-    monkeypatch.setattr(ImageFolder, "_decode_one", counting)
+    monkeypatch.setattr(ImageFolder, "decode", counting)
     return decoded
 
 

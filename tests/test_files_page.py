@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import TINY, Trained, run_command
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "files.md").read_text()
-TASKS = ("train", "evaluate", "solve", "ceiling", "game")
+TASKS = ("train", "evaluate", "solve", "ceiling", "game", "predict")
 Runs = dict[str, Path]
 Page = dict[str, tuple[set[str], bool, list[str]]]
 
@@ -37,6 +37,8 @@ def pictures(cwd: Path) -> Path:
 def runs(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A directory for each task."""
     cwd = tmp_path_factory.mktemp("files")
+    (cwd / "photos").mkdir()
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(cwd / "photos" / "one.png")
     attacks = [text for text in TINY if text.startswith("protocol.attacks")]
     for argv in (
         ["task=evaluate", f"mixture={trained.path}", "protocol.diagnosed=4", "data.num_test=20", *attacks],
@@ -51,6 +53,7 @@ def runs(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "eps=0.3",
         ],
         ["task=game", "game.num_steps=5"],
+        ["task=predict", f"mixture={trained.path}", "predict.images=photos"],
     ):
         finished = run_command(cwd, *argv, "name=one")
         assert finished.rc == 0, finished.err
@@ -91,7 +94,8 @@ def keys_of(node: Any, prefix: str = "") -> set[str]:
         return set().union(*parts) if parts else set() if prefix == "flags" else {prefix}
     if not isinstance(node, dict):
         return {prefix}
-    capitals = {"versions": "PACKAGE", "attacks": "NAME", "validation": "METRIC", "data.left_out": "REASON"}
+    capitals = {"versions": "PACKAGE", "attacks": "NAME", "validation": "METRIC"}
+    capitals |= {"data.left_out": "REASON", "answers": "CLASS"}
     names = {key: f"{prefix}.{capitals.get(prefix, key)}" if prefix else key for key in node}
     return set().union(*(keys_of(part, names[key]) for key, part in node.items()))
 
@@ -146,6 +150,9 @@ def test_every_column_of_the_images_is_listed(runs: Runs) -> None:
         names = next(csv.reader(file))
     columns = {re.sub(r"^member_\d+_", "member_k_", re.sub("^attack/.*", "attack/NAME", name)) for name in names}
     agree(table("images.csv"), {"evaluate": columns})
+    with (runs["predict"] / "predictions.csv").open(encoding="utf-8") as file:
+        columns = {re.sub("/.*", "/CLASS", name) for name in next(csv.reader(file))}
+    agree(table("predictions.csv"), {"predict": columns})
 
 
 def test_every_key_of_a_checkpoint_of_a_mixture_and_of_the_choices_is_listed(runs: Runs) -> None:

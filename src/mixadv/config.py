@@ -18,7 +18,7 @@ from mixadv.run_names import name_in, path_safe, run_name
 from mixadv.setting_keys import flat_settings
 from mixadv.unknown_keys import RENAMED_VALUES, unknown_key
 
-TASKS = ("train", "evaluate", "solve", "ceiling", "game", "report")
+TASKS = ("train", "evaluate", "solve", "ceiling", "game", "predict", "report")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "32", "16", "64")
 RESUME = ("auto", "never")
 # The splits of task=ceiling; "all" stands for the three.
@@ -45,6 +45,14 @@ class CeilingConfig:
     eps: list[Any] | None = None
     split: Any = "train"
     time_limit: float = 60.0
+
+
+@dataclass
+class PredictConfig:
+    """What `task=predict` labels: the folder, and whether its images are resized to those of the mixture."""
+
+    images: str | None = None
+    resize: bool = False
 
 
 @dataclass
@@ -112,6 +120,7 @@ class Config:
     scheduler: dict[str, Any] = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     ceiling: CeilingConfig = field(default_factory=CeilingConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
     data: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     loss: dict[str, Any] = MISSING
@@ -125,7 +134,13 @@ class Config:
 
 
 # Groups whose keys no class checks: their required and their optional keys.
-SCHEMAS = {"": Config, "schedule": ScheduleConfig, "trainer": TrainerConfig, "ceiling": CeilingConfig}
+SCHEMAS = {
+    "": Config,
+    "schedule": ScheduleConfig,
+    "trainer": TrainerConfig,
+    "ceiling": CeilingConfig,
+    "predict": PredictConfig,
+}
 KEYS: dict[str, tuple[set[str], set[str]]] = {
     **{name: ({key.name for key in fields(schema)}, set()) for name, schema in SCHEMAS.items()},
     "threat_model": ({"norm"}, {"eps"}),
@@ -358,11 +373,15 @@ def _check_ceiling(cfg: DictConfig) -> None:
 def _check_inputs(cfg: DictConfig) -> None:
     """Check that the task uses `members`, `mixture` and `weights` if they are given, and has what it needs."""
     unread = f"task={cfg.task} does not read it; task=evaluate measures"
-    if cfg.members and cfg.task not in ("solve", "evaluate", "train"):
+    if cfg.task == "predict":
+        _check_predict(cfg)
+    elif cfg.predict.images is not None:
+        raise UserError(f"predict.images={cfg.predict.images}: task={cfg.task} does not read it, task=predict does")
+    if cfg.members and cfg.task not in ("solve", "evaluate", "train", "predict"):
         raise UserError(f"members=[...]: {unread} them, task=solve finds their weights, task=train trains them further")
     if cfg.members and cfg.task == "train" and cfg.baseline:
         raise UserError("members=[...]: baseline=true trains a fresh single model, no member of these; leave it out")
-    if cfg.mixture and cfg.task != "evaluate":
+    if cfg.mixture and cfg.task not in ("evaluate", "predict"):
         raise UserError(f"mixture={cfg.mixture}: {unread} it")
     if cfg.points is not None:
         if cfg.task != "evaluate":
@@ -376,12 +395,19 @@ def _check_inputs(cfg: DictConfig) -> None:
             "task=solve needs members=[A,B,...]: exported mixtures, run directories, checkpoints, state dicts "
             "(with model=NAME), .safetensors files or module:callable"
         )
-    if cfg.task == "evaluate":
+    if cfg.task in ("evaluate", "predict"):
         wanted = "an exported mixture/ folder, a run directory or a .ckpt"
         if not cfg.mixture and not cfg.members:
             raise UserError(f"task=evaluate needs mixture=PATH ({wanted}) or members=[A,B,...], with weights=[...]")
         if cfg.mixture and not Path(cfg.mixture).exists():
             raise UserError(f"mixture={cfg.mixture} does not exist: give {wanted}")
+
+
+def _check_predict(cfg: DictConfig) -> None:
+    if not cfg.mixture:
+        raise UserError("task=predict needs mixture=PATH: an exported mixture/ folder, a run directory or a .ckpt")
+    if not cfg.predict.images or not Path(cfg.predict.images).is_dir():
+        raise UserError(f"predict.images={cfg.predict.images} is no folder: name the folder with the images to label")
 
 
 def check(cfg: DictConfig) -> None:

@@ -252,7 +252,8 @@ class Results:
     `content` is a digest of what was measured and how: parameters, weights, images, ball, protocol and seed.
     `training` holds the settings with which a measured mixture was trained, as it records them.
     `weights` is lambda [L], float64, as the game used it. `game` is the game on all points found. `played` holds the
-    results of task=game as plain containers, under the key `game` of the file.
+    results of task=game as plain containers, under the key `game` of the file. `answers` of task=predict: class ->
+    number of images with this answer; "" stands for no answer.
     """
 
     schema: int = SCHEMA
@@ -283,6 +284,7 @@ class Results:
     checks: tuple[str, ...] | None = None
     curves: Curves | None = None
     flags: tuple[Flag, ...] | None = None
+    answers: dict[str, int] = field(default_factory=dict)
     solve: Solve | None = None
     first_conflict_eps: float | None = None
     ceiling: tuple[CeilingRow, ...] = ()

@@ -37,17 +37,25 @@ _TRAINER = (
 )
 
 
+# What task=predict reads.
+PREDICT = ("task", "mixture", "members", "predict", "seed", "name", "trainer")
+
+
 def settings_read(config: dict[str, Any]) -> dict[str, Any]:
     """The entries of a resolved configuration that its task reads.
 
-    Only task=evaluate and task=solve leave some out: those of a training (task=solve reads ``lambda_solver``), of games
-    and of reports.
+    task=evaluate and task=solve leave out those of a training (task=solve reads ``lambda_solver``), of games and of
+    reports; task=predict all but `PREDICT`, which no other task reads.
     """
     task = config.get("task")
-    if task not in ("evaluate", "solve"):
-        return config
-    unread = {*TRAINING, "game", "runs"} - ({"lambda_solver"} if task == "solve" else set())
+    unread = {"predict"}
+    if task in ("evaluate", "solve"):
+        unread |= {*TRAINING, "game", "runs"} - ({"lambda_solver"} if task == "solve" else set())
+    if task == "predict":
+        unread = {*config} - {*PREDICT}
     kept = {key: value for key, value in config.items() if key not in unread}
+    if task not in ("evaluate", "solve", "predict"):
+        return kept
     if isinstance(trainer := kept.get("trainer"), dict):
         kept["trainer"] = {key: value for key, value in trainer.items() if key in _TRAINER}
     return kept

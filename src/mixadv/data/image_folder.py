@@ -255,13 +255,13 @@ class ImageFolder(ImageDataModule):
     def _decode(self, files: Sequence[_Image]) -> tuple[NDArray[np.uint8], int]:
         """The images uint8 [N, C, H, W], and the number of those that are transparent somewhere."""
         paths = [image.path for image in files]
-        first, _ = self._decode_one(paths[0])
+        first, _ = self.decode(paths[0])
         images = np.empty((len(paths), *first.shape), dtype=np.uint8)
 
         def decode_chunk(start: int) -> int:
             num_transparent = 0
             for index in range(start, min(start + _CHUNK, len(paths))):
-                image, transparent = self._decode_one(paths[index])
+                image, transparent = self.decode(paths[index])
                 num_transparent += transparent
                 if image.shape != first.shape:
                     raise UserError(
@@ -279,8 +279,12 @@ class ImageFolder(ImageDataModule):
             # In order, so that the reported error does not depend on the speed of threads. An error cancels the rest.
             return images, sum(pool.map(decode_chunk, range(0, len(paths), _CHUNK)))
 
-    def _decode_one(self, path: Path) -> tuple[NDArray[np.uint8], bool]:
-        """uint8 [C, H, W], and whether a pixel of the file is transparent."""
+    def decode(self, path: Path) -> tuple[NDArray[np.uint8], bool]:
+        """An image file as those of the folder are read: uint8 [C, H, W], and whether a pixel of it is transparent.
+
+        Raises:
+            UserError: it cannot be read, or would lose more than its transparency.
+        """
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:

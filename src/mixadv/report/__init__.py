@@ -61,7 +61,8 @@ def report(root: str | Path, console: Console) -> list[Path]:
     if len(runs) == 1:
         return _report_one(runs[0], console)
     games, ceilings = ([run for run in runs if kind(run)] for kind in (is_game, is_ceiling))
-    runs = [run for run in runs if run not in games and run not in ceilings]
+    # task=predict measures nothing.
+    runs = [run for run in runs if run not in games and run not in ceilings and run.task != "predict"]
     if games:
         print_whole(games_table(games), console)
     if ceilings:

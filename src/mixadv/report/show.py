@@ -15,8 +15,13 @@ from mixadv.report.files import Run
 from mixadv.report.game_tables import print_game
 from mixadv.report.solve import solution_sentences, solution_table
 from mixadv.report.tables import run_table
+from mixadv.wording import counted
 
+# The answers of task=predict, a line for each image.
+PREDICTIONS = "predictions.csv"
+_SHOWN_ANSWERS = 10
 _FILES = (
+    PREDICTIONS,
     *("results.json", "metrics.csv", "records.npz", "images.csv", "game.npz", "report.html", "curves.png"),
     *("solve.png", "game.png", "attacks.png", "eps.png", "steps.png", "examples.png"),
     *("ceiling.npz", "ceiling.csv", "ceiling.png", "mixture", "checkpoints"),
@@ -37,6 +42,8 @@ def show_run(run: Run, console: Console) -> None:
         print_game(run, console)
     elif run.results.task == "ceiling":
         print_whole(on_console(ceiling_table(run)), console)
+    elif run.task == "predict":
+        say(_answers_sentence(run))
     elif run.has_results:
         print_whole(run_table(run), console)
         for sentence in (baseline_sentence(run), *counterpart_sentences(run)):
@@ -70,6 +77,15 @@ def show_run(run: Run, console: Console) -> None:
     console.print(Text(f"Files: {printable(run.path)}"), soft_wrap=True)
     if here:
         say(f"       {', '.join(here)}")
+
+
+def _answers_sentence(run: Run) -> str:
+    """How often task=predict gave each answer, the most frequent ones."""
+    given = list(run.results.answers.items())
+    shown = [f"{name or 'no answer'} {count:,}" for name, count in given[:_SHOWN_ANSWERS]]
+    more = f", and {counted(len(given) - len(shown), 'other answer')}" if len(given) > len(shown) else ""
+    images = counted(run.num_examples or 0, "image")
+    return f"{images} labelled, a member drawn for each. Answers: {', '.join(shown)}{more}."
 
 
 def _progress(run: Run) -> str:

@@ -53,7 +53,7 @@ def run_task(cfg: DictConfig, *, run_dir: Path, overrides: list[str], sweep: str
 
     processes.check(cfg, sweep)
     settings = digest(cfg)
-    content_may_change = cfg.task in ("evaluate", "solve") or (cfg.task == "game" and "file" in cfg.game)
+    content_may_change = cfg.task in ("evaluate", "solve", "predict") or (cfg.task == "game" and "file" in cfg.game)
     if sweep is not None and cfg.resume != "never" and not content_may_change and is_sealed(run_dir, settings):
         found = finished_results(run_dir)
         print(f"{run_dir.name} is done", flush=True)
@@ -117,6 +117,13 @@ def _prepared(cfg: DictConfig, overrides: list[str], sweep: str | None) -> tuple
         from mixadv.tasks.ceiling import find_ceiling
 
         return cfg, find_ceiling, ""
+    if cfg.task == "predict":
+        from mixadv.members.store import read_mixture
+        from mixadv.tasks.predict import check_read, content_of_prediction, predict_images
+
+        check_read(overrides)
+        mixture, config = read_mixture(cfg.mixture, factories=list(cfg.members))
+        return cfg, partial(predict_images, mixture=mixture, config=config), content_of_prediction(cfg)
     from mixadv.members.member_list import sources_of
     from mixadv.members.store import read_mixture
     from mixadv.tasks.content import content_of
