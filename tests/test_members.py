@@ -582,6 +582,11 @@ def test_the_working_directory_comes_first_and_neighbours_can_be_imported(here, 
         ("sys.exit(2)", "mod_a:f", "SystemExit: 2)"),
         ("def f(: pass", "mod_a:f", "SyntaxError"),
         ("raise KeyError('x')", "mod_a:f", "KeyError: 'x')"),
+        (
+            "def f(): return torch.export.export(nn.Linear(3, 4).eval(), (torch.rand(2, 3),)).module()",
+            "mod_a:f",
+            "returned a program of torch.export, which has no eval mode: return the module it was made from",
+        ),
     ],
 )
 def test_a_factory_that_fails_is_refused_with_the_reason(here, text, source, said):
@@ -631,6 +636,17 @@ class Net(nn.Module):
         return self.function(self.inner(x), x)
 
 
+class Inner(nn.Module):
+    """Computes in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net().double()
+
+    def forward(self, x):
+        return self.net(x.double()).float()
+
+
 def member(module, name):
     return LoadedMember(module.eval(), name, "", {}, "")
 
@@ -650,6 +666,8 @@ def test_good_members_are_counted():
     with_batch_norm = nn.Sequential(nn.BatchNorm2d(2), Net())
     assert checked(Net(), log_probabilities, constant, with_batch_norm, Mixture([Net(), Net()])) == 4
     assert checked(Net(num_classes=3)) == 3
+    # A double inside is the network's own affair.
+    assert checked(Inner()) == 4
 
 
 def without_gradient(z, x):
@@ -675,6 +693,14 @@ def one_hot(z, x):
         (Net(lambda z, x: z[:, :1]), "returns (6, 1) for 6 images"),
         (Net(lambda z, x: z[:, :, None]), "returns (6, 4, 1) for 6 images"),
         (Net(lambda z, x: (z, x)), "returns a tuple for 6 images"),
+        (
+            Net(lambda z, x: {"logits": z}),
+            "returns a dict for 6 images, not logits [batch, classes]: wrap it in a module",
+        ),
+        (Net(lambda z, x: z.half()), "returns logits in torch.float16"),
+        (Net(lambda z, x: z.bfloat16()), "returns logits in torch.bfloat16"),
+        (Net().half(), "has parameters in torch.float16, the images are torch.float32: convert it with module.float()"),
+        (Net().double(), "has parameters in torch.float64"),
         (Net(lambda z, x: z.argsort()), "not all finite numbers"),
         (Net(lambda z, x: z / 0), "not all finite numbers"),
         (Net(lambda z, x: z.where(torch.arange(len(z))[:, None] != 5, float("nan"))), "not all finite numbers"),

@@ -13,6 +13,7 @@ from mixadv.members.source import LoadedMember
 from mixadv.mixture import Mixture
 
 _CHOOSE = "choose the data=... it takes, or wrap it in a factory"
+_CONVERT = "convert it with module.float() in the function that builds it"
 # Flags of an evaluation (see `answers`) for which a member is refused -> message.
 _REFUSED = {
     "probabilities": "outputs probabilities, not logits: return log-probabilities or logits",
@@ -59,10 +60,17 @@ def _check_member(member: LoadedMember, x: Tensor) -> int:
             own = x.clone()
             logits = member.module(own)
     except Exception as error:
+        if other := {p.dtype for p in member.module.parameters() if p.is_floating_point()} - {x.dtype}:
+            raise UserError(f"{this} has parameters in {other.pop()}, the images are {x.dtype}: {_CONVERT}") from error
         raise UserError(f"{this} fails on images {tuple(x.shape[1:])} ({_reason(error)}): {_CHOOSE}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UserError(f"{this} returns {got} for {len(x)} images, not logits [batch, classes]: wrap it in a factory")
+        raise UserError(
+            f"{this} returns {got} for {len(x)} images, not logits [batch, classes]: wrap it in a module whose forward "
+            "returns these alone"
+        )
+    if logits.is_floating_point() and logits.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"{this} returns logits in {logits.dtype}, which attacks round away: {_CONVERT}")
     if not logits.is_floating_point() or not logits.isfinite().all():
         raise UserError(f"{this} returns logits that are not all finite numbers: check its file and its inputs")
     if not torch.equal(own, x):

@@ -54,7 +54,7 @@ def build_factory(path: str, arguments: Mapping[str, Any] | None = None) -> nn.M
             raise UserError(f"{path} returned a {type(module).__name__}: it must return a torch.nn.Module")
         if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
             raise UserError(f"{path} returned a module without shapes: run one batch through it in the factory")
-        return module.cpu().eval()
+        return _in_eval_mode(path, module.cpu())
     except UserError:
         raise
     # A script without a main guard may end the process on import.
@@ -67,6 +67,15 @@ def build_factory(path: str, arguments: Mapping[str, Any] | None = None) -> nn.M
         for place in places:
             if place in sys.path:
                 sys.path.remove(place)
+
+
+def _in_eval_mode(path: str, module: nn.Module) -> nn.Module:
+    try:
+        return module.eval()
+    except NotImplementedError as error:
+        raise UserError(
+            f"{path} returned a program of torch.export, which has no eval mode: return the module it was made from"
+        ) from error
 
 
 def _module_of(file: Path) -> ModuleType:
