@@ -159,6 +159,18 @@ def test_other_names_of_the_last_layer(tmp_path, head):
     assert same(one(tmp_path / "a.pt"), net)
 
 
+def test_the_unused_layer_of_wide_networks_is_left_out_and_named(tmp_path):
+    recipe = Recipe("wrn_28_10", {"num_classes": 7, "image_shape": [3, 16, 16], "depth": 10, "widen_factor": 1})
+    whole = recipe.build().eval()
+    state = {key.removeprefix("net."): value for key, value in whole.state_dict().items() if key.startswith("net.")}
+    extra = {f"sub_{key}": value + 1 for key, value in state.items() if key.startswith("block1.")}
+    assert extra
+    torch.save({"state_dict": {f"module.{key}": value for key, value in (state | extra).items()}}, tmp_path / "a.pt")
+    (member,) = Source(str(tmp_path / "a.pt")).members(recipe)
+    assert member.note == "no normalisation; without sub_block1, which the network does not use; from state_dict"
+    assert same(member, whole)
+
+
 def test_what_does_not_fit_is_told_layer_by_layer(tmp_path, resnet, kuangliu):
     state = resnet.state_dict()
     torch.save(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mixadv.checkpoint_files import load_tensors
 from mixadv.errors import UserError
 from mixadv.members.recipe import Recipe
-from mixadv.members.state_dicts import Fit, StateDict, fit, parts_of, state_dicts
+from mixadv.members.state_dicts import UNUSED, Fit, StateDict, fit, parts_of, state_dicts
 from mixadv.models import MODELS
 
 IN_A_FACTORY = "load it in a factory members=[module:callable]"
@@ -134,6 +134,8 @@ def _note(recipe: Recipe, where: str, others: Sequence[str], fitted: Fit) -> str
         note = "no normalisation"
         if re.search(r"(^|\.)[1-9]\.$", fitted.prefix):
             note += f" (names begin with {fitted.prefix}: if layer 0 normalised, give model.mean and model.std)"
+    if fitted.leaves_out_unused:
+        note += f"; without {UNUSED[:-1]}, which the network does not use"
     if "final_norm" in recipe.arguments:
         note += "; without a batch norm before the linear layer"
     if where:

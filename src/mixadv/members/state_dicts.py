@@ -16,6 +16,8 @@ from mixadv.errors import UserError
 NESTS = ("state_dict", "model_state_dict", "model", "net")
 _TOP = len(NESTS)
 _DEPTH = 6
+# A layer that the wide networks of TRADES and of Carmon et al. hold and do not use.
+UNUSED = "sub_block1."
 # The names of mean and standard deviation in normalising layers (mixadv, RobustBench, the robustness library of
 # MadryLab, others).
 _STATISTICS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"), ("means", "stds"), ("_mean", "_std"))
@@ -44,6 +46,7 @@ class Fit:
         other_shapes: names of the network whose tensors have other shapes.
         parts: (layers of the network that fit, the other layers).
         mean, std: names in the file of the normalisation that is beside the network, or "".
+        leaves_out_unused: whether the file has `UNUSED`.
         prefix: what all names of the file begin with and the network's do not.
     """
 
@@ -54,6 +57,7 @@ class Fit:
     parts: tuple[Sequence[str], Sequence[str]] = ((), ())
     mean: str = ""
     std: str = ""
+    leaves_out_unused: bool = False
     prefix: str = ""
 
     @property
@@ -139,7 +143,8 @@ def fit(tensors: Mapping[str, Tensor], network: Mapping[str, Tensor], model: str
         for renamed in _renamings(stripped, model):
             found = _compare(renamed, tensors, network)
             if best is None or found.cost < best.cost:
-                best = replace(found, mean=mean, std=std, prefix=prefix)
+                unused = len(renamed) < len(stripped)
+                best = replace(found, mean=mean, std=std, prefix=prefix, leaves_out_unused=unused)
     assert best is not None, "_prefixes gives the names themselves"
     return best
 
@@ -197,8 +202,10 @@ def _without_statistics(names: dict[str, str], tensors: Mapping[str, Tensor]) ->
 
 
 def _renamings(names: dict[str, str], model: str | None) -> Iterator[dict[str, str]]:
-    """The names as they are, and as mixadv writes those of kuangliu's and Rice's networks."""
+    """The names as they are, as mixadv writes those of kuangliu's and Rice's networks, and without unused layers."""
     yield names
+    if model == "wrn_28_10":
+        yield {name: own for name, own in names.items() if not name.startswith(UNUSED)}
     if model not in ("resnet18", *_PREACT_BLOCKS):
         return
     renamed = {_ours(name, model): own for name, own in names.items()}
