@@ -83,6 +83,8 @@ def results_of(weights: list[float], count: int, seed: int, rng: np.random.Gener
         "device": "cpu (x86_64, 2 threads)",
         "versions": {"python": "3.11.9", "mixadv": "0.2.0", "torch": "2.8.0"},
         "git": "0123456789abcdef0123456789abcdef01234567-dirty",
+        "date": "2026-03-04T05:06:07+00:00",
+        "command": "python run.py task=evaluate mixture=outputs/train/quickstart 'name=a b'",
         "config": {"task": "evaluate", "mixture": "outputs/train/quickstart", "eps": "8/255", "L": size, "seed": seed},
         "threat_model": {"norm": "linf", "eps": 8 / 255},
         "protocol": "strict",

@@ -105,7 +105,7 @@ def content(cwd):
     with (place / "metrics.csv").open(newline="") as file:
         history = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
     results = json.loads((place / "results.json").read_text())
-    del results["seconds"]
+    del results["seconds"], results["date"]
     for attack in results["attacks"].values():
         del attack["seconds"], attack["seconds_on_parts"]
     with np.load(place / "records.npz") as file:

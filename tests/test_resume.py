@@ -197,7 +197,10 @@ def history(directory):
 
 def results(directory):
     found = json.loads((directory / "results.json").read_text())
-    del found["seconds"], found["config"]["callbacks"]["checkpoint"]["every_n_train_steps"]
+    # The run that was stopped was another command, at another time.
+    for name in ("seconds", "date", "command"):
+        del found[name]
+    del found["config"]["callbacks"]["checkpoint"]["every_n_train_steps"]
     for attack in found["attacks"].values():
         del attack["seconds"], attack["seconds_on_parts"]
     return found

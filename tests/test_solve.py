@@ -155,6 +155,8 @@ def test_the_exported_mixture_is_evaluated_by_name_only_where_it_needs_code(solv
     )
     assert named.rc == 0, named.err
     again = read_results(shelf / "outputs" / "evaluate" / "yes")
+    here = read_results(path)
+    assert [(m["name"], m["source"]) for m in again["members"]] == [(m["name"], m["source"]) for m in here["members"]]
     assert again["num_examples"] == 60
     assert again["weights"] == pytest.approx(read_results(path)["weights"], abs=1e-7)
     assert again["clean"]["expected_accuracy"] == pytest.approx(

@@ -249,6 +249,7 @@ class CeilingRow:
 class Results:
     """The results of a run.
 
+    `date` is when the results were complete, in UTC; `command` has the words of the command line, quoted for a shell.
     `content` is a digest of what was measured and how: parameters, weights, images, ball, protocol and seed.
     `training` holds the settings with which a measured mixture was trained, as it records them.
     `weights` is lambda [L], float64, as the game used it. `game` is the game on all points found. `played` holds the
@@ -262,6 +263,8 @@ class Results:
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = field(default=None, metadata=at(null=True))
+    date: str | None = None
+    command: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     content: str | None = None

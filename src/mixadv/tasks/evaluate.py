@@ -16,12 +16,12 @@ from mixadv.members.recipe import member_recipes
 from mixadv.members.source import LoadedMember, Source
 from mixadv.mixture import Mixture
 from mixadv.report import Run, write_report
-from mixadv.results import Data, Flag
+from mixadv.results import Classifier, Data, Flag
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.tasks import build, speed
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.members import flags_of_other_splits, load_members, named_results, weights_of
+from mixadv.tasks.members import flags_of_other_splits, load_members, named_results, recorded_members, weights_of
 from mixadv.tasks.replay import saved_points
 from mixadv.tasks.session import Session, as_finished
 
@@ -49,7 +49,8 @@ def evaluate_mixture(
     session = Session.begin(cfg, run_dir)
     _check_fit(config, session.data)
     training = config.get("training")
-    return _evaluate(session, sweep, mixture, training=training if isinstance(training, dict) else {})
+    called = recorded_members(config, mixture.num_members)
+    return _evaluate(session, sweep, mixture, called, training=training if isinstance(training, dict) else {})
 
 
 def evaluate_members(
@@ -84,7 +85,7 @@ def _evaluate(
     session: Session,
     sweep: str | None,
     mixture: Mixture,
-    members: Sequence[LoadedMember] = (),
+    members: Sequence[LoadedMember | Classifier] = (),
     flags: Sequence[Flag] = (),
     *,
     training: dict[str, Any] | None = None,

@@ -188,15 +188,19 @@ class _Bar(AbstractContextManager[Any]):
 def _keep_examples(
     path: Path, batches: Sequence[tuple[Tensor, Tensor]], record: EvaluationRecord, class_names: Sequence[str]
 ) -> None:
-    """Write the first images, their worst points, which members are right there, and which attack found the point."""
+    """Write some images, their worst points, which members are right there, and which attack found the point.
+
+    They are the first ones that an attack made worse; where these are few, the first others too.
+    """
     assert record.worst_points is not None
-    found_by = record.found_by()[:EXAMPLES]
+    found_by = np.asarray(record.found_by())
+    kept = np.argsort(found_by == records.CLEAN, kind="stable")[:EXAMPLES]
     everything = {records.CLEAN: record.clean, **record.found}
     arrays = {
-        records.X: torch.cat([x for x, _ in batches])[:EXAMPLES].cpu().numpy(),
-        records.X_ADV: record.worst_points[:EXAMPLES].numpy(),
-        records.LABELS: np.asarray([class_names[int(label)] for label in record.labels[:EXAMPLES]]),
-        records.CORRECT: np.stack([everything[key][:, i] for i, key in enumerate(found_by)], axis=1),
-        records.FOUND_BY: np.asarray(found_by),
+        records.X: torch.cat([x for x, _ in batches])[kept].cpu().numpy(),
+        records.X_ADV: record.worst_points[kept].numpy(),
+        records.LABELS: np.asarray([class_names[int(label)] for label in record.labels[kept]]),
+        records.CORRECT: np.stack([everything[found_by[i]][:, i] for i in kept], axis=1),
+        records.FOUND_BY: found_by[kept],
     }
     write_arrays(path, arrays)

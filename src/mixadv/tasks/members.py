@@ -1,7 +1,8 @@
 """The classifiers of ``members=[...]``, and the settings that their records decide."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -104,12 +105,24 @@ def weights_of(cfg: DictConfig, members: Sequence[LoadedMember]) -> list[float] 
     return given
 
 
-def named_results(results: Sequence[Classifier], members: Sequence[LoadedMember]) -> tuple[Classifier, ...]:
+def named_results(
+    results: Sequence[Classifier], members: Sequence[LoadedMember | Classifier]
+) -> tuple[Classifier, ...]:
     """The members' results with their names, sources and notes; unchanged if `members` is empty."""
     if not members:
         return tuple(results)
     pairs = zip(results, members, strict=True)
     return tuple(replace(found, name=own.name, source=own.source, note=own.note) for found, own in pairs)
+
+
+def recorded_members(config: Mapping[str, Any], num_members: int) -> list[Classifier]:
+    """Names and sources of the members that a mixture of task=solve records; [] for other mixtures."""
+    sources: Any = config.get("members")
+    names: Any = config.get("member_names", sources)
+    for texts in (sources, names):
+        if not isinstance(texts, list) or len(texts) != num_members or not all(isinstance(t, str) for t in texts):
+            return []
+    return [Classifier(name=name, source=source) for name, source in zip(names, sources, strict=True)]
 
 
 def flags_of_other_splits(

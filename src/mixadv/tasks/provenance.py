@@ -1,12 +1,15 @@
 """What results.json records of how it was made: settings, protocol, device, versions, commit."""
 
 import platform
+import shlex
 import subprocess
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mixadv import __version__
@@ -27,11 +30,23 @@ def header_of(session: Session) -> dict[str, Any]:
         "seed": cfg.seed,
         "device": device_name(session.device),
         **provenance(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
         "config": recorded(cfg),
         "norm": ball.norm,
         "eps": parse_eps(ball.eps),
         "protocol": "replay" if cfg.points else protocol_name(cfg),
     }
+
+
+def command() -> str | None:
+    """The command line of this run as a shell reads it, in a sweep that of this job; None if Hydra was not used."""
+    if not HydraConfig.initialized():
+        return None
+    given = HydraConfig.get().overrides
+    # Hydra adds the mode itself.
+    own = [word for word in given.hydra if not word.startswith("hydra.mode=")]
+    return shlex.join(["python", "run.py", *given.task, *own])
 
 
 def device_name(device: torch.device) -> str:

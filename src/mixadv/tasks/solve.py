@@ -240,4 +240,5 @@ def _mixture_config(session: Session, members: list[LoadedMember]) -> dict[str, 
         "image_shape": list(session.data.image_shape),
         **session.mixture_record(),
         "members": [member.source for member in members],
+        "member_names": [member.name for member in members],
     }
