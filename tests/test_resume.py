@@ -199,7 +199,7 @@ def results(directory):
     found = json.loads((directory / "results.json").read_text())
     # The run that was stopped was another command, at another time.
     for name in ("seconds", "date", "command"):
-        del found[name]
+        found.pop(name, None)
     del found["config"]["callbacks"]["checkpoint"]["every_n_train_steps"]
     for attack in found["attacks"].values():
         del attack["seconds"], attack["seconds_on_parts"]
