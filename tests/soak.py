@@ -108,6 +108,8 @@ def content(cwd):
     del results["seconds"], results["date"]
     for attack in results["attacks"].values():
         del attack["seconds"], attack["seconds_on_parts"]
+    for row in results["ceiling"]:
+        del row["seconds"]
     with np.load(place / "records.npz") as file:
         records = {name: file[name].tobytes() for name in file.files}
     return {

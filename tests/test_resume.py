@@ -203,6 +203,8 @@ def results(directory):
     del found["config"]["callbacks"]["checkpoint"]["every_n_train_steps"]
     for attack in found["attacks"].values():
         del attack["seconds"], attack["seconds_on_parts"]
+    for row in found["ceiling"]:
+        del row["seconds"]
     return found
 
 
