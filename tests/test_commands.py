@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -433,3 +434,32 @@ def test_a_torn_last_checkpoint_is_refused_with_the_remedy_and_kept(trained, tmp
     assert "resume=never" in finished.refusal()
     assert last.stat().st_size == size
     assert "not a readable checkpoint" in (path / "FAILED").read_text()
+
+
+# --- what the pages tell of the command line ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("lambda_solver=", "lambda_solver=entropic lambda_solver=lp lambda_solver=oracle lambda_solver=uniform"),
+        ("predict.", "predict.images= predict.resize="),
+    ],
+)
+def test_the_tab_key_completes_groups_and_keys(command, typed, offered):
+    line = f"python run.py {typed}"
+    assert command("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))).out.split() == offered.split()
+
+
+def test_settings_of_ones_own_are_taken_and_listed(command, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    preset = next(
+        text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "override /model: linear" in text
+    )
+    (tmp_path / "mine" / "experiment" / "small.yaml").write_text(preset)
+    shown = command("--config-dir", "mine", "experiment=small", "L=2", "--cfg", "job").out.splitlines()
+    assert {"L: 2", "eps: 0.1"} <= set(shown)
+    assert "small" in next(
+        line for line in command("--config-dir", "mine", "--help").out.splitlines() if line.startswith("experiment:")
+    )

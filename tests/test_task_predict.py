@@ -161,3 +161,13 @@ def test_what_cannot_work_is_refused_in_one_line(command, tmp_path, photos, word
 
 def test_no_other_task_labels_images(command, photos):
     assert "task=train does not read it" in command("predict.images=photos").refusal()
+
+
+def test_a_report_of_many_runs_leaves_labels_out(command, tmp_path, photos):
+    export(tmp_path / "mixture")
+    for name in "ab":
+        assert command("task=predict", "mixture=mixture", "predict.images=photos", f"name={name}", CPU).rc == 0
+    done = command("task=report", "runs=outputs")
+    assert done.rc == 0, done.err
+    assert list((tmp_path / "outputs").glob("report*")) == []
+    assert "Answers: " in command("task=report", "runs=outputs/predict/a").out
