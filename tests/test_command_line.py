@@ -14,7 +14,7 @@ from PIL import Image
 
 from builders.runs import read_results
 from conftest import TINY
-from mixadv.command_line import for_hydra, quoted
+from mixadv.command_line import as_typed, for_hydra, quoted
 from mixadv.models import build_member
 
 NAMES = [
@@ -254,3 +254,15 @@ def test_printed_commands_are_quoted_for_zsh(page):
             if found := re.search(r"(python run\.py|python -m mixadv|(^|[` ])mixadv) +(?P<words>.*)", line):
                 words = re.sub(r"'[^']*'|\"[^\"]*\"", "", found["words"].split("`")[0].split("    ")[0])
                 assert not re.search(r"=\S*\[", words), (path.name, line)
+
+
+@pytest.mark.parametrize("key", ["mixture", "members", "hydra.run.dir", "eps", "+note"])
+@pytest.mark.parametrize("value", ["/data/a.pt", "a b", "8/255", "é#&.pt", "[a,b]", "don't", "a,b", "", "null", "'x'"])
+def test_a_recorded_word_means_what_was_typed(key: str, value: str) -> None:
+    passed_on = for_hydra(f"{key}={value}")
+    assert for_hydra(as_typed(passed_on)) == passed_on
+    assert len(as_typed(passed_on)) <= len(passed_on)
+
+
+def test_quotes_that_only_hydra_needs_are_not_recorded() -> None:
+    assert as_typed(for_hydra("mixture=/data/é.pt")) == "mixture=/data/é.pt"

@@ -36,6 +36,13 @@ def for_hydra(argument: str) -> str:
     return f"{key}={_Reader(value, name in PATH_KEYS, name in TEXT_KEYS).read()}"
 
 
+def as_typed(argument: str) -> str:
+    """The argument without the quotes around its value where `for_hydra` adds them again."""
+    found = re.fullmatch(r"([^=']+=)'([^'\\]*)'", argument)
+    plain = found[1] + found[2] if found else argument
+    return plain if for_hydra(plain) == argument else argument
+
+
 def unreadable(argument: str) -> str:
     """One line for an argument that Hydra's grammar cannot read even after `for_hydra`: the reason and the remedy."""
     key, equals, value = argument.partition("=")

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mixadv import __version__
+from mixadv.command_line import as_typed
 from mixadv.config import parse_eps
 from mixadv.runs.directory import recorded
 from mixadv.shipped import protocols, shipped_protocol
@@ -46,7 +47,7 @@ def command() -> str | None:
     given = HydraConfig.get().overrides
     # Hydra adds the mode itself.
     own = [word for word in given.hydra if not word.startswith("hydra.mode=")]
-    return shlex.join(["python", "run.py", *given.task, *own])
+    return shlex.join(["python", "run.py", *map(as_typed, [*given.task, *own])])
 
 
 def device_name(device: torch.device) -> str:
