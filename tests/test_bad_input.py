@@ -127,8 +127,8 @@ def refused_command(cfg, overrides=()):
 
 # Whole commands: (what is added to a command that works, how the refusal begins, a part of its remedy).
 COMMANDS = [
-    ("eps=8/255/2", "eps=8/255/2 is not a number", "as eps=8/255"),
-    ("eps=", "eps= is not a number", "as eps=8/255"),
+    ("eps=8/255/2", "eps=8/255/2 is not a number", "as 8/255"),
+    ("eps=", "eps= is not a number", "as 8/255"),
     ("L=two", "L=two: ", "Integer"),
     ("seed=1e3", "seed=1e3: ", "Integer"),
     ("scheduler.milestones=0.5", "scheduler.milestones=0.5 must be", "a list"),
@@ -167,7 +167,7 @@ def test_a_mistyped_command_is_one_line_and_touches_nothing(place, words, start,
 # The same without Hydra's part of it: (what is added, how the refusal begins, a part of its remedy).
 SETTINGS = [
     # Numbers of other kinds, and out of range.
-    ("eps=1e999", "eps=inf is not a number", "as eps=8/255"),
+    ("eps=1e999", "eps=inf is not a number", "as 8/255"),
     ("optimizer.lr=0", "optimizer: lr=0", "positive rate"),
     ("optimizer.lr=-0.1", "optimizer: Invalid learning rate", "-0.1"),
     ("optimizer.lr=nan", "optimizer: lr=nan", "finite"),

@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from mixadv.data.digits import Digits
-from mixadv.game import FiniteGame, ceiling, close_pairs, conflict_graph, conflicts
+from mixadv.game import FiniteGame, ceiling, close_pairs, conflict_graph, conflicts, over_radii
 from mixadv.lambda_solvers import LinearProgram
 
 METRIC = {"l2": "euclidean", "linf": "chebyshev"}
@@ -344,6 +344,34 @@ def test_without_time_the_bounds_hold():
     assert bounded.randomised <= exact.randomised <= bounded.randomised_upper
     assert bounded.deterministic <= exact.deterministic <= bounded.deterministic_upper
     assert "only bounded" in bounded.status
+
+
+def test_bounds_at_one_radius_hold_at_the_others():
+    """Where time or sets were lacking, what is known at a smaller and at a larger radius bounds the optimum."""
+    whole = conflicts(*corners(), 0.44, "l2")
+    radii = [0.36, 0.4, 0.41, 0.42, 0.43, 0.44]
+    exact = [ceiling(whole.at(eps)) for eps in radii]
+    loose = [ceiling(whole.at(eps), time_limit=0) for eps in radii]
+    given = [exact[0], loose[1], exact[2], loose[3], loose[4], exact[5]]
+    found = over_radii(given)
+    assert [best.status for best in found] == [best.status for best in given]
+    for eps, best, truth, before in zip(radii, found, exact, given, strict=True):
+        assert best.randomised - 1e-9 <= truth.randomised <= best.randomised_upper + 1e-9
+        assert best.deterministic <= truth.deterministic <= best.deterministic_upper
+        assert best.gain_at_most <= before.gain_at_most + 1e-9
+        assert (best.q.mean(), best.right.mean()) == pytest.approx((best.randomised, best.deterministic))
+        sets = whole.at(eps).sets
+        assert (sets @ best.q).max(initial=0) <= 1 + 1e-9
+        assert (sets @ best.right.astype(float)).max(initial=0) <= 1
+        # Whatever a classifier answers at the common points, it is right about one class; who stays is right.
+        moved = best.attack.toarray()
+        of_class = np.stack([moved[whole.y == label].sum(0) for label in np.unique(whole.y)])
+        assert of_class.max(0, initial=0).sum() + 1 - moved.sum() <= best.randomised_upper + 1e-9
+    for name in ("randomised", "randomised_upper", "deterministic", "deterministic_upper"):
+        values = [getattr(best, name) for best in found]
+        assert values == sorted(values, reverse=True), name
+    assert any(a.randomised_upper > b.randomised_upper for a, b in zip(given, found, strict=True))
+    assert any(a.deterministic < b.deterministic for a, b in zip(given, found, strict=True))
 
 
 def test_one_class_conflicts_with_nothing():

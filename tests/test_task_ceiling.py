@@ -10,7 +10,8 @@ from scipy.spatial.distance import cdist
 
 from conftest import run_command
 from mixadv.data.digits import Digits
-from mixadv.report.ceiling import ceiling_sentences
+from mixadv.report.ceiling import ceiling_sentences, ceiling_table
+from mixadv.report.figures.ceiling import ceiling_figure
 from mixadv.report.files import read_run
 from mixadv.results import CeilingRow, read
 
@@ -108,6 +109,38 @@ def test_the_figure_shows_the_optima_and_the_closest_pairs(run, monkeypatch):
     assert {f"{name} {k}" for name in ("first", "middle", "second") for k in range(6)} <= set(axes)
 
 
+def test_a_figure_of_bounds_draws_no_value_and_its_title_fits(run):
+    known = read_run(run[0])
+    rows = (
+        CeilingRow(1.0, 543, 1.0, 9, 0.5, 0.5, 0.4, 0.48, 0.1, "the deterministic optimum is only bounded", 1.0),
+        CeilingRow(1.1, 543, 1.0, 9, 0.3, 0.45, 0.3, 0.4, 0.15, "the randomised optimum is only bounded", 1.0),
+    )
+    figure = ceiling_figure(replace(known, results=replace(known.results, ceiling=rows)), "x" * 160, None)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert np.array_equal(lines["best mixture"], [0.5, np.nan], equal_nan=True)
+    assert np.isnan(lines["best classifier"]).all()
+    # Bounds of a single radius are drawn too.
+    ends = {tuple(segment[:, 1]) for group in axes.collections for segment in getattr(group, "get_segments", list)()}
+    assert {(0.3, 0.45), (0.4, 0.48), (0.3, 0.4)} == ends
+    extent = figure._suptitle.get_window_extent(figure.canvas.get_renderer())
+    assert 0 < extent.x0 < extent.x1 < figure.bbox.width
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train", "training images"),
+        (["train", "validation"], "training and validation images"),
+        ("all", "training, validation and test images"),
+    ],
+)
+def test_the_splits_are_named_in_english(run, split, words):
+    known = read_run(run[0])
+    config = {**known.config, "ceiling": {"split": split}}
+    assert words in ceiling_table(replace(known, config=config)).title
+
+
 def test_reports_of_several_runs_list_them(run, command, tmp_path):
     finished = command("task=ceiling", "data=digits", "eps=0.3", "ceiling.split=all", "name=other")
     assert finished.rc == 0, finished.err
@@ -133,7 +166,8 @@ def test_a_damaged_file_of_arrays_is_named(run, tmp_path):
     [
         ("ceiling.eps=[]", "ceiling.eps=[] names no radius"),
         ("ceiling.eps=[0.1,8]", "did you mean ceiling.eps=8/255?"),
-        ("ceiling.eps=[wide]", "is not a number"),
+        ("ceiling.eps=[wide]", "ceiling.eps=wide is not a number"),
+        ("ceiling.eps=[-1]", "ceiling.eps=-1 must be finite and at least 0"),
         ("ceiling.split=trian", "ceiling.split=trian is unknown: choose one of train, validation, test, all"),
         ("ceiling.split=[]", "names no split"),
         ("ceiling.time_limit=-1", "ceiling.time_limit=-1"),

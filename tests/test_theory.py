@@ -540,6 +540,8 @@ def test_every_test_that_the_page_of_the_theory_names_exists():
     for name, ending in named:
         assert (Path(__file__).parent / f"{name}.py").exists() if ending else f"def {name}(" in tests, name
     table = page.partition("## The poster, row by row")[2]
+    for place in re.findall(r"`(\w+/\w+\.py|\w+\.py)`", table):
+        assert (Path(__file__).parents[1] / "src" / "mixadv" / place).exists(), place
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 18
     for row in rows:

@@ -148,8 +148,8 @@ KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
-def parse_eps(value: Any) -> float:
-    """Parse a radius in input units: ``8/255``, ``0.031`` or ``0``.
+def parse_eps(value: Any, key: str = "eps") -> float:
+    """Parse a radius in input units, ``8/255``, ``0.031`` or ``0``; `key` is its name in messages.
 
     Raises:
         UserError: it is not a finite, non-negative number or fraction.
@@ -158,14 +158,14 @@ def parse_eps(value: Any) -> float:
     match = re.fullmatch(rf"\s*({number})\s*(?:/\s*({number})\s*)?", str(value))
     if match is None or isinstance(value, bool):
         raise UserError(
-            f"eps={value} is not a number: write a fraction or a decimal in input units, as eps=8/255 or eps=0.031"
+            f"{key}={value} is not a number: write a fraction or a decimal in input units, as 8/255 or 0.031"
         )
     numerator, denominator = float(match[1]), float(match[2] or 1)
     if denominator == 0:
-        raise UserError(f"eps={value} divides by zero: write a fraction such as eps=8/255")
+        raise UserError(f"{key}={value} divides by zero: write a fraction such as 8/255")
     eps = numerator / denominator
     if not math.isfinite(eps) or eps < 0:
-        raise UserError(f"eps={value} must be finite and at least 0: it is a radius, as eps=8/255 or eps=0")
+        raise UserError(f"{key}={value} must be finite and at least 0: it is a radius, as 8/255 or 0")
     return eps
 
 
@@ -337,7 +337,7 @@ def _check_threat_model(cfg: DictConfig) -> None:
 
 
 def _check_eps(key: str, value: Any, norm: str) -> None:
-    if parse_eps(value) > 1 and norm == "linf":
+    if parse_eps(value, key) > 1 and norm == "linf":
         raise UserError(
             f"{key}={value} is larger than the whole input range [0, 1]: eps is in input units, "
             f"did you mean {key}={value}/255?"

@@ -18,9 +18,19 @@ from mixadv.game.protocol import BestResponse, Equilibrium, Game
 
 if TYPE_CHECKING:
     from mixadv.game.conflict_graph import Conflicts, conflicts
-    from mixadv.game.optima import Ceiling, ceiling
+    from mixadv.game.optima import Ceiling, ceiling, over_radii
 
-__all__ = ["BestResponse", "Ceiling", "Conflicts", "Equilibrium", "FiniteGame", "Game", "ceiling", "conflicts"]
+__all__ = [
+    "BestResponse",
+    "Ceiling",
+    "Conflicts",
+    "Equilibrium",
+    "FiniteGame",
+    "Game",
+    "ceiling",
+    "conflicts",
+    "over_radii",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,7 +39,7 @@ def __getattr__(name: str) -> Any:
         from mixadv.game import conflict_graph
 
         return getattr(conflict_graph, name)
-    if name in ("Ceiling", "ceiling"):
+    if name in ("Ceiling", "ceiling", "over_radii"):
         from mixadv.game import optima
 
         return getattr(optima, name)

@@ -10,7 +10,8 @@ theorem).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -93,6 +94,32 @@ def ceiling(conflicts: Conflicts, time_limit: float = 60.0) -> Ceiling:
         *(fractional.sets, _strategy(fractional.sets, fractional.cover)),
         "; ".join(left_out) or "exact",
     )
+
+
+def over_radii(ceilings: Sequence[Ceiling]) -> list[Ceiling]:
+    """The ceilings of the same points at growing radii, each with the bounds that follow from the others.
+
+    A larger ball only helps the attacker. So what is reached at one radius is reached at every smaller one, and what
+    is not exceeded at one radius is not exceeded at any larger one, by the same strategy of the attacker.
+
+    Args:
+        ceilings: by ascending radius.
+    """
+    found = list(ceilings)
+    for k in range(1, len(found)):
+        before, here = found[k - 1], found[k]
+        if before.randomised_upper < here.randomised_upper - _SAME:
+            at_most, sets, attack = before.randomised_upper, before.sets, before.attack
+            here = replace(here, randomised_upper=at_most, sets=sets, attack=attack)
+        found[k] = replace(here, deterministic_upper=min(before.deterministic_upper, here.deterministic_upper))
+    for k in reversed(range(len(found) - 1)):
+        here, after = found[k], found[k + 1]
+        if after.randomised > here.randomised + _SAME:
+            here = replace(here, randomised=after.randomised, q=after.q)
+        if after.deterministic > here.deterministic:
+            here = replace(here, deterministic=after.deterministic, right=after.right)
+        found[k] = here
+    return found
 
 
 def _bounds(low: float, high: float) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from mixadv.files import read_arrays
 from mixadv.game import FiniteGame
 from mixadv.games.base import GameValues, Playable, Played, best_constant, best_vote, exact_radius, solve_values
 from mixadv.games.cells import cell_points, game_on_points
+from mixadv.games.table import is_header
 from mixadv.seeding import generator_for
 from mixadv.threat_model import NORMS, ThreatModel
 
@@ -265,9 +266,8 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 
 
 def _of_rows(rows: list[list[str]], path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    rows = rows[1:] if rows and is_header(rows[0]) else rows
     numbers = [_numbers(row) for row in rows]
-    if rows and numbers[0] is None:  # a header
-        rows, numbers = rows[1:], numbers[1:]
     if None in numbers:
         raise ValueError(f"file={path}: {','.join(rows[numbers.index(None)])} are not numbers")
     if {len(row) for row in rows} not in ({3}, {4}):

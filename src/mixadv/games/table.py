@@ -145,8 +145,10 @@ def _of_arrays(arrays: dict[str, np.ndarray], path: Path) -> Losses:
 
 def _of_rows(rows: list[list[str]], path: Path) -> Losses:
     header = None
-    if rows and not all(_is_number(cell) for cell in rows[0]):
+    if rows and is_header(rows[0]):
         header, rows = [cell.strip() for cell in rows[0]], rows[1:]
+        if "" in header:
+            raise ValueError(f"file={path}: column {header.index('') + 1} has no name: name it, or leave it out")
     if not rows:
         raise ValueError(f"file={path} holds no losses: give a row per move of the attacker, a column per member")
     names = header or [f"f{k + 1}" for k in range(len(rows[0]))]
@@ -174,6 +176,11 @@ def _of_rows(rows: list[list[str]], path: Path) -> Losses:
         losses[i, : len(moves)], mask[i, : len(moves)] = moves, True
     given = np.array(list(masses.values())) if masses else None
     return Losses(losses, None if mask.all() else mask, given, [names[k] for k in columns])
+
+
+def is_header(row: list[str]) -> bool:
+    """Whether the first row of a csv file has names: no cell is a number, nan or inf. One that is may be a mistake."""
+    return not any(_is_number(cell) or cell.strip().lstrip("+-").lower() in ("nan", "inf", "infinity") for cell in row)
 
 
 def _is_number(cell: str) -> bool:

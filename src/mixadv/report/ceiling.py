@@ -86,7 +86,8 @@ def _kind(run: Run) -> str:
     names = [str(name) for name in (split if isinstance(split, list) else [split] if split else [])]
     if "all" in names:
         names = ["train", "validation", "test"]
-    return " and ".join("training" if name == "train" else name for name in names)
+    words = ["training" if name == "train" else name for name in names]
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def ceiling_sentences(run: Run) -> list[str]:

@@ -16,7 +16,7 @@ from mixadv import records
 from mixadv.config import ceiling_splits, parse_eps
 from mixadv.console import Console
 from mixadv.data.base import ImageDataModule
-from mixadv.game import Conflicts, ceiling, conflicts
+from mixadv.game import Conflicts, ceiling, conflicts, over_radii
 from mixadv.report import Run
 from mixadv.report.ceiling import write_ceiling
 from mixadv.results import CeilingRow, Data, Results
@@ -57,13 +57,17 @@ def find_ceiling(cfg: DictConfig, run_dir: Path, state: State) -> Run:
     searched = time.perf_counter()
     found = conflicts(images, labels, radii[-1], norm, closest=CLOSEST)
     spent = {"load": searched - started, "conflicts": time.perf_counter() - searched}
-    rows, arrays = [], _pictures(found, images, data.class_names)
+    arrays = _pictures(found, images, data.class_names)
     arrays[records.LABELS] = labels.numpy()
-    for k, eps in enumerate(radii):
+    solved, seconds = [], []
+    for eps in radii:
         at = time.perf_counter()
-        solved = ceiling(found.at(eps), cfg.ceiling.time_limit)
-        rows.append(_row(found.at(eps), solved, time.perf_counter() - at))
-        arrays[f"q/{k}"], arrays[f"right/{k}"] = solved.q, solved.right.astype(np.uint8)
+        solved.append(ceiling(found.at(eps), cfg.ceiling.time_limit))
+        seconds.append(time.perf_counter() - at)
+    rows = []
+    for k, best in enumerate(over_radii(solved)):
+        rows.append(_row(found.at(radii[k]), best, seconds[k]))
+        arrays[f"q/{k}"], arrays[f"right/{k}"] = best.q, best.right.astype(np.uint8)
     facts = provenance()
     results = Results(
         task=cfg.task,

@@ -88,9 +88,13 @@ def _draw_optima(axes: Axes, run: Run) -> None:
         ("deterministic", "best classifier", VALUE_COLOUR, "s", 5, DASHES[1]),
     ):
         low, high = line(name), line(f"{name}_upper")
-        axes.plot(eps, high, color=colour, marker=marker, markersize=size, linestyle=dashes, label=label)
-        if (high - low > 1e-9).any():
+        open_ = high - low > 1e-9
+        known = np.where(open_, np.nan, high)
+        axes.plot(eps, known, color=colour, marker=marker, markersize=size, linestyle=dashes, label=label)
+        if open_.any():
             axes.fill_between(eps, low, high, color=colour, alpha=0.2, linewidth=0, label=f"{label}: between bounds")
+            # The band of a single radius has no width.
+            axes.vlines(eps[open_], low[open_], high[open_], color=colour, linewidth=size / 2, alpha=0.6)
     first = run.results.first_conflict_eps
     if first is not None and first <= 1.5 * eps.max():
         axes.axvline(first, color=CLEAN_COLOUR, linestyle=DASHES[1], linewidth=1.4, label="first conflict")

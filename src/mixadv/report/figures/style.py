@@ -73,7 +73,9 @@ def new_figure(height: float, title: str) -> Figure:
 
     figure = Figure(figsize=(14.0, height))
     FigureCanvasAgg(figure)
-    figure.suptitle(printable(title), fontsize=16, y=1 - 0.12 / height, parse_math=False)
+    # About 118 characters of this size fit; a longer title gets smaller ones.
+    size = 16 * min(1.0, 110 / max(1, len(printable(title))))
+    figure.suptitle(printable(title), fontsize=size, y=1 - 0.12 / height, parse_math=False)
     return figure
 
 
