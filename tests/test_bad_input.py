@@ -305,11 +305,15 @@ def test_a_setting_that_cannot_work_is_refused_before_long_work(place, changed, 
 
 def test_settings_of_every_shipped_class_are_accepted(changed, place):
     """The checks know all annotations: another stop comes first only where there is nothing wrong."""
-    from mixadv.tasks.build import build_protocol, instantiate
+    from mixadv.tasks.build import build_phase, build_protocol, build_solver, instantiate
 
     for path in sorted((ROOT / "conf").glob("*/*.yaml")):
         group, name = path.parent.name, path.stem
-        if group in ("loss", "lambda_solver", "attack"):
+        if group == "lambda_solver":
+            cfg = changed(f"{group}={name}")
+            assert build_solver(cfg) is not None
+            assert build_phase(cfg) is not None
+        elif group in ("loss", "attack"):
             assert instantiate(changed(f"{group}={name}")[group], group) is not None
         elif group == "protocol":
             assert build_protocol(changed(f"protocol={name}"))
