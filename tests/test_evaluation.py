@@ -8,13 +8,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from mixadv.attacks import PGD, AttackSuite
+from mixadv.attacks import PGD, AttackSuite, LatticeClimber
 from mixadv.attacks.suite import TWIN
 from mixadv.errors import UserError
 from mixadv.evaluation import EvaluationRecord, EvaluationState, evaluate, fingerprint
 from mixadv.intervals import confidence_interval
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel
+from mixadv.vote import Vote
 
 WEIGHTS = [0.5, 0.125, 0.375]
 BALL = ThreatModel("linf", 0.1)
@@ -419,11 +420,12 @@ class Killed(BaseException):
     """Nothing catches it."""
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_at_any_moment_changes_no_bit(tmp_path, monkeypatch, moment):
-    """Each file is written by one rename: the process ends before or after it, at every rename there is."""
-    monkeypatch.setattr(Counted, "transfers", False, raising=False)
-    whole, _ = measured(None)
+def resumed_after_every_rename(monkeypatch, tmp_path, moment, measure, first=1):
+    """Each file is written by one rename: the process ends before or after it, at every rename from the first on.
+
+    measure(folder) evaluates with its state in a folder (None: in memory). Returns the number of renames.
+    """
+    whole = measure(None)
     rename, calls = os.replace, []
 
     def killed_at(number):
@@ -437,23 +439,53 @@ def test_a_kill_at_any_moment_changes_no_bit(tmp_path, monkeypatch, moment):
 
         return replace
 
-    for number in range(1, 20):
+    for number in range(first, 40):
         calls.clear()
         folder = tmp_path / str(number)
         with monkeypatch.context() as patch:
             patch.setattr("mixadv.files.os.replace", killed_at(number))
             try:
-                measured(folder)
+                measure(folder)
             except Killed:
                 pass
             else:
-                break
-        resumed, _ = measured(folder)
+                return number - 1
+        resumed = measure(folder)
         assert torch.equal(resumed.worst_points, whole.worst_points), f"at rename {number}"
         for name, array in whole.arrays().items():
             np.testing.assert_array_equal(resumed.arrays()[name], array, err_msg=f"{name} at rename {number}")
+    raise AssertionError("so many files are not expected")
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_at_any_moment_changes_no_bit(tmp_path, monkeypatch, moment):
+    monkeypatch.setattr(Counted, "transfers", False, raising=False)
     # Four passes, with two files each.
-    assert number == 2 * 4 + 1
+    assert resumed_after_every_rename(monkeypatch, tmp_path, moment, lambda folder: measured(folder)[0]) == 2 * 4
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_in_the_passes_of_climber_and_vote_changes_no_bit(tmp_path, monkeypatch, moment):
+    """Both begin at the worst points of the passes before them, which must be those of the whole evaluation."""
+    monkeypatch.setattr(Counted, "transfers", False, raising=False)
+    (x, y), weights = random_examples(), (0.4, 0.35, 0.25)
+    mixture = mixture_with_batch_norm().eval()
+    mixture.set_weights(weights)
+    parts = [(x[:30], y[:30]), (x[30:], y[30:])]
+    attacks = {"a": Counted(), "climber": LatticeClimber(num_steps=8, steps_per_set=4)}
+    reached = []
+
+    def measure(folder):
+        state = EvaluationState(folder, "the same")
+        record = evaluate(mixture, parts, attacks, BALL, vote=Vote(weights), state=state)
+        reached.append(record)
+        return record
+
+    # Two files for each of four passes, of which the first two are tested above.
+    assert resumed_after_every_rename(monkeypatch, tmp_path, moment, measure, first=4) == 2 * 4
+    found = reached[0].found
+    assert list(found) == ["a", "climber", "coalition on vote"]
+    assert (reached[0].expected(found["climber"]) < reached[0].expected(found["a"])).any()
 
 
 def test_an_attack_begins_at_the_worst_points_of_the_passes_before_it():
