@@ -1,4 +1,4 @@
-"""How far attacks on the same mixtures get, and what they cost: PGD, APGD, ARC, subset attacks, and the suite.
+"""How far attacks on the same mixtures get, and what they cost: PGD, APGD, ARC, subset attacks, the climber, and the suite.
 
     python benchmarks/attacks.py outputs/train/quickstart OTHER_RUN ...
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from mixadv import Mixture, ThreatModel
-from mixadv.attacks import APGD, ARC, PGD, AttackSuite, SubsetAttack
+from mixadv.attacks import APGD, ARC, PGD, AttackSuite, LatticeClimber, SubsetAttack
 from mixadv.instantiate import held_to_mixadv, instantiate
 from mixadv.intervals import confidence_interval
 from mixadv.members.store import read_mixture
@@ -34,6 +34,7 @@ ATTACKS = {
     "arc": ARC(20),
     "arc, 5 restarts": ARC(20, restarts=5),
     "subsets": SubsetAttack(20),
+    "climber": LatticeClimber(300),
 }
 
 
