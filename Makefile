@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/games.py --repeats 1 --full-limit 20
 	$(BIN)/python benchmarks/attacks.py
+	$(BIN)/python benchmarks/many_members.py
 	$(BIN)/python benchmarks/wandb_overhead.py --epochs 10 --repeats 2
 
 # Does the mixture pay? One command each, continued by the same command; tables and figures end in results/.

@@ -1,4 +1,4 @@
-"""How far attacks on the same mixtures get, and what they cost: PGD, APGD, ARC, subset attacks, the climber, and the suite.
+"""How far attacks on the same mixtures get, and what they cost: PGD, APGD, ARC, subset attacks, climber, and the suite.
 
     python benchmarks/attacks.py outputs/train/quickstart OTHER_RUN ...
 
