@@ -246,8 +246,12 @@ SETTINGS = [
     ("data.val_fraction=abc", "data.val_fraction=abc", "a number or null"),
     ("data.padding=100000", "data: padding=100000", "lower it"),
     ("data.flip=maybe", "data.flip=maybe", "true or false"),
-    ("+data.foo=1", "data.foo: Digits has no such setting", "it has val_fraction, padding"),
-    ("data._target_=mixadv.data.base.ImageDataModule", "data: ImageDataModule has no load()", "choose a data set"),
+    ("+data.foo=1", "data.foo: Digits has no such setting", "it has classes, average, val_fraction, padding"),
+    (
+        "data._target_=mixadv.data.base.ImageDataModule ~data.classes ~data.average",
+        "data: ImageDataModule has no load()",
+        "choose a data set",
+    ),
     ("data=image_folder data.root=null", "data.root=null", "must be text"),
     ("data=image_folder data.root=3", "data.root=3", "quote it, data.root=\"'3'\""),
     ("data=image_folder data.root=x data.name=[1]", "data.name=[1]", "text or null"),
@@ -449,8 +453,8 @@ FOLDERS = {
         lambda root: Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(
             root / "train" / "aster" / "00.png", format="TIFF"
         ),
-        "00.png (it is not an image in PNG,",
-        "replace or remove it",
+        "00.png has more than 8 bits per channel",
+        "convert it to 8 bits",
     ),
     "a pipe": (
         lambda root: (
@@ -741,7 +745,7 @@ MIXTURES = {
         lambda f: with_config(f, data={"_target_": "mixadv.data.image_folder.ImageFolder", "root": "../../.."}),
         "must hold the folders train/CLASS",
     ),
-    "data that are missing": (lambda f: with_data(f, num_test="???"), "data.num_test has no default"),
+    "data that are missing": (lambda f: with_data(f, num_test="???"), "data.num_test=??? must be a whole number"),
     "a radius that is a list": (lambda f: with_config(f, eps=[8, 255]), "eps=[8, 255] is not a number"),
     "a norm that is a number": (lambda f: with_config(f, threat_model={"norm": 7}), "threat_model.norm=7 is unknown"),
 }
