@@ -1,5 +1,6 @@
 """README and docs: every command composes, the examples run, and pages, numbers and links fit the program."""
 
+import csv
 import json
 import pkgutil
 import re
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 import mixadv
@@ -169,13 +172,13 @@ def door(title):
 def place(tmp_path_factory):
     """A folder in which the first command of the first door has run, made small. Shared: later doors use its run."""
     cwd = tmp_path_factory.mktemp("doors")
-    finished = run_command(cwd, *small(door("I train")[0], "trainer.max_epochs=1"))
+    finished = run_command(cwd, *small(door("I train")[1], "trainer.max_epochs=1"))
     assert finished.rc == 0, finished.err
     return cwd
 
 
 def test_the_first_door_trains_a_mixture_and_attacks_it(place):
-    train, strict, *_ = door("I train")
+    _, train, strict, *_ = door("I train")
     path = place / "outputs" / "train" / "first"
     found = results_in(path)
     assert (found["L"], found["threat_model"]) == (3, {"norm": "linf", "eps": 0.1})
@@ -187,7 +190,22 @@ def test_the_first_door_trains_a_mixture_and_attacks_it(place):
     assert finished.rc == 0, finished.err
     attacked = results_in(place / "outputs" / "evaluate" / "first")
     assert attacked["weights"] == found["weights"]
-    assert {"noise", "pgd-50", "arc", "subsets", "square"} <= set(attacked["attacks"])
+    assert {"noise", "pgd-50", "arc", "subsets", "square", "climber"} <= set(attacked["attacks"])
+
+
+def test_the_first_door_asks_for_the_ceiling_and_labels_images(place):
+    ceiling, predict = door("I train")[0], door("I train")[3]
+    finished = run_command(place, *ceiling, "data.num_train=120", "logger=none", "name=ceiling")
+    assert finished.rc == 0, finished.err
+    rows = results_in(place / "outputs" / "ceiling" / "ceiling")["ceiling"]
+    assert [row["eps"] for row in rows] == [0.8, 1.0, 1.1]
+    (place / "DIR").mkdir()
+    for name, image in zip("ba", (load_digits().images[:2] * 255 / 16).astype("uint8"), strict=True):
+        Image.fromarray(image).save(place / "DIR" / f"{name}.png")
+    finished = run_command(place, *predict, "name=labels")
+    assert finished.rc == 0, finished.err
+    with open(place / "outputs" / "predict" / "labels" / "predictions.csv") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["a.png", "b.png"]
 
 
 def test_the_first_door_sweeps_and_reports(command, tmp_path):
@@ -206,8 +224,6 @@ def test_the_first_door_sweeps_and_reports(command, tmp_path):
 
 
 def test_the_first_door_takes_images_and_shows_settings(command, tmp_path):
-    from PIL import Image
-
     *_, images, _, _, _, settings, usage = door("I train")
     for split in ("train", "test"):
         for label in ("cat", "dog"):
