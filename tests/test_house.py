@@ -28,7 +28,7 @@ ALLOWED = {
     "wording": set(),
     "metrics_file": {"files"},
     "tensor_files": {"files"},
-    "points_file": {"tensor_files"},
+    "points_file": {"tensor_files", "threat_model"},
     "redaction": set(),
     "console": {"redaction", "signals"},
     "unknown_keys": set(),

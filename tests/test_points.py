@@ -54,7 +54,9 @@ def test_the_points_are_those_of_the_numbers(saved, trained):
     assert found.points.dtype == torch.float32
     assert torch.equal(found.labels, labels[found.indices])
     assert not torch.equal(found.indices, torch.arange(30))
-    eps = read_results(place(saved))["threat_model"]["eps"]
+    ball = read_results(place(saved))["threat_model"]
+    assert (found.ball.norm, found.ball.eps) == (ball["norm"], ball["eps"])
+    eps = ball["eps"]
     moved = (found.points.double() - images[found.indices].double()).abs().flatten(1).amax(1)
     assert 0.9 * eps < moved.max() <= eps + 1e-6
     assert 0 <= found.points.min() <= found.points.max() <= 1
@@ -116,7 +118,11 @@ def test_the_points_are_judged_on_another_mixture(saved, trained):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("eps=0.01",), "lie outside the linf ball of radius 0.01"),
+        # Every saved point lies in the larger balls, but is the worst of none of them.
+        (("eps=0.2",), "no worst cases of the linf ball of radius 0.2: give eps=0.05 threat_model=linf"),
+        (("eps=0.0500001",), "no worst cases of the linf ball of radius 0.0500001"),
+        (("threat_model=l2", "eps=8"), "no worst cases of the l2 ball of radius 8"),
+        (("eps=0.01",), "no worst cases of the linf ball of radius 0.01"),
         (("data.num_test=10",), "which this run does not measure"),
         (("protocol.save_points=7",), "must be true or false"),
     ],
@@ -132,18 +138,31 @@ def test_points_that_do_not_fit_are_refused_in_one_sentence(saved, trained, argv
 def test_other_files_are_refused(saved, trained, tmp_path):
     good = place(saved) / "points.safetensors"
     tensors = load_file(good)
+    record = {"schema": "mixadv.points.1", "norm": "linf", "eps": "0.05"}
     for name, changed in {
         "short": {"labels": tensors["labels"][:7]},
         "swapped": {"labels": (tensors["labels"] + 1) % 10},
         "nan": {"points": tensors["points"] * float("nan")},
+        "outside": {"points": 1 - tensors["points"]},
     }.items():
-        save_file({**tensors, **changed}, tmp_path / f"{name}.safetensors", {"schema": "mixadv.points.1"})
+        save_file({**tensors, **changed}, tmp_path / f"{name}.safetensors", record)
+    for name, changed in {"norm": {"norm": "l7"}, "text": {"eps": "much"}, "negative": {"eps": "-1"}}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors", record | changed)
+    for name in ("norm", "eps"):
+        rest = {key: value for key, value in record.items() if key != name}
+        save_file(tensors, tmp_path / f"no-{name}.safetensors", rest)
     (tmp_path / "torn.safetensors").write_bytes(good.read_bytes()[:100])
     for path, said in [
         (trained.path / "mixture" / "mixture.safetensors", "holds no points of mixadv"),
         (tmp_path / "short.safetensors", "is damaged"),
         (tmp_path / "swapped.safetensors", "other images"),
         (tmp_path / "nan.safetensors", "30 points, the first of image"),
+        (tmp_path / "outside.safetensors", "lie outside the linf ball of radius 0.05"),
+        (tmp_path / "norm.safetensors", "is damaged: unknown norm 'l7'"),
+        (tmp_path / "text.safetensors", "could not convert string to float: 'much'"),
+        (tmp_path / "negative.safetensors", "is damaged: eps is -1.0"),
+        (tmp_path / "no-norm.safetensors", "save them again with protocol.save_points=true"),
+        (tmp_path / "no-eps.safetensors", "save them again with protocol.save_points=true"),
         (tmp_path / "torn.safetensors", "cannot be read"),
         (tmp_path / "nothing.safetensors", "is no file"),
     ]:

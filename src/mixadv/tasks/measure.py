@@ -111,7 +111,8 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
     if cfg.protocol.get("save_points", False):
         assert record.worst_points is not None
         labels, robust = torch.from_numpy(record.labels), torch.from_numpy(record.worst_case())
-        write_points(session.run_dir / POINTS, Points(record.worst_points, indices, labels, robust))
+        saved = Points(record.worst_points, indices, labels, robust, ball)
+        write_points(session.run_dir / POINTS, saved)
     return results, arrays
 
 

@@ -37,13 +37,21 @@ def saved_points(session: Session) -> tuple[Tensor, Tensor]:
     """The places [N] in the run's test images that have a saved point, in their order there; and the points [N, ...].
 
     Raises:
-        UserError: the file cannot be read, was made for other images, or a point lies outside the ball of this run.
+        UserError: the file cannot be read, was made for other images or another ball, or a point lies outside its ball.
     """
     path, data, ball = session.cfg.points, session.data, session.threat_model
     try:
         saved = points_file.read(Path(path))
     except ValueError as error:
         raise UserError(f"points: {error}") from error
+    # In a larger ball there are worse points, which nobody has searched: the mixture would look robust there.
+    own = saved.ball
+    if own != ball:
+        raise UserError(
+            f"points={path} was saved for the {own.norm} ball of radius {own.eps}, and its points are no worst cases "
+            f"of the {ball.norm} ball of radius {ball.eps}: give eps={own.eps} threat_model={own.norm}, or attack anew "
+            "without points"
+        )
     place = {int(index): i for i, index in enumerate(data.test_indices[: session.num_test_images])}
     missing = [index for index in saved.indices.tolist() if index not in place]
     if missing:
@@ -62,6 +70,6 @@ def saved_points(session: Session) -> tuple[Tensor, Tensor]:
         first = int(data.test_indices[rows[outside[0]]])
         raise UserError(
             f"points={path}: {len(outside)} points, the first of image {first}, lie outside the {ball.norm} ball of "
-            f"radius {session.cfg.eps} or the box: give the eps=... and threat_model=... for which they were saved"
+            f"radius {ball.eps} or the box: the file is damaged, save the points again with protocol.save_points=true"
         )
     return rows, points
