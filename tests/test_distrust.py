@@ -23,9 +23,11 @@ from broken_defences import (
     robust,
 )
 from builders.networks import Step
+from mixadv.attacks.subsets import SubsetAttack
 from mixadv.evaluation import EvaluationRecord
-from mixadv.evaluation.distrust import FLAGS, distrust
+from mixadv.evaluation.distrust import CHECKS_OF_RECORD, FLAGS, checks_made, distrust
 from mixadv.mixture import Mixture
+from mixadv.report.page import CHECKS
 from mixadv.threat_model import ThreatModel
 
 NAMES = [
@@ -409,6 +411,46 @@ def test_no_images_are_refused():
     x, y = points(12)
     with pytest.raises(ValueError, match="no images to check"):
         distrust(Mixture([Linear()]), x[:0], y[:0], BALL)
+
+
+# --- which checks were made ----------------------------------------------------------------------------------
+
+COMPARING = {
+    *("black-box-beats-white-box", "noise-beats-pgd", "ce-and-dlr-disagree", "white-box-attacks-disagree"),
+    *("robust-above-clean", "search-not-exhaustive"),
+}
+
+
+@pytest.mark.parametrize(
+    ("attacks", "made"),
+    [
+        ([], []),
+        (["pgd_20"], ["robust-above-clean"]),
+        (["noise", "square"], ["robust-above-clean"]),
+        (["noise", "pgd_20"], ["noise-beats-pgd", "robust-above-clean"]),
+        (["noise", "apgd_ce"], ["robust-above-clean"]),
+        (["square", "apgd_ce"], ["black-box-beats-white-box", "robust-above-clean"]),
+        (["apgd_ce", "apgd_dlr"], ["ce-and-dlr-disagree", "robust-above-clean"]),
+        (["pgd_20", "pgd_20__0", "apgd_ce", "noise__0"], ["robust-above-clean"]),
+        (["pgd_20", "pgd_20__1", "apgd_ce", "apgd_ce__1"], ["white-box-attacks-disagree", "robust-above-clean"]),
+    ],
+)
+def test_a_check_is_made_where_its_attacks_ran(attacks, made):
+    found = checks_made(Mixture([natural(), natural(1)]), record(**dict.fromkeys(attacks, (0, 0))), {})
+    assert [name for name in found if name in COMPARING] == made
+    assert [name for name in NAMES if name not in COMPARING] == [name for name in found if name not in COMPARING]
+
+
+def test_sets_of_members_are_counted_where_several_can_be_drawn():
+    attacks = {"subsets": SubsetAttack()}
+    for weights, made in (([0.5, 0.5], True), ([0.0, 1.0], False)):
+        found = checks_made(Mixture([natural(), natural(1)], weights), record(), attacks)
+        assert ("search-not-exhaustive" in found) == made
+
+
+def test_what_a_report_explains_are_the_checks():
+    assert list(CHECKS) == NAMES
+    assert set(CHECKS_OF_RECORD) <= set(NAMES)
 
 
 # --- the page --------------------------------------------------------------------------------------------------

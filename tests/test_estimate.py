@@ -12,7 +12,7 @@ import torch
 
 from builders.data import digits_module
 from builders.networks import untrained_mixture
-from conftest import QUIET
+from conftest import QUIET, TINY
 from mixadv.attacks import APGD, ARC, PGD, Square
 from mixadv.evaluation import evaluate
 from mixadv.lambda_solvers import OracleSubgradient
@@ -218,6 +218,13 @@ def test_the_announcement_covers_training_and_measurement(trained):
         r" for 2 epochs each on .*: about \d+ seconds?, then at most about \d+ seconds? to measure 50 test images$",
         line,
     )
+
+
+def test_one_model_is_not_several(command):
+    finished = command(*TINY, "L=1", "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+    assert finished.rc == 0, finished.err
+    (line,) = [line for line in finished.out.splitlines() if line.startswith("Training ")]
+    assert line.startswith("Training one model for 1 epoch on ")
 
 
 def test_a_phase_with_attacks_of_its_own_is_timed_on_a_copy():

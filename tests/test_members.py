@@ -266,6 +266,23 @@ def test_parameters_that_do_not_fit_are_named(tmp_path, net, change, said):
     assert REMEDY in message
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mlp", ", model.hidden=... and data"),
+        ("small_cnn", ", model.width=..., model.hidden=... and data"),
+        ("wrn_28_10", ", model.depth=..., model.widen_factor=... and data"),
+        ("linear", ") and data"),
+    ],
+)
+def test_the_remedy_names_the_settings_that_the_model_has(tmp_path, name, settings):
+    torch.save({"head.weight": torch.zeros(4, 3)}, tmp_path / "other.pt")
+    recipe = {"name": name, "num_classes": 4, "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.5]}
+    message = refused_source(tmp_path / "other.pt", recipe)
+    assert f"does not fit model={name}" in message
+    assert f"{settings}=... it was trained with" in message
+
+
 def test_another_architecture_is_refused_with_the_remedy(tmp_path, torchvision_net, net):
     torch.save(torchvision_net.state_dict(), tmp_path / "resnet.pt")
     message = refused_source(tmp_path / "resnet.pt")

@@ -10,8 +10,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from builders.runs import read_results
 from conftest import TINY, run_command
@@ -112,6 +114,31 @@ def test_mixtures_of_own_models_are_members_where_the_model_is_named(own):
     for member, seed in zip(solved.members, (0, 1), strict=True):
         (trained,) = load_mixture(own / "outputs" / "train" / f"run{seed}", factories=["mine:ConvNet"]).members
         assert torch.equal(member.head.weight, trained.head.weight)
+
+
+def test_mixtures_of_own_models_label_new_images(own):
+    """Its constructor takes no image_shape, so the shape of the images is not in the recipe."""
+    path = run(own, "model=linear model._target_=mine.ConvNet L=2 trainer.max_epochs=1 name=own-model")
+    mixtures = [path, path / "checkpoints" / "last.ckpt"]
+    solve = [*(w for w in TINY if w.startswith(("protocol", "trainer", "logger"))), "task=solve", "lambda_solver=lp"]
+    solve += [f"members=[{path}]", "model=linear", "model._target_=mine.ConvNet", "name=weighed"]
+    assert (finished := run_command(own, *solve)).rc == 0, finished.err
+    mixtures.append(own / "outputs" / "solve" / "weighed")
+    (own / "photos").mkdir()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(own / "photos" / "a.png")
+    x = torch.arange(64.0).reshape(1, 1, 8, 8) / 255
+    for i, mixture in enumerate(mixtures):
+        words = (f"mixture={mixture}", "members=[mine:ConvNet]", "predict.images=photos", f"name=p{i}")
+        finished = run_command(own, "task=predict", *words, "trainer.accelerator=cpu")
+        assert finished.rc == 0, finished.err
+        with (own / "outputs" / "predict" / f"p{i}" / "predictions.csv").open(newline="") as file:
+            (line,) = csv.DictReader(file)
+        members = load_mixture(mixture, factories=["mine:ConvNet"])
+        with torch.no_grad():
+            answers = [int(member(x).argmax()) for member in members.members]
+        for c in range(10):
+            right = sum(float(w) for w, a in zip(members.weights, answers, strict=True) if a == c)
+            assert float(line[f"p_answer/{c}"]) == pytest.approx(right, abs=1e-6)
 
 
 def test_an_own_model_goes_on_from_its_checkpoint_and_is_shown_when_done(own):

@@ -109,7 +109,7 @@ def test_rows_of_the_tables_and_the_figure(tmp_path: Path) -> None:
 def test_the_page_tells_them_and_for_two_classes_cites_why(tmp_path: Path, threshold: float | None) -> None:
     with_counterparts(tmp_path / "run", member=2, threshold=threshold)
     page = " ".join(write_report(tmp_path / "run").read_text().split())
-    assert "member 2 (best)" in page
+    assert "member 2 (best on 120 validation images)" in page
     assert "Mixture minus the vote of its members" in page
     assert "Chosen on 120 validation images: the class, the best member" in page
     assert ("arXiv:2302.07221" in page) == (threshold is not None)

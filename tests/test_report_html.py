@@ -292,7 +292,7 @@ def test_flags_come_with_evidence_and_remedy(tmp_path: Path, quick: None) -> Non
         assert words in page.text
     assert "No flag was raised" not in page.text
     assert f"Checked: zero-gradients, {FLAGS[0]['name']}." in page.text
-    assert "Not checked: probabilities, random-outputs," in page.text
+    assert "Not checked: non-finite-logits, saturated-logits, probabilities, random-outputs," in page.text
 
 
 def test_flags_of_members_that_are_never_drawn_come_last(tmp_path: Path, quick: None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mixadv.tasks import predict
 NAMES = ["ant", "=bee", "cat", "dog"]
 WEIGHTS = (0.5, 0.125, 0.375)
 SIZE = (7, 5)  # width, height
+QUOTE = "'"  # before a formula in a csv file
 CPU = "trainer.accelerator=cpu"
 
 
@@ -105,9 +107,11 @@ def test_a_changed_image_is_labelled_anew(command, tmp_path, photos):
     words = ("task=predict", "mixture=mixture", "predict.images=photos", "name=one", CPU)
     assert command(*words).rc == 0
     before = lines(tmp_path)
+    counts = Counter(line["answer"] for line in before).most_common()
     again = command(*words)
     assert "is done" in again.out
-    assert "Answers: " in again.out
+    said = ", ".join(f"{name.removeprefix(QUOTE)}: {count} image{'s' * (count > 1)}" for name, count in counts)
+    assert f"Answers: {said}." in " ".join(again.out.split())
     Image.fromarray(pixels(77)).save(photos / "4.png")
     (photos / "4.png").touch()
     assert "have changed since" in command(*words).out

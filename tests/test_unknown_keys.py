@@ -16,7 +16,17 @@ from mixadv.unknown_keys import RENAMED, misplaced_word, unknown_key
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = "`--cfg job` shows all of them, --help the groups"
-KNOWN = {"L", "eps", "optimizer", "optimizer.lr", "data", "data.batch_size", "trainer.max_epochs", "attack.num_steps"}
+KNOWN = {
+    "L",
+    "eps",
+    "optimizer",
+    "optimizer.lr",
+    "data",
+    "data.batch_size",
+    "trainer.max_epochs",
+    "trainer.min_epochs",
+    "attack.num_steps",
+}
 KNOWN |= {f"{part}.num_steps" for part in ("protocol.attacks.arc", "protocol.validation", "lambda_solver")}
 
 
@@ -31,6 +41,11 @@ KNOWN |= {f"{part}.num_steps" for part in ("protocol.attacks.arc", "protocol.val
         ("trainer.max_epoch", "trainer.max_epochs"),
         ("optimzer", "optimizer"),
         ("batch_size", "data.batch_size"),
+        ("esp", "eps"),
+        ("l", "L"),
+        ("epochs", "trainer.max_epochs"),
+        ("trainer.epochs", "trainer.max_epochs"),
+        ("trainer.num_epochs", "trainer.max_epochs"),
     ],
 )
 def test_a_slip_is_answered_with_the_key(key, likely):
@@ -114,6 +129,8 @@ def test_what_hydra_knows_is_left_to_it(words):
     [
         (["optimzer.lr=0.1"], "optimzer.lr: there is no such key, did you mean optimizer.lr?"),
         (["data.batchsize=3"], "data.batchsize: there is no such key, did you mean data.batch_size?"),
+        (["trainer.epochs=2"], "trainer.epochs: there is no such key, did you mean trainer.max_epochs?"),
+        (["esp=0.1"], "esp: there is no such key, did you mean eps?"),
         (["optimzer=sgd"], "optimzer: there is no such key, did you mean optimizer?"),
         (["data=digits", "+optimizer.lrr=3"], "optimizer.lrr: SGD has no such setting, did you mean optimizer.lr?"),
         (["loss=trades", "loss.bet=3"], "loss.bet: there is no such key, did you mean loss.beta?"),

@@ -48,6 +48,8 @@ REFUSED = {
     "trainer.enable_autolog_hparams": "the settings of a run are logged always",
     "trainer.model_registry": "mixtures are exported to mixture/ in the run directory",
 }
+# What other programs call trainer.max_epochs. By its letters, trainer.min_epochs is as similar to trainer.epochs.
+EPOCHS = ("epochs", "num_epochs", "n_epochs")
 # Least similarity (difflib's ratio, 0 to 1) of two names to suggest one for the other.
 ALIKE = 0.75
 # Most suggestions in one message; if there are more, none is given.
@@ -82,12 +84,16 @@ def unknown_key(key: str, known: Collection[str], value: str | None = None) -> s
 
 
 def _likely(key: str, known: Collection[str]) -> list[str]:
-    """The keys that end in `key`, if they are few; else the most similar key."""
+    """The key that sets how long to train; the keys that end in `key`, if they are few; else the most similar key."""
     others = sorted(name for name in known if not f"{key}.".startswith(f"{name}."))
+    if key.removeprefix("trainer.") in EPOCHS:
+        return ["trainer.max_epochs"]
     nested = [name for name in others if name.endswith(f".{key}")]
     if nested:
         return nested if len(nested) <= SUGGESTIONS else []
-    return difflib.get_close_matches(key, others, n=1, cutoff=ALIKE)
+    # Letters in another order; the similarity of short names, as of esp and eps, is small.
+    swapped = [name for name in others if sorted(name.lower()) == sorted(key.lower())]
+    return swapped[:1] or difflib.get_close_matches(key, others, n=1, cutoff=ALIKE)
 
 
 def misplaced_word(words: list[str], parser: ArgumentParser, tasks: Collection[str]) -> str | None:

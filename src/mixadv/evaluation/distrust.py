@@ -73,6 +73,9 @@ FLAGS: dict[str, str] = {
     "example with protocol.attacks.climber.num_steps=1000, and see whether it falls.",
 }
 
+# The checks of `flags_of_record`.
+CHECKS_OF_RECORD = ("non-finite-logits",)
+
 
 def distrust(
     mixture: Mixture,
@@ -121,6 +124,23 @@ def distrust(
         found |= _contradictions(record) | _unanswered(record)
     found |= _sets_left_out(attacks or {}, mixture.support().num_members)
     return _flags(found)
+
+
+def checks_made(mixture: Mixture, record: EvaluationRecord, attacks: Mapping[str, Attack]) -> tuple[str, ...]:
+    """The checks that `distrust` makes with these arguments, in the order of `FLAGS`.
+
+    It leaves out those that compare attacks of which the evaluation ran too few, and the note on sets of members where
+    no attack searches over them.
+    """
+    left_out = {flag for flag, (weak, strong) in _sides(record).items() if not (weak and strong)}
+    if not any(_compared_white_box(record)):
+        left_out.add("white-box-attacks-disagree")
+    if not record.attacks:
+        left_out.add("robust-above-clean")
+    searching = any(isinstance(attack, SubsetAttack | LatticeClimber) for attack in attacks.values())
+    if not searching or mixture.support().num_members == 1:
+        left_out.add("search-not-exhaustive")
+    return tuple(flag for flag in FLAGS if flag not in left_out)
 
 
 def flags_of_record(record: EvaluationRecord) -> list[Flag]:
@@ -178,21 +198,16 @@ def _contradictions(record: EvaluationRecord) -> dict[str, str]:
         keys = [key for key in accuracy if key in names or (parts and key.split(ON)[0] in names)]
         return np.min([accuracy[key] for key in keys], axis=0)
 
-    def beaten(flag: str, weaker: tuple[str, ...], stronger: tuple[str, ...]) -> None:
-        weak, strong = _beginning(record, weaker), _beginning(record, stronger)
+    sides = _sides(record)
+    for flag in ("black-box-beats-white-box", "noise-beats-pgd"):
+        weak, strong = sides[flag]
         if weak and strong:
             # 1e-9 is more than the rounding error of a sum of weights.
             count = int((lowest(weak, False) < lowest(strong, True) - 1e-9).sum())
             total = len(record.labels)
             if count >= MIN_BEATEN and count > MAX_SHARE_BEATEN * total:
                 found[flag] = f"{', '.join(weak)} found what {', '.join(strong)} missed on {count} of {total} images"
-
-    beaten("black-box-beats-white-box", BLACK_BOX, WHITE_BOX)
-    beaten("noise-beats-pgd", NOISE_ATTACKS, ("pgd",))
-    ce = [name for name in record.attacks if "ce" in _words(name)]
-    dlr = [name for name in record.attacks if "dlr" in _words(name)]
-    # Untargeted DLR, if there is one: several targets are several attacks, not only another loss.
-    dlr = [name for name in dlr if "targeted" not in _words(name)] or dlr
+    ce, dlr = sides["ce-and-dlr-disagree"]
     if ce and dlr:
         low, _, high = paired_interval(lowest(ce, False) - lowest(dlr, False))
         if low > MAX_DISAGREEMENT or high < -MAX_DISAGREEMENT:
@@ -212,22 +227,40 @@ def _contradictions(record: EvaluationRecord) -> dict[str, str]:
     return found
 
 
+def _sides(record: EvaluationRecord) -> dict[str, tuple[list[str], list[str]]]:
+    """Check -> the two groups of the evaluation's attacks that it compares; without one of them it is not made."""
+    ce = [name for name in record.attacks if "ce" in _words(name)]
+    dlr = [name for name in record.attacks if "dlr" in _words(name)]
+    # Untargeted DLR, if there is one: several targets are several attacks, not only another loss.
+    dlr = [name for name in dlr if "targeted" not in _words(name)] or dlr
+    return {
+        "black-box-beats-white-box": (_beginning(record, BLACK_BOX), _beginning(record, WHITE_BOX)),
+        "noise-beats-pgd": (_beginning(record, NOISE_ATTACKS), _beginning(record, ("pgd",))),
+        "ce-and-dlr-disagree": (ce, dlr),
+    }
+
+
 def _white_box_disagreements(record: EvaluationRecord) -> Iterator[str]:
     """For each member the white-box attack that finds least, if another one on the same member finds far more.
 
     Attacks on a mixture are not compared: climbing the averaged loss stalls there also if all members are sound.
     """
-    white = _beginning(record, WHITE_BOX)
-    for k in range(len(record.weights)):
-        on = "" if len(record.weights) == 1 else f"{ON}member {k}"
-        correct = {name: record.found[name + on][k].astype(float) for name in white if name + on in record.found}
-        if len(correct) < 2:
-            continue
+    for k, correct in _compared_white_box(record):
         weak, strong = (choose(correct, key=lambda name: correct[name].mean()) for choose in (max, min))
         if paired_interval(correct[weak] - correct[strong])[0] > MAX_WHITE_BOX_DISAGREEMENT:
             yield (
                 f"member {k}: {weak} leaves {correct[weak].mean():.1%} accuracy, {strong} {correct[strong].mean():.1%}"
             )
+
+
+def _compared_white_box(record: EvaluationRecord) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The members that several white-box attacks attacked: index, attack -> correctness [N]."""
+    white = _beginning(record, WHITE_BOX)
+    for k in range(len(record.weights)):
+        on = "" if len(record.weights) == 1 else f"{ON}member {k}"
+        correct = {name: record.found[name + on][k].astype(float) for name in white if name + on in record.found}
+        if len(correct) > 1:
+            yield k, correct
 
 
 def _sets_left_out(attacks: Mapping[str, Attack], members: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import pickle
 import re
 import warnings
@@ -242,11 +243,18 @@ def _with_statistics(place: str, recipe: Recipe, mean: Tensor, std: Tensor) -> R
     return Recipe(recipe.name, recipe.arguments | values)
 
 
+def _own_settings(recipe: Recipe) -> list[str]:
+    """The settings of a model that shape its parameters and that the data do not fix."""
+    names = recipe.arguments if recipe.is_factory else inspect.signature(MODELS[recipe.name]).parameters
+    return [name for name in names if name not in ("num_classes", "image_shape", "mean", "std")]
+
+
 def _check_fit(
     place: str, recipe: Recipe, fitted: Fit, tensors: Mapping[str, Tensor], network: Mapping[str, Tensor]
 ) -> None:
     known = ", ".join(MODELS)
-    remedy = f"choose the model=... ({known}), model.width=... and data=... it was trained with, or {IN_A_FACTORY}"
+    settings = "".join(f", model.{name}=..." for name in _own_settings(recipe))
+    remedy = f"choose the model=... ({known}){settings} and data=... it was trained with, or {IN_A_FACTORY}"
     if fitted.cost:
         sides = ((fitted.missing, "missing"), (fitted.unexpected, "unexpected"))
         wrong = [f"{names[0]!r} is {what}" for names, what in sides if names]

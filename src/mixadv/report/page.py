@@ -39,7 +39,9 @@ from mixadv.report.tables import results_table
 from mixadv.results import Flag, GameValue
 
 CHECKS = {
-    "zero-gradients": "gradients vanish at the clean images",
+    "non-finite-logits": "logits are NaN or infinite",
+    "zero-gradients": "gradients vanish at random points of the ball",
+    "saturated-logits": "a squashing function hides some classes from the gradient",
     "probabilities": "members return probabilities instead of logits",
     "random-outputs": "outputs differ from call to call",
     "batch-dependent": "outputs depend on the other images of the batch",
@@ -48,8 +50,10 @@ CHECKS = {
     "more-steps-do-not-hurt": "the loss does not grow with the number of steps",
     "larger-eps-does-not-hurt": "the accuracy does not fall as eps grows",
     "ce-and-dlr-disagree": "two losses of the same attack lead to very different accuracies",
+    "white-box-attacks-disagree": "two attacks with gradients on one member find very different numbers of errors",
     "robust-above-clean": "the accuracy under attack is above the clean accuracy",
     "survives-grey": "images are classified correctly although the ball contains a grey image",
+    "search-not-exhaustive": "the attacks did not try every set of members, so a longer search may find more",
 }
 _HERE = Path(__file__).parent
 

@@ -82,7 +82,7 @@ def show_run(run: Run, console: Console) -> None:
 def _answers_sentence(run: Run) -> str:
     """How often task=predict gave each answer, the most frequent ones."""
     given = list(run.results.answers.items())
-    shown = [f"{name or 'no answer'} {count:,}" for name, count in given[:_SHOWN_ANSWERS]]
+    shown = [f"{name or 'no answer'}: {counted(count, 'image')}" for name, count in given[:_SHOWN_ANSWERS]]
     more = f", and {counted(len(given) - len(shown), 'other answer')}" if len(given) > len(shown) else ""
     images = counted(run.num_examples or 0, "image")
     return f"{images} labelled, a member drawn for each. Answers: {', '.join(shown)}{more}."

@@ -138,8 +138,10 @@ def rows_of(run: Run, name: str = "") -> dict[str, Line]:
     counterparts = results.counterparts or Counterparts()
     for k, member in enumerate(results.members):
         weight = results.weights[k] if results.weights else None
-        best = "best" if counterparts.best_member and counterparts.best_member.which == k else ""
-        label = ": ".join(part for part in (f"member {k}", member.name) if part) + (f" ({best})" if best else "")
+        label = ": ".join(part for part in (f"member {k}", member.name) if part)
+        if counterparts.best_member and counterparts.best_member.which == k:
+            # It need not be the best on the test images, which the columns beside it show.
+            label += f" (best on {counterparts.chosen_on or 'unknown images'})"
         found[f"member {k}"] = Line(run, f"member {k}", label, Accuracy(member.clean), member.robust, weight, name)
     found["mixture"] = Line(run, "mixture", classifiers(run)[0], run.clean, run.robust, name=name)
     ensemble = Accuracy(results.ensemble_accuracy)

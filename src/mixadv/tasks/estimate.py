@@ -44,10 +44,11 @@ def announce(session: Session, module: MixtureTraining) -> None:
         )
     phases = (total - member_batches) * module.solver.attack_cost()
     seconds = per_batch * (member_batches + validations) + per_response * phases
-    members = f"{module.mixture.num_members} members" if module.mixture.num_members > 1 else "one model"
+    one, length = module.mixture.num_members == 1, counted(epochs, "epoch")
+    what = f"one model for {length}" if one else f"{module.mixture.num_members} members for {length} each"
     cores = counted(torch.get_num_threads(), "CPU core")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
-    line = f"Training {members} for {counted(epochs, 'epoch')} each on {hardware}: about {in_words(seconds)}"
+    line = f"Training {what} on {hardware}: about {in_words(seconds)}"
     measuring = _seconds_to_measure(session, module, per_batch / data.batch_size)
     line += f", then at most about {in_words(measuring)} to measure {counted(session.num_test_images, 'test image')}"
     if device.type == "cpu" and seconds + measuring > LONG_ON_CPU:

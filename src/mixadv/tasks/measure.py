@@ -18,10 +18,11 @@ from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import passes_of
 from mixadv.console import Console
 from mixadv.evaluation import (
-    FLAGS,
+    CHECKS_OF_RECORD,
     Choice,
     EvaluationRecord,
     EvaluationState,
+    checks_made,
     choose,
     counterparts_of,
     curves,
@@ -156,12 +157,12 @@ def _diagnosis(
     count, seed = session.cfg.protocol.get("diagnosed", 0), session.cfg.seed
     # Curves and flags come from attacks of their own.
     if not count or session.cfg.points:
-        return {"flags": tuple(flags_of_record(record)), "checks": ()}
+        return {"flags": tuple(flags_of_record(record)), "checks": CHECKS_OF_RECORD}
     x, y = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
     found = curves(mixture, x, y, session.threat_model, seed=seed)
     return {
         "flags": tuple(distrust(mixture, x, y, session.threat_model, record, attacks, seed=seed)),
-        "checks": tuple(FLAGS),
+        "checks": checks_made(mixture, record, attacks),
         "curves": Curves(found["num_examples"], Curve(**found["eps"]), Curve(**found["steps"])),
     }
 

@@ -324,9 +324,11 @@ def _module(session: TrainingSession) -> MixtureTraining:
         "training": _training_record(cfg),
         **session.mixture_record(),
     }
+    # Models of mixadv have both among their arguments; other members need not.
+    if session.members or any(one.is_factory for one in recipes):
+        recipe |= {"num_classes": session.data.num_classes, "image_shape": list(session.data.image_shape)}
     if session.members:
         recipe["started_from"] = [member.source for member in session.members]
-        recipe |= {"num_classes": session.data.num_classes, "image_shape": list(session.data.image_shape)}
         mixture = Mixture([member.module for member in session.members]).train()
         weights = weights_of(cfg, session.members)
     else:
