@@ -35,7 +35,8 @@ sweep() { mixadv -m "name=study-$STUDY" "$@" $OVERRIDES; }
 # The name of a job's directory.
 # shellcheck disable=SC2086
 run_name() {
-    "$PYTHON" -c 'import sys; from mixadv.runs.sweep import job_names; print(*job_names(sys.argv[1:]))' "$@" $OVERRIDES
+    "$PYTHON" -c 'import sys; from pathlib import Path; from mixadv.runs.sweep import job_names
+print(*job_names(sys.argv[2:], Path(sys.argv[1])))' "$SWEEP" "$@" $OVERRIDES
 }
 
 # Optimal weights over models that were trained apart from each other, found with quick attacks on validation images and

@@ -45,7 +45,7 @@ ALLOWED = {
     # The mathematics wing: tensors only.
     "simplex": set(),
     "intervals": set(),
-    "game": {"simplex"},
+    "game": {"seeding", "simplex"},
     "lambda_solvers": {"simplex", "game"},
     "games": {"simplex", "game", "lambda_solvers", "files", "seeding", "threat_model"},
     # The network wing.

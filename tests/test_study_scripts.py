@@ -106,7 +106,7 @@ def test_what_the_scripts_ask_for_composes(study, compose):
 
 def test_runs_are_named_as_hydra_names_them(study):
     assert ended(study("compile=false", "data=digits"))[0] == 0
-    assert "L=1,seed=2,compile=False,data=digits" in study.calls()[-2]
+    assert "L=1,seed=2,compile=false,data=digits" in study.calls()[-2]
 
 
 def test_what_failed_stops_nothing_and_is_the_exit_code(study):

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from mixadv.seeding import generator_for
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -100,7 +103,7 @@ class _Points:
     def __init__(self, x: NDArray[np.generic], norm: str) -> None:
         self.norm, self.scale, self.dimension = norm, 255.0 if x.dtype == np.uint8 else 1.0, x.shape[1]
         # An order of the coordinates in which neighbouring pixels, which are alike, are apart.
-        order = np.random.default_rng(0).permutation(self.dimension)
+        order = torch.randperm(self.dimension, generator=generator_for(0, "order of entries")).numpy()
         edges = [0, *(stage for stage in _STAGES if stage < self.dimension), self.dimension]
         stages = edges if norm == "linf" else [0, self.dimension]
         self.stages = [np.ascontiguousarray(x[:, order[a:b]]) for a, b in pairwise(stages)]
