@@ -338,7 +338,7 @@ def test_an_exported_mixture_gives_the_numbers_of_its_training(trained, command,
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     assert {entry.name for entry in path.iterdir()} == {
         *("DONE", "choices.json", "config.yaml", "records.npz", "results.json", "report.html"),
-        *("examples.npz", "examples.png", "attacks.png", "mixadv.log"),
+        *("examples.npz", "examples.png", "attacks.png", "images.csv", "mixadv.log"),
     }
     assert "unfinished" not in (path / "report.html").read_text()
 

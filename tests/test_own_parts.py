@@ -406,18 +406,18 @@ def test_a_function_with_some_arguments_given_is_a_model(own):
 def test_a_nested_part_is_built_and_a_name_of_a_package_is_no_hurdle(own):
     from mixadv.tasks.build import instantiate
 
-    (own / "nets").mkdir()
-    (own / "nets" / "__init__.py").write_text("from nets.inner import Climb\n")
-    (own / "nets" / "inner.py").write_text(
+    (own / "nested").mkdir()
+    (own / "nested" / "__init__.py").write_text("from nested.inner import Climb\n")
+    (own / "nested" / "inner.py").write_text(
         "from mixadv.attacks.objectives import ExpectedLoss\nclass Climb(ExpectedLoss):\n    pass\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(own)
-        node = {"_target_": "mixadv.attacks.pgd.PGD", "num_steps": 3, "objective": {"_target_": "nets.Climb"}}
+        node = {"_target_": "mixadv.attacks.pgd.PGD", "num_steps": 3, "objective": {"_target_": "nested.Climb"}}
         attack = instantiate(node, "attack")
         assert type(attack.objective).__name__ == "Climb"
         with pytest.raises(UserError, match=r"attack\.objective\.loss: Climb|attack\.objective\.x: Climb has no"):
-            instantiate({**node, "objective": {"_target_": "nets.Climb", "x": 1}}, "attack")
+            instantiate({**node, "objective": {"_target_": "nested.Climb", "x": 1}}, "attack")
 
 
 def test_the_working_directory_hides_no_installed_package(own):

@@ -90,7 +90,9 @@ def test_a_reader_that_ends_early_causes_no_traceback(tmp_path, argv):
 def test_ctrl_c_at_any_moment_ends_in_one_line(tmp_path):
     for delay in (0.05, 0.2, 0.6):
         # Python itself takes a moment before it reads the program.
-        code = "import runpy, sys; print(flush=True); sys.argv[0] = 'run.py'; "
+        # Where the tests run in the background, they ignore SIGINT, and their children would too.
+        code = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        code += "print(flush=True); sys.argv[0] = 'run.py'; "
         code += f"runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')"
         process = subprocess.Popen(
             [sys.executable, "-c", code, *SHORT, "name=run"], cwd=tmp_path, env=environment(), text=True,

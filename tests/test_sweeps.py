@@ -91,7 +91,7 @@ def concluded(finished):
 
 def complaints(finished):
     """What standard error says at the end: first override -> reason."""
-    _, _, text = finished.err.partition("jobs failed; the same command runs these again:\n")
+    _, text = re.split(r"jobs? failed; the same command runs these again:\n", finished.err)
     lines = [line.strip().partition(": ") for line in text.splitlines()]
     return {name.split(",")[0]: reason for name, _, reason in lines}
 
@@ -236,27 +236,16 @@ def test_a_batched_sweep_goes_on_after_a_batch_with_a_failure(command, tmp_path)
     assert concluded(finished) == "2 jobs, 1 done, 1 failed"
 
 
-PROBE = """
-import sys
-from mixadv.main import main
-main()
-print("torch" in sys.modules, "numpy" in sys.modules)
-"""
-
-
 def test_finished_jobs_cost_a_line_each_whatever_they_did(trained, command, tmp_path):
-    """Not even torch is imported, and what an evaluation measured need no longer be there."""
+    """They read their inputs, whose content they compare with what was measured, and nothing is measured again."""
     shutil.copytree(trained.path / "mixture", tmp_path / "mixture")
     argv = ["-m", "eps=0.02,0.05", "task=evaluate", "mixture=mixture", "data.num_test=10", "protocol.diagnosed=0"]
     assert command(*argv).rc == 0
-    (tmp_path / "mixture" / "mixture.safetensors").write_bytes(b"")
-    call = [sys.executable, "-c", PROBE, *argv]
-    answer = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (answer.returncode, answer.stderr) == (0, "")
-    *lines, count, modules = answer.stdout.splitlines()
+    again = command(*argv)
+    assert (again.rc, again.err) == (0, "")
+    *lines, count = again.out.splitlines()
     assert [line.endswith(" is done") for line in lines] == [True, True]
     assert count.endswith(": 2 jobs, 2 done (2 before)")
-    assert modules == "False True"
 
 
 # --- the table of a sweep ----------------------------------------------------------------------------------
