@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from builders.data import digits_module
 from builders.networks import WEIGHTS, same_tensors, untrained_members
 from builders.refusals import refusal
+from builders.stops import Interrupted, SaveAndStop
 from conftest import QUIET, TINY, run_command
 from mixadv.attacks import APGD, PGD
 from mixadv.checkpoint_files import read_checkpoint
@@ -696,22 +697,6 @@ def test_adamw_trains_as_written_out():
 
 
 # --- stopping and going on ----------------------------------------------------------------------------------------
-
-
-class Interrupted(Exception):
-    """The power went out."""
-
-
-class SaveAndStop(pl.Callback):
-    """Writes a checkpoint after batch t, and that is all."""
-
-    def __init__(self, path, t):
-        self.path, self.t = path, t
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if pl_module.t == self.t:
-            trainer.save_checkpoint(self.path)
-            raise Interrupted
 
 
 @pytest.fixture(scope="module", params=["sampled", "shared"])

@@ -15,6 +15,7 @@ from torch.optim import SGD
 from builders.data import digits_module
 from builders.networks import same_tensors, untrained_members
 from builders.runs import read_metrics, read_results
+from builders.stops import Interrupted, SaveAndStop
 from conftest import QUIET, run_command
 from mixadv.attacks import ARC, PGD, SubsetAttack
 from mixadv.errors import UserError
@@ -149,22 +150,6 @@ def test_a_phase_that_cannot_be_played_is_refused_before_the_first_batch():
     ):
         with pytest.raises(ValueError, match=message):
             WeightsPhase(**settings)
-
-
-class Interrupted(Exception):
-    """The power went out."""
-
-
-class SaveAndStop(pl.Callback):
-    """Writes a checkpoint after batch t, and that is all."""
-
-    def __init__(self, path, t):
-        self.path, self.t = path, t
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if pl_module.t == self.t:
-            trainer.save_checkpoint(self.path)
-            raise Interrupted
 
 
 def test_a_training_with_phases_of_its_own_goes_on_bit_for_bit(tmp_path):

@@ -12,15 +12,12 @@ from torch import Tensor
 from mixadv.attacks.boundaries import inner, members_with_gradient, nearest_boundary
 from mixadv.attacks.objectives import ExpectedLoss
 from mixadv.attacks.search import Climb, SearchAttack
+from mixadv.attacks.subsets import LAST_STEP, TOLERANCE
 from mixadv.correctness import correct
 from mixadv.losses import margin
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
 
-# The step size falls geometrically to this share of the first step.
-LAST_STEP = 0.02
-# Tolerance for comparing sums of weights.
-TOLERANCE = 1e-6
 # Patterns kept for each image, and sets among which the next one is chosen.
 POOL, CANDIDATES = 4, 16
 # Random part of the order in which members are added, in units of eps (their distances are cut to [-1, 2]).
@@ -87,8 +84,6 @@ class LatticeClimber(SearchAttack):
         self.require({"num_steps": 1, "steps_per_set": 1})
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}: it must be at least 0 and below 1")
-        if not (math.isfinite(self.kappa) and self.kappa >= 0):
-            raise ValueError(f"kappa is {self.kappa}: it must be at least 0 (in units of eps)")
 
     def search(
         self,

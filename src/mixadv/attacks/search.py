@@ -53,7 +53,8 @@ class SearchAttack(ABC):
         """Check settings by name.
 
         Args:
-            least: the smallest value of each count; a `step_size`, if there is one, must be positive.
+            least: the smallest value of each count; a `step_size`, if there is one, must be positive, and a
+                `kappa` at least 0.
             one_of: the allowed values of each name.
 
         Raises:
@@ -65,6 +66,9 @@ class SearchAttack(ABC):
         size = getattr(self, "step_size", 1.0)
         if not (math.isfinite(size) and size > 0):
             raise ValueError(f"step_size is {size}: it must be positive (in units of eps)")
+        depth = getattr(self, "kappa", 0.0)
+        if not (math.isfinite(depth) and depth >= 0):
+            raise ValueError(f"kappa is {depth}: it must be at least 0 (in units of eps)")
         for name, known in (one_of or {}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,8 +71,6 @@ class SubsetAttack(SearchAttack):
 
     def __post_init__(self) -> None:
         self.require({"num_steps": 1, "restarts": 1, "max_subsets": 1})
-        if not (math.isfinite(self.kappa) and self.kappa >= 0):
-            raise ValueError(f"kappa is {self.kappa}: it must be at least 0 (in units of eps)")
 
     def search(
         self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None

@@ -339,7 +339,7 @@ def _is_deep(opened: Any) -> bool:
 
 
 def _size_of(path: Path) -> tuple[int, int]:
-    """Width and height from the header of a file; what cannot be read is told when it is decoded."""
+    """Width and height from the header of a file; (0, 0) if it cannot be read: decoding the file then reports that."""
     from PIL import Image
 
     try:

@@ -103,16 +103,19 @@ class VoteAttack:
                         break
                     distance = torch.stack([one.distance for one in at])
                     first = distance.argsort(0) if order is None else order[:, rows]
-                    pull = self._pull(at, first, mixture.weights, vote.to_turn(y[rows]), self.kappa * threat_model.eps)
+                    pull = self._pull(
+                        at, distance, first, mixture.weights, vote.to_turn(y[rows]), self.kappa * threat_model.eps
+                    )
                     length = threat_model.eps * LAST_STEP ** (step / self.num_steps)
                     rows, points, pull = rows[~turned], points[~turned], pull[~turned]
                     points = threat_model.project(threat_model.ascent_step(points, pull, length), x[rows])
         return found
 
     @staticmethod
-    def _pull(at: list[Boundary], order: Tensor, weights: Tensor, needed: Tensor, kappa: float) -> Tensor:
+    def _pull(
+        at: list[Boundary], distance: Tensor, order: Tensor, weights: Tensor, needed: Tensor, kappa: float
+    ) -> Tensor:
         """The sum of the normals [R, ...] of the first members whose weight suffices, those beyond kappa left out."""
-        distance = torch.stack([one.distance for one in at])
         lam = weights.to(needed)[order]
         # [L, R]: whether the members before this one do not suffice.
         wanted = torch.zeros_like(distance, dtype=torch.bool).scatter(0, order, lam.cumsum(0) - lam < needed)

@@ -14,7 +14,7 @@ import numpy as np
 from mixadv.game.close_pairs import TOLERANCE, Bools, Floats, Ints
 from mixadv.game.enclosing_ball import enclosing_radii
 
-# Candidates that are looked at together, and at most for one size.
+# The number of candidate sets in one batch, and the largest number for one size of set.
 _AT_ONCE, _MOST_CANDIDATES = 200_000, 50_000_000
 
 

@@ -135,7 +135,7 @@ def _of_arrays(arrays: dict[str, np.ndarray], path: Path) -> Losses:
     if not np.issubdtype(losses.dtype, np.number) and losses.dtype != bool:
         raise ValueError(f"file={path}: losses are of dtype {losses.dtype}, numbers are needed")
     if losses.dtype in (np.float16, np.float32):
-        # 0.1 in single precision is the decimal 0.1 to whoever wrote it.
+        # A float32 loss that prints as 0.1 is taken as the decimal number 0.1, so that fractions stay small.
         losses = np.array([float(str(loss)) for loss in losses.flat]).reshape(losses.shape)
     count = losses.shape[-1] if losses.ndim else 0
     names = arrays.get("members")

@@ -243,14 +243,19 @@ def _table(game: dict[str, Any]) -> tuple[Table, list[str]]:
     return table, lines
 
 
+def _of_points(game: dict[str, Any], norm: str = "") -> str:
+    """What the values of a game on points in the plane are: exact on whole balls, or lower estimates on samples."""
+    on = f"Error rates on {game['num_points']:,} points; the attacker has"
+    if game["num_samples"] is None:
+        return f"{on} whole balls{norm}."
+    return f"{on} {game['num_samples']:,} points per ball{norm}:\nlower estimates of the values on whole balls."
+
+
 def _points(game: dict[str, Any]) -> tuple[Table, list[str]]:
-    samples = game["num_samples"]
-    attacker = "the attacker has whole balls" if samples is None else f"the attacker has {samples:,} points per ball"
     table, lines = _any_game(
         game,
         f"{len(game['members'])} classifiers on the points of {game['file']}",
-        f"Error rates on {game['num_points']:,} points; {attacker} ({game['norm']})"
-        + ("." if samples is None else ":\nlower estimates of the values on whole balls."),
+        _of_points(game, f" ({game['norm']})"),
     )
     lines.append(f"The best mixture at ε = {game['show_eps']:g}:")
     for name, weight, risk in zip(game["members"], game["weights"], game["deterministic_risks"], strict=True):
@@ -264,13 +269,10 @@ def _least(exact: dict[str, Any]) -> str:
 
 
 def _gaussians(game: dict[str, Any]) -> tuple[Table, list[str]]:
-    samples = game["num_samples"]
-    attacker = "the attacker has whole balls" if samples is None else f"the attacker has {samples:,} points per ball"
     table, lines = _any_game(
         game,
         f"{game['num_classifiers']} linear classifiers on three Gaussians",
-        f"Error rates on {game['num_points']:,} points; {attacker}"
-        + ("." if samples is None else ":\nlower estimates of the values on whole balls."),
+        _of_points(game),
     )
     if 0 in game["eps"]:
         lines.append("V_rand = V_det at ε = 0, as it must be.")

@@ -44,7 +44,7 @@ def saved_points(session: Session) -> tuple[Tensor, Tensor]:
         saved = points_file.read(Path(path))
     except ValueError as error:
         raise UserError(f"points: {error}") from error
-    # In a larger ball there are worse points, which nobody has searched: the mixture would look robust there.
+    # A larger ball holds worse points, and no attack has searched for them: the accuracy would be too high.
     own = saved.ball
     if own != ball:
         raise UserError(
