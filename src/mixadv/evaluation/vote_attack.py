@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,35 @@ from mixadv.losses import at_least_float32
 from mixadv.mixture import Mixture
 from mixadv.threat_model import ThreatModel, per_example
 from mixadv.vote import Vote
+
+
+@dataclass(frozen=True)
+class _VoteGame:
+    """R examples x [R, ...] with labels y [R], each with the wrong class `target` [R] to which the vote is to turn.
+
+    turnable: the members that have a gradient.
+    """
+
+    mixture: Mixture
+    vote: Vote
+    turnable: list[int]
+    x: Tensor
+    y: Tensor
+    target: Tensor
+    threat_model: ThreatModel
+
+    def rows(self, rows: Tensor) -> _VoteGame:
+        """The examples `rows`."""
+        return replace(self, x=self.x[rows], y=self.y[rows], target=self.target[rows])
+
+    def boundaries(self, points: Tensor) -> list[Boundary]:
+        """Of every member, the boundary between label and target."""
+        return [
+            nearest_boundary(member, points, self.y, self.threat_model, rival=self.target)
+            if k in self.turnable
+            else _fixed(member, points, self.target)
+            for k, member in enumerate(self.mixture.members)
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,29 +116,44 @@ class VoteAttack:
                 rows = standing.nonzero().flatten()
                 if not len(rows):
                     break
-                points = threat_model.random_start(x[rows], generator) if begin is None else begin[rows]
-                order = None if begin is not None else _orders(mixture.num_members, len(x), x.device, generator)
-                for step in range(self.num_steps + 1):
-                    at = [
-                        nearest_boundary(member, points, y[rows], threat_model, rival=target[rows])
-                        if k in turnable
-                        else _fixed(member, points, target[rows])
-                        for k, member in enumerate(mixture.members)
-                    ]
-                    turned = vote(torch.stack([one.logits for one in at])) != y[rows]
-                    found[rows] = points
-                    standing[rows[turned]] = False
-                    if step == self.num_steps or bool(turned.all()):
-                        break
-                    distance = torch.stack([one.distance for one in at])
-                    first = distance.argsort(0) if order is None else order[:, rows]
-                    pull = self._pull(
-                        at, distance, first, mixture.weights, vote.to_turn(y[rows]), self.kappa * threat_model.eps
-                    )
-                    length = threat_model.eps * LAST_STEP ** (step / self.num_steps)
-                    rows, points, pull = rows[~turned], points[~turned], pull[~turned]
-                    points = threat_model.project(threat_model.ascent_step(points, pull, length), x[rows])
+                if begin is not None:
+                    points, order = begin[rows], None
+                else:
+                    points = threat_model.random_start(x[rows], generator)
+                    order = _orders(mixture.num_members, len(x), x.device, generator)[:, rows]
+                game = _VoteGame(mixture, vote, turnable, x[rows], y[rows], target[rows], threat_model)
+                found[rows], turned = self._towards(game, points, order)
+                standing[rows[turned]] = False
         return found
+
+    def _towards(self, game: _VoteGame, points: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One run from `points` [R, ...] towards the class of each example.
+
+        Args:
+            game: the R examples.
+            order: of the members, [L, R]; None: the nearest first, anew in each step.
+
+        Returns:
+            The first points at which the vote is wrong, else the last ones tried; and [R] bool, where it is wrong.
+        """
+        points, turned = points.clone(), torch.zeros_like(game.y, dtype=torch.bool)
+        for step in range(self.num_steps + 1):
+            rows = (~turned).nonzero().flatten()
+            left = game.rows(rows)
+            at = left.boundaries(points[rows])
+            fell = left.vote(torch.stack([one.logits for one in at])) != left.y
+            turned[rows[fell]] = True
+            if step == self.num_steps or bool(fell.all()):
+                break
+            distance = torch.stack([one.distance for one in at])
+            first = distance.argsort(0) if order is None else order[:, rows]
+            eps = left.threat_model.eps
+            pull = self._pull(at, distance, first, left.mixture.weights, left.vote.to_turn(left.y), self.kappa * eps)
+            length = eps * LAST_STEP ** (step / self.num_steps)
+            moved = left.threat_model.ascent_step(points[rows], pull, length)
+            rows, moved, x = rows[~fell], moved[~fell], left.x[~fell]
+            points[rows] = left.threat_model.project(moved, x)
+        return points, turned
 
     @staticmethod
     def _pull(
