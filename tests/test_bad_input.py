@@ -246,9 +246,13 @@ SETTINGS = [
     ("data.val_fraction=abc", "data.val_fraction=abc", "a number or null"),
     ("data.padding=100000", "data: padding=100000", "lower it"),
     ("data.flip=maybe", "data.flip=maybe", "true or false"),
-    ("+data.foo=1", "data.foo: Digits has no such setting", "it has classes, average, val_fraction, padding"),
     (
-        "data._target_=mixadv.data.base.ImageDataModule ~data.classes ~data.average",
+        "+data.foo=1",
+        "data.foo: Digits has no such setting",
+        "it has classes, average, copies, draw, val_fraction, padding",
+    ),
+    (
+        "data._target_=mixadv.data.base.ImageDataModule ~data.classes ~data.average ~data.copies ~data.draw",
         "data: ImageDataModule has no load()",
         "choose a data set",
     ),

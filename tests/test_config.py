@@ -381,7 +381,7 @@ BAD_COMMANDS = [
     (["modle=resnet18"], "modle"),
     (["data.rot=x"], "data.rot"),
     (["loss=foo"], "loss=foo is unknown: choose one of at, trades"),
-    (["data=mnist"], "data=mnist is unknown: choose one of cifar10, cifar10_jpeg, digits, image_folder"),
+    (["data=mnist"], "data=mnist is unknown: choose one of cifar10, cifar10_jpeg, digits, image_folder, triangle"),
     (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, lp, oracle, uniform"),
     (
         ["experiment=nope"],

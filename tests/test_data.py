@@ -21,7 +21,9 @@ from mixadv.data.base import ImageCorpus, ImageDataModule
 from mixadv.data.digits import Digits
 from mixadv.data.split import channel_statistics, stratified_subset
 from mixadv.data.stream import BatchStream
+from mixadv.data.triangle import Triangle
 from mixadv.errors import UserError
+from mixadv.game import ceiling, conflicts
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "data"
 
@@ -656,11 +658,130 @@ def test_averages_are_as_many_different_images_as_originals_and_the_same_in_ever
         ({"classes": [3, 10]}, "two different digits or more"),
         ({"average": 0}, "average=0 must be at least 1"),
         ({"classes": [1, 5], "num_test": 6, "average": 5}, "the test images hold 3 of digit 1: lower average"),
+        ({"copies": 3}, "copies=3 must be 1, or more with data.average"),
+        ({"copies": 0, "average": 2}, "copies=0 must be 1, or more"),
+        ({"draw": -1}, "draw=-1 must be at least 0"),
     ],
 )
 def test_digits_that_cannot_be_averaged_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         set_up(Digits(**settings))
+
+
+@pytest.mark.parametrize("draw", [0, 2])
+def test_no_original_is_in_the_averages_of_two_splits(monkeypatch, draw):
+    """Each published digit as an image of its own place: with it, averages of 2 tell which two they are of."""
+    from sklearn import datasets
+
+    published = datasets.load_digits()
+    # The pixels are the indicators of the five digits of its number in base 5.
+    places = np.arange(len(published.target))
+    base_5 = [(places // 5**k % 5)[:, None] == np.arange(5) for k in range(5)]
+    pixels = np.concatenate(base_5, axis=1).astype(float) * 16
+    monkeypatch.setattr(
+        datasets,
+        "load_digits",
+        lambda: type(published)(
+            images=pixels.reshape(-1, 5, 5), target=published.target, target_names=published.target_names
+        ),
+    )
+    data = set_up(Digits(classes=[1, 5, 7], average=1, draw=draw))
+    averages = set_up(Digits(classes=[1, 5, 7], average=2, copies=3, draw=draw))
+    splits = ("train", "val", "test")
+    seen = {}
+    for split in splits:
+        originals, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+        images, of = getattr(averages, f"{split}_images"), getattr(averages, f"{split}_labels")
+        assert len(images) == 3 * len(originals)
+        # Every average is of two different originals of its class and split, found by trying all pairs.
+        for label in range(3):
+            own = originals[labels == label].flatten(1).double()
+            means = ((own[:, None] + own) / 2).round()
+            pairs = {mean.numpy().tobytes() for i in range(len(own)) for mean in means[i, :i]}
+            assert {image.flatten().double().numpy().tobytes() for image in images[of == label]} <= pairs
+        seen[split] = {image.numpy().tobytes() for image in originals}
+        indices = getattr(averages, f"{split}_indices")
+        assert torch.equal(indices // 3, getattr(data, f"{split}_indices").repeat_interleave(3))
+        assert len(indices.unique()) == len(indices)
+        assert torch.equal(of, labels.repeat_interleave(3))
+    assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
+
+
+def test_the_first_copies_are_the_averages_without_copies():
+    one, three = (set_up(Digits(classes=[1, 5, 7], average=4, copies=copies)) for copies in (1, 3))
+    assert torch.equal(three.val_images[::3], one.val_images)
+    # Of few originals a class has 4 alike now and then.
+    assert len(three.val_images.flatten(1).unique(dim=0)) >= 0.98 * 3 * one.num_val
+    assert three.name == "Digits (8x8), classes 1, 5, 7, averages of 4, 3 for each original"
+
+
+@pytest.mark.parametrize("average", [1, 4])
+def test_a_draw_has_other_images_in_each_split(average):
+    """As many of each class, but the share in the same split is that of chance: 360 of 1,797 for the test images."""
+    draws = [set_up(Digits(average=average, draw=draw)) for draw in (0, 1, 2)]
+    assert [data.name.endswith(", draw 2") for data in draws] == [False, False, True]
+    for split, most in (("test", 0.3), ("val", 0.2)):
+        images = [set(bytes_of_each(getattr(data, f"{split}_images"))) for data in draws]
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert len(images[one] & images[other]) <= most * len(images[one])
+        counts = [torch.bincount(getattr(data, f"{split}_labels")).tolist() for data in draws]
+        assert counts[0] == pytest.approx(counts[1], abs=1)
+
+
+# --- the triangle ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draw", [0, 1, 104])
+def test_any_two_points_of_different_classes_conflict_and_no_three(draw):
+    """So the best classifier has 1/3 and the best mixture 1/2, on the points of every split together."""
+    data = set_up(Triangle(draw=draw))
+    assert data.image_shape == (1, 1, 2)
+    assert (data.num_train, data.num_val, data.num_test) == (1200, 180, 180)
+    splits = ("train", "val", "test")
+    for split in splits:
+        assert len(set(torch.bincount(getattr(data, f"{split}_labels")).tolist())) == 1
+    points = torch.cat([getattr(data, f"{split}_images") for split in splits]).flatten(1).double().numpy() / 255
+    labels = torch.cat([getattr(data, f"{split}_labels") for split in splits]).numpy()
+    classes = [points[labels == label] for label in range(3)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert np.linalg.norm(classes[one][:, None] - classes[other], axis=-1).max() <= 2 * 0.262
+    # A common point of three balls would be at most eps + r from all three corners, but every point is at least
+    # d / sqrt(3) from one of them.
+    side = [np.linalg.norm(classes[k].mean(0) - classes[k - 1].mean(0)) for k in range(3)]
+    assert side == pytest.approx([0.5] * 3, abs=0.002)
+    spread = max(np.linalg.norm(own - own.mean(0), axis=1).max() for own in classes)
+    assert spread < 0.0125
+    assert min(side) / np.sqrt(3) - spread - 0.002 > 0.262
+
+
+def test_the_optima_on_the_triangle_are_a_third_and_a_half():
+    data = set_up(Triangle(num_test=30))
+    found = conflicts(data.test_images, data.test_labels, 0.262, "l2")
+    solved = ceiling(found)
+    assert len(found.pairs) == 3 * 10 * 10
+    assert solved.randomised == pytest.approx(1 / 2)
+    assert solved.deterministic == solved.deterministic_upper == pytest.approx(1 / 3)
+
+
+def test_points_of_the_triangle_are_gaussian_around_the_corners():
+    data = set_up(Triangle(num_train=3000))
+    corners = np.array([[0.25, 0.5 - 3**0.5 / 8], [0.75, 0.5 - 3**0.5 / 8], [0.5, 0.5 + 3**0.5 / 8]])
+    for label in range(3):
+        own = data.train_images[data.train_labels == label].flatten(1).double().numpy() / 255
+        assert own.mean(0) == pytest.approx(corners[label], abs=0.0005)
+        # Rounding to a grid of h adds a variance of h^2 / 12.
+        assert own.std(0) == pytest.approx([(0.004**2 + (1 / 255) ** 2 / 12) ** 0.5] * 2, rel=0.08)
+        assert abs(np.corrcoef(own.T)[0, 1]) < 0.1
+
+
+def test_a_draw_of_the_triangle_has_points_of_its_own_that_no_seed_changes():
+    first, second, other = set_up(Triangle(seed=0)), set_up(Triangle(seed=1)), set_up(Triangle(draw=1))
+    assert torch.equal(first.test_images, second.test_images)
+    assert (first.test_images != other.test_images).any(-1).float().mean() > 0.8
+    assert (first.test_images != first.train_images[:180]).any(-1).float().mean() > 0.8
+    assert other.name == "Triangle (plane), draw 1"
+    with pytest.raises(ValueError, match="draw=-1 must be at least 0"):
+        Triangle(draw=-1)
 
 
 def test_digits_test_images_never_move():
@@ -676,7 +797,7 @@ def test_digits_test_images_never_move():
 # --- the configuration -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cifar10", "image_folder", "digits"])
+@pytest.mark.parametrize("name", ["cifar10", "image_folder", "digits", "triangle"])
 def test_the_configuration_has_every_argument_with_its_default(name, monkeypatch):
     monkeypatch.delenv("DATA_DIR", raising=False)
     config = OmegaConf.load(CONF / f"{name}.yaml")
@@ -687,7 +808,9 @@ def test_the_configuration_has_every_argument_with_its_default(name, monkeypatch
     settings = OmegaConf.to_container(config.data, resolve=True)
     target = get_class(settings.pop("_target_"))
     assert settings.pop("seed") == 17
-    parameters = {**inspect.signature(ImageDataModule).parameters, **inspect.signature(target).parameters}
+    parameters = dict(inspect.signature(target).parameters)
+    if "common" in parameters:
+        parameters = {**inspect.signature(ImageDataModule).parameters, **parameters}
     defaults = {key: p.default for key, p in parameters.items() if key not in ("seed", "common")}
     if name == "image_folder":
         assert settings.pop("root") == "pictures"

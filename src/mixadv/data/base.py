@@ -86,7 +86,7 @@ class ImageDataModule(LightningDataModule):
     training images. There are `num_val` of them; if that is not given, v = `val_fraction` is their share in all
     images used: round(v N) of the N published images, and the rest for training, or round(n v / (1 - v)) for
     n = `num_train` training images. `num_train` and `num_test` select stratified subsets of that size. No split
-    depends on the seed.
+    depends on the seed; `draw` (0 unless a data set has the setting) names another split of the same images.
 
     After `setup`: `train_images`, `val_images`, `test_images` (uint8 [N, C, H, W]), `train_labels`, ... (long [N]),
     `train_indices`, `val_indices`, `test_indices` (their places in the published order), `class_names`, and `mean`,
@@ -121,6 +121,7 @@ class ImageDataModule(LightningDataModule):
     std: tuple[float, ...]
     class_names: tuple[str, ...]
     left_out: dict[str, int]
+    draw: int = 0
 
     def __init__(
         self,
@@ -175,9 +176,13 @@ class ImageDataModule(LightningDataModule):
         """
         return ""
 
-    def derived(self, images: Tensor, labels: Tensor, split: str) -> Tensor:
-        """The images of a split ("train", "validation" or "test"), made from its part of the published ones."""
-        return images
+    def derived(self, images: Tensor, labels: Tensor, indices: Tensor, split: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and indices of a split ("train", "validation" or "test"), made from its published ones."""
+        return images, labels, indices
+
+    def of_draw(self, purpose: str) -> str:
+        """The seed of a choice of images: `purpose` itself in draw 0."""
+        return purpose if self.draw == 0 else f"{purpose}, draw {self.draw}"
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split; a second call keeps the tensors. For "fit" the training batches start at number 0."""
@@ -192,20 +197,24 @@ class ImageDataModule(LightningDataModule):
         if self.padding > size:
             raise ValueError(f"padding={self.padding} is more than the images' {size} pixels: lower it, or set it to 0")
         labels = corpus.train_labels
-        val = stratified_subset(labels, num_val, _VALIDATION_SEED)
+        val = stratified_subset(labels, num_val, self.of_draw(_VALIDATION_SEED))
         train = torch.arange(len(labels))
         train = train[torch.isin(train, val, invert=True)]
-        train = train[stratified_subset(labels[train], num_train, _TRAINING_SUBSET_SEED)]
-        test = stratified_subset(corpus.test_labels, num_test, _TEST_SUBSET_SEED)
+        train = train[stratified_subset(labels[train], num_train, self.of_draw(_TRAINING_SUBSET_SEED))]
+        test = stratified_subset(corpus.test_labels, num_test, self.of_draw(_TEST_SUBSET_SEED))
         self.class_names = corpus.class_names
-        self.train_indices, self.val_indices, self.test_indices = train, val, test
-        self.train_labels, self.val_labels = labels[train], labels[val]
-        self.train_images = self.derived(corpus.train_images[train], self.train_labels, "train")
-        self.val_images = self.derived(corpus.train_images[val], self.val_labels, "validation")
+        self.train_images, self.train_labels, self.train_indices = self.derived(
+            corpus.train_images[train], labels[train], train, "train"
+        )
+        self.val_images, self.val_labels, self.val_indices = self.derived(
+            corpus.train_images[val], labels[val], val, "validation"
+        )
         self.mean, self.std = channel_statistics(self.train_images)
+        images, self.test_labels, self.test_indices = self.derived(
+            corpus.test_images[test], corpus.test_labels[test], test, "test"
+        )
         # `test_images` comes last, because it marks the module as set up: after an interruption setup runs again.
-        self.test_labels = corpus.test_labels[test]
-        self.test_images = self.derived(corpus.test_images[test], self.test_labels, "test")
+        self.test_images = images
 
     def _sizes(self, corpus: ImageCorpus) -> tuple[int, int, int]:
         available = len(corpus.train_labels)

@@ -24,12 +24,16 @@ class Digits(ImageDataModule):
     set: 360 images, stratified and the same in every run, are used as one, and 1,437 for training and validation.
 
     With `average` = m every image is the rounded mean of m different originals of its class and split, the same in
-    every run; there are as many of them as originals. No original is in the averages of two splits. Averages of a
-    class are close to each other, so that few classes of them conflict in triangles (docs/ceiling.md).
+    every run; there are `copies` times as many of them as originals. No original is in the averages of two splits.
+    Averages of a class are close to each other, so that few classes of them conflict in triangles (docs/ceiling.md).
+    They share originals, so they are not independent of each other.
 
     Args:
         classes: the digits that are kept, in this order, as [1, 5, 7]; None for all.
         average: m, 1 for the originals.
+        copies: averages for each original; `num_train`, `num_val` and `num_test` count originals. The average c of
+            original i has the index i copies + c.
+        draw: 0, 1, 2, ...: each has other test images, validation images and averages.
         val_fraction: 0.15 by default, 216 images.
         padding, flip: off by default: at 8x8 a shift by one pixel is large, and a mirrored digit is another shape.
         common: see `ImageDataModule`.
@@ -42,6 +46,8 @@ class Digits(ImageDataModule):
         *,
         classes: Sequence[int] | None = None,
         average: int = 1,
+        copies: int = 1,
+        draw: int = 0,
         val_fraction: float | None = 0.15,
         padding: int = 0,
         flip: bool = False,
@@ -53,11 +59,17 @@ class Digits(ImageDataModule):
             raise ValueError(f"classes={self.classes} must be two different digits or more, as [1,5,7]")
         if average < 1:
             raise ValueError(f"average={average} must be at least 1, the originals themselves")
-        self.average = average
+        if copies < 1 or (copies > 1 and average == 1):
+            raise ValueError(f"copies={copies} must be 1, or more with data.average of 2 or more: copies are averages")
+        if draw < 0:
+            raise ValueError(f"draw={draw} must be at least 0")
+        self.average, self.copies, self.draw = average, copies, draw
         if classes is not None:
             self.name += f", classes {', '.join(map(str, self.classes))}"
         if average > 1:
-            self.name += f", averages of {average}"
+            self.name += f", averages of {average}" + (f", {copies} for each original" if copies > 1 else "")
+        if draw > 0:
+            self.name += f", draw {draw}"
 
     def load(self) -> ImageCorpus:
         from sklearn.datasets import load_digits
@@ -66,7 +78,8 @@ class Digits(ImageDataModule):
         pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         images = torch.from_numpy(pixels).unsqueeze(1)
         labels = torch.from_numpy(bunch.target).long()
-        is_test = torch.isin(torch.arange(len(labels)), stratified_subset(labels, NUM_TEST_IMAGES, _TEST_SPLIT_SEED))
+        test = stratified_subset(labels, NUM_TEST_IMAGES, self.of_draw(_TEST_SPLIT_SEED))
+        is_test = torch.isin(torch.arange(len(labels)), test)
         place = torch.full((10,), -1)
         place[self.classes] = torch.arange(len(self.classes))
         labels = place[labels]
@@ -74,11 +87,11 @@ class Digits(ImageDataModule):
         names = tuple(str(bunch.target_names[digit]) for digit in self.classes)
         return ImageCorpus(images[train], labels[train], images[test], labels[test], names)
 
-    def derived(self, images: Tensor, labels: Tensor, split: str) -> Tensor:
+    def derived(self, images: Tensor, labels: Tensor, indices: Tensor, split: str) -> tuple[Tensor, Tensor, Tensor]:
         """The averages, or the originals themselves; raises as `setup` does if a class has too few."""
         if self.average == 1:
-            return images
-        averages = torch.empty_like(images)
+            return images, labels, indices
+        averages = torch.empty(len(images), self.copies, *images.shape[1:], dtype=torch.uint8)
         for label in labels.unique():
             own = (labels == label).nonzero().flatten()
             if len(own) < self.average:
@@ -87,8 +100,14 @@ class Digits(ImageDataModule):
                     f"{self.classes[int(label)]}: lower average, or give the split more images"
                 )
             for i in own.tolist():
-                # Not by a generator: its draws may differ between versions.
-                ranks = {j: derive_seed("averages", split, i, j) for j in own.tolist()}
-                chosen = sorted(ranks, key=ranks.__getitem__)[: self.average]
-                averages[i] = images[chosen].double().mean(0).round().to(torch.uint8)
-        return averages
+                for copy in range(self.copies):
+                    chosen = self._originals(split, i, own.tolist(), copy)
+                    averages[i, copy] = images[chosen].double().mean(0).round().to(torch.uint8)
+        places = indices[:, None] * self.copies + torch.arange(self.copies)
+        return averages.flatten(0, 1), labels.repeat_interleave(self.copies), places.flatten()
+
+    def _originals(self, split: str, i: int, own: list[int], copy: int) -> list[int]:
+        """The originals of a class, numbered in their split, in one average."""
+        # Not by a generator: its draws may differ between versions.
+        which: list[int | str] = [self.of_draw("averages"), split, i, *([copy] if copy else [])]
+        return sorted(own, key=lambda j: derive_seed(*which, j))[: self.average]
