@@ -1,4 +1,4 @@
-"""The names of the arrays in records.npz and examples.npz; docs/files.md gives their shapes.
+"""The names of the arrays in records.npz, examples.npz and regions.npz; docs/files.md gives their shapes.
 
 A *pass* is one attack against one classifier: "NAME" against the mixture; "NAME on TARGET" against a member, the
 averaged twin or the mixture with other weights. "clean" stands for the clean images.
@@ -21,3 +21,7 @@ CEILING = "ceiling.npz"
 EXAMPLES = "examples.npz"
 # Beside FOUND_BY and LABELS, which is text there.
 X, X_ADV, CORRECT = "x", "x_adv", "correct"
+
+# The answers of the members in the plane, for images of two numbers; CLASS_NAMES beside LABELS, which are numbers.
+REGIONS = "regions.npz"
+ANSWERS, POINTS, SHOWN, WORST, CLASS_NAMES = "answers", "points", "shown", "worst", "class_names"

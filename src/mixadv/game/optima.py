@@ -251,24 +251,37 @@ def _greedy(graph: csr_array) -> Bools:
 def _independent(graph: csr_array, deadline: float) -> tuple[Bools | None, int]:
     """A maximum independent set of a graph [n], or the largest found in time or None; and a bound of its size.
 
-    The program has one row for each of some cliques that cover all pairs: fewer rows, and a tighter linear bound, than
-    with one row for each pair.
+    Points with the same neighbours are chosen all or none, so they are one point of the program with their number as
+    weight. The program has one row for each of some cliques that cover all pairs: fewer rows, and a tighter linear
+    bound, than with one row for each pair.
     """
-    n, half, left = graph.shape[0], graph.shape[0] // 2, deadline - time.monotonic()
+    half, left = graph.shape[0] // 2, deadline - time.monotonic()
+    first, twin, size = _twins(graph)
+    graph, n = graph[first][:, first], len(first)
     rows = _cliques(graph) if graph.nnz <= 2 * _MOST_PAIRS else []
     if left <= 0 or not 0 < len(rows) <= _MOST_CLIQUES:
         return None, half
     places = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     matrix = csr_array(coo_array((np.ones(len(places)), (places, np.concatenate(rows))), shape=(len(rows), n)))
     found = milp(
-        -np.ones(n),
+        -size,
         constraints=LinearConstraint(matrix, -np.inf, 1),
         integrality=np.ones(n),
         bounds=Bounds(0, 1),
         options={"time_limit": left},
     )
     most = half if found.mip_dual_bound is None else min(half, int(np.floor(-found.mip_dual_bound + 1e-6)))
-    return None if found.x is None else found.x > 0.5, most
+    return None if found.x is None else found.x[twin] > 0.5, most
+
+
+def _twins(graph: csr_array) -> tuple[Ints, Ints, Floats]:
+    """Groups of points with the same neighbours: the first point of each, the group of each point [n], their sizes."""
+    graph.sort_indices()
+    around = (graph.indices[a:b].tobytes() for a, b in zip(graph.indptr, graph.indptr[1:], strict=False))
+    groups: dict[bytes, int] = {}
+    twin = np.array([groups.setdefault(key, len(groups)) for key in around])
+    _, first, size = np.unique(twin, return_index=True, return_counts=True)
+    return first, twin, size.astype(np.float64)
 
 
 def _cliques(graph: csr_array) -> list[list[int]]:

@@ -18,6 +18,7 @@ from mixadv.report.ceiling import ceilings_table, is_ceiling, write_ceiling
 from mixadv.report.cells import print_narrow, print_whole
 from mixadv.report.figures.curves import draw_curves
 from mixadv.report.figures.games import draw_game
+from mixadv.report.figures.regions import draw_regions
 from mixadv.report.figures.solve import draw_solution
 from mixadv.report.figures.sweep import draw_sweep
 from mixadv.report.files import Run, find_runs, opened, read_run
@@ -29,6 +30,7 @@ from mixadv.report.tables import sweep_tables, write_table_csv
 __all__ = [
     "Run",
     "draw_curves",
+    "draw_regions",
     "draw_solution",
     "draw_sweep",
     "find_runs",

@@ -31,6 +31,7 @@ from mixadv.report.classes import classes_table, write_images
 from mixadv.report.compare import baseline_sentence, counterpart_sentences
 from mixadv.report.figures.evaluation import eps_lines, evaluation_figures, steps_lines
 from mixadv.report.figures.examples import MOST, Examples, read_examples, wrong_members
+from mixadv.report.figures.regions import read_regions
 from mixadv.report.figures.style import save
 from mixadv.report.files import Run, opened, writing
 from mixadv.report.names import format_ball, format_eps, trained_with
@@ -68,10 +69,13 @@ def write_report(run: Run | str | Path) -> Path:
     """
     run = opened(run)
     damage: list[str] = []
-    examples = None
+    examples, regions = None, None
     with _noting(damage):
         examples = read_examples(run)
-    drawn = {name: save(build, run.path / name) for name, build in evaluation_figures(run, examples).items()}
+    with _noting(damage):
+        regions = read_regions(run)
+    figures = evaluation_figures(run, examples, regions)
+    drawn = {name: save(build, run.path / name) for name, build in figures.items()}
     if (run.path / "curves.png").is_file():
         drawn["curves.png"] = run.path / "curves.png"
     found, pictures, ran = None, {}, run.results.checks

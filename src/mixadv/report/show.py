@@ -23,7 +23,7 @@ _SHOWN_ANSWERS = 10
 _FILES = (
     PREDICTIONS,
     *("results.json", "metrics.csv", "records.npz", "images.csv", "game.npz", "report.html", "curves.png"),
-    *("solve.png", "game.png", "attacks.png", "eps.png", "steps.png", "examples.png"),
+    *("solve.png", "game.png", "attacks.png", "eps.png", "steps.png", "examples.png", "regions.png"),
     *("ceiling.npz", "ceiling.csv", "ceiling.png", "mixture", "checkpoints"),
 )
 

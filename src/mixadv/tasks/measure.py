@@ -43,6 +43,7 @@ from mixadv.seeding import derive_seed
 from mixadv.tasks.build import build_attack, build_protocol, trainer_settings
 from mixadv.tasks.ceiling import measured_ceiling
 from mixadv.tasks.provenance import header_of, settings_of
+from mixadv.tasks.regions import keep_regions
 from mixadv.tasks.replay import Replay, saved_points
 from mixadv.tasks.session import Session
 
@@ -55,7 +56,8 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
     """Attack the test images with the protocol, or judge the points of ``cfg.points`` on their images.
 
     Finished attacks are kept in ``run_dir/evaluation``, so that a killed measurement continues with the attack that it
-    was in. A few attacked images are written to examples.npz.
+    was in. A few attacked images are written to examples.npz; for images of two numbers, the answers of the members in
+    the plane to regions.npz.
 
     Returns:
         The results without those of the training, and the arrays of records.npz; None in processes other than rank 0,
@@ -108,6 +110,7 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         seconds={"evaluate": round(time.perf_counter() - started, 3)},
     )
     _keep_examples(session.run_dir / records.EXAMPLES, batches, record, session.data.class_names)
+    keep_regions(session.run_dir, mixture, batches, record, session.data.class_names)
     arrays = record.arrays() | {records.INDICES: indices.numpy()}
     if cfg.protocol.get("save_points", False):
         assert record.worst_points is not None

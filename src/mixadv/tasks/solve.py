@@ -34,7 +34,7 @@ from mixadv.members.source import LoadedMember, Source
 from mixadv.members.store import save_mixture
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
-from mixadv.report import Run, draw_solution
+from mixadv.report import Run, draw_regions, draw_solution
 from mixadv.results import Accuracy, Certificate, Data, Fit, GameValue, History, Solve, SolveRow
 from mixadv.runs.directory import State, mark_done, write_config, write_results
 from mixadv.seeding import derive_seed, generator_for
@@ -44,6 +44,7 @@ from mixadv.tasks.card import solved_card
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
 from mixadv.tasks.members import flags_of_other_splits, load_members, named_results
 from mixadv.tasks.provenance import header_of, settings_of
+from mixadv.tasks.regions import keep_regions
 from mixadv.tasks.session import Session, as_finished
 from mixadv.training import WeightsPhase
 
@@ -138,9 +139,11 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     save_mixture(mixture, run_dir / "mixture", config, solved_card(results, config))
     arrays = test.arrays() | {records.INDICES: session.data.test_indices[: len(test.labels)].numpy()}
     arrays |= {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal))}
+    keep_regions(run_dir, mixture, list(session.test_batches()), test, session.data.class_names)
     write_results(run_dir, results, arrays)
     run = as_finished(run_dir)
     draw_solution(run)
+    draw_regions(run)
     with logging_to(loggers, cfg):
         log_results(loggers, results, sorted(run_dir.glob("*.png")))
     mark_done(run_dir)

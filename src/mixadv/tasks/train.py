@@ -27,7 +27,7 @@ from mixadv.members.recipe import Recipe, factories_of
 from mixadv.members.source import LoadedMember, Source
 from mixadv.members.store import load_mixture, save_mixture
 from mixadv.mixture import Mixture
-from mixadv.report import Run, draw_curves
+from mixadv.report import Run, draw_curves, draw_regions
 from mixadv.report.files import BASELINE
 from mixadv.results import Data, Flag
 from mixadv.runs import processes
@@ -140,10 +140,11 @@ def train(
 
 
 def _finish(run_dir: Path) -> Run:
-    """Draw the curves and write DONE."""
+    """Draw the curves and the regions, and write DONE."""
     run = as_finished(run_dir)
     if run.has_history:
         draw_curves(run)
+    draw_regions(run)
     mark_done(run_dir)
     return run
 

@@ -12,6 +12,7 @@ import numpy as np
 from mixadv.redaction import printable
 from mixadv.report.attacks import TWIN, WHOLE, Lines, attack_rows, classifiers, lines_of, shown_as, worst_cases
 from mixadv.report.figures.examples import Examples, examples_figure
+from mixadv.report.figures.regions import Regions, regions_figure
 from mixadv.report.figures.style import CLEAN_COLOUR, ROBUST_COLOUR, footnote, member_style, new_figure, spaced
 from mixadv.report.files import Run
 from mixadv.report.names import format_eps, norm_symbol
@@ -49,8 +50,13 @@ _LEGEND, _ABOVE, _BELOW = 2.35, 0.65, 1.15  # inches
 _TWIN_NOTE = "Averaged twin: argmax of the averaged probabilities, another classifier."
 
 
-def evaluation_figures(run: Run, examples: Examples | None) -> dict[str, Callable[[], Figure]]:
-    """File name -> function that builds its figure, for the figures with data; for `examples` see `read_examples`."""
+def evaluation_figures(
+    run: Run, examples: Examples | None, regions: Regions | None = None
+) -> dict[str, Callable[[], Figure]]:
+    """File name -> function that builds its figure, for the figures with data.
+
+    For `examples` see `read_examples`, for `regions` `read_regions`.
+    """
     figures: dict[str, Callable[[], Figure]] = {}
     if any(at.value is not None for row in attack_rows(run) for at in row.values.values()):
         figures["attacks.png"] = partial(attacks_figure, run)
@@ -60,6 +66,8 @@ def evaluation_figures(run: Run, examples: Examples | None) -> dict[str, Callabl
         figures["steps.png"] = partial(steps_figure, run, lines)
     if examples is not None:
         figures["examples.png"] = partial(examples_figure, run, examples)
+    if regions is not None:
+        figures["regions.png"] = partial(regions_figure, run, regions)
     return figures
 
 
