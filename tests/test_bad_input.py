@@ -313,21 +313,27 @@ def test_a_setting_that_cannot_work_is_refused_before_long_work(place, changed, 
 
 def test_settings_of_every_shipped_class_are_accepted(changed, place):
     """The checks know all annotations: another stop comes first only where there is nothing wrong."""
-    from mixadv.tasks.build import build_phase, build_protocol, build_solver, instantiate
+    from mixadv.tasks import build
 
     for path in sorted((ROOT / "conf").glob("*/*.yaml")):
         group, name = path.parent.name, path.stem
         if group == "lambda_solver":
             cfg = changed(f"{group}={name}")
-            assert build_solver(cfg) is not None
-            assert build_phase(cfg) is not None
-        elif group in ("loss", "attack"):
-            assert instantiate(changed(f"{group}={name}")[group], group) is not None
+            assert build.build_solver(cfg) is not None
+            assert build.build_phase(cfg) is not None
+        elif group == "loss":
+            cfg = changed(f"{group}={name}")
+            assert build.build_loss(cfg) is not None
+            assert build.build_class_weights(cfg) is not None
+        elif group == "attack":
+            cfg = changed(f"{group}={name}")
+            assert build.build_training_attack(cfg) is not None
+            assert build.build_members_phase(cfg) is not None
         elif group == "protocol":
-            assert build_protocol(changed(f"protocol={name}"))
+            assert build.build_protocol(changed(f"protocol={name}"))
         elif group == "data":
             cfg = changed(f"data={name}" + (" data.root=x" if name == "image_folder" else ""))
-            assert instantiate(cfg.data, "data").batch_size > 0
+            assert build.instantiate(cfg.data, "data").batch_size > 0
 
 
 @pytest.mark.parametrize("words", ["L=two", "eps=8", "attack.num_steps=abc"])

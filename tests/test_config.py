@@ -72,7 +72,9 @@ def test_the_flagship_command_is_the_papers_setting(command):
     assert config.parse_eps(cfg.eps) == 8 / 255
     assert cfg.model._target_ == "mixadv.models.resnet18"
     assert cfg.data._target_ == "mixadv.data.cifar10.CIFAR10"
-    assert cfg.loss == {"_target_": "mixadv.losses.TRADES", "beta": 6.0}
+    loss = OmegaConf.to_container(cfg.loss)
+    assert (loss.pop("class_weights"), loss.pop("ratio"), loss.pop("orders")) == (None, 1.4, None)
+    assert loss == {"_target_": "mixadv.losses.TRADES", "beta": 6.0}
     assert cfg.lambda_solver._target_ == "mixadv.lambda_solvers.AcceleratedEntropic"
     assert cfg.lambda_solver.include_attack_points is True
     assert (cfg.attack._target_, cfg.attack.num_steps) == ("mixadv.attacks.pgd.PGD", 10)

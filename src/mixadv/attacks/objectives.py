@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from mixadv.losses import ATTACK_LOSSES, TARGETED_LOSSES, RobustLoss
+from mixadv.losses import ATTACK_LOSSES, TARGETED_LOSSES, RobustLoss, margin_targeted
 from mixadv.mixture import log_average
 
 
@@ -115,6 +115,25 @@ class TargetedLoss:
             raise ValueError("targets are chosen at the clean input: pass the clean logits")
         target = self.target(clean_logits, y, weights)
         return _expectation(TARGETED_LOSSES[self.loss](logits, y, target), weights)
+
+
+@dataclass(frozen=True, eq=False)
+class TowardsClass:
+    """sum_k lambda_k (z_k,t - z_k,y): pulls all members towards the wrong class t of each example.
+
+    target: t, [B] long, for the examples of one call; a search that drops examples on its way cannot use it.
+    """
+
+    needs_clean: ClassVar[bool] = False
+
+    target: Tensor
+
+    def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        """z_k,t - z_k,y: see `ExpectedObjective`."""
+        return margin_targeted(logits, y, self.target)
+
+    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        return _expectation(margin_targeted(logits, y, self.target), weights)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -25,9 +25,12 @@ from mixadv.losses import RobustLoss, ZeroOne
 from mixadv.ranks import OneProcess
 from mixadv.runs import processes
 from mixadv.threat_model import ThreatModel
+from mixadv.training.class_weights import ClassWeights
+from mixadv.training.members_phase import MembersPhase
 from mixadv.training.phase import WeightsPhase
 
 CHECKPOINTS = "mixadv.callbacks.Checkpoints"
+Part = TypeVar("Part")
 # The base class of what a key may name.
 KINDS: dict[str, type] = {
     "data": ImageDataModule,
@@ -165,8 +168,71 @@ def build_attack(node: Any, key: str) -> PGD:
     return attack
 
 
-# Keys of the group lambda_solver that are not arguments of the solver.
+# Keys of groups that are not arguments of the class that the group names.
 PHASE = ("payoff", "attacks", "num_images")
+MEMBERS_PHASE = ("targets",)
+CLASS_WEIGHTS = ("class_weights", "ratio", "orders")
+
+
+def _divided(node: Any, key: str, own: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The group `key` in two parts: the arguments of the class that it names, and its other keys, listed in `own`.
+
+    Raises:
+        UserError: the class has an argument of such a name, which could not be set.
+    """
+    settings = as_dict(node)
+    kept = {name: settings.pop(name) for name in own if name in settings}
+    target = settings.get(building.TARGET)
+    if target is not None:
+        for name in building.arguments_of(building.named(target, key))[0]:
+            if name in own:
+                raise UserError(f"{key}._target_={target} has an argument {name}, a key of the group {key}: rename it")
+    return settings, kept
+
+
+def build_loss(cfg: DictConfig) -> RobustLoss:
+    """The loss of ``loss``.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    loss: RobustLoss = instantiate(_divided(cfg.loss, "loss", CLASS_WEIGHTS)[0], "loss")
+    return loss
+
+
+def build_class_weights(cfg: DictConfig) -> ClassWeights:
+    """The weights of the classes, from the other keys of ``loss``.
+
+    Raises:
+        UserError: settings out of their range.
+    """
+    return _built(ClassWeights, _divided(cfg.loss, "loss", CLASS_WEIGHTS)[1], "loss")
+
+
+def build_training_attack(cfg: DictConfig) -> PGD:
+    """The PGD of ``attack``.
+
+    Raises:
+        UserError: it is another attack.
+    """
+    return build_attack(_divided(cfg.attack, "attack", MEMBERS_PHASE)[0], "attack")
+
+
+def build_members_phase(cfg: DictConfig) -> MembersPhase:
+    """What the attacks of the members' phases try, from the other keys of ``attack``.
+
+    Raises:
+        UserError: settings out of their range.
+    """
+    return _built(MembersPhase, _divided(cfg.attack, "attack", MEMBERS_PHASE)[1], "attack")
+
+
+def _built(part: type[Part], settings: dict[str, Any], key: str) -> Part:
+    building.check_arguments(part, settings, key)
+    try:
+        return part(**settings)
+    except ValueError as error:
+        raise UserError(f"{key}.{error}") from error
 
 
 def build_solver(cfg: DictConfig) -> LambdaSolver:
@@ -175,8 +241,7 @@ def build_solver(cfg: DictConfig) -> LambdaSolver:
     Raises:
         UserError: it cannot be built.
     """
-    settings = as_dict(cfg.lambda_solver)
-    solver: LambdaSolver = instantiate({k: v for k, v in settings.items() if k not in PHASE}, "lambda_solver")
+    solver: LambdaSolver = instantiate(_divided(cfg.lambda_solver, "lambda_solver", PHASE)[0], "lambda_solver")
     return solver
 
 
@@ -186,7 +251,7 @@ def build_phase(cfg: DictConfig) -> WeightsPhase:
     Raises:
         UserError: an attack that the protocol does not have, or settings out of their range.
     """
-    settings = {key: value for key, value in as_dict(cfg.lambda_solver).items() if key in PHASE}
+    settings = _divided(cfg.lambda_solver, "lambda_solver", PHASE)[1]
     names = settings.pop("attacks", None) or []
     known = [str(name) for name in cfg.protocol.attacks]
     if not isinstance(names, list) or not set(map(str, names)) <= set(known):

@@ -2,11 +2,14 @@
 
 import copy
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mixadv import seeding
+from mixadv.attacks.search import Attack
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
 from mixadv.tasks.attack_cost import passes_of_protocol, passes_per_image
@@ -61,7 +64,7 @@ def _seconds_to_measure(session: Session, module: MixtureTraining, per_image: fl
     size, classes, norm = module.mixture.num_members, session.data.num_classes, module.threat_model.norm
     stepped = size if module.schedule.kind == "shared" else 1
     # A member's own step is a forward and a backward pass, which is twice as long with gradients of parameters.
-    step = passes_per_image(module.training_attack, size, classes, norm) + 3 * stepped
+    step = passes_per_image(module.members_attack(classes), size, classes, norm) + 3 * stepped
     protocol = passes_of_protocol(module.protocol or {}, size, classes, norm)
     return session.num_test_images * per_image * protocol / step
 
@@ -71,8 +74,10 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _step(module: MixtureTraining, mixture: Mixture, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    x_adv = module.training_attack(mixture, x, y, module.threat_model, generator)
+def _step(
+    module: MixtureTraining, attack: Attack, mixture: Mixture, x: Tensor, y: Tensor, generator: torch.Generator
+) -> None:
+    x_adv = attack(mixture, x, y, module.threat_model, generator)
     stepped = mixture.members if module.schedule.kind == "shared" else mixture.members[:1]
     for member in stepped:
         member.train()
@@ -102,12 +107,13 @@ def seconds_per_batch(
     """
     mixture = copy.deepcopy(module.mixture).to(device)
     generator = seeding.generator_for(0, "estimate", device=device)
+    attack = module.members_attack(num_classes)
 
     def timed(count: int) -> float:
         x = torch.rand(count, *image_shape, generator=generator, device=device)
         y = torch.randint(num_classes, (count,), generator=generator, device=device)
         # The first call includes the one-time setup of libraries.
-        return min(_timed(module, mixture, x, y, generator, device) for _ in range(2))
+        return min(_timed(partial(_step, module, attack, mixture, x, y, generator), device) for _ in range(2))
 
     count = min(2, batch_size)
     seconds = timed(count)
@@ -143,17 +149,10 @@ def seconds_per_response(module: MixtureTraining, image_shape: tuple[int, int, i
     return (time.perf_counter() - started) / RESPONSE_IMAGES
 
 
-def _timed(
-    module: MixtureTraining,
-    mixture: Mixture,
-    x: Tensor,
-    y: Tensor,
-    generator: torch.Generator,
-    device: torch.device,
-) -> float:
+def _timed(step: Callable[[], None], device: torch.device) -> float:
     _synchronize(device)
     started = time.perf_counter()
-    _step(module, mixture, x, y, generator)
+    step()
     _synchronize(device)
     return time.perf_counter() - started
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -239,10 +239,12 @@ def _train_baseline(session: TrainingSession, loggers: Sequence[Logger]) -> None
     run_dir = session.run_dir / BASELINE
     cfg = session.cfg.copy()
     cfg.L, cfg.baseline, cfg.weights = 1, False, None
+    if isinstance(cfg.loss.get("class_weights"), ListConfig):
+        cfg.loss.class_weights = cfg.loss.class_weights[:1]
     if session.is_first:
         run_dir.mkdir(exist_ok=True)
         write_config(run_dir, cfg)
-    parts = session.parts | {"solver": Uniform()}
+    parts = session.parts | {"solver": Uniform(), "class_weights": build.build_class_weights(cfg)}
     single = replace(session, cfg=cfg, run_dir=run_dir, recipes=session.recipes[:1], parts=parts)
     own = of_baseline(loggers, cfg, run_dir)
     trainer = _trainer(single, own, build.build_callbacks(cfg, run_dir))
@@ -295,8 +297,10 @@ def _parts(cfg: DictConfig) -> dict[str, Any]:
         UserError: one of them cannot be built.
     """
     return {
-        "loss": build.instantiate(cfg.loss, "loss"),
-        "attack": build.build_attack(cfg.attack, "attack"),
+        "loss": build.build_loss(cfg),
+        "class_weights": build.build_class_weights(cfg),
+        "attack": build.build_training_attack(cfg),
+        "members_phase": build.build_members_phase(cfg),
         "validation_attack": build.build_attack(cfg.protocol.validation, "protocol.validation"),
         "protocol": build.build_protocol(cfg),
         "solver": build.build_solver(cfg) if cfg.L > 1 else Uniform(),
@@ -337,6 +341,10 @@ def _module(session: TrainingSession) -> MixtureTraining:
         weights = cfg.weights and list(cfg.weights)
     if weights is not None:
         mixture.set_weights(weights)
+    try:
+        session.parts["class_weights"].table(mixture.num_members, session.data.num_classes)
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from error
     try:
         module = MixtureTraining(
             mixture,

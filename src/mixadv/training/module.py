@@ -37,7 +37,9 @@ from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
 from mixadv.training import generators, learning_rate
 from mixadv.training.checks import check_optimizer, check_trainer
+from mixadv.training.class_weights import ClassWeights
 from mixadv.training.learning_rate import build_scheduler
+from mixadv.training.members_phase import MembersAttack, MembersPhase
 from mixadv.training.phase import WeightsPhase
 from mixadv.training.recorded import rebuilt, recorded
 from mixadv.training.schedule import Schedule
@@ -48,6 +50,8 @@ STATE_SCHEMA = 5
 # Arguments of `MixtureTraining` that a checkpoint records; the members are recorded by their recipe.
 RECORDED = (
     "loss",
+    "class_weights",
+    "members_phase",
     "threat_model",
     "attack",
     "validation_attack",
@@ -90,7 +94,10 @@ class MixtureTraining(pl.LightningModule):
         mixture: the members and the weights.
         threat_model: the ball.
         loss: inner and outer loss (AT or TRADES).
+        class_weights: weights of the classes in the outer loss of each member; None: all 1. The payoff of the weights
+            phases has none.
         attack: PGD settings of training; objective, start and `keep` follow from the loss and the phase.
+        members_phase: what the attacks of the members' phases try; None: the published phase, see `MembersPhase`.
         validation_attack: PGD whose exact expected accuracy is ``val/robust_accuracy``.
         solver: weights of a phase; one with ``adapts = False`` keeps them fixed, without phases. Where its
             ``recent_batches`` says so, the last batches of the members' phases, with the points found for them then,
@@ -126,7 +133,9 @@ class MixtureTraining(pl.LightningModule):
         threat_model: ThreatModel,
         *,
         loss: RobustLoss | None = None,
+        class_weights: ClassWeights | None = None,
         attack: PGD | None = None,
+        members_phase: MembersPhase | None = None,
         validation_attack: PGD | None = None,
         solver: LambdaSolver | None = None,
         phase: WeightsPhase | None = None,
@@ -156,6 +165,8 @@ class MixtureTraining(pl.LightningModule):
             raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r}: choose norm or value")
         self.mixture = mixture
         self.loss = AT() if loss is None else loss
+        self.class_weights = class_weights or ClassWeights()
+        self.members_phase = members_phase or MembersPhase()
         self.threat_model = threat_model
         attack = PGD(num_steps=10, step_size=0.25) if attack is None else attack
         inner = InnerLoss(self.loss)
@@ -182,6 +193,7 @@ class MixtureTraining(pl.LightningModule):
         # Set in `setup`, when a trainer is known.
         self.batches_per_epoch = self.total_batches = self.updates_per_member = 0
         self.check_every = 1
+        self._class_weights = torch.ones(mixture.num_members, 1)
         self._begin()
         self.ranks = Ranks()
         # Settings of the trainer that the training changes, by name, with their original values.
@@ -225,6 +237,11 @@ class MixtureTraining(pl.LightningModule):
         if stage != "fit":
             return
         self._set_lengths()
+        try:
+            table = self.class_weights.table(self.mixture.num_members, self._data().num_classes)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._class_weights = table.to(device)
         # Each check of the loss waits for the device; on the CPU that costs nothing.
         self.check_every = 1 if device.type == "cpu" else 50
         # A second fit starts from the members as they are. If it resumes, Lightning loads the state after this hook.
@@ -384,9 +401,13 @@ class MixtureTraining(pl.LightningModule):
                 "images: give one for each, or one number for all"
             )
 
+    def members_attack(self, num_classes: int) -> MembersAttack:
+        """The attack of a members' phase, on images of C classes."""
+        return MembersAttack(self.members_phase, self.training_attack, num_classes, self.ranks, self.micro_batch_size)
+
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.member_generator)
-        attack = SharedAttack(self.training_attack, self.ranks, self.micro_batch_size)
+        attack = self.members_attack(self._data().num_classes)
         with self._interruptible():
             x_adv = attack.own_rows(self.mixture, x, y, self.threat_model, self.attack_generator)
         self._before_batch = None
@@ -412,7 +433,8 @@ class MixtureTraining(pl.LightningModule):
         member = self.mixture.members[k].train()
         optimizer = self._as_list(self.optimizers())[k]
         optimizer.zero_grad()
-        seen = add_gradient(member, self.loss, x, x_adv, y, self.micro_batch_size, self.manual_backward)
+        most, weights = self.micro_batch_size, self._class_weights[k]
+        seen = add_gradient(member, self.loss, weights, x, x_adv, y, most, self.manual_backward)
         gradients = [p.grad for p in member.parameters() if p.grad is not None]
         # Batch norm's statistics too, so that members stay the same in all processes.
         self.ranks.average_([*gradients, *running_statistics(member), seen])

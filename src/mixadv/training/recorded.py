@@ -23,6 +23,8 @@ PLAIN = (str, int, float, bool, type(None))
 # Modules whose classes an argument of a training may be made of. Building them has no side effects.
 HOMES = {
     "loss": ("mixadv.losses",),
+    "class_weights": ("mixadv.training.class_weights",),
+    "members_phase": ("mixadv.training.members_phase",),
     "threat_model": ("mixadv.threat_model",),
     "attack": ("mixadv.attacks", "mixadv.losses"),
     "validation_attack": ("mixadv.attacks", "mixadv.losses"),

@@ -1,12 +1,13 @@
 """An attack whose images are divided among processes, and into parts that memory holds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixadv.attacks.objectives import TowardsClass
 from mixadv.attacks.pgd import PGD
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import MixtureGame
@@ -37,19 +38,35 @@ class SharedAttack:
     micro_batch_size: int | None = None
 
     def own_rows(
-        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+        self,
+        mixture: Mixture,
+        x: Tensor,
+        y: Tensor,
+        threat_model: ThreatModel,
+        generator: torch.Generator | None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """This process's rows of the attacked batch [rows, ...]."""
+        """This process's rows of the attacked batch [rows, ...].
+
+        Args:
+            targets: classes [B] towards which the attack pulls the members, see `TowardsClass`; None: the objective is
+                that of `attack`.
+        """
         rows = self.ranks.rows(len(x))
         parts = parts_of(rows.stop - rows.start, self.micro_batch_size)
         if self.ranks.size == 1 and len(parts) == 1:
-            return self.attack(mixture, x, y, threat_model, generator)
+            return self._towards(targets)(mixture, x, y, threat_model, generator)
         start = self.attack.starting_points(x, threat_model, generator)
         x, y, start, ball = x[rows], y[rows], start[rows], threat_model.rows(rows)
-        found = [
-            self.attack(mixture, x[part], y[part], ball.rows(part), generator, start_at=start[part]) for part in parts
-        ]
+        targets = None if targets is None else targets[rows]
+        found = []
+        for part in parts:
+            attack = self._towards(None if targets is None else targets[part])
+            found.append(attack(mixture, x[part], y[part], ball.rows(part), generator, start_at=start[part]))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _towards(self, targets: Tensor | None) -> PGD:
+        return self.attack if targets is None else replace(self.attack, objective=TowardsClass(targets))
 
     def __call__(
         self,

@@ -13,17 +13,19 @@ from mixadv.training.shared_attack import parts_of
 def add_gradient(
     member: nn.Module,
     loss: RobustLoss,
+    class_weights: Tensor,
     x: Tensor,
     x_adv: Tensor,
     y: Tensor,
     micro_batch_size: int | None,
     backward: Callable[[Tensor], None],
 ) -> Tensor:
-    """Add the gradient of the mean outer loss over x, x_adv [B, ...], y [B] to the member's parameters.
+    """Add the gradient of the mean over i of W[y_i] outer_i, on x, x_adv [B, ...], y [B], to the member's parameters.
 
     Args:
         member: in train mode.
         loss: its `outer` is minimised.
+        class_weights: W [C] of this member.
         micro_batch_size: the most images in one forward-backward pass; None for no limit. The losses of the parts are
             summed and divided by B; batch norm in train mode sees each part alone.
         backward: adds the gradient of a scalar; Lightning's ``manual_backward``.
@@ -37,6 +39,7 @@ def add_gradient(
         clean_logits = member(x[part]) if loss.needs_clean else None
         logits = member(x_adv[part])
         losses = loss.outer(logits, clean_logits, y[part])
+        losses = class_weights.to(losses)[y[part]] * losses
         hits = correct(logits.detach(), y[part]).float()
         if len(parts) == 1:
             share, accuracy = losses.mean(), hits.mean()

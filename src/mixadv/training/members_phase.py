@@ -1,0 +1,77 @@
+"""How the members' phases of a training attack their batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixadv.attacks.pgd import PGD
+from mixadv.mixture import Mixture
+from mixadv.ranks import Ranks
+from mixadv.threat_model import ThreatModel
+from mixadv.training.shared_attack import SharedAttack
+
+TARGETS = ("none", "random")
+
+
+@dataclass(frozen=True)
+class MembersPhase:
+    """What the attacks of the members' phases try; those of weights phases, validation and evaluation stay as they are.
+
+    The defaults are the published phase: one PGD that climbs sum_k lambda_k inner_k.
+
+    Args:
+        targets: "none", or "random": the attack climbs sum_k lambda_k (z_k,t - z_k,y) with a wrong class t that is
+            drawn uniformly for each example, so that members meet all boundaries of the class, not only the nearest.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    targets: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.targets not in TARGETS:
+            raise ValueError(f"targets={self.targets} is unknown: choose one of {', '.join(TARGETS)}")
+
+
+@dataclass(frozen=True)
+class MembersAttack:
+    """The attack of a members' phase on a batch that every process holds, see `SharedAttack`.
+
+    Args:
+        phase: what it tries.
+        attack: PGD on the inner loss.
+        num_classes: C.
+        ranks: the processes.
+        micro_batch_size: the most images that one call of `attack` sees; None for no limit.
+    """
+
+    phase: MembersPhase
+    attack: PGD
+    num_classes: int
+    ranks: Ranks
+    micro_batch_size: int | None = None
+
+    def own_rows(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+    ) -> Tensor:
+        """This process's rows of the attacked batch [rows, ...]. Draws are made for the whole batch."""
+        wanted = random_wrong_classes(y, self.num_classes, generator) if self.phase.targets == "random" else None
+        shared = SharedAttack(self.attack, self.ranks, self.micro_batch_size)
+        return shared.own_rows(mixture, x, y, threat_model, generator, wanted)
+
+    def __call__(
+        self, mixture: Mixture, x: Tensor, y: Tensor, threat_model: ThreatModel, generator: torch.Generator | None
+    ) -> Tensor:
+        """The whole attacked batch [B, ...], on every process."""
+        return self.ranks.gather(self.own_rows(mixture, x, y, threat_model, generator), len(x))
+
+
+def random_wrong_classes(y: Tensor, num_classes: int, generator: torch.Generator | None) -> Tensor:
+    """A class other than y for each example, uniformly: [B] -> [B] long."""
+    device = y.device if generator is None else generator.device
+    steps = torch.randint(1, num_classes, y.shape, generator=generator, device=device)
+    return (y + steps.to(y.device)) % num_classes

@@ -1,0 +1,168 @@
+"""Attacks of the members' phases: against a loop written out here, in parts, and after an interruption."""
+
+import copy
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch.optim import SGD
+
+from builders.data import digits_module, set_up
+from builders.networks import InFloat64, same_tensors, untrained_members
+from builders.stops import Interrupted, SaveAndStop
+from conftest import QUIET, TINY
+from mixadv.attacks import PGD
+from mixadv.data.stream import BatchStream
+from mixadv.lambda_solvers import OracleSubgradient, Uniform
+from mixadv.losses import TRADES
+from mixadv.mixture import Mixture
+from mixadv.seeding import generator_for
+from mixadv.threat_model import ThreatModel
+from mixadv.training import ClassWeights, MembersPhase, MixtureTraining
+from mixadv.training.learning_rate import constant
+from mixadv.training.members_phase import random_wrong_classes
+
+EPS, STEP, NUM_STEPS, CLASSES = 0.1, 0.3, 3, [1, 5, 7]
+LAM = [0.25, 0.75]
+
+
+def members(count=2, name="linear"):
+    return untrained_members(count, name, num_classes=3, mean=(0.3,), std=(0.4,))
+
+
+def training(nets, lam=None, **settings):
+    return MixtureTraining(
+        Mixture(nets, lam),
+        ThreatModel("linf", EPS),
+        attack=PGD(num_steps=NUM_STEPS, step_size=STEP),
+        validation_attack=PGD(num_steps=1),
+        optimizer=partial(SGD, lr=0.1, momentum=0.9),
+        scheduler=constant,
+        **{"kind": "shared", "T_theta": 2, "seed": 7, "solver": Uniform(), **settings},
+    )
+
+
+def data():
+    return digits_module(classes=CLASSES, seed=3)
+
+
+def fit(module, batches=5, epochs=1, callbacks=(), **more):
+    trainer = pl.Trainer(
+        max_epochs=epochs, **QUIET, limit_train_batches=batches, limit_val_batches=0, callbacks=list(callbacks)
+    )
+    trainer.fit(module, datamodule=data(), **more)
+    return module
+
+
+# --- a loop of our own ----------------------------------------------------------------------------------------------
+
+
+def attacked_by_hand(nets, lam, x, y, generator, targets, eps):
+    """Signed steps on sum_k lam_k l_k, with l_k = z_t - z_y where there are targets, else the cross-entropy."""
+    for net in nets:
+        net.eval()
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    point = low + (high - low) * torch.rand(x.shape, generator=generator)
+    for _ in range(NUM_STEPS):
+        point = point.detach().requires_grad_()
+        total = torch.zeros(())
+        for weight, net in zip(lam, nets, strict=True):
+            z = net(point)
+            rows = range(len(y))
+            loss = F.cross_entropy(z, y, reduction="none") if targets is None else z[rows, targets] - z[rows, y]
+            total = total + (weight * loss).sum()
+        (gradient,) = torch.autograd.grad(total, point)
+        point = torch.min(torch.max(point + STEP * eps * gradient.sign(), low), high)
+    return point.detach()
+
+
+def trained_by_hand(nets, lam, table, batches, radii=None):
+    generator = generator_for(7, "attacks")
+    optimizers = [SGD(net.parameters(), lr=0.1, momentum=0.9) for net in nets]
+    for (x, y), eps in zip(batches, radii or [EPS] * len(batches), strict=True):
+        targets = (y + torch.randint(1, len(CLASSES), y.shape, generator=generator)) % len(CLASSES)
+        x_adv = attacked_by_hand(nets, lam, x, y, generator, targets, eps)
+        for net, weights, optimizer in zip(nets, table, optimizers, strict=True):
+            net.train()
+            optimizer.zero_grad()
+            (torch.tensor(weights)[y] * F.cross_entropy(net(x_adv), y, reduction="none")).mean().backward()
+            optimizer.step()
+
+
+def batches_of(count):
+    prepared = set_up(data())
+    return list(BatchStream(prepared.train_images, prepared.train_labels, 16, seed=3, batches_per_epoch=count))
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "small_cnn"), (2, "small_cnn"), (2, "linear")])
+def test_antithetic_members_on_random_targets_are_the_loop_bit_for_bit(count, name):
+    nets = members(count, name)
+    plain = copy.deepcopy(nets)
+    weights = ClassWeights("antithetic", ratio=2.0, orders=[[1, 0, 2]])
+    lam = LAM if count == 2 else [1.0]
+    fit(training(nets, lam, class_weights=weights, members_phase=MembersPhase(targets="random")))
+    # Of the classes 1, 0, 2 in this order: 1, 2, 4 over 7/3, and the reverse.
+    rows = [[2 / (7 / 3), 1 / (7 / 3), 4 / (7 / 3)], [2 / (7 / 3), 4 / (7 / 3), 1 / (7 / 3)]]
+    trained_by_hand(plain, lam, rows[:count], batches_of(5))
+    for ours, theirs in zip(nets, plain, strict=True):
+        assert same_tensors(ours.state_dict(), theirs.state_dict())
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def test_every_wrong_class_is_as_likely_and_the_right_one_never_comes():
+    y = torch.arange(5).repeat_interleave(4000)
+    drawn = random_wrong_classes(y, 5, torch.Generator().manual_seed(0))
+    counts = torch.zeros(5, 5).index_put((y, drawn), torch.ones(len(y)), accumulate=True)
+    assert counts.diag().sum() == 0
+    # 1,000 expected, standard deviation 27.
+    assert (counts[~torch.eye(5, dtype=torch.bool)] - 1000).abs().max() < 150
+    assert random_wrong_classes(torch.tensor([0, 1]), 2, None).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["sampled", "shared"])
+@pytest.mark.parametrize("loss", [None, TRADES(2.0)], ids=["at", "trades"])
+def test_parts_give_what_the_whole_batch_gives(kind, loss):
+    """With a weights phase at t = 3 (sampled: t = 5), whose attack has no targets."""
+    nets = [InFloat64(net) for net in members(2, "small_cnn")]
+    runs = {}
+    for most in (None, 7, 100):
+        phase = MembersPhase(targets="random")
+        settings = {"kind": kind, "loss": loss, "solver": OracleSubgradient(2), "members_phase": phase}
+        runs[most] = fit(training(copy.deepcopy(nets), LAM, micro_batch_size=most, **settings), 6)
+    assert [max(net.most for net in run.mixture.members) for run in runs.values()] == [16, 6, 16]
+    for key, value in runs[None].state_dict().items():
+        difference = (runs[7].state_dict()[key].double() - value.double()).abs().max()
+        assert difference <= (1e-6 if key.endswith("weights") else 1e-11), key
+    assert same_tensors(runs[None].state_dict(), runs[100].state_dict())
+    assert torch.equal(runs[None].attack_generator.get_state(), runs[7].attack_generator.get_state())
+
+
+SETTINGS = {
+    "targets": {"members_phase": MembersPhase(targets="random"), "class_weights": ClassWeights("antithetic")},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
+    """Two epochs of 5 batches, stopped inside the first; weights phases at t = 3, 6, 9."""
+    settings = SETTINGS[name] | {"solver": OracleSubgradient(2)}
+    whole = fit(training(members(), LAM, **settings), epochs=2)
+    path = tmp_path / "stopped.ckpt"
+    with pytest.raises(Interrupted):
+        fit(training(members(), LAM, **settings), epochs=2, callbacks=[SaveAndStop(path, 4)])
+    torch.manual_seed(99)
+    again = fit(training(members(), LAM, **settings), epochs=2, ckpt_path=path)
+    assert same_tensors(again.state_dict(), whole.state_dict())
+    loaded = MixtureTraining.load_from_checkpoint(path, mixture=Mixture(members(), LAM))
+    for key, value in settings.items():
+        assert getattr(loaded, key) == value
+
+
+def test_a_phase_that_does_not_exist_is_refused(command):
+    with pytest.raises(ValueError, match="targets=all is unknown: choose one of none, random"):
+        MembersPhase(targets="all")
+    assert command(*TINY, "attack.targets=all").refusal().startswith("attack.targets=all is unknown: choose one of")
