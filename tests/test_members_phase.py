@@ -1,6 +1,7 @@
 """Attacks of the members' phases: against a loop written out here, in parts, and after an interruption."""
 
 import copy
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -36,11 +37,10 @@ def training(nets, lam=None, **settings):
     return MixtureTraining(
         Mixture(nets, lam),
         ThreatModel("linf", EPS),
-        attack=PGD(num_steps=NUM_STEPS, step_size=STEP),
         validation_attack=PGD(num_steps=1),
         optimizer=partial(SGD, lr=0.1, momentum=0.9),
         scheduler=constant,
-        **{"kind": "shared", "T_theta": 2, "seed": 7, "solver": Uniform(), **settings},
+        **{"attack": PGD(NUM_STEPS, STEP), "kind": "shared", "T_theta": 2, "seed": 7, "solver": Uniform(), **settings},
     )
 
 
@@ -110,6 +110,16 @@ def test_antithetic_members_on_random_targets_are_the_loop_bit_for_bit(count, na
         assert same_tensors(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.parametrize(("ramp", "shares"), [(0.0, [1, 1, 1, 1]), (0.5, [0.5, 1, 1, 1]), (1.0, [0.25, 0.5, 0.75, 1])])
+def test_the_radius_grows_in_the_loop_bit_for_bit(ramp, shares):
+    nets = members(2, "small_cnn")
+    plain = copy.deepcopy(nets)
+    fit(training(nets, LAM, members_phase=MembersPhase(targets="random", eps_ramp=ramp)), batches=4)
+    trained_by_hand(plain, LAM, [[1.0] * 3] * 2, batches_of(4), [EPS * share for share in shares])
+    for ours, theirs in zip(nets, plain, strict=True):
+        assert same_tensors(ours.state_dict(), theirs.state_dict())
+
+
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
@@ -126,11 +136,11 @@ def test_every_wrong_class_is_as_likely_and_the_right_one_never_comes():
 @pytest.mark.parametrize("kind", ["sampled", "shared"])
 @pytest.mark.parametrize("loss", [None, TRADES(2.0)], ids=["at", "trades"])
 def test_parts_give_what_the_whole_batch_gives(kind, loss):
-    """With a weights phase at t = 3 (sampled: t = 5), whose attack has no targets."""
+    """With a weights phase at t = 3 (sampled: t = 5), whose attack has neither targets nor ramp."""
     nets = [InFloat64(net) for net in members(2, "small_cnn")]
     runs = {}
     for most in (None, 7, 100):
-        phase = MembersPhase(targets="random")
+        phase = MembersPhase(targets="random", eps_ramp=0.7)
         settings = {"kind": kind, "loss": loss, "solver": OracleSubgradient(2), "members_phase": phase}
         runs[most] = fit(training(copy.deepcopy(nets), LAM, micro_batch_size=most, **settings), 6)
     assert [max(net.most for net in run.mixture.members) for run in runs.values()] == [16, 6, 16]
@@ -143,6 +153,7 @@ def test_parts_give_what_the_whole_batch_gives(kind, loss):
 
 SETTINGS = {
     "targets": {"members_phase": MembersPhase(targets="random"), "class_weights": ClassWeights("antithetic")},
+    "ramp": {"members_phase": MembersPhase(eps_ramp=0.9)},
 }
 
 
@@ -162,7 +173,35 @@ def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
         assert getattr(loaded, key) == value
 
 
+@dataclass(frozen=True)
+class NotingRadii(PGD):
+    """PGD that notes how it keeps points, and the radius, of every call of it and of its copies."""
+
+    seen: list = field(default_factory=list)
+
+    def __call__(self, mixture, x, y, threat_model, generator=None, **more):
+        self.seen.append((self.keep, threat_model.eps))
+        return super().__call__(mixture, x, y, threat_model, generator, **more)
+
+
+def test_the_ramp_is_of_the_members_phases_and_follows_the_whole_training():
+    """Two epochs of 4 batches; every third batch is a weights phase, whose radius is eps always."""
+    attack = NotingRadii(1)
+    settings = {"solver": OracleSubgradient(1), "members_phase": MembersPhase(eps_ramp=0.5)}
+    module = training(members(), LAM, attack=attack, **settings)
+    fit(module, batches=4, epochs=2)
+    assert [eps for keep, eps in attack.seen if keep == "last"] == [EPS * s for s in (0.25, 0.5, 1, 1, 1, 1)]
+    assert {eps for keep, eps in attack.seen if keep == "objective"} == {EPS}
+
+
+@pytest.mark.parametrize("ramp", [-0.1, 1.5, float("nan")])
+def test_a_ramp_is_a_share_of_the_training(ramp):
+    with pytest.raises(ValueError, match="must be a share of the training, from 0 to 1"):
+        MembersPhase(eps_ramp=ramp)
+
+
 def test_a_phase_that_does_not_exist_is_refused(command):
     with pytest.raises(ValueError, match="targets=all is unknown: choose one of none, random"):
         MembersPhase(targets="all")
     assert command(*TINY, "attack.targets=all").refusal().startswith("attack.targets=all is unknown: choose one of")
+    assert command(*TINY, "attack.eps_ramp=2").refusal().startswith("attack.eps_ramp=2 must be a share of the training")

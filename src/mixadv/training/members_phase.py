@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,16 +25,27 @@ class MembersPhase:
     Args:
         targets: "none", or "random": the attack climbs sum_k lambda_k (z_k,t - z_k,y) with a wrong class t that is
             drawn uniformly for each example, so that members meet all boundaries of the class, not only the nearest.
+        eps_ramp: rho, a share of the training: batch t of T is attacked within the radius eps min(1, t / (rho T)), so
+            that members learn clean images first. 0: the radius is eps from the first batch on.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
     targets: str = "none"
+    eps_ramp: float = 0.0
 
     def __post_init__(self) -> None:
         if self.targets not in TARGETS:
             raise ValueError(f"targets={self.targets} is unknown: choose one of {', '.join(TARGETS)}")
+        if not 0 <= self.eps_ramp <= 1:
+            raise ValueError(f"eps_ramp={self.eps_ramp} must be a share of the training, from 0 to 1")
+
+    def ball(self, threat_model: ThreatModel, share_done: float) -> ThreatModel:
+        """The ball of batch t of T; share_done: t / T."""
+        if share_done >= self.eps_ramp:
+            return threat_model
+        return replace(threat_model, eps=threat_model.eps * share_done / self.eps_ramp)
 
 
 @dataclass(frozen=True)

@@ -409,7 +409,8 @@ class MixtureTraining(pl.LightningModule):
         updated = self.schedule.members_at(self.member_generator)
         attack = self.members_attack(self._data().num_classes)
         with self._interruptible():
-            x_adv = attack.own_rows(self.mixture, x, y, self.threat_model, self.attack_generator)
+            ball = self.members_phase.ball(self.threat_model, self.share_done)
+            x_adv = attack.own_rows(self.mixture, x, y, ball, self.attack_generator)
         self._before_batch = None
         if self.solver.recent_batches and self.phase.num_images is None:
             self._recent.append(AttackedBatch(x, self.ranks.gather(x_adv, len(x)), y))
@@ -610,6 +611,11 @@ class MixtureTraining(pl.LightningModule):
     def epochs_done(self) -> float:
         """Epochs per model so far: batches done over the batches of an epoch."""
         return self.t / max(1, self.batches_per_epoch)
+
+    @property
+    def share_done(self) -> float:
+        """Batches done, the current one included, over all batches of the training."""
+        return min(1.0, self.t / max(1, self.total_batches))
 
     @property
     def validation_is_due(self) -> bool:
