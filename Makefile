@@ -6,8 +6,10 @@ STAMP := $(VENV)/.installed
 
 .PHONY: quickstart test slow soak lint format bench study-small study-gpu clean
 
+# Three data sets on which randomising can gain much, something and nothing: a mixture and a single model on each.
 quickstart: $(STAMP)
-	$(BIN)/python run.py experiment=quickstart name=quickstart
+	$(BIN)/python run.py -m experiment=triangle,averaged_digits,quickstart name=quickstart logger=none
+	$(BIN)/python run.py task=report runs=outputs/sweeps/quickstart
 
 # One thread for each process: two that share the cores would wait for each other.
 test: $(STAMP)

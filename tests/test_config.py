@@ -387,7 +387,7 @@ BAD_COMMANDS = [
     (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, lp, oracle, uniform"),
     (
         ["experiment=nope"],
-        "experiment=nope is unknown: choose one of cifar10_at, cifar10_gpu_short, ",
+        "experiment=nope is unknown: choose one of averaged_digits, cifar10_at, ",
     ),
     (["L"], "cannot read 'L'"),
     (["members=[A,"], "cannot read 'members=[A,': a bracket is not closed; a list needs quotes for the shell"),

@@ -153,9 +153,13 @@ def test_what_the_readme_installs_and_makes_exists(compose):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z][\w-]*)", " ".join(shell_lines("README.md")) + README):
         assert re.search(rf"^{target}:", makefile, re.M), target
-    quickstart = re.search(r"^quickstart:.*\n\t\$\(BIN\)/python run\.py (.*)", makefile, re.M)[1].split()
-    config.check(compose(*quickstart))
-    assert "name=quickstart" in quickstart
+    target = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", makefile, re.M)[1]
+    sweep, report = (line.split() for line in re.findall(r"\$\(BIN\)/python run\.py (.*)", target))
+    flag, experiments, *rest = sweep
+    assert (flag, "name=quickstart" in rest) == ("-m", True)
+    for experiment in experiments.removeprefix("experiment=").split(","):
+        config.check(compose(f"experiment={experiment}", *rest))
+    assert report == ["task=report", "runs=outputs/sweeps/quickstart"]
 
 
 # --- three doors -------------------------------------------------------------------------------------------

@@ -109,19 +109,19 @@ def _sentence(run: Run, row: CeilingRow) -> str:
             f"Ceiling at {ball}: none of the {images} conflict{from_on}. Some classifier is right on all of them under "
             "attack: over all classifiers randomising adds nothing."
         )
-    conflict = "" if row.in_conflict is None else f"{_percent(row.in_conflict)} % of the {images} conflict. "
+    conflict = "" if row.in_conflict is None else f"{percent(row.in_conflict)} % of the {images} conflict. "
     if row.randomised_upper is None or row.deterministic_upper is None or row.gain_at_most is None:
         return f"Ceiling at {ball}: {conflict}The optima were not computed in this run; task=ceiling bounds them."
     left_out = "" if row.status in ("exact", None) else f" These are bounds: {row.status}."
     return (
         f"Ceiling at {ball}: {conflict}Under attack no classifier is right on more than "
-        f"{_percent(row.deterministic_upper)} % of them, and no mixture on more than "
-        f"{_percent(row.randomised_upper)} %; over all classifiers randomising adds at most "
-        f"{_percent(row.gain_at_most)} points.{left_out}"
+        f"{percent(row.deterministic_upper)} % of them, and no mixture on more than "
+        f"{percent(row.randomised_upper)} %; over all classifiers randomising adds at most "
+        f"{percent(row.gain_at_most)} points.{left_out}"
     )
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     """A percentage with two decimals at most; what is not 0 does not become 0."""
     text = f"{100 * value:.2f}".rstrip("0").rstrip(".")
     return text if value == 0 or float(text) else f"{100 * value:.1g}"

@@ -122,17 +122,26 @@ def counterpart_sentences(run: Run) -> list[str]:
     if (member := compare_with_best_member(run)) is not None:
         best, how, comparison = member
         sentences.append(_sentence(f"its best member (member {best}, {how})", "its best member alone", comparison))
+    mine = "Model" if is_single(run) else "Mixture"
+    for name, comparison in compare_with_counterparts(run).items():
+        sentences.append(_sentence(WHO[name], WHO[name], comparison, mine))
+    return sentences
+
+
+def compare_with_counterparts(run: Run) -> dict[str, Comparison]:
+    """Vote, averaged twin and constant answer -> the mixture minus it, paired; {} without usable records.
+
+    A single model is its own vote and averaged twin, so it has the constant answer alone.
+    """
     try:
         found = measured(run)
     except ValueError:
-        return sentences
-    # A single model is its own averaged twin.
-    single = is_single(run)
-    for name, right in found.counterparts.items():
-        if name == CONSTANT or not single:
-            comparison = paired(found.accuracies[ALL] - right)
-            sentences.append(_sentence(WHO[name], WHO[name], comparison, "Model" if single else "Mixture"))
-    return sentences
+        return {}
+    return {
+        name: paired(found.accuracies[ALL] - right)
+        for name, right in found.counterparts.items()
+        if name == CONSTANT or not is_single(run)
+    }
 
 
 # Counterpart -> its name in a sentence.
