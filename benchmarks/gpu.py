@@ -7,7 +7,8 @@ same batches, resident on the device. Images are synthetic: classes are smooth p
 Utilisation divides the operations of the model (convolutions and products, counted: K passes to the input and one to
 the parameters for each member) by the bf16 rate of a matrix product measured in the same run, whatever the precision.
 
-    python benchmarks/gpu.py [--quick] [--cpu] [--parts speed ablations profile correctness]
+    python benchmarks/gpu.py [--quick] [--cpu] [--parts speed ablations profile correctness] [--variants NAME ...]
+        [--ablations NAME ...]
 
 Without a GPU it says so and does nothing; --cpu --quick runs all its code on tiny settings, for a test of it.
 """
@@ -32,13 +33,18 @@ from mixadv.attacks.pgd import PGD
 # Spans of the host that the profiler also shows on the device.
 NO_WORK = ("ProfilerStep", "Optimizer.", "Torch-Compiled Region", "## Call CompiledFxGraph")
 PARTS = ("speed", "ablations", "profile", "correctness")
-ABLATIONS = {
-    "ours": FAST,
-    "without compile": FAST | {"compile": None},
-    "without channels_last": FAST | {"channels_last": False},
-    "float32": FAST | {"precision": "32-true"},
-    "reduce-overhead": FAST | {"compile": "reduce-overhead"},
+# Name -> how the package trains, None for the research loop, and whether float32 products may round to TF32.
+VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+    "eager float32": (None, False),
+    "eager TF32": (None, True),
+    "ours": (FAST, False),
+    "without compile": (FAST | {"compile": None}, False),
+    "without channels_last": (FAST | {"channels_last": False}, False),
+    "float32": (FAST | {"precision": "32-true"}, False),
+    "CUDA graphs": (FAST | {"compile": "reduce-overhead"}, False),
 }
+LOOPS = ("eager float32", "eager TF32", "ours")
+ABLATIONS = ("ours", "without compile", "without channels_last", "float32", "CUDA graphs")
 
 
 def peak_rate(size: int, device: torch.device) -> float:
@@ -59,11 +65,15 @@ def tf32(on: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def measure(args: argparse.Namespace, members: int, batch: int, variants: dict[str, Any], peak: float) -> list[dict]:
-    """Every variant on one mixture and batch size, in turn; a variant that fails says why in its row."""
+def measure(args: argparse.Namespace, members: int, batch: int, variants: Sequence[str], peak: float) -> list[dict]:
+    """Every variant on one mixture and batch size, in turn; a variant that fails says why in its row.
+
+    The row of "ours" also tells where its time goes, see `shares`.
+    """
     torch.compiler.reset()
     rows, runs = [], {}
-    for name, (ours, rounding) in variants.items():
+    for name in variants:
+        ours, rounding = VARIANTS[name]
         row: dict[str, Any] = {"L": members, "batch": batch, "name": name}
         rows.append(row)
         before = 0 if args.cpu else torch.cuda.memory_allocated()
@@ -90,6 +100,9 @@ def measure(args: argparse.Namespace, members: int, batch: int, variants: dict[s
         middle = sorted(times[name])[len(times[name]) // 2]
         row |= {"ms": 1e3 * middle, "spread": max(times[name]) / min(times[name]), "images/s": batch / middle}
         row["MFU %"] = 100 * job.operations() * batch / middle / peak
+        if name == "ours":
+            with tf32(False):
+                row |= shares(args, job, middle)
     for row in rows:
         if "ms" in row and "ms" in rows[0]:
             row["speed-up"] = rows[0]["ms"] / row["ms"]
@@ -105,16 +118,17 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def shares(args: argparse.Namespace, members: int, batch: int) -> dict[str, Any]:
+def shares(args: argparse.Namespace, job: Job, per_step: float) -> dict[str, Any]:
     """Where a step's time goes: what the device computes in the attack, the update and the data path, and nothing.
 
     Idle time is a step's time without the profiler, which slows the host down, less the device's busy time.
+
+    Args:
+        args: of the command line.
+        job: compiled, and warm.
+        per_step: seconds of one of its steps without the profiler.
     """
-    torch.compiler.reset()
-    job = Job(args, members, batch, FAST)
-    job.steps(3)
     count = 2 if args.cpu else 6
-    per_step = sorted(job.steps(count + 1) for _ in range(3))[1]
     kinds = [ProfilerActivity.CPU] + ([] if args.cpu else [ProfilerActivity.CUDA])
     job.profiler = profile(activities=kinds)
     profiled = job.steps(count + 1)
@@ -128,21 +142,26 @@ def shares(args: argparse.Namespace, members: int, batch: int) -> dict[str, Any]
             marks[event.name].append(span)
         elif not event.is_user_annotation and not event.name.startswith(NO_WORK):
             work.append(span)
+    job.profiler = None
     if not marks["attack"]:
-        return {
-            "L": members,
-            "batch": batch,
-            "ms": 1e3 * per_step,
-            "failed": "the profiler shows no marks on the device",
-        }
+        return {"failed": "the profiler shows no marks on the device"}
     parts: dict[str, list[tuple[float, float]]] = {"attack": [], "update": [], "data": []}
     for span in work:
         inside = [name for name, spans in marks.items() if any(a <= span[0] <= b for a, b in spans)]
         parts[inside[0] if inside else "update"].append(span)
     busy = {name: union(spans) / 1e6 / count for name, spans in parts.items()}
-    row = {"L": members, "batch": batch, "ms": 1e3 * per_step, "profiled ms": 1e3 * profiled}
+    row = {"profiled ms": 1e3 * profiled}
     row |= {f"{name} %": 100 * seconds / per_step for name, seconds in busy.items()}
     return row | {"idle %": 100 * max(0.0, 1 - sum(busy.values()) / per_step), "kernels": len(work) / count}
+
+
+def profiled(args: argparse.Namespace, members: int, batch: int) -> dict[str, Any]:
+    """`shares` of a job of its own."""
+    torch.compiler.reset()
+    job = Job(args, members, batch, FAST)
+    job.steps(3)
+    per_step = sorted(job.steps(3 if args.cpu else 7) for _ in range(3))[1]
+    return {"L": members, "batch": batch, "ms": 1e3 * per_step} | shares(args, job, per_step)
 
 
 def correctness(args: argparse.Namespace, members: int, batch: int) -> list[dict[str, Any]]:
@@ -198,6 +217,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="batch 512, L = 1, 2: within four minutes")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU, with tiny settings")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    for name, variants in (("variants", LOOPS), ("ablations", ABLATIONS)):
+        parser.add_argument(f"--{name}", nargs="+", choices=VARIANTS, default=variants)
     parser.add_argument("--model", help="resnet18; on the CPU small_resnet")
     for name, said in (("batches", "512 1024"), ("members", "1 2 4")):
         parser.add_argument(f"--{name}", type=int, nargs="+", help=said)
@@ -222,25 +243,26 @@ def main() -> None:
     device = torch.device("cpu" if args.cpu else "cuda")
     peak = peak_rate(256 if args.cpu else 8192, device)
     print(f"{describe()}\nbf16 product {peak / 1e12:.3g} TFLOP/s; PGD-{args.steps}, {args.model}", flush=True)
-    loops = {"eager float32": (None, False), "eager TF32": (None, True), "ours": (FAST, False)}
-    ablations = {name: (ours, False) for name, ours in ABLATIONS.items()}
     sizes = [(members, batch) for batch in args.batches for members in args.members]
     batch, middle = args.batches[0], args.members[min(1, len(args.members) - 1)]
-    parts = {
-        "speed": lambda: [row for size in sizes for row in measure(args, *size, loops, peak)],
-        "ablations": lambda: measure(args, middle, batch, ablations, peak),
-        "profile": lambda: [shares(args, members, batch) for members in args.members],
-        "correctness": lambda: correctness(args, middle, batch),
+    # Each measures in pieces.
+    parts: dict[str, list[Callable[[], list[dict[str, Any]]]]] = {
+        "speed": [partial(measure, args, *size, args.variants, peak) for size in sizes],
+        "ablations": [partial(measure, args, middle, batch, args.ablations, peak)],
+        "profile": [lambda members=members: [profiled(args, members, batch)] for members in args.members],
+        "correctness": [partial(correctness, args, middle, batch)],
     }
     rows: list[dict[str, Any]] = []
     for part in args.parts:
-        with tf32(False):
-            found = parts[part]()
+        found: list[dict[str, Any]] = []
+        for piece in parts[part]:
+            with tf32(False):
+                found += piece()
+            # After each piece, so that a run that is cut off keeps what it has.
+            save("gpu", rows + [{"part": part} | row for row in found], vars(args) | {"peak_flop_per_s": peak})
         print()
         table(found, list(dict.fromkeys(key for row in found for key in row)))
         rows += [{"part": part} | row for row in found]
-        # After each part, so that a run that is cut off keeps what it has.
-        save("gpu", rows, vars(args) | {"peak_flop_per_s": peak})
 
 
 if __name__ == "__main__":

@@ -46,14 +46,16 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (255 * x.clamp(0, 1)).round().to(torch.uint8), y
 
 
-class Marked(BatchStream):
-    """A stream whose batches are made under the mark "data"; it begins with batch number `first`."""
+def mark(stream: BatchStream, first: int = 0) -> BatchStream:
+    """`stream`, which makes its batches under the mark "data" and begins with batch number `first`."""
+    make = stream._training_batch
 
-    first = 0
-
-    def _training_batch(self, number: int) -> tuple[Tensor, Tensor]:
+    def marked(number: int) -> tuple[Tensor, Tensor]:
         with record_function("data"):
-            return super()._training_batch(self.first + number)
+            return make(first + number)
+
+    stream._training_batch = marked  # type: ignore[method-assign]
+    return stream
 
 
 class Patterns(ImageDataModule):
@@ -63,7 +65,7 @@ class Patterns(ImageDataModule):
 
     def __init__(self, count: int, batch: int) -> None:
         super().__init__(batch_size=batch, num_train=count, num_val=CLASSES)
-        self.count, self.served = count, 0
+        self.count = count
 
     def load(self) -> ImageCorpus:
         return ImageCorpus(*images(self.count + CLASSES, 0), *images(CLASSES, 1), tuple("abcdefghij"))
@@ -73,18 +75,11 @@ class Patterns(ImageDataModule):
         """More than anybody asks for: the trainer's limit is the length of an epoch."""
         return 10**9
 
-    def train_dataloader(self) -> BatchStream:
-        if self._stream is None:
-            self._stream = self.marked(self.device)
-        return self._stream
-
-    def marked(self, device: torch.device) -> Marked:
-        """The training batches on a device, behind the `served` ones."""
+    def endless(self, device: torch.device) -> BatchStream:
+        """The training batches on a device, for a loop without Lightning."""
         how = {"padding": self.padding, "flip": self.flip, "device": device}
-        length = self.batches_per_epoch
-        stream = Marked(self.train_images, self.train_labels, self.batch_size, **how, batches_per_epoch=length)
-        stream.first = self.served
-        return stream
+        stream = BatchStream(self.train_images, self.train_labels, self.batch_size, **how, batches_per_epoch=10**9)
+        return mark(stream)
 
 
 class Watched(MixtureTraining):
@@ -119,10 +114,10 @@ class Job:
         self.losses: list[Tensor] = []
         self.profiler: profile | None = None
         self.started = self.took = 0.0
+        self.served = 0
         if ours is None:
             self.optimizer = torch.optim.SGD(self.mixture.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
-            self.data.batches_per_epoch = 10**9
-            self.batches = iter(self.data.marked(self.device))
+            self.batches = iter(self.data.endless(self.device))
             return
         logging.getLogger(pl.__name__).setLevel(logging.ERROR)
         if ours["compile"]:
@@ -147,6 +142,9 @@ class Job:
             return self.took / (count - 1)
 
         class Watch(pl.Callback):
+            def on_train_start(_, trainer: Any, module: Any) -> None:
+                mark(trainer.datamodule.train_dataloader(), self.served)
+
             def on_train_batch_end(_, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
                 self._done(index, count, module.last_loss)
 
@@ -164,7 +162,7 @@ class Job:
             callbacks=[Watch()],
         )
         trainer.fit(self.module, datamodule=self.data)
-        self.data.served += count
+        self.served += count
         return self.took / (count - 1)
 
     def _done(self, index: int, count: int, loss: Tensor) -> None:
