@@ -384,7 +384,7 @@ BAD_COMMANDS = [
     (["data.rot=x"], "data.rot"),
     (["loss=foo"], "loss=foo is unknown: choose one of at, trades"),
     (["data=mnist"], "data=mnist is unknown: choose one of cifar10, cifar10_jpeg, digits, image_folder, triangle"),
-    (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, lp, oracle, uniform"),
+    (["lambda_solver=magic"], "lambda_solver=magic is unknown: choose one of entropic, held_out, lp, oracle, uniform"),
     (
         ["experiment=nope"],
         "experiment=nope is unknown: choose one of averaged_digits, cifar10_at, ",

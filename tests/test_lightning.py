@@ -407,7 +407,7 @@ def test_a_file_cannot_ask_for_more_members_than_it_holds(tmp_path):
         with pytest.raises(UserError, match="do not fit its recipe"):
             MixtureTraining.load_from_checkpoint(path)
     torch.save({**checkpoint, "hyper_parameters": {**checkpoint["hyper_parameters"], "kind": "other"}}, path)
-    with pytest.raises(UserError, match="sampled or shared"):
+    with pytest.raises(UserError, match="sampled, shared or grow"):
         MixtureTraining.load_from_checkpoint(path)
 
 
@@ -526,7 +526,7 @@ def test_a_strategy_that_wraps_the_module(monkeypatch):
         ({"scheduler": ReduceLROnPlateau}, "scheduler: ReduceLROnPlateau waits for a metric"),
         ({"scheduler": OneCycleLR}, "scheduler: .*max_lr"),
         ({"scheduler": partial(piecewise, milestones=(2.0,))}, "scheduler: milestones"),
-        ({"kind": "both"}, "sampled or shared"),
+        ({"kind": "both"}, "sampled, shared or grow"),
         ({"micro_batch_size": 0}, "micro_batch_size=0"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val=-1.0"),
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "both"}, "gradient_clip_algorithm='both'"),

@@ -65,7 +65,7 @@ def test_epochs_have_the_phases_counted_one_by_one(kind, members, T_theta, per_p
 
 def test_draws_are_uniform_and_independent():
     schedule, generator = Schedule("sampled", 3, 2), torch.Generator().manual_seed(4)
-    draws = [schedule.members_at(generator) for _ in range(18000)]
+    draws = [schedule.members_at(1, generator) for _ in range(18000)]
     assert all(len(draw) == 1 for draw in draws)
     ks = torch.tensor(draws).flatten()
     # 18000 draws: 6000 of each member and 2000 of each successive pair, deviations within four sigma.
@@ -78,7 +78,7 @@ def test_draws_are_a_function_of_the_generator_and_continue_from_its_state():
     schedule = Schedule("sampled", 3, 2)
 
     def draw(generator, count):
-        return [schedule.members_at(generator)[0] for _ in range(count)]
+        return [schedule.members_at(1, generator)[0] for _ in range(count)]
 
     generator = torch.Generator().manual_seed(11)
     before = torch.get_rng_state()
@@ -95,13 +95,13 @@ def test_draws_are_a_function_of_the_generator_and_continue_from_its_state():
 def test_shared_serves_all_members_and_draws_nothing():
     generator = torch.Generator().manual_seed(1)
     state = generator.get_state()
-    assert Schedule("shared", 3, 2).members_at(generator) == [0, 1, 2]
+    assert Schedule("shared", 3, 2).members_at(1, generator) == [0, 1, 2]
     assert torch.equal(generator.get_state(), state)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [(("alternating", 3, 2), "sampled or shared"), (("shared", 0, 2), "L=0"), (("sampled", 3, 0), "T_theta=0")],
+    [(("alternating", 3, 2), "sampled, shared or grow"), (("shared", 0, 2), "L=0"), (("sampled", 3, 0), "T_theta=0")],
 )
 def test_impossible_schedules_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):

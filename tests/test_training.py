@@ -147,7 +147,7 @@ def plain_training(model, batches, rates, trades):
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["sampled", "shared"])
+@pytest.mark.parametrize("kind", ["sampled", "shared", "grow"])
 @pytest.mark.parametrize("loss", [AT(), TRADES(beta=6.0)], ids=["at", "trades"])
 def test_one_member_is_plain_adversarial_training_step_for_step(digits, loss, kind):
     """Parameters, batch-norm statistics and the count of forwards: AT bit for bit in float32; TRADES in float64,

@@ -32,10 +32,14 @@ WEIGHTS_TOLERANCE = 1e-6
 
 @dataclass
 class ScheduleConfig:
-    """When members and weights are updated (Algorithm 2), see `mixadv.training.Schedule`."""
+    """When members and weights are updated, see `mixadv.training.Schedule`; the last four: `mixadv.training.Growth`."""
 
     kind: str = "sampled"
     T_theta: int = 50
+    start: str = "last"
+    response: str = "adaptive"
+    min_gain: float = 0.005
+    num_images: int = 1000
 
 
 @dataclass
@@ -324,8 +328,25 @@ def _check_top_level(cfg: DictConfig) -> None:
         raise UserError(f"name={cfg.name!r} leaves no usable directory name: use letters and digits")
     if cfg.micro_batch_size is not None:
         _at_least("micro_batch_size", cfg.micro_batch_size, 1)
-    _one_of("schedule.kind", cfg.schedule.kind, ("sampled", "shared"))
-    _at_least("schedule.T_theta", cfg.schedule.T_theta, 1)
+    _check_schedule(cfg)
+
+
+def _check_schedule(cfg: DictConfig) -> None:
+    schedule = cfg.schedule
+    _one_of("schedule.kind", schedule.kind, ("sampled", "shared", "grow"))
+    _one_of("schedule.start", schedule.start, ("last", "fresh"))
+    _one_of("schedule.response", schedule.response, ("adaptive", "fixed", "equilibrium"))
+    _at_least("schedule.T_theta", schedule.T_theta, 1)
+    _at_least("schedule.min_gain", schedule.min_gain, 0)
+    _at_least("schedule.num_images", schedule.num_images, 1)
+    if cfg.task != "train" or schedule.kind != "grow":
+        return
+    if cfg.weights is not None:
+        raise UserError("weights=[...]: schedule=grow finds the weights itself, after every member; leave it out")
+    if cfg.members and schedule.start == "last":
+        raise UserError(
+            "members=[...]: schedule.start=last would replace all but the first of them; use schedule.start=fresh"
+        )
 
 
 def _check_threat_model(cfg: DictConfig) -> None:

@@ -225,6 +225,20 @@ class Solve:
 
 
 @dataclass(frozen=True)
+class GrowthStage:
+    """The game after a stage of a growing mixture, on validation images, see `mixadv.training.growth.Stage`."""
+
+    member: int | None = None
+    value: float | None = None
+    lower_bound: float | None = None
+    value_without: float | None = field(default=None, metadata=at(null=True))
+    kept: bool | None = None
+    weights: tuple[float, ...] = ()
+    num_images: int | None = None
+    num_points: int | None = None
+
+
+@dataclass(frozen=True)
 class CeilingRow:
     """The game over all classifiers on `num_examples` images at one radius, see `mixadv.game.Ceiling`.
 
@@ -295,6 +309,7 @@ class Results:
     best_epoch: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
     member_updates: tuple[int, ...] = ()
+    stages: tuple[GrowthStage, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
 

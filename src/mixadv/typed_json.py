@@ -171,8 +171,9 @@ def _value(expected: Any, value: Any, where: str, problems: list[str]) -> Any:
     # Integers beyond 64 bits may overflow a float. The comparison is False for nan.
     if kind in (int, float) and type(value) in (int, float) and abs(value) < 2**63 and kind(value) == value:
         return kind(value)
-    if kind is str and isinstance(value, str):
+    if kind in (str, bool) and isinstance(value, kind):
         return value
-    names = {dict: "an object", tuple: "a list", int: "a whole number", float: "a finite number", str: "text"}
+    names = {dict: "an object", tuple: "a list", int: "a whole number", float: "a finite number"}
+    names |= {str: "text", bool: "true or false"}
     problems.append(f"{where} is not {names[kind]}")
     return None

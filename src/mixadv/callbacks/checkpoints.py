@@ -107,6 +107,9 @@ class Checkpoints(ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, MixtureTraining):
             raise UserError(f"Checkpoints are for MixtureTraining, not {type(pl_module).__name__}: use ModelCheckpoint")
+        if pl_module.schedule.grows:
+            # Scores of different stages are those of different mixtures. The last state is the one with a certificate.
+            self.monitor, self.save_top_k = None, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: MixtureTraining) -> None:  # type: ignore[override]
         """Start the intervals, truncate the logs to this step, and replace Lightning's signal handlers.

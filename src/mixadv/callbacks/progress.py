@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Column
 from rich.text import Text
 
+from mixadv.training import MixtureTraining
+
 
 class ProgressBar(RichProgressBar):
     """Lightning's RichProgressBar, plus one line after every validation, also without a terminal.
@@ -50,6 +52,14 @@ class ProgressBar(RichProgressBar):
         numbers = {name.rpartition("/")[2].removesuffix("_accuracy"): value for name, value in shown.items()}
         lam = _lambda(trainer)
         return {**numbers, "lambda": lam} if lam else numbers
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print one line after every stage of a mixture that grows."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if isinstance(pl_module, MixtureTraining) and pl_module.stage_ended:
+            get_console().print(Text(str(pl_module.stages[-1]), style="dim"), soft_wrap=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print one line: epoch, accuracies, lambda."""

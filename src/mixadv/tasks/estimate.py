@@ -42,9 +42,7 @@ def announce(session: Session, module: MixtureTraining) -> None:
     validations = epochs / (cfg.trainer.check_val_every_n_epoch or 1) * steps * data.num_val / data.batch_size
     per_response = per_batch
     if total > member_batches and not module.phase.is_published:
-        per_response = seconds_per_response(module, data.image_shape, device) * (
-            module.phase.num_images or data.batch_size
-        )
+        per_response = seconds_per_response(module, data.image_shape, device) * module.phase.num_played(data)
     phases = (total - member_batches) * module.solver.attack_cost()
     seconds = per_batch * (member_batches + validations) + per_response * phases
     one, length = module.mixture.num_members == 1, counted(epochs, "epoch")
@@ -62,11 +60,17 @@ def announce(session: Session, module: MixtureTraining) -> None:
 def _seconds_to_measure(session: Session, module: MixtureTraining, per_image: float) -> float:
     """Seconds of the measurement; `per_image` are those of a training step, whose passes give the time of one."""
     size, classes, norm = module.mixture.num_members, session.data.num_classes, module.threat_model.norm
-    stepped = size if module.schedule.kind == "shared" else 1
+    stepped = module.schedule.updated_at_once
     # A member's own step is a forward and a backward pass, which is twice as long with gradients of parameters.
     step = passes_per_image(module.members_attack(classes), size, classes, norm) + 3 * stepped
     protocol = passes_of_protocol(module.protocol or {}, size, classes, norm)
     return session.num_test_images * per_image * protocol / step
+
+
+def _typical(module: MixtureTraining) -> Mixture:
+    """A copy of the members that an attack of the training meets; on average half of them if the mixture grows."""
+    count = module.mixture.num_members
+    return Mixture(copy.deepcopy(module.mixture.members[: (count + 2) // 2 if module.schedule.grows else count]))
 
 
 def _synchronize(device: torch.device) -> None:
@@ -78,8 +82,7 @@ def _step(
     module: MixtureTraining, attack: Attack, mixture: Mixture, x: Tensor, y: Tensor, generator: torch.Generator
 ) -> None:
     x_adv = attack(mixture, x, y, module.threat_model, generator)
-    stepped = mixture.members if module.schedule.kind == "shared" else mixture.members[:1]
-    for member in stepped:
+    for member in mixture.members[: module.schedule.updated_at_once]:
         member.train()
         clean = member(x) if module.loss.needs_clean else None
         module.loss.outer(member(x_adv), clean, y).mean().backward()
@@ -105,7 +108,7 @@ def seconds_per_batch(
         batch_size: images per batch.
         device: where the training runs.
     """
-    mixture = copy.deepcopy(module.mixture).to(device)
+    mixture = _typical(module).to(device)
     generator = seeding.generator_for(0, "estimate", device=device)
     attack = module.members_attack(num_classes)
 
@@ -132,7 +135,7 @@ def seconds_per_response(module: MixtureTraining, image_shape: tuple[int, int, i
     Measured on `RESPONSE_IMAGES` images with the labels that the mixture gives them, so that attacks have work to do.
     Members and generators of the training are not changed.
     """
-    mixture = copy.deepcopy(module.mixture).to(device)
+    mixture = _typical(module).to(device)
     generator = seeding.generator_for(0, "estimate", device=device)
     x = torch.rand(RESPONSE_IMAGES, *image_shape, generator=generator, device=device)
     with mixture.attack_mode(), torch.no_grad():

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mixadv.members.store import load_mixture, save_mixture
 from mixadv.mixture import Mixture
 from mixadv.report import Run, draw_curves, draw_regions
 from mixadv.report.files import BASELINE
-from mixadv.results import Data, Flag
+from mixadv.results import Data, Flag, GrowthStage
 from mixadv.runs import processes
 from mixadv.runs.directory import State, mark_done, read_results, recorded, write_config, write_results
 from mixadv.seeding import seed_all
@@ -49,7 +49,7 @@ from mixadv.tasks.logging_to import (
 from mixadv.tasks.measure import STATE, measure
 from mixadv.tasks.members import flags_of_other_splits, load_members, named_results, weights_of
 from mixadv.tasks.session import Session, as_finished
-from mixadv.training import MixtureTraining, Schedule
+from mixadv.training import Growth, MixtureTraining, Schedule
 from mixadv.training.generators import same_draws
 from mixadv.training.shared_attack import parts_of
 
@@ -63,6 +63,10 @@ IRRELEVANT = (
     "Found .* module.* in eval mode at the start of training",
     "The '.*_dataloader' does not have many workers",
 )
+
+
+# Keys of the group schedule that say how a mixture grows.
+GROWTH = tuple(field.name for field in fields(Growth))
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any], sources: Seque
 def phase_that_never_comes(schedule: Schedule, batches: int) -> str:
     """One line that says so if a training of this many batches ends before its first weights phase, else ""."""
     first = schedule.first_phase
-    if not schedule.weights_phases or batches >= first:
+    if not schedule.weights_phases or schedule.grows or batches >= first:
         return ""
     most = (batches - 1) // (schedule.num_members if schedule.kind == "sampled" else 1)
     remedy = f"set schedule.T_theta={most} or less (now {schedule.T_theta})" if most else "raise trainer.max_epochs"
@@ -265,7 +269,7 @@ def _train_and_measure(session: TrainingSession, module: MixtureTraining, traine
     best_epoch, validation = _fit(session, module, trainer)
     training_seconds = time.perf_counter() - started
 
-    mixture = module.mixture.to(session.device)
+    mixture = module.grown.to(session.device)
     session.console.print(f"Measuring on {session.num_test_images} test images", highlight=False)
     measured = measure(session, mixture)
     if measured is None:
@@ -274,20 +278,28 @@ def _train_and_measure(session: TrainingSession, module: MixtureTraining, traine
     spent = {"train": round(training_seconds, 3), **results.seconds, "total": round(time.perf_counter() - started, 3)}
     results = replace(
         results,
-        members=named_results(results.members, session.members),
+        members=named_results(results.members, session.members[: mixture.num_members]),
         flags=(*(results.flags or ()), *session.doubts),
         data=Data(data.name, data.num_train, data.num_val, data.num_test, data.left_out),
         best_epoch=best_epoch,
         validation=validation,
         member_updates=tuple(module.member_updates),
+        stages=tuple(GrowthStage(**asdict(stage)) for stage in module.stages),
         seconds=spent,
     )
     assert module.recipe is not None
-    save_mixture(mixture, run_dir / "mixture", module.recipe, model_card(results, module.recipe))
+    recipe = _of_first(module.recipe, mixture.num_members)
+    save_mixture(mixture, run_dir / "mixture", recipe, model_card(results, recipe))
     log_accuracies(loggers, results, module.t)
     log_examples(loggers, session, mixture)
     write_results(run_dir, results, arrays)
     EvaluationState(run_dir / STATE).clear()
+
+
+def _of_first(recipe: dict[str, Any], count: int) -> dict[str, Any]:
+    """The recipe of the first `count` members: a growing mixture may end with fewer than L."""
+    lists: dict[str, Any] = {key: recipe[key][:count] for key in ("models", "started_from") if key in recipe}
+    return {**recipe, "L": count, **lists}
 
 
 def _parts(cfg: DictConfig) -> dict[str, Any]:
@@ -352,6 +364,7 @@ def _module(session: TrainingSession) -> MixtureTraining:
             **session.parts,
             kind=cfg.schedule.kind,
             T_theta=cfg.schedule.T_theta,
+            growth=Growth(**{name: cfg.schedule[name] for name in GROWTH}),
             gradient_clip_val=cfg.trainer.gradient_clip_val,
             gradient_clip_algorithm=cfg.trainer.gradient_clip_algorithm,
             seed=cfg.seed,

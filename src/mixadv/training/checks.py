@@ -5,12 +5,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    Timer,
+    WeightAveraging,
+)
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixadv.errors import UserError
+from mixadv.lambda_solvers import LambdaSolver, LinearProgram
+from mixadv.training.growth import Growth
 from mixadv.training.learning_rate import build_scheduler
 from mixadv.training.replicas import Replicas
 
@@ -48,8 +56,24 @@ def check_optimizer(
         raise ValueError(f"scheduler: {error}") from error
 
 
-def check_trainer(trainer: pl.Trainer, members: Sequence[nn.Module]) -> None:
-    """Refuse what Algorithm 2 cannot do under Lightning's Trainer.
+def check_growth(growth: Growth, solver: LambdaSolver, members: Sequence[nn.Module]) -> None:
+    """Refuse what a growing mixture cannot do.
+
+    Raises:
+        ValueError: its weights do not come from linear programs, or members cannot start as copies.
+    """
+    if not isinstance(solver, LinearProgram):
+        raise ValueError(
+            f"a mixture that grows is weighed by linear programs, not by {type(solver).__name__}: choose "
+            "lambda_solver=held_out or lp (LinearProgram)"
+        )
+    shapes = [{name: tensor.shape for name, tensor in member.state_dict().items()} for member in members]
+    if growth.start == "last" and any(shape != shapes[0] for shape in shapes):
+        raise ValueError("schedule.start=last copies members, but these are not alike: use schedule.start=fresh")
+
+
+def check_trainer(trainer: pl.Trainer, members: Sequence[nn.Module], grows: bool = False) -> None:
+    """Refuse what Algorithm 2, or a mixture that `grows`, cannot do under Lightning's Trainer.
 
     Raises:
         UserError: the message says what works instead.
@@ -67,6 +91,14 @@ def check_trainer(trainer: pl.Trainer, members: Sequence[nn.Module]) -> None:
         raise UserError(
             "BatchSizeFinder and LearningRateFinder try batches that the training then leaves out: give numbers; "
             "micro_batch_size serves a batch that memory does not hold in parts"
+        )
+    limits = [name for name in ("min_epochs", "min_steps") if getattr(trainer, name)]
+    limits += ["max_steps"] if trainer.max_steps != -1 and not trainer.fast_dev_run else []  # type: ignore[attr-defined]
+    limits += [type(one).__name__ for one in callbacks if isinstance(one, (EarlyStopping, Timer, WeightAveraging))]
+    if grows and (limits or not isinstance(strategy, SingleDeviceStrategy)):
+        raise UserError(
+            "schedule=grow ends with its last stage, or when a member adds nothing, and runs in one process: leave "
+            f"out {', '.join(limits) or 'further devices'}"
         )
     if trainer.max_epochs is None or trainer.max_epochs < 1:
         raise UserError("the learning rate follows the share of the training that is done: set max_epochs")

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from mixadv.attacks.suite import AttackSuite
 from mixadv.checkpoint_files import read_checkpoint
 from mixadv.correctness import answered, correct
 from mixadv.data.base import ImageDataModule
+from mixadv.data.split import stratified_subset
+from mixadv.data.stream import BatchStream
 from mixadv.errors import UserError
-from mixadv.lambda_solvers import LambdaSolver, OracleSubgradient
+from mixadv.lambda_solvers import LambdaSolver, LinearProgram, OracleSubgradient
 from mixadv.losses import AT, RobustLoss
 from mixadv.members.store import mixture_of_checkpoint
 from mixadv.mixture import Mixture
@@ -36,17 +38,18 @@ from mixadv.seeding import generator_for
 from mixadv.signals import Signals
 from mixadv.threat_model import ThreatModel
 from mixadv.training import generators, learning_rate
-from mixadv.training.checks import check_optimizer, check_trainer
+from mixadv.training.checks import check_growth, check_optimizer, check_trainer
 from mixadv.training.class_weights import ClassWeights
+from mixadv.training.growth import Growth, RecordedGame, Stage, Strategy, weigh
 from mixadv.training.learning_rate import build_scheduler
 from mixadv.training.members_phase import MembersAttack, MembersPhase
-from mixadv.training.phase import WeightsPhase
+from mixadv.training.phase import SEED, WeightsPhase
 from mixadv.training.recorded import rebuilt, recorded
 from mixadv.training.schedule import Schedule
 from mixadv.training.shared_attack import DividedGame, SharedAttack
 from mixadv.training.update import add_gradient, running_statistics
 
-STATE_SCHEMA = 5
+STATE_SCHEMA = 6
 # Arguments of `MixtureTraining` that a checkpoint records; the members are recorded by their recipe.
 RECORDED = (
     "loss",
@@ -59,6 +62,7 @@ RECORDED = (
     "phase",
     "kind",
     "T_theta",
+    "growth",
     "optimizer",
     "scheduler",
     "gradient_clip_val",
@@ -104,6 +108,7 @@ class MixtureTraining(pl.LightningModule):
             join the game of a weights phase.
         phase: payoff, attacks and images of a weights phase; None: the published ones, see `WeightsPhase`.
         kind, T_theta: the schedule, see `Schedule`.
+        growth: how a mixture grows (kind="grow"), see `Growth`; its `solver` must be a `LinearProgram`.
         optimizer: called with a member's parameters, makes its optimizer:
             ``functools.partial(torch.optim.SGD, lr=0.1)``.
         scheduler: called with that optimizer, makes the schedule of its learning rate, see `build_scheduler`; stepped
@@ -141,6 +146,7 @@ class MixtureTraining(pl.LightningModule):
         phase: WeightsPhase | None = None,
         kind: str = "sampled",
         T_theta: int = 50,
+        growth: Growth | None = None,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         gradient_clip_val: float | None = None,
@@ -177,6 +183,9 @@ class MixtureTraining(pl.LightningModule):
         self.phase = phase or WeightsPhase()
         adapts = self.solver.adapts and mixture.num_members > 1
         self.schedule = Schedule(kind, mixture.num_members, T_theta, weights_phases=adapts)
+        self.growth = growth or Growth()
+        if self.schedule.grows:
+            check_growth(self.growth, self.solver, list(mixture.members))
         self.optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
         self.scheduler = scheduler or learning_rate.piecewise
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
@@ -211,6 +220,9 @@ class MixtureTraining(pl.LightningModule):
         self._phase_images: tuple[Tensor, Tensor] | None = None
         self._recent: deque[AttackedBatch] = deque(maxlen=self.solver.recent_batches)
         self._bad_step: Tensor | None = None
+        # Of a growing mixture: its stages so far, and the attacker's strategy in the current one.
+        self.stages: list[Stage] = []
+        self._strategy: Strategy | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """log sum_k lambda_k softmax(f_k(x)) [B, C], as `Mixture.forward`: the averaged prediction, not the draw."""
@@ -261,7 +273,7 @@ class MixtureTraining(pl.LightningModule):
     def _set_lengths(self) -> None:
         trainer: Any = self.trainer
         data = self._data()
-        check_trainer(trainer, list(self.mixture.members))
+        check_trainer(trainer, list(self.mixture.members), grows=self.schedule.grows)
         if self.schedule.weights_phases:
             self._check_phase(data)
         length = self.schedule.batches_in_epoch(data.batches_per_pass, trainer.limit_train_batches)
@@ -272,10 +284,15 @@ class MixtureTraining(pl.LightningModule):
         data.batches_per_epoch = self.batches_per_epoch = length
         data.overfit_batches = length if trainer.overfit_batches else None
         self.total_batches = trainer.max_epochs * length
-        updates = self.schedule.member_batches_in(self.total_batches)
-        if self.schedule.kind == "sampled":
-            updates = round(updates / self.mixture.num_members)
-        self.updates_per_member = max(1, updates)
+        self.schedule = replace(self.schedule, total_batches=self.total_batches)
+        if self.schedule.grows and self.total_batches < 2 * self.mixture.num_members:
+            raise UserError(
+                f"a mixture of {self.mixture.num_members} members grows in as many stages of 2 batches or more, but "
+                f"this training has {self.total_batches}: raise trainer.max_epochs, trainer.limit_train_batches or "
+                f"trainer.fast_dev_run (a number of batches)"
+            )
+        updates = self.schedule.member_batches_in(self.total_batches) * self.schedule.updated_at_once
+        self.updates_per_member = max(1, round(updates / self.mixture.num_members))
 
     def _data(self) -> ImageDataModule:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -291,6 +308,8 @@ class MixtureTraining(pl.LightningModule):
     def on_train_start(self) -> None:
         """Log the state before the first batch, or prepare to resume inside an epoch."""
         if self.t == 0:
+            if self.schedule.grows:
+                self._begin_stage(0)
             for logger in self.loggers:
                 logger.log_metrics(self.progress(), 0)
         if self._data().train_dataloader().batches_left < self.batches_per_epoch:
@@ -312,6 +331,8 @@ class MixtureTraining(pl.LightningModule):
             return
         self._before_batch = self._generators()
         self.t += 1
+        if self.schedule.grows and self.schedule.stage_at(self.t) > self.schedule.stage_at(self.t - 1):
+            self._begin_stage(self.schedule.stage_at(self.t))
         if self.schedule.is_weights_phase(self.t):
             self._record(self._weights_phase(x, y))
             return
@@ -344,9 +365,74 @@ class MixtureTraining(pl.LightningModule):
             **{f"lambda/{k}": weight for k, weight in enumerate(weights)},
         }
 
-    def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        self.refuse_broken()
-        game = self._game(x, y)
+    def _begin_stage(self, s: int) -> None:
+        """Give member s its first parameters, and the mixture the weights that the attacks of stage s meet.
+
+        A stage may begin twice, if its first batch is interrupted: all that is set depends on the members before s.
+        """
+        members, lam = self.mixture.members, torch.zeros(self.mixture.num_members, dtype=torch.float64)
+        if s == 0:
+            lam[0] = 1.0
+            self.mixture.set_weights(lam)
+            return
+        if self.growth.start == "last":
+            members[s].load_state_dict(members[s - 1].state_dict())
+        if self.growth.response == "adaptive":
+            lam[: s + 1] = 1 / (s + 1)
+            self.mixture.set_weights(lam)
+        self._strategy = None
+
+    def _end_stage(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """Weigh the members so far; if the new one adds nothing, the training ends."""
+        s = self.schedule.stage_at(self.t)
+        before = self.stages[-1].weights[:s] if self.stages else []
+        game = self._checked(self._game(Mixture(self.mixture.members[: s + 1]), x, y))
+        assert isinstance(self.solver, LinearProgram)
+        with self._interruptible():
+            stage = weigh(game, self.solver, before, self.growth.min_gain, self.mixture.num_members)
+        self._before_batch = None
+        self.stages.append(stage)
+        self.mixture.set_weights(stage.weights)
+        self.trainer.should_stop = self.trainer.should_stop or not stage.kept
+        return {"weights/value": stage.value, "weights/lower_bound": stage.lower_bound}
+
+    @property
+    def stage_ended(self) -> bool:
+        """Whether the last batch ended a stage of a growing mixture."""
+        return self.schedule.grows and self.t > 0 and self.schedule.is_weights_phase(self.t)
+
+    @property
+    def grown(self) -> Mixture:
+        """The members that the mixture has, with their weights: all, or those that a growing mixture has kept."""
+        kept = sum(stage.kept for stage in self.stages)
+        if not kept or kept == self.mixture.num_members:
+            return self.mixture
+        return Mixture(self.mixture.members[:kept], self.mixture.weights[:kept])
+
+    def _response(self) -> Strategy:
+        """The attacker's strategy against the members before that of the current stage.
+
+        It follows from the members and the seed, so that a continued training finds the same one.
+        """
+        if self._strategy is None:
+            s, data = self.schedule.stage_at(self.t), self._data()
+            chosen = stratified_subset(data.train_labels, min(self.growth.num_images, data.num_train), SEED)
+            images, labels = data.train_images[chosen], data.train_labels[chosen]
+            ((x, y),) = BatchStream(images, labels, len(labels), shuffle=False, device=data.device)
+            game = RecordedGame(
+                *(Mixture(self.mixture.members[:s]), x, y, self.threat_model),
+                [self.weights_attack, *self.phase.attacks.values()],
+                self.phase.loss(self.loss),
+                generator_for(self.seed, "response", s, device=x.device),
+                batch_size=self.micro_batch_size or data.eval_batch_size,
+            )
+            assert isinstance(self.solver, LinearProgram)
+            lam0 = torch.tensor(self.stages[-1].weights[:s], dtype=torch.float64)
+            self.solver.solve(game, lam0=lam0, generator=game.generator)
+            self._strategy = Strategy(game, self.solver)
+        return self._strategy
+
+    def _checked(self, game: MixtureGame) -> MixtureGame:
         try:
             game.known()
         except ValueError as error:
@@ -354,6 +440,13 @@ class MixtureTraining(pl.LightningModule):
                 f"the members' losses are not finite at step {self.t}: stopped, the last good checkpoint is kept. "
                 f"Lower {self._rate()}"
             ) from error
+        return game
+
+    def _weights_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        self.refuse_broken()
+        if self.schedule.grows:
+            return self._end_stage(x, y)
+        game = self._checked(self._game(self.mixture, x, y))
         lam0 = self.mixture.weights.to("cpu", torch.float64, copy=True)
         with self._interruptible():
             solution = self.solver.solve(game, lam0=lam0, generator=self.attack_generator)
@@ -363,15 +456,15 @@ class MixtureTraining(pl.LightningModule):
         bound = {} if solution.lower_bound is None else {"weights/lower_bound": solution.lower_bound}
         return {"weights/value": solution.value, **bound}
 
-    def _game(self, x: Tensor, y: Tensor) -> MixtureGame:
-        """The game of a weights phase whose batch is x, y."""
+    def _game(self, mixture: Mixture, x: Tensor, y: Tensor) -> MixtureGame:
+        """The game of a weights phase on the members of `mixture`, whose batch is x, y."""
         most, phase = self.micro_batch_size, self.phase
         # After a resume they come from a checkpoint, on the CPU.
         recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
         loss = phase.loss(self.loss)
         if phase.is_published:
             attacks = [SharedAttack(self.weights_attack, self.ranks, most)]
-            parts = (self.mixture, x, y, self.threat_model, attacks, loss, self.attack_generator)
+            parts = (mixture, x, y, self.threat_model, attacks, loss, self.attack_generator)
             return DividedGame(*parts, recent=recent, micro_batch_size=most)
         if phase.num_images is not None:
             self._phase_images = self._phase_images or phase.images(self._data())
@@ -379,7 +472,7 @@ class MixtureTraining(pl.LightningModule):
             (x, y), recent = self._phase_images, []
         # Of several processes each attacks all images: the weights come from the first.
         return MixtureGame(
-            *(self.mixture, x, y, self.threat_model),
+            *(mixture, x, y, self.threat_model),
             list(phase.attacks.values()) or [self.weights_attack],
             loss,
             self.attack_generator,
@@ -406,11 +499,14 @@ class MixtureTraining(pl.LightningModule):
         return MembersAttack(self.members_phase, self.training_attack, num_classes, self.ranks, self.micro_batch_size)
 
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        updated = self.schedule.members_at(self.member_generator)
-        attack = self.members_attack(self._data().num_classes)
+        updated = self.schedule.members_at(self.t, self.member_generator)
         with self._interruptible():
-            ball = self.members_phase.ball(self.threat_model, self.share_done)
-            x_adv = attack.own_rows(self.mixture, x, y, ball, self.attack_generator)
+            if self.schedule.grows and self.growth.response == "equilibrium" and updated != [0]:
+                x, x_adv, y = self._response().draw(len(y), self.member_generator)
+            else:
+                ball = self.members_phase.ball(self.threat_model, self.share_done)
+                attack = self.members_attack(self._data().num_classes)
+                x_adv = attack.own_rows(self.mixture, x, y, ball, self.attack_generator)
         self._before_batch = None
         if self.solver.recent_batches and self.phase.num_images is None:
             self._recent.append(AttackedBatch(x, self.ranks.gather(x_adv, len(x)), y))
@@ -614,7 +710,9 @@ class MixtureTraining(pl.LightningModule):
 
     @property
     def share_done(self) -> float:
-        """Batches done, the current one included, over all batches of the training."""
+        """Batches done, the current one included, over all batches of the training, or of the stage if it grows."""
+        if self.schedule.grows and self.t:
+            return self.t * self.mixture.num_members / self.total_batches - self.schedule.stage_at(self.t)
         return min(1.0, self.t / max(1, self.total_batches))
 
     @property
@@ -641,6 +739,7 @@ class MixtureTraining(pl.LightningModule):
             "should_stop": bool(self.trainer.should_stop),
             **self._generators(),
             "recent": [list(batch) for batch in self._recent],
+            "stages": [asdict(stage) for stage in self.stages],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -663,6 +762,7 @@ class MixtureTraining(pl.LightningModule):
         self.t = state["t"]
         self.member_updates = list(state["member_updates"])
         self._recent.extend(AttackedBatch(*batch) for batch in state["recent"])
+        self.stages = [Stage(**stage) for stage in state["stages"]]
         if self._trainer is None or not self.trainer.training:
             return
         before, now = checkpoint.get("hyper_parameters", {}), self.hparams
@@ -672,6 +772,11 @@ class MixtureTraining(pl.LightningModule):
                     f"the checkpoint was trained with {name}={before.get(name)}, this training has {now.get(name)}: "
                     "go on with the same settings, or begin anew without a checkpoint"
                 )
+        if self.schedule.grows and len(self.stages) != self.schedule.stage_at(self.t + 1):
+            raise UserError(
+                f"the checkpoint has {len(self.stages)} stages after {self.t} batches, which is no place in a training "
+                f"of {self.total_batches} batches: go on with the same number of epochs"
+            )
         self._set_generators(state)
         loop: Any = self.trainer.fit_loop
         loop.epoch_progress.current.processed = checkpoint["epoch"]

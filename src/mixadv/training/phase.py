@@ -33,9 +33,9 @@ class WeightsPhase:
         attacks: by name, what approximates the best response, all of them in every response; none stands for the PGD of
             the training. The payoff "zero_one" needs some: PGD on the averaged loss misses points that fool members
             together.
-        num_images: the number of validation images to play on, the same ones in every phase, stratified by class; None
-            for the batch of the phase. The epoch is chosen by validation images too, so the accuracy of validation
-            favours weights that were fitted to them.
+        num_images: the number of validation images to play on, the same ones in every phase, stratified by class; "all"
+            of them; None for the batch of the phase. The epoch is chosen by validation images too, so the accuracy of
+            validation favours weights that were fitted to them.
 
     Raises:
         ValueError: an argument is out of its range, or the payoff "zero_one" has no attacks.
@@ -43,7 +43,7 @@ class WeightsPhase:
 
     payoff: str = "loss"
     attacks: Mapping[str, Attack] = field(default_factory=dict)
-    num_images: int | None = None
+    num_images: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.payoff not in PAYOFFS:
@@ -51,8 +51,12 @@ class WeightsPhase:
         if self.payoff == "zero_one" and not self.attacks:
             raise ValueError("payoff=zero_one needs attacks made for mixtures: attacks=[arc,subsets]")
         number = self.num_images
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ValueError(f"num_images must be a whole number of at least 1, or None for the batch, got {number}")
+        if number in (None, "all"):
+            return
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(
+                f"num_images must be a whole number of at least 1, all, or None for the batch, got {number}"
+            )
 
     @property
     def is_published(self) -> bool:
@@ -63,6 +67,10 @@ class WeightsPhase:
         """The loss whose outer part is the payoff; `training` is that of the training."""
         return ZeroOne() if self.payoff == "zero_one" else training
 
+    def num_played(self, data: ImageDataModule) -> int:
+        """The number of images that a phase plays on."""
+        return data.num_val if self.num_images == "all" else int(self.num_images or data.batch_size)
+
     def images(self, data: ImageDataModule) -> tuple[Tensor, Tensor] | None:
         """The validation images [N, C, H, W] and labels [N], on the device of the data; None for the batch.
 
@@ -71,12 +79,13 @@ class WeightsPhase:
         """
         if self.num_images is None:
             return None
-        if self.num_images > data.num_val:
+        count = self.num_played(data)
+        if count > data.num_val:
             raise UserError(
-                f"lambda_solver.num_images={self.num_images}, but the validation split has {data.num_val} images: "
+                f"lambda_solver.num_images={count}, but the validation split has {data.num_val} images: "
                 "lower it, or raise data.num_val"
             )
-        chosen = stratified_subset(data.val_labels, self.num_images, SEED)
+        chosen = stratified_subset(data.val_labels, count, SEED)
         images, labels = data.val_images[chosen], data.val_labels[chosen]
-        (batch,) = BatchStream(images, labels, self.num_images, shuffle=False, device=data.device)
+        (batch,) = BatchStream(images, labels, count, shuffle=False, device=data.device)
         return batch

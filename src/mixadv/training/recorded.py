@@ -31,6 +31,7 @@ HOMES = {
     "protocol": ("mixadv.attacks", "mixadv.losses"),
     "solver": ("mixadv.lambda_solvers",),
     "phase": ("mixadv.training.phase", "mixadv.attacks", "mixadv.losses"),
+    "growth": ("mixadv.training.growth",),
     "optimizer": ("torch.optim",),
     "scheduler": ("torch.optim.lr_scheduler", learning_rate.__name__),
 }
