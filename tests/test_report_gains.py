@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from conftest import TINY, run_command
 from evaluated_run import interval, write_evaluation, write_results
 from mixadv.report import find_runs, report
 from mixadv.report.figures.gains import gains_figure
 from mixadv.report.gains import COUNTERPARTS, gains_sentences, standings
 from oracles_intervals import paired_interval_by_weights
 
+MAKEFILE = (Path(__file__).resolve().parents[1] / "Makefile").read_text()
 TRIANGLE = {"eps": 0.262, "num_examples": 400, "in_conflict": 1.0, "pairs": 80, "status": "exact"}
 TRIANGLE |= {"randomised": 0.5, "randomised_upper": 0.5, "deterministic": 1 / 3, "deterministic_upper": 1 / 3}
 TRIANGLE |= {"gain_at_most": 1 / 6}
@@ -240,3 +243,24 @@ def test_the_figure_has_every_value_and_both_ceilings_and_no_texts_overlap(sweep
             assert box.x1 <= 1400, one
             for other, second in boxes[:i]:
                 assert not box.overlaps(second), (one, other)
+
+
+@pytest.mark.slow
+def test_the_quickstart_ends_with_this_report(tmp_path: Path) -> None:
+    """Its commands, with few images and steps."""
+    sweep, shown = (
+        re.findall(r"\S+", line)
+        for line in re.findall(r"python run\.py (.*)", re.search(r"^quickstart:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)[1])
+    )
+    small = [f"data.{split}=60" for split in ("num_train", "num_val", "num_test")]
+    small += ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "trainer.limit_train_batches=2"]
+    small += [text for text in TINY if text.startswith("protocol.")]
+    finished = run_command(tmp_path, *sweep, *small, "schedule.T_theta=1")
+    assert finished.rc == 0, finished.err
+    finished = run_command(tmp_path, *shown)
+    assert finished.rc == 0, finished.err
+    assert re.findall(r"^(\w+),\S+ \(", finished.out, re.M) == ["triangle", "averaged_digits", "quickstart"]
+    folder = tmp_path / "outputs" / "sweeps" / "quickstart"
+    assert (folder / "gains.png").exists()
+    assert list(folder.glob("experiment=triangle*/regions.png"))
+    assert "What any classifier" not in finished.out

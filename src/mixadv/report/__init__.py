@@ -87,7 +87,7 @@ def report(root: str | Path, console: Console) -> list[Path]:
     if found:
         print_narrow(gains_table(found), console)
         for sentence in gains_sentences(found):
-            console.print(Text(sentence))
+            console.print(Text(f"{sentence}\n"))
         written.append(draw_gains(found, root / "gains.png"))
     written.append(write_table_csv(runs, root / "report.csv"))
     for path in written:
