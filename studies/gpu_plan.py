@@ -129,7 +129,7 @@ FULL = Size(
     most_epochs=30,
     pass_seconds=1.11e9 / 150e12,
     exact_pass_seconds=1.11e9 / 60e12,
-    start=12,
+    start=15,
     wrap_up=35,
 )
 # The same steps on a CPU, for a test of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -294,7 +295,9 @@ class _Search:
         # Members join until the weight suffices: those of the pattern first, then by distance and chance.
         order = (near + NOISE * self.random(*shape) + torch.where(fooled, 0.0, 10.0)).argsort(2)
         lam = self.lam[order]
-        joined = lam.cumsum(2) - lam <= reached[:, None, None] + TOLERANCE
+        # Summed one by one, because cumsum has no deterministic kernel on GPUs.
+        summed = torch.stack(list(accumulate(lam.unbind(2))), dim=2)
+        joined = summed - lam <= reached[:, None, None] + TOLERANCE
         # Members that are not needed leave again, the last first.
         slack = (lam * joined).sum(2) - reached[:, None] - TOLERANCE
         for place in reversed(range(shape[2])):

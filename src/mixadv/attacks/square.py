@@ -207,8 +207,9 @@ def _bumps(height: int, width: int, like: Tensor) -> Tensor:
 
     def half(rows: int, columns: int) -> Tensor:
         reach = max(rows, columns) // 2
-        steps = 1.0 / torch.arange(1, reach + 2, dtype=like.dtype, device=like.device).square()
-        profile = steps.flip(0).cumsum(0).flip(0)
+        # On the CPU, because cumsum has no deterministic kernel on GPUs.
+        steps = 1.0 / torch.arange(1, reach + 2, dtype=like.dtype).square()
+        profile = steps.flip(0).cumsum(0).flip(0).to(like.device)
         down = (torch.arange(rows, device=like.device) - rows // 2).abs()
         across = (torch.arange(columns, device=like.device) - columns // 2).abs()
         return profile[torch.maximum(down[:, None], across[None])]

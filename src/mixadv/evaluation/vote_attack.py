@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -161,8 +162,10 @@ class VoteAttack:
     ) -> Tensor:
         """The sum of the normals [R, ...] of the first members whose weight suffices, those beyond kappa left out."""
         lam = weights.to(needed)[order]
+        # Summed one by one, because cumsum has no deterministic kernel on GPUs.
+        summed = torch.stack(list(accumulate(lam)))
         # [L, R]: whether the members before this one do not suffice.
-        wanted = torch.zeros_like(distance, dtype=torch.bool).scatter(0, order, lam.cumsum(0) - lam < needed)
+        wanted = torch.zeros_like(distance, dtype=torch.bool).scatter(0, order, summed - lam < needed)
         pulling = wanted & (distance > -kappa)
         total = torch.zeros_like(at[0].normal)
         for one, mine in zip(at, pulling, strict=True):
