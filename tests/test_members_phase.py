@@ -194,6 +194,26 @@ def test_the_ramp_is_of_the_members_phases_and_follows_the_whole_training():
     assert {eps for keep, eps in attack.seen if keep == "objective"} == {EPS}
 
 
+@pytest.mark.parametrize(("ramp", "shares"), [(0.0, [1.25] * 4), (0.5, [0.625, 1.25, 1.25, 1.25])])
+def test_the_radius_may_be_larger_than_eps_in_members_phases_alone(ramp, shares):
+    nets = members(2, "small_cnn")
+    plain = copy.deepcopy(nets)
+    fit(training(nets, LAM, members_phase=MembersPhase(targets="random", eps_scale=1.25, eps_ramp=ramp)), batches=4)
+    trained_by_hand(plain, LAM, [[1.0] * 3] * 2, batches_of(4), [EPS * share for share in shares])
+    for ours, theirs in zip(nets, plain, strict=True):
+        assert same_tensors(ours.state_dict(), theirs.state_dict())
+    attack = NotingRadii(1)
+    settings = {"solver": OracleSubgradient(1), "members_phase": MembersPhase(eps_scale=1.25)}
+    fit(training(members(), LAM, attack=attack, **settings), batches=4)
+    assert {(keep, eps) for keep, eps in attack.seen} == {("last", EPS * 1.25), ("objective", EPS)}
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_the_scale_of_the_radius_is_positive(scale):
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        MembersPhase(eps_scale=scale)
+
+
 @pytest.mark.parametrize("ramp", [-0.1, 1.5, float("nan")])
 def test_a_ramp_is_a_share_of_the_training(ramp):
     with pytest.raises(ValueError, match="must be a share of the training, from 0 to 1"):

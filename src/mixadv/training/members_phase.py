@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,27 +26,31 @@ class MembersPhase:
     Args:
         targets: "none", or "random": the attack climbs sum_k lambda_k (z_k,t - z_k,y) with a wrong class t that is
             drawn uniformly for each example, so that members meet all boundaries of the class, not only the nearest.
-        eps_ramp: rho, a share of the training: batch t of T is attacked within the radius eps min(1, t / (rho T)), so
-            that members learn clean images first. 0: the radius is eps from the first batch on.
+        eps_scale: s > 0, the radius of the members' phases relative to eps. Members that were trained against a
+            radius a little larger than the measured one keep a distance from the images' balls.
+        eps_ramp: rho, a share of the training: batch t of T is attacked within the radius s eps min(1, t / (rho T)), so
+            that members learn clean images first. 0: the radius is s eps from the first batch on.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
     targets: str = "none"
+    eps_scale: float = 1.0
     eps_ramp: float = 0.0
 
     def __post_init__(self) -> None:
         if self.targets not in TARGETS:
             raise ValueError(f"targets={self.targets} is unknown: choose one of {', '.join(TARGETS)}")
+        if not 0 < self.eps_scale < math.inf:
+            raise ValueError(f"eps_scale={self.eps_scale} must be positive and finite: it multiplies eps")
         if not 0 <= self.eps_ramp <= 1:
             raise ValueError(f"eps_ramp={self.eps_ramp} must be a share of the training, from 0 to 1")
 
     def ball(self, threat_model: ThreatModel, share_done: float) -> ThreatModel:
         """The ball of batch t of T; share_done: t / T."""
-        if share_done >= self.eps_ramp:
-            return threat_model
-        return replace(threat_model, eps=threat_model.eps * share_done / self.eps_ramp)
+        share = self.eps_scale * (1.0 if share_done >= self.eps_ramp else share_done / self.eps_ramp)
+        return threat_model if share == 1 else replace(threat_model, eps=threat_model.eps * share)
 
 
 @dataclass(frozen=True)
