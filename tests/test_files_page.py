@@ -45,7 +45,10 @@ def runs(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for argv in (
         ["task=evaluate", f"mixture={trained.path}", "protocol.diagnosed=4", "data.num_test=20", *attacks],
         # Another split than the members' own, so that something is flagged.
-        ["task=solve", f"members=[{trained.path}]", "data.num_val=20", "data.num_test=20", *attacks],
+        [
+            *("task=solve", f"members=[{trained.path}]", f"biases={[[0.5] + 9 * [0]]}"),
+            *("data.num_val=20", "data.num_test=20", *attacks),
+        ],
         [
             "task=ceiling",
             "data=image_folder",

@@ -55,7 +55,8 @@ ALLOWED = {
     "losses": {"correctness"},
     "models": set(),
     "data": {"files", "memory", "seeding"},
-    "mixture": {"correctness", "simplex"},
+    "biased": set(),
+    "mixture": {"biased", "correctness", "simplex"},
     "vote": {"correctness"},
     "attacks": {"correctness", "mixture", "losses", "threat_model", "shipped", "instantiate", "seeding"},
     # Where they meet.
@@ -75,14 +76,25 @@ ALLOWED = {
         "vote",
     },
     "training": {
-        *("attacks", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
-        *("checkpoint_files", "correctness", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
+        *("attacks", "biased", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex"),
+        *(
+            "biased",
+            "checkpoint_files",
+            "correctness",
+            "data",
+            "evaluation",
+            "members",
+            "models",
+            "ranks",
+            "seeding",
+            "signals",
+        ),
     },
     # What watches, keeps and shows.
     "checkpoint_files": {"files"},
     "callbacks": {"training", "checkpoint_files", "files", "signals"},
     "loggers": {"redaction", "console", "files", "metrics_file", "results"},
-    "members": {"wording", "evaluation", "mixture", "models", "checkpoint_files", "files", "seeding"},
+    "members": {"biased", "wording", "evaluation", "mixture", "models", "checkpoint_files", "files", "seeding"},
     "runs": {"wording", "console", "files", "run_names", "records", "results", "setting_keys", "shipped"},
     "report": {"wording", "files", "intervals", "metrics_file", "records", "redaction", "results", "runs"}
     | {"setting_keys", "shipped", "unknown_keys"},

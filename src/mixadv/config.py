@@ -115,6 +115,7 @@ class Config:
     baseline: bool = False
     members: list[str] = field(default_factory=list)
     weights: list[float] | None = None
+    biases: list[Any] = field(default_factory=list)
     mixture: str | None = None
     points: str | None = None
     runs: str = "outputs"
@@ -411,6 +412,8 @@ def _check_inputs(cfg: DictConfig) -> None:
             raise UserError(f"points={cfg.points} is no file: give a points.safetensors of protocol.save_points=true")
     if cfg.weights is not None:
         _check_weights(cfg)
+    if cfg.biases:
+        _check_biases(cfg)
     if cfg.task == "solve" and not cfg.members:
         raise UserError(
             "task=solve needs members=[A,B,...]: exported mixtures, run directories, checkpoints, state dicts "
@@ -422,6 +425,33 @@ def _check_inputs(cfg: DictConfig) -> None:
             raise UserError(f"task=evaluate needs mixture=PATH ({wanted}) or members=[A,B,...], with weights=[...]")
         if cfg.mixture and not Path(cfg.mixture).exists():
             raise UserError(f"mixture={cfg.mixture} does not exist: give {wanted}")
+
+
+def _check_biases(cfg: DictConfig) -> None:
+    """Check that `biases` holds scales or a table, and that the task uses it. The classes are counted when known."""
+    biases = OmegaConf.to_container(cfg.biases)
+    assert isinstance(biases, list)
+    shown = f"biases={biases}".replace(" ", "")
+    if cfg.task != "solve":
+        raise UserError(f"{shown}: task={cfg.task} does not read it; it belongs to task=solve members=[RUN]")
+    if all(map(_is_number, biases)):
+        for scale in biases:
+            if not scale > 0:
+                raise UserError(
+                    f"{shown}: {scale:g} is no scale; scales are positive, because every order of the classes has its "
+                    "reverse and the members without a bias are always there"
+                )
+    elif not all(isinstance(row, list) and len(row) > 1 and all(map(_is_number, row)) for row in biases):
+        raise UserError(
+            f"{shown} is neither a list of scales, as [0.1,0.2,0.3], nor a table of finite numbers with a column for "
+            "each class, as [[0.3,0,-0.3],[-0.3,0,0.3]]"
+        )
+    elif len({len(row) for row in biases}) > 1:
+        raise UserError(f"{shown} has rows of different lengths: give every row a number for each class")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_predict(cfg: DictConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadv.biased import Biased, network_of
 from mixadv.correctness import answered, as_labels, check_classes, correct
 from mixadv.simplex import is_distribution
 
@@ -142,18 +143,42 @@ class Mixture(nn.Module):
         return self._drawn[0]
 
     def member_logits(self, x: Tensor) -> Tensor:
-        """The logits of every member, [L, B, C]; ValueError if their shapes differ."""
-        return self.stack_logits([self.logits_of(k, x) for k in range(self.num_members)])
+        """The logits of every member, [L, B, C]; ValueError if their shapes differ.
+
+        A network that several members share (`mixadv.biased.Biased`) runs once.
+        """
+        shared: dict[int, Tensor] = {}
+        for members in self.by_network():
+            z = self.network_logits(members[0], x)
+            shared |= {k: self.from_network(k, z) for k in members}
+        return self.stack_logits([shared[k] for k in range(self.num_members)])
+
+    def by_network(self) -> list[list[int]]:
+        """The numbers of the members, those that share a network together."""
+        groups: dict[int, list[int]] = {}
+        for k, member in enumerate(self.members):
+            groups.setdefault(id(network_of(member)), []).append(k)
+        return list(groups.values())
 
     def logits_of(self, k: int, x: Tensor) -> Tensor:
-        """The logits of member k, [B, C]; ValueError if it returns anything else.
+        """The logits of member k, [B, C]; raises as `network_logits`."""
+        return self.from_network(k, self.network_logits(k, x))
+
+    def from_network(self, k: int, logits: Tensor) -> Tensor:
+        """The logits [B, C] of the network of member k -> those of the member."""
+        member = self.members[k]
+        return member.added_to(logits) if isinstance(member, Biased) else logits
+
+    def network_logits(self, k: int, x: Tensor) -> Tensor:
+        """The logits of the network of member k, [B, C]; ValueError if it returns anything else.
 
         Half precision is too coarse to measure in, and is allowed under autocast only.
         """
+        network = network_of(self.members[k])
         try:
-            z: Tensor = self.members[k](x)
+            z: Tensor = network(x)
         except RuntimeError as error:
-            if halves := sorted({str(p.dtype) for p in self.members[k].parameters() if p.dtype in HALF}):
+            if halves := sorted({str(p.dtype) for p in network.parameters() if p.dtype in HALF}):
                 raise ValueError(f"member {k} has parameters in {halves[0]}: convert it with member.float()") from error
             raise
         if not isinstance(z, Tensor):
@@ -315,16 +340,16 @@ class Mixture(nn.Module):
         # Otherwise the first backward pass frees buffers that a second one through the same graph needs, as in ARC.
         functorch.donated_buffer = False
         dynamo.recompile_limit = max(dynamo.recompile_limit, 16 * self.num_members)
-        for member in self.members:
+        for network in map(network_of, self.members):
             # The attribute that torch.nn.Module.compile sets.
-            member._compiled_call_impl = _unless_small(
-                torch.compile(member._call_impl, *args, **kwargs), member._call_impl
+            network._compiled_call_impl = _unless_small(
+                torch.compile(network._call_impl, *args, **kwargs), network._call_impl
             )
 
     def uncompile(self) -> None:
         """Run the members without compiled graphs again."""
-        for member in self.members:
-            member._compiled_call_impl = None
+        for network in map(network_of, self.members):
+            network._compiled_call_impl = None
 
 
 def _unless_small(compiled: Callable[..., Tensor], plain: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -24,13 +24,17 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Classifier:
-    """A member or the averaged twin. `robust`: its accuracy at the worst of all points found in all passes."""
+    """A member or the averaged twin. `robust`: its accuracy at the worst of all points found in all passes.
+
+    `bias` [C]: is added to its logits, see `mixadv.biased`; () for none.
+    """
 
     clean: float | None = None
     robust: Accuracy = field(default=UNKNOWN, metadata=at("robust", ends=("ci95",)))
     name: str | None = None
     source: str | None = None
     note: str | None = None
+    bias: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,10 @@ def settings_read(config: dict[str, Any]) -> dict[str, Any]:
     """The entries of a resolved configuration that its task reads.
 
     task=evaluate and task=solve leave out those of a training (task=solve reads ``lambda_solver``), of games and of
-    reports; task=predict all but `PREDICT`, which no other task reads.
+    reports; task=predict all but `PREDICT`, which no other task reads. Only task=solve reads ``biases``.
     """
     task = config.get("task")
-    unread = {"predict"}
+    unread = {"predict"} if task == "solve" else {"predict", "biases"}
     if task in ("evaluate", "solve"):
         unread |= {*TRAINING, "game", "runs"} - ({"lambda_solver"} if task == "solve" else set())
     if task == "predict":

@@ -208,8 +208,9 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The members' logits at x [L, R, C], the objective there [R] and its gradient in x [R, ...], all detached.
 
-    One forward and one backward pass per member. If the objective is an expectation, the members take turns, so that
-    the activations of one member at a time are held. The result is bit for bit that of all members at once.
+    One forward and one backward pass per network. If the objective is an expectation, the networks take turns, so that
+    the activations of one at a time are held. Of members with networks of their own the result is bit for bit that of
+    all members at once.
 
     Args:
         mixture: in attack mode. x: [R, ...]; y: [R]; clean_logits: [L, R, C] if the objective needs them.
@@ -223,19 +224,24 @@ def value_and_gradient(
         joint = mixture.member_logits(x)
         value = objective(joint, y, weights, clean_logits)
         return joint.detach(), value.detach(), gradient(value, x)
-    logits: list[Tensor] = []
+    logits: dict[int, Tensor] = {}
     total: Tensor | None = None
     # Backward passes of a sum begin with its last term, and gradients add up in that order.
-    for k in reversed(range(mixture.num_members)):
-        one = mixture.logits_of(k, x)
-        logits.append(one.detach())
-        loss = objective.of_member(k, one, y, clean_logits)
-        if loss.requires_grad:
-            grad = gradient(weights[k].to(loss) * loss, x)
+    for members in reversed(mixture.by_network()):
+        z = mixture.network_logits(members[0], x)
+        losses = []
+        for k in members:
+            one = mixture.from_network(k, z)
+            logits[k] = one.detach()
+            loss = objective.of_member(k, one, y, clean_logits)
+            if loss.requires_grad:
+                losses.append(weights[k].to(loss) * loss)
+        if losses:
+            grad = gradient(torch.stack(losses).sum(0), x)
             total = grad if total is None else total + grad
     if total is None:
         raise ValueError(NO_GRADIENT)
-    every = mixture.stack_logits(logits[::-1])
+    every = mixture.stack_logits([logits[k] for k in range(mixture.num_members)])
     return every, objective(every, y, weights, clean_logits), total
 
 

@@ -153,12 +153,12 @@ def expectation(weights: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """sum_k lambda_k correct_k, [L], [L, N] -> [N] float64.
 
     Terms are added in the order of the members, so that equal columns give equal bits at any place: examples are
-    compared between passes and batches.
+    compared between passes and batches. A sum of rounded weights above 1 is 1.
     """
     total = np.zeros(correct.shape[1:])
     for weight, right in zip(weights.tolist(), correct, strict=True):
         total += weight * right
-    return total
+    return np.minimum(total, 1.0)
 
 
 def accuracy_of(values: np.ndarray) -> Accuracy:

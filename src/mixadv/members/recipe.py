@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixadv.biased import Biased
 from mixadv.errors import UserError
 from mixadv.members.factory import FACTORY, build_factory
 from mixadv.mixture import Mixture
@@ -30,28 +32,32 @@ class Recipe:
             factory, or its path ``FILE.py:callable``.
         arguments: what it is called with, by name; values of JSON. Models of mixadv take num_classes, image_shape
             (C, H, W), mean, std and settings of their own.
+        bias: is added to the logits [C], see `mixadv.biased.Biased`; none if it is empty.
     """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    bias: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Recipe:
-        """The recipe that a file holds as {name, arguments...} or {"factory": path, "arguments": {...}}.
+        """The recipe that a file holds as {name, arguments...} or {"factory": path, "arguments": {...}}, with a `bias`.
 
         Raises:
             KeyError: `record` has neither a name nor a factory.
         """
-        if "factory" in record:
-            return cls(record["factory"], dict(record.get("arguments", {})))
         arguments = dict(record)
-        return cls(arguments.pop("name"), arguments)
+        bias = tuple(arguments.pop("bias", ()))
+        if "factory" in record:
+            return cls(record["factory"], dict(record.get("arguments", {})), bias)
+        return cls(arguments.pop("name"), arguments, bias)
 
     def record(self) -> dict[str, Any]:
         """The recipe as a file holds it, see `of`."""
+        bias = {"bias": list(self.bias)} if self.bias else {}
         if not self.is_factory:
-            return {"name": self.name, **self.arguments}
-        return {"factory": self.name} | ({"arguments": self.arguments} if self.arguments else {})
+            return {"name": self.name, **self.arguments, **bias}
+        return {"factory": self.name} | ({"arguments": self.arguments} if self.arguments else {}) | bias
 
     @property
     def is_factory(self) -> bool:
@@ -73,6 +79,10 @@ class Recipe:
             ValueError: unknown model, or arguments that it does not take.
             UserError: the factory fails.
         """
+        network = self._network()
+        return Biased(network, self.bias) if self.bias else network
+
+    def _network(self) -> nn.Module:
         if self.is_factory:
             return build_factory(self.name, self.arguments)
         try:
@@ -162,18 +172,25 @@ def checked_config(path: Path, config: Any) -> dict[str, Any]:
 
 
 def _check_record(path: Path, record: dict[str, Any]) -> None:
+    bias = record.get("bias", [0.0, 0.0])
+    if not isinstance(bias, list) or len(bias) < 2 or not all(map(_is_finite, bias)):
+        raise UserError(f"the recipe in {path} has bias={bias!r}: expected a finite number for each class")
     if "factory" not in record:
         name = record.get("name")
         if not isinstance(name, str) or name not in MODELS:
             raise UserError(f"the recipe in {path} wants the model {name!r}: known are {', '.join(MODELS)}")
         return
-    factory, unknown = record["factory"], set(record) - {"factory", "arguments"}
+    factory, unknown = record["factory"], set(record) - {"factory", "arguments", "bias"}
     if not isinstance(factory, str) or not FACTORY.fullmatch(factory) or unknown:
         raise UserError(
-            f"the recipe in {path} has {record!r}: expected only factory=package.module:callable and arguments"
+            f"the recipe in {path} has {record!r}: expected only factory=package.module:callable, arguments and bias"
         )
     if not are_plain(record.get("arguments", {})):
         raise UserError(f"the recipe in {path} has arguments={record['arguments']!r}: expected plain values")
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_factories(where: object, recipes: Sequence[Recipe], factories: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixadv.biased import Biased, network_of
 from mixadv.checkpoint_files import digest_of
 from mixadv.errors import UserError
 from mixadv.files import digest_of_files
@@ -51,6 +52,20 @@ class LoadedMember:
     source: str
     recipe: Recipe
     note: str
+
+    @property
+    def bias(self) -> tuple[float, ...]:
+        """Of the logits [C], see `mixadv.biased.Biased`; () for none."""
+        return self.recipe.bias
+
+    def biased(self, name: str, bias: Sequence[float]) -> LoadedMember:
+        """A member with the same network object and `bias` [C] added to its logits; `name` goes behind its own."""
+        before = self.bias or [0.0] * len(bias)
+        total = tuple(old + new for old, new in zip(before, bias, strict=True))
+        module = Biased(network_of(self.module), total)
+        return replace(
+            self, module=module.eval(), name=f"{self.name} + {name}", recipe=replace(self.recipe, bias=total)
+        )
 
 
 class Source:

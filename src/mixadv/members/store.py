@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from mixadv.biased import Biased, network_of
 from mixadv.checkpoint_files import read_checkpoint
 from mixadv.errors import UserError
 from mixadv.files import replacing
@@ -87,6 +90,8 @@ def read_mixture(path: str | Path, factories: Sequence[str] = ()) -> tuple[Mixtu
 def mixture_of_folder(path: Path, config: dict[str, Any], factories: Sequence[str] = ()) -> Mixture:
     """The exported mixture at `path` in eval mode, with its config as `read_config` gives it.
 
+    Biased members whose networks are equal share one (those of a checkpoint do not: a training updates them apart).
+
     Raises:
         UserError: as `read_mixture`.
     """
@@ -95,7 +100,9 @@ def mixture_of_folder(path: Path, config: dict[str, Any], factories: Sequence[st
         state = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise UserError(f"the mixture in {folder} cannot be read ({error}): export it again") from error
-    return _assemble(folder, config, state, factories)
+    mixture = _assemble(folder, config, state, factories)
+    _share_networks(member_recipes(config), mixture)
+    return mixture
 
 
 def read_config(path: str | Path, checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -213,6 +220,26 @@ def _assemble(path: Path, config: dict[str, Any], state: Mapping[str, Any], fact
     return mixture.eval()
 
 
+def _share_networks(recipes: Sequence[Recipe], mixture: Mixture) -> None:
+    """Give biased members whose networks have the same recipe and equal tensors one network, which a pass runs once.
+
+    Members without a bias lend their network, but keep it.
+    """
+    known: list[tuple[Recipe, nn.Module]] = []
+    for recipe, member in zip(recipes, mixture.members, strict=True):
+        plain, own = replace(recipe, bias=()), network_of(member)
+        twin = next((net for other, net in known if other == plain and _are_equal(net, own)), None)
+        if twin is None:
+            known.append((plain, own))
+        elif isinstance(member, Biased):
+            member.net = twin
+
+
+def _are_equal(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
 def _class_names(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> tuple[str, ...] | None:
     """The names of the classes that the config records, one for each; None for a mixture without that record."""
     names = config.get("class_names")
@@ -227,12 +254,13 @@ def _class_names(config: Mapping[str, Any], recipes: Sequence[Recipe]) -> tuple[
 
 
 def _check_content(config: Mapping[str, Any], recipes: Sequence[Recipe], mixture: Mixture) -> None:
-    """Check that all parameters are finite, and that the weights in the recipe equal those of the mixture."""
+    """Check that all parameters are finite, and that weights and biases in the recipe equal those of the mixture."""
     for k, (recipe, member) in enumerate(zip(recipes, mixture.members, strict=True)):
         # Factories may use infinities in buffers, for example as masks.
         for name, tensor in member.named_parameters() if recipe.is_factory else member.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"members.{k}.{name} holds numbers that are not finite")
+        _check_bias(k, recipe, member)
     held = mixture.weights.tolist()
     stated = config.get("weights", held)
     numbers = isinstance(stated, list) and [type(weight) in (int, float) for weight in stated] == [True] * len(held)
@@ -241,6 +269,16 @@ def _check_content(config: Mapping[str, Any], recipes: Sequence[Recipe], mixture
         raise ValueError(
             f"the recipe has weights={stated}, the file [{shown}]; task=evaluate members=[...] takes other weights"
         )
+
+
+def _check_bias(k: int, recipe: Recipe, member: nn.Module) -> None:
+    if not isinstance(member, Biased):
+        return
+    count = recipe.arguments.get("num_classes", len(recipe.bias))
+    if len(recipe.bias) != count:
+        raise ValueError(f"the bias of member {k} has {len(recipe.bias)} numbers for {count} classes")
+    if not torch.equal(member.bias, torch.tensor(recipe.bias, dtype=member.bias.dtype)):
+        raise ValueError(f"the recipe has bias={list(recipe.bias)} for member {k}, the file {member.bias.tolist()}")
 
 
 def load_mixture(path: str | Path, factories: Sequence[str] = ()) -> Mixture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mixadv.report.cells import Column, Table
@@ -11,14 +12,17 @@ from mixadv.report.files import Run
 from mixadv.report.names import format_ball
 from mixadv.report.records import ALL, EVEN, measured
 from mixadv.results import Solve, SolveRow
+from mixadv.wording import counted
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
+    """A row of the table with its weight; "" for the mixtures, which have many."""
+
     row: SolveRow
     weight: float | str
 
 
-SOLUTION: tuple[Column[_Line], ...] = (
+SOLUTION: tuple[Column[Line], ...] = (
     Column("who", "", lambda line: line.row.who, words=True, fold=17),
     Column("weight", "λ", lambda line: line.weight, ".4f"),
     Column("pool", "validation pool %", lambda line: line.row.pool.value, ".1%", fold=10),
@@ -28,22 +32,43 @@ SOLUTION: tuple[Column[_Line], ...] = (
 )
 
 
-def solution_table(run: Run) -> Table[_Line]:
+def solution_table(run: Run) -> Table[Line]:
     """Clean and robust accuracies of every member and of the mixtures with uniform and with optimal weights.
 
     Each heading names the images. Pool: robust at the points that chose the weights, on the validation images. Fresh:
     on the same images under new attacks. The other two are on the test images.
     """
-    weights, rows = run.results.weights, solution_of(run).rows
-    lines = [_Line(row, weights[k] if k < len(weights) else "") for k, row in enumerate(rows)]
+    lines = lines_of(run)
     return Table(
-        f"{run.data}, {format_ball(run.norm, run.eps)}: {max(0, len(rows) - 2)} classifiers weighed",
+        f"{run.data}, {format_ball(run.norm, run.eps)}: {max(0, len(solution_of(run).rows) - 2)} classifiers weighed",
         SOLUTION,
         lines,
         solution_caption(run),
-        bold=(len(rows) - 1,),
-        sections=(len(rows) - 3,),
+        bold=(len(lines) - 1,),
+        sections=(len(lines) - 3,),
     )
+
+
+def lines_of(run: Run) -> list[Line]:
+    """The rows that are shown: the members, the uniform and the optimal mixture.
+
+    The members of weight 0 with a bias are one line without numbers, except for the member that is best on the
+    validation images. results.json has them all.
+    """
+    weights, rows = run.results.weights, solution_of(run).rows
+    lines = [Line(row, weights[k] if k < len(weights) else "") for k, row in enumerate(rows)]
+    members, mixtures = lines[:-2], lines[-2:]
+    best = best_on_validation(rows)
+    biased = [bool(one.bias) for one in run.results.members] + [False] * len(members)
+    shown = [one for k, one in enumerate(members) if one.weight != 0 or k == best or not biased[k]]
+    if folded := len(members) - len(shown):
+        shown.append(Line(SolveRow(f"{counted(folded, 'biased member')}"), 0.0))
+    return [*shown, *mixtures]
+
+
+def best_on_validation(rows: Sequence[SolveRow]) -> int:
+    """The number of the member that is best on the validation images, under fresh attacks."""
+    return max(range(len(rows) - 2), key=lambda k: rows[k].fresh.value or 0.0, default=-1)
 
 
 def solution_of(run: Run) -> Solve:
@@ -81,7 +106,9 @@ def solution_sentences(run: Run) -> list[str]:
         f"Estimate: the chosen weights have {reached:.2f} % against every point found there ({apart:.2f} points from "
         "the limit); stronger attacks may lower it.",
     ]
-    notes = [f"{one.name}: {one.note}" for one in run.results.members if one.note not in (None, "as exported")]
+    # Copies with a bias are normalised as the member before them.
+    plain = [one for one in run.results.members if not one.bias]
+    notes = [f"{one.name}: {one.note}" for one in plain if one.note not in (None, "as exported")]
     if notes:
         sentences.append(f"Inputs: {'; '.join(notes)}.")
     if solution.fit.status == "stopped":
@@ -96,7 +123,7 @@ def _differences(run: Run, rows: tuple[SolveRow, ...]) -> list[str]:
         found = measured(run)
     except ValueError as error:
         return [f"No paired differences: {error}."]
-    best = max(range(len(rows) - 2), key=lambda k: rows[k].fresh.value or 0.0)
+    best = best_on_validation(rows)
     sentences = []
     if 1.0 in weights:
         alone = rows[weights.index(1.0)].who

@@ -1,6 +1,7 @@
 """The model card, README.md of an exported mixture, from the template `card.md.j2`."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ def model_card(results: Results, config: dict[str, Any]) -> str:
     return _rendered(results, config, model=", ".join(names))
 
 
-def solved_card(results: Results, config: dict[str, Any]) -> str:
-    """The model card of a mixture of existing classifiers, from task=solve."""
+def solved_card(results: Results, config: dict[str, Any], exported: Sequence[int]) -> str:
+    """The model card of a mixture of existing classifiers, from task=solve; `exported`: the members that it has."""
     assert results.solve is not None
     known = results.solve.certificate
     assert known.value_lp is not None
@@ -25,7 +26,8 @@ def solved_card(results: Results, config: dict[str, Any]) -> str:
     # Rounded in the safe direction: the upper bound up, the reached accuracy down.
     limit = math.ceil(1e4 * (1 - known.value_lp) - 1e-6) / 1e4
     reached = math.floor(1e4 * (1 - known.value_at_weights) + 1e-6) / 1e4
-    return _rendered(results, config, solve=results.solve, limit=limit, reached=reached)
+    members = [(results.members[k], results.weights[k]) for k in exported]
+    return _rendered(results, config, solve=results.solve, limit=limit, reached=reached, members=members)
 
 
 def _rendered(results: Results, config: dict[str, Any], **more: Any) -> str:

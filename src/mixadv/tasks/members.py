@@ -1,5 +1,6 @@
 """The classifiers of ``members=[...]``, and the settings that their records decide."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from mixadv.biased import listed, network_of, preferences
 from mixadv.config import parse_eps
+from mixadv.data.base import ImageDataModule
 from mixadv.errors import UserError
 from mixadv.members.checks import check_members
-from mixadv.members.recipe import factories_of
+from mixadv.members.recipe import factories_of, member_recipes
 from mixadv.members.source import LoadedMember, Source, with_unique_names
 from mixadv.results import Classifier, Flag
 from mixadv.tasks import build, models
@@ -87,6 +90,42 @@ def load_members(session: Session, sources: Sequence[Source], x: Tensor) -> list
     return members
 
 
+def biases_of(cfg: DictConfig, data: ImageDataModule) -> dict[str, tuple[float, ...]]:
+    """The biases [C] of ``cfg.biases`` by name; {} if it is empty.
+
+    Raises:
+        UserError: a table with another number of columns than the data have classes.
+    """
+    given: Any = OmegaConf.to_container(cfg.biases)
+    if not given:
+        return {}
+    if not isinstance(given[0], list):
+        return preferences(given, data.num_classes)
+    if len(given[0]) != data.num_classes:
+        raise UserError(
+            f"biases=[...] has {len(given[0])} columns, but {data.name} has {data.num_classes} classes: give every row "
+            "a number for each class, or scales, as biases=[0.1,0.2,0.3]"
+        )
+    return listed(given)
+
+
+def with_copies(members: Sequence[LoadedMember], biases: Mapping[str, Sequence[float]]) -> list[LoadedMember]:
+    """Every member, followed by its copies with these biases (by name), which share its network."""
+    pool = [one for member in members for one in (member, *(member.biased(name, b) for name, b in biases.items()))]
+    return with_unique_names(pool)
+
+
+def apart(members: Sequence[LoadedMember]) -> list[LoadedMember]:
+    """The members, each with a network of its own: a training updates them one at a time."""
+    taken: set[int] = set()
+    found = []
+    for member in members:
+        network = id(network_of(member.module))
+        found.append(replace(member, module=copy.deepcopy(member.module)) if network in taken else member)
+        taken.add(network)
+    return found
+
+
 def weights_of(cfg: DictConfig, members: Sequence[LoadedMember]) -> list[float] | None:
     """``cfg.weights``; None stands for 1/L each.
 
@@ -108,21 +147,25 @@ def weights_of(cfg: DictConfig, members: Sequence[LoadedMember]) -> list[float] 
 def named_results(
     results: Sequence[Classifier], members: Sequence[LoadedMember | Classifier]
 ) -> tuple[Classifier, ...]:
-    """The members' results with their names, sources and notes; unchanged if `members` is empty."""
+    """The members' results with their names, sources, notes and biases; unchanged if `members` is empty."""
     if not members:
         return tuple(results)
     pairs = zip(results, members, strict=True)
-    return tuple(replace(found, name=own.name, source=own.source, note=own.note) for found, own in pairs)
+    return tuple(replace(found, name=own.name, source=own.source, note=own.note, bias=own.bias) for found, own in pairs)
 
 
 def recorded_members(config: Mapping[str, Any], num_members: int) -> list[Classifier]:
-    """Names and sources of the members that a mixture of task=solve records; [] for other mixtures."""
+    """Names, sources and biases of the members that a mixture of task=solve records; [] for other mixtures."""
     sources: Any = config.get("members")
     names: Any = config.get("member_names", sources)
     for texts in (sources, names):
         if not isinstance(texts, list) or len(texts) != num_members or not all(isinstance(t, str) for t in texts):
             return []
-    return [Classifier(name=name, source=source) for name, source in zip(names, sources, strict=True)]
+    biases = [recipe.bias for recipe in member_recipes(config)]
+    return [
+        Classifier(name=name, source=source, bias=bias)
+        for name, source, bias in zip(names, sources, biases, strict=True)
+    ]
 
 
 def flags_of_other_splits(

@@ -42,7 +42,7 @@ from mixadv.simplex import uniform
 from mixadv.tasks import build, speed
 from mixadv.tasks.card import solved_card
 from mixadv.tasks.logging_to import build_loggers, log_results, logging_to
-from mixadv.tasks.members import flags_of_other_splits, load_members, named_results
+from mixadv.tasks.members import biases_of, flags_of_other_splits, load_members, named_results, with_copies
 from mixadv.tasks.provenance import header_of, settings_of
 from mixadv.tasks.regions import keep_regions
 from mixadv.tasks.session import Session, as_finished
@@ -62,6 +62,9 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
 
     The weights are those of the game whose payoff is the 0/1 loss and whose best response is every attack of the
     protocol; ``cfg.lambda_solver`` solves it. The test set is used once, for the table.
+
+    With ``cfg.biases`` the game also has copies of every member with other biases on its logits. These are many, and
+    most get no weight, so the members of positive weight alone are exported.
 
     Args:
         cfg: the checked configuration.
@@ -86,15 +89,19 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         )
     attacks, loggers = build.build_protocol(cfg), build_loggers(cfg, run_dir, sweep)
     session = Session.begin(cfg, run_dir)
+    biases = biases_of(cfg, session.data)
     x, y = _validation_images(session)
     if solver.num_examples not in (None, len(y)):
         raise UserError(
             f"lambda_solver.alpha has {solver.num_examples} temperatures, but the validation split has {len(y)} "
             "images: give one for each, or one number for all"
         )
-    members = load_members(session, sources, x[:8])
+    members = with_copies(load_members(session, sources, x[:8]), biases)
     if len(members) < 2:
-        raise UserError("members=[...] holds one classifier: there is nothing to weigh, name two or more")
+        raise UserError(
+            "members=[...] holds one classifier: there is nothing to weigh, name two or more, or weigh it with copies "
+            "that prefer some classes, biases=[0.1,0.2,0.3]"
+        )
     mixture = Mixture([member.module for member in members]).to(session.device)
     write_config(run_dir, cfg)
     verb = "Starting again in" if state is State.UNFINISHED else "Writing to"
@@ -135,8 +142,10 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
         ),
         seconds={"solve": round(weighed.seconds, 3), "total": round(time.perf_counter() - started, 3)},
     )
-    config = _mixture_config(session, members)
-    save_mixture(mixture, run_dir / "mixture", config, solved_card(results, config))
+    exported = [k for k in range(len(members)) if lam[k] > 0 or not biases]
+    config = _mixture_config(session, [members[k] for k in exported])
+    card = solved_card(results, config, exported)
+    save_mixture(mixture.support() if biases else mixture, run_dir / "mixture", config, card)
     arrays = test.arrays() | {records.INDICES: session.data.test_indices[: len(test.labels)].numpy()}
     arrays |= {records.UNIFORM_ROBUST: test.worst_case(np.asarray(equal))}
     keep_regions(run_dir, mixture, list(session.test_batches()), test, session.data.class_names)

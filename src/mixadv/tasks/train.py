@@ -47,7 +47,7 @@ from mixadv.tasks.logging_to import (
     with_history,
 )
 from mixadv.tasks.measure import STATE, measure
-from mixadv.tasks.members import flags_of_other_splits, load_members, named_results, weights_of
+from mixadv.tasks.members import apart, flags_of_other_splits, load_members, named_results, weights_of
 from mixadv.tasks.session import Session, as_finished
 from mixadv.training import Growth, MixtureTraining, Schedule
 from mixadv.training.generators import same_draws
@@ -163,7 +163,7 @@ def _begin(cfg: DictConfig, run_dir: Path, parts: dict[str, Any], sources: Seque
     data = session.data
     members: list[LoadedMember] = []
     if sources:
-        members = load_members(session, sources, data.train_images[:8].to(session.device).float() / 255)
+        members = apart(load_members(session, sources, data.train_images[:8].to(session.device).float() / 255))
         recipes = [member.recipe for member in members]
     else:
         recipes = [models.model_recipe(cfg.model, data)] * cfg.L

@@ -16,6 +16,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixadv.biased import network_of
 from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver, LinearProgram
 from mixadv.training.growth import Growth
@@ -34,7 +35,7 @@ def check_optimizer(
         members: of the mixture.
 
     Raises:
-        ValueError: one of them cannot be built, would learn nothing, or two members are one module.
+        ValueError: one of them cannot be built, would learn nothing, or two members have one network.
     """
     try:
         built = optimizer(members[0].parameters())
@@ -42,8 +43,9 @@ def check_optimizer(
         raise ValueError(f"optimizer: {error}") from error
     first: dict[int, int] = {}
     for k, member in enumerate(members):
-        if first.setdefault(id(member), k) != k:
-            raise ValueError(f"members {first[id(member)]} and {k} are the same module: build one for each")
+        network = id(network_of(member))
+        if first.setdefault(network, k) != k:
+            raise ValueError(f"members {first[network]} and {k} are the same module, or share one: build one for each")
     for group in built.param_groups:
         for name, value in group.items():
             if isinstance(value, float) and not math.isfinite(value):

@@ -19,8 +19,8 @@ from mixadv.report.figures.style import (
 )
 from mixadv.report.files import Run, opened
 from mixadv.report.names import format_ball
-from mixadv.report.solve import solution_caption, solution_of
-from mixadv.results import History, SolveRow
+from mixadv.report.solve import lines_of, solution_caption, solution_of
+from mixadv.results import History, Solve, SolveRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,12 +45,12 @@ def draw_solution(run: Run | str | Path) -> Path:
 
 def solution_figure(run: Run) -> Figure:
     """The figure of `draw_solution`; its axes are labelled "rounds", "weights" and "accuracy"."""
-    rows, history = solution_of(run).rows, solution_of(run).history
+    solution, rows = solution_of(run), [line.row for line in lines_of(run)]
     ball = format_ball(run.norm, run.eps)
     title = f"{run.data} · {ball} · optimal weights over {len(run.results.weights)} classifiers"
     figure = new_figure(max(6.0, 3.6 + 0.45 * len(rows)), title)
-    _draw_rounds(figure.add_axes((0.075, 0.31, 0.235, 0.57), label="rounds"), history)
-    _draw_weights(figure.add_axes((0.37, 0.31, 0.17, 0.57), label="weights"), history, rows)
+    _draw_rounds(figure.add_axes((0.075, 0.31, 0.235, 0.57), label="rounds"), solution.history)
+    _draw_weights(figure.add_axes((0.37, 0.31, 0.17, 0.57), label="weights"), solution, rows)
     _draw_accuracies(figure.add_axes((0.68, 0.31, 0.30, 0.57), label="accuracy"), rows)
     for axes in figure.axes:
         columns = 3 if axes.get_label() == "accuracy" else 2
@@ -79,12 +79,18 @@ def _whole_rounds(axes: Axes, count: int) -> None:
     axes.set_xticks(range(1, max(count, 1) + 1, max(1, count // 8)))
 
 
-def _draw_weights(axes: Axes, history: History, rows: Sequence[SolveRow]) -> None:
-    for k, weights in enumerate(zip(*history.weights, strict=True)):
-        label = rows[k].who if len(rows[k].who) <= 14 else f"{k}"
-        axes.plot(range(1, len(weights) + 1), weights, marker=".", label=label, **member_style(k))
+def _draw_weights(axes: Axes, solution: Solve, rows: Sequence[SolveRow]) -> None:
+    """The weights of all members in each round; those without a row of their own are grey and have no label."""
+    named = [row.who for row in rows]
+    rounds = solution.history.weights
+    for k, weights in enumerate(zip(*rounds, strict=True)):
+        who = solution.rows[k].who
+        look: dict[str, Any] = {"color": "#BBBBBB", "linewidth": 1}
+        if who in named:
+            look = {"label": who if len(who) <= 14 else f"{k}", **member_style(named.index(who))}
+        axes.plot(range(1, len(weights) + 1), weights, marker=".", **look)
     axes.set(ylim=(-0.03, 1.03), xlabel="round", ylabel="λ")
-    _whole_rounds(axes, len(history.weights))
+    _whole_rounds(axes, len(rounds))
 
 
 def _draw_accuracies(axes: Axes, rows: Sequence[SolveRow]) -> None:
