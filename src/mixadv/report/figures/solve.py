@@ -87,7 +87,9 @@ def _draw_weights(axes: Axes, solution: Solve, rows: Sequence[SolveRow]) -> None
         who = solution.rows[k].who
         look: dict[str, Any] = {"color": "#BBBBBB", "linewidth": 1}
         if who in named:
-            look = {"label": who if len(who) <= 14 else f"{k}", **member_style(named.index(who))}
+            # Behind the + is the bias.
+            short = next((text for text in (who, who.rpartition(" + ")[2]) if len(text) <= 14), f"{k}")
+            look = {"label": short, **member_style(named.index(who))}
         axes.plot(range(1, len(weights) + 1), weights, marker=".", **look)
     axes.set(ylim=(-0.03, 1.03), xlabel="round", ylabel="λ")
     _whole_rounds(axes, len(rounds))
