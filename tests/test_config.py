@@ -343,6 +343,37 @@ def test_weights_that_nobody_reads_are_refused(compose, argv, said):
     assert said in compose_text(compose, *argv, "weights=[0.5,0.5]")
 
 
+@pytest.mark.parametrize("biases", ["[0.1,2]", "[[0.3,0,-0.3],[-1,0,1]]", "[]"])
+def test_scales_and_tables_of_biases_are_accepted(compose, biases):
+    config.check(compose("task=solve", "members=[a]", f"biases={biases}"))
+
+
+@pytest.mark.parametrize(
+    ("biases", "said"),
+    [
+        ("[0.1,-0.2]", "-0.2 is no scale; scales are positive"),
+        ("[0]", "0 is no scale"),
+        ("[.nan]", "neither a list of scales"),
+        ("[true]", "neither a list of scales"),
+        ("[a]", "neither a list of scales"),
+        ("[0.1,[0.1,0.2]]", "neither a list of scales"),
+        ("[[0.1]]", "with a column for each class"),
+        ("[[]]", "with a column for each class"),
+        ("[[0.1,.inf]]", "a table of finite numbers"),
+        ("[[0.1,0.2],[0.1,0.2,0.3]]", "rows of different lengths"),
+    ],
+)
+def test_biases_that_cannot_be_added_are_refused(compose, biases, said):
+    refusal = compose_text(compose, "task=solve", "members=[a]", f"biases={biases}")
+    assert refusal.startswith("biases=[")
+    assert said in refusal
+
+
+@pytest.mark.parametrize("task", [["task=train"], ["task=evaluate", "members=[a,b]"], ["task=report"]])
+def test_biases_that_nobody_reads_are_refused(compose, task):
+    assert "it belongs to task=solve members=[RUN]" in compose_text(compose, *task, "biases=[0.1]")
+
+
 def test_refusals_name_the_remedy(compose):
     assert "did you mean eps=8/255?" in compose_text(compose, "eps=8")
     missing = compose_text(compose, "task=evaluate", "mixture=/nowhere/at/all")

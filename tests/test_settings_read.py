@@ -38,7 +38,7 @@ def test_defaults_of_a_training_are_no_facts_of_a_measurement(measured, task):
     config = yaml.safe_load((path / "config.yaml").read_text())
     assert read_results(path)["config"] == config
     assert not {*OF_TRAINING, "game", "runs"} & set(config)
-    assert ("lambda_solver" in config) == (task == "solve")
+    assert ("lambda_solver" in config) == ("biases" in config) == (task == "solve")
     flat = flat_settings(config)
     for key in ("trainer.max_epochs", "trainer.precision", "trainer.limit_train_batches"):
         assert key not in flat
