@@ -76,8 +76,9 @@ ALLOWED = {
         "vote",
     },
     "training": {
-        *("attacks", "biased", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex", "threat_model"),
-        *("checkpoint_files", "correctness", "data", "evaluation", "members", "models", "ranks", "seeding", "signals"),
+        *("attacks", "biased", "game", "lambda_solvers", "losses", "mixture", "mixture_game", "simplex"),
+        *("threat_model", "checkpoint_files", "correctness", "data", "evaluation", "members", "models", "ranks"),
+        *("seeding", "signals"),
     },
     # What watches, keeps and shows.
     "checkpoint_files": {"files"},
