@@ -34,7 +34,7 @@ from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 from mixadv.training import Growth, MixtureTraining, Replicas, Schedule, WeightsPhase
 from mixadv.training.checks import check_trainer
-from mixadv.training.growth import RecordedGame, Strategy, weigh
+from mixadv.training.growth import RecordedGame, Strategy
 from mixadv.training.learning_rate import constant, one_cycle
 
 HELD_OUT = WeightsPhase("zero_one", {"arc": ARC(3), "subsets": SubsetAttack(5)}, num_images="all")
@@ -67,12 +67,6 @@ def fit(module, batches, epochs=1, data=None, callbacks=(), validate=0, trainer=
 
 def state(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-@pytest.fixture
-def keep_all(monkeypatch):
-    """Every member is kept, whatever it adds, so that all stages are seen."""
-    monkeypatch.setattr("mixadv.training.module.weigh", lambda *given: weigh(*given[:3], -1.0, given[4]))
 
 
 # --- the stages ---------------------------------------------------------------------------------------------------
@@ -114,17 +108,17 @@ class Shares(pl.Callback):
         self.seen.append(pl_module.share_done)
 
 
-def test_what_follows_the_share_of_the_training_follows_that_of_the_stage(keep_all):
+def test_what_follows_the_share_of_the_training_follows_that_of_the_stage():
     shares = Shares()
     fit(training(untrained_members(2, mean=(0.3,), std=(0.4,))), 8, callbacks=[shares])
     assert shares.seen == pytest.approx(2 * [0.25, 0.5, 0.75, 1.0])
 
 
 @pytest.mark.parametrize("response", ["adaptive", "fixed", "equilibrium"])
-def test_each_stage_trains_its_own_member(keep_all, response):
+def test_each_stage_trains_its_own_member(response):
     """L=3 on batch norm and 11 batches: who moves, from which parameters, and which weights the attacks meet."""
     members, watch = untrained_members(3, "small_resnet", width=2, mean=(0.3,), std=(0.4,)), Watch()
-    growth = Growth(response=response, start="fresh" if response == "fixed" else "last", num_images=30)
+    growth = Growth(response=response, start="fresh" if response == "fixed" else "last", num_images=30, min_gain=None)
     module = training(members, growth=growth, rate=partial(one_cycle, warmup=0.5))
     before = [copy.deepcopy(member.state_dict()) for member in members]
     fit(module, 11, callbacks=[watch])
@@ -301,12 +295,13 @@ def lp_value(losses):
     return linprog(cost, rows, np.zeros(n * m), simplex, [1.0], bounds=[(0, None)] * (size + n)).fun
 
 
-def test_the_certificate_is_that_of_scipy_on_the_points_found(keep_all):
+def test_the_certificate_is_that_of_scipy_on_the_points_found():
     solver = Recording(num_rounds=20, attack_tolerance=0.0)
     members = [class_order(order) for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0])]
     # 11, 10 and 10 points of the classes: the classes do not weigh the same.
     data = Triangle(num_train=60, num_val=31, num_test=30, batch_size=12)
-    module = training(members, growth=Growth("fresh"), ball=DISCS, lr=1e-12, phase=FOR_DISCS, solver=solver)
+    growth = Growth("fresh", min_gain=None)
+    module = training(members, growth=growth, ball=DISCS, lr=1e-12, phase=FOR_DISCS, solver=solver)
     fit(module, 15, data=data)
     assert len(module.stages) == 3
     for s, (stage, game) in enumerate(zip(module.stages, solver.games, strict=True)):
@@ -371,7 +366,7 @@ def continuable():
     def make(response):
         members = untrained_members(3, "small_resnet", width=2, mean=(0.3,), std=(0.4,))
         solver = LinearProgram(num_rounds=2)
-        growth = Growth(response=response, num_images=20)
+        growth = Growth(response=response, num_images=20, min_gain=None)
         return training(members, growth=growth, lr=0.02, phase=QUICK, solver=solver)
 
     def end(response):
@@ -389,7 +384,7 @@ def continuable():
         *(("equilibrium", 4), ("equilibrium", 5), ("equilibrium", 7), ("equilibrium", 11)),
     ],
 )
-def test_a_stopped_growth_ends_as_if_it_had_not_been_stopped(keep_all, continuable, tmp_path, response, stop):
+def test_a_stopped_growth_ends_as_if_it_had_not_been_stopped(continuable, tmp_path, response, stop):
     """Stops inside a stage, just before its end, at its end, and just after it."""
     make, end = continuable
     whole, path = end(response), tmp_path / "stopped.ckpt"

@@ -81,6 +81,17 @@ SETTINGS = {
         "schedule=shared",
         "trainer.max_epochs=3",
     ),
+    # Stages end at t = 3, 6, 9, in the middle of the one epoch; later ones begin with a game on training images.
+    "at-grow": (
+        "model=linear",
+        "schedule=grow",
+        "schedule.response=equilibrium",
+        "schedule.min_gain=0",
+        "schedule.num_images=30",
+        "lambda_solver=held_out",
+        "lambda_solver.num_rounds=2",
+        "trainer.max_epochs=1",
+    ),
     # Averages of the weights, and an end before the last epoch: no validation is better by a whole point.
     "callbacks-of-lightning": (
         "model=small_cnn",
@@ -209,7 +220,10 @@ def results(directory):
 
 
 def assert_same_run(one, two):
-    for name in ("last.ckpt", "best.ckpt"):
+    # A mixture that grows has no best epoch.
+    best = [(directory / "checkpoints" / "best.ckpt").exists() for directory in (one, two)]
+    assert best[0] == best[1]
+    for name in ("last.ckpt", "best.ckpt")[: 1 + best[0]]:
         old, new = (read_checkpoint(directory / "checkpoints" / name) for directory in (one, two))
         assert {"state_dict", "optimizer_states", "lr_schedulers", "mixadv", "mixture_config"} <= old.keys()
         assert differences(old, new) == []
@@ -327,6 +341,7 @@ def test_a_run_stopped_inside_its_epochs(train, whole, tmp_path, monkeypatch, se
         *(("trades-entropic-sampled", nth) for nth in (1, 2, 20, 31, 41, 55)),
         *(("at-oracle-shared", nth) for nth in (1, 8, 15, 30, 41)),
         *(("callbacks-of-lightning", nth) for nth in (7, 26, 27, 60)),
+        *(("at-grow", nth) for nth in (3, 6, 10, 14)),
     ],
 )
 def test_a_signal_ends_attacks_phases_and_validations_at_once(train, whole, tmp_path, monkeypatch, setting, nth):

@@ -38,7 +38,7 @@ class ScheduleConfig:
     T_theta: int = 50
     start: str = "last"
     response: str = "adaptive"
-    min_gain: float = 0.005
+    min_gain: float | None = 0.005
     num_images: int = 1000
 
 
@@ -338,7 +338,8 @@ def _check_schedule(cfg: DictConfig) -> None:
     _one_of("schedule.start", schedule.start, ("last", "fresh"))
     _one_of("schedule.response", schedule.response, ("adaptive", "fixed", "equilibrium"))
     _at_least("schedule.T_theta", schedule.T_theta, 1)
-    _at_least("schedule.min_gain", schedule.min_gain, 0)
+    if schedule.min_gain is not None:
+        _at_least("schedule.min_gain", schedule.min_gain, 0)
     _at_least("schedule.num_images", schedule.num_images, 1)
     if cfg.task != "train" or schedule.kind != "grow":
         return

@@ -117,6 +117,10 @@ class BatchStream:
             self.position += 1
             yield batch
 
+    def end_epoch(self) -> None:
+        """Leave out the batches that the current epoch still has: the training ends with it."""
+        self.position = (self.epoch + 1) * self.batches_per_epoch
+
     def close_epoch(self) -> None:
         """End the current epoch: the next `iter()` serves the next one."""
         self.epoch += 1

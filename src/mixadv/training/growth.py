@@ -41,7 +41,8 @@ class Growth:
             that the member has.
         response: see above.
         min_gain: a new member that lowers the value of the game (in units of the payoff) by at most this much is left
-            out, and the training ends.
+            out, and the training ends. None: all members are trained and weighed. A member that adds nothing alone may
+            do so with the next one.
         num_images: the most training images in the game of ``equilibrium``; all its points are kept in memory.
 
     Raises:
@@ -50,15 +51,15 @@ class Growth:
 
     start: str = "last"
     response: str = "adaptive"
-    min_gain: float = 0.005
+    min_gain: float | None = 0.005
     num_images: int = 1000
 
     def __post_init__(self) -> None:
         for name, choices in (("start", STARTS), ("response", RESPONSES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
-        if not 0 <= self.min_gain < math.inf:
-            raise ValueError(f"min_gain={self.min_gain} must be at least 0 and finite")
+        if self.min_gain is not None and not 0 <= self.min_gain < math.inf:
+            raise ValueError(f"min_gain={self.min_gain} must be at least 0 and finite, or None to train all members")
         if not isinstance(self.num_images, int) or isinstance(self.num_images, bool) or self.num_images < 1:
             raise ValueError(f"num_images={self.num_images} must be a whole number of at least 1")
 
@@ -98,7 +99,7 @@ class Stage:
 
 
 def weigh(
-    game: MixtureGame, solver: LinearProgram, before: Sequence[float], min_gain: float, num_members: int
+    game: MixtureGame, solver: LinearProgram, before: Sequence[float], min_gain: float | None, num_members: int
 ) -> Stage:
     """Solve the game of the members 0..s, and compare its value with that of the members 0..s-1.
 
@@ -117,7 +118,7 @@ def weigh(
     without = None
     if before:
         without = solver.solve(FiniteGame(known.losses[..., : count - 1], known.mask, known.masses)).value
-    kept = without is None or without - solution.value > min_gain
+    kept = without is None or min_gain is None or without - solution.value > min_gain
     lam = solution.weights if kept else lam0
     weights = [*lam.tolist(), *[0.0] * (num_members - count)]
     return Stage(

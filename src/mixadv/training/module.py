@@ -328,6 +328,7 @@ class MixtureTraining(pl.LightningModule):
         """Run the members phase or weights phase of batch t, as the schedule says; skip a batch without examples."""
         x, y = batch
         if not len(y):
+            self._end_if_grown()
             return
         self._before_batch = self._generators()
         self.t += 1
@@ -393,8 +394,14 @@ class MixtureTraining(pl.LightningModule):
         self._before_batch = None
         self.stages.append(stage)
         self.mixture.set_weights(stage.weights)
-        self.trainer.should_stop = self.trainer.should_stop or not stage.kept
+        self._end_if_grown()
         return {"weights/value": stage.value, "weights/lower_bound": stage.lower_bound}
+
+    def _end_if_grown(self) -> None:
+        """End the training, after a validation, if the last member was left out."""
+        if self.stages and not self.stages[-1].kept:
+            self._data().train_dataloader().end_epoch()
+            self.trainer.should_stop = True
 
     @property
     def stage_ended(self) -> bool:
@@ -736,7 +743,8 @@ class MixtureTraining(pl.LightningModule):
             "t": self.t,
             "epochs_done": self.epochs_done,
             "member_updates": list(self.member_updates),
-            "should_stop": bool(self.trainer.should_stop),
+            # A validation that is due comes first.
+            "should_stop": bool(self.trainer.should_stop) and not self.validation_is_due,
             **self._generators(),
             "recent": [list(batch) for batch in self._recent],
             "stages": [asdict(stage) for stage in self.stages],
