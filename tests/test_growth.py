@@ -30,6 +30,7 @@ from mixadv.lambda_solvers import LinearProgram, OracleSubgradient
 from mixadv.losses import ZeroOne
 from mixadv.members.store import load_mixture, read_config
 from mixadv.mixture import Mixture
+from mixadv.report import write_report
 from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 from mixadv.training import Growth, MixtureTraining, Replicas, Schedule, WeightsPhase
@@ -505,6 +506,11 @@ def test_a_run_that_ends_before_L_members_holds_those_it_has_kept(grown):
     assert results["member_updates"] == [11, 11, 0]
     assert f"member 0: value {first['value']:.4f} on 40 images" in out
     assert "it is left out, and the training ends" in out.replace("\n", " ")
+    told = "Value of the game on 40 validation images after each member: "
+    values = f"{first['value']:.3f}, {second['value']:.3f} ({second['value_without']:.3f} without it; left out)."
+    assert told + values in " ".join(out.split())
+    page = write_report(path).read_text()
+    assert told + values in page
     mixture = load_mixture(path / "mixture")
     assert mixture.num_members == read_config(path / "mixture")["L"] == 1
     # Nothing was chosen by a score: the last state is the one that is measured.

@@ -34,6 +34,7 @@ from mixadv.report.figures.examples import MOST, Examples, read_examples, wrong_
 from mixadv.report.figures.regions import read_regions
 from mixadv.report.figures.style import save
 from mixadv.report.files import Run, opened, writing
+from mixadv.report.growth import growth_sentence
 from mixadv.report.names import format_ball, format_eps, trained_with
 from mixadv.report.records import CONSTANT, VOTE, measured
 from mixadv.report.tables import results_table
@@ -105,6 +106,7 @@ def write_report(run: Run | str | Path) -> Path:
         damage=[*run.notes, *damage],
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         ceilings=ceiling_sentences(run),
+        growth=growth_sentence(run),
         comparisons=[sentence for sentence in (*counterpart_sentences(run), baseline_sentence(run)) if sentence],
         counterparts=run.results.counterparts,
         classifiers=_classifiers(run),

@@ -13,6 +13,7 @@ from mixadv.report.classes import classes_table
 from mixadv.report.compare import baseline_sentence, counterpart_sentences
 from mixadv.report.files import Run
 from mixadv.report.game_tables import print_game
+from mixadv.report.growth import growth_sentence
 from mixadv.report.solve import solution_sentences, solution_table
 from mixadv.report.tables import run_table
 from mixadv.wording import counted
@@ -46,7 +47,7 @@ def show_run(run: Run, console: Console) -> None:
         say(_answers_sentence(run))
     elif run.has_results:
         print_whole(run_table(run), console)
-        for sentence in (baseline_sentence(run), *counterpart_sentences(run)):
+        for sentence in (baseline_sentence(run), *counterpart_sentences(run), growth_sentence(run)):
             if sentence:
                 say(sentence)
         if run.results.attacks:
