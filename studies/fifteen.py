@@ -19,7 +19,7 @@ On a machine without a network, from the bare repository. Here, with the archive
 
 There, with .carry/ copied into the repository, first for ten minutes and at once again for what is left:
 
-    python3 -m pip install --quiet --no-index --no-deps .carry/*.whl && python3 studies/fifteen.py 590
+    python3 -m pip install --quiet --no-index --no-deps .carry/*.whl && python3 studies/fifteen.py 580
 
 State and runs are in outputs/fifteen; without that folder everything begins anew.
 """
@@ -50,7 +50,7 @@ PARTS = ("checks", "speed", "question")
 # Small files of a run, from which tables and figures are made.
 KEPT = ("results.json", "metrics.csv", "records.npz", "config.yaml", "choices.json", "DONE", "FAILED")
 # Tables and figures that leave the machine beside fifteen.json and runs.tar.gz; eight files together.
-SHOWN = ("report.csv", "differences.csv", "accuracy.png", "training.png", "weights.png", "cost.png")
+SHOWN = ("report.csv", "differences.csv", "curves.png", "accuracy.png", "weights.png", "cost.png")
 # Of `main`: everything is done; a step failed; time ran out.
 DONE, FAILED, AGAIN = 0, 1, 3
 
@@ -213,9 +213,11 @@ class Fifteen:
     def show(self) -> None:
         """Tables and figures of the trainings, in $OUT."""
         runs = self.folder / "runs"
-        if not any(runs.glob("*/metrics.csv")):
+        begun = sorted(file.parent for file in runs.glob("*/metrics.csv"))
+        if not begun:
             return
-        for command in (["run.py", "task=report", f"runs={runs}"], ["studies/figures.py", runs]):
+        curves = ["studies/gpu_question.py", "curves", "--out", runs / "curves.png", "--runs", *begun]
+        for command in (curves, ["run.py", "task=report", f"runs={runs}"], ["studies/figures.py", runs]):
             process = start(*command)
             self.running.append(process)
             if wait(process, self.left - 2, grace=1):

@@ -125,7 +125,8 @@ class Checks:
         count = 40 if self.cpu else data.num_test
         x, y = data.test_images[:count].float() / 255, data.test_labels[:count]
         robust, clean = {}, {}
-        for name in ("cpu", "cpu" if self.cpu else "cuda"):
+        device = "cpu" if self.cpu else "cuda"
+        for name in dict.fromkeys(("cpu", device)):
             mixture = load_mixture(self.folder / "straight").to(name)
             record = AttackSuite.from_protocol("fast")(mixture, x.to(name), y.to(name), BALL)
             robust[name] = 100 * float(record.expected_accuracy.mean())
@@ -134,7 +135,7 @@ class Checks:
         fits = all(0 < robust[name] <= clean[name] for name in robust)
         yield "the attack suite", fits, f"{said}, {count} digits"
         apart = max(robust.values()) - min(robust.values())
-        yield "CPU and GPU agree on robust accuracy", apart <= TOLERANCE, f"{apart:.2f} points apart"
+        yield f"cpu and {device} agree on robust accuracy", apart <= TOLERANCE, f"{apart:.2f} points apart"
 
 
 def epochs_of(run: Path) -> float:

@@ -21,11 +21,13 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 # Seconds from SIGTERM, on which mixadv saves a checkpoint, to SIGKILL.
 GRACE = 8.0
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+# Loaded here: between fork and exec a program with threads must not load anything.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _dies_with_its_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    if _LIBC is not None:
+        _LIBC.prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def start(*command: str | Path, **more: Any) -> subprocess.Popen[Any]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Steps of studies/fifteen.py that need torch: the images, the seconds of a step, points replayed on other mixtures.
+"""Steps of studies/fifteen.py: the images, the seconds of a step, points replayed on other mixtures,
+and curves of the trainings.
 
 python studies/gpu_question.py images --archive cifar10-jpeg.tar.gz --root DIR
 python studies/gpu_question.py step --out step.json [--cpu]
@@ -13,7 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gpu_plan import FULL, TINY, Size
@@ -23,6 +24,13 @@ from mixadv import load_mixture, points_file
 from mixadv.attacks import PGD
 from mixadv.data.image_folder import ImageFolder
 from mixadv.files import write_text
+from mixadv.report.figures.curves import column
+from mixadv.report.figures.style import LINE_COLOURS, MARKERS, new_figure, save
+from mixadv.report.files import read_run
+from mixadv.report.names import format_ball
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Steps that are timed, after as many that are not.
 TIMED = 5
@@ -107,10 +115,35 @@ def replays(runs: Sequence[Path], device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def curves(runs: Sequence[Path]) -> "Figure":
+    """Validation accuracy under PGD after each epoch, of trainings of different lengths.
+
+    On the left against the epochs that each member has seen, on the right against those of all members together, which
+    are in proportion to the cost: L times as many.
+    """
+    found = [read_run(run) for run in runs]
+    figure = new_figure(5.4, f"{found[0].data} · {format_ball(found[0].norm, found[0].eps)}")
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.27, top=0.9, wspace=0.08)
+    titles = ("epochs per model", "epochs of all members together")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title in zip(panels, titles, strict=True):
+        for i, run in enumerate(found):
+            epochs, values = column(run, "val/robust_accuracy")
+            size = run.num_members or 1
+            look = {"color": LINE_COLOURS[i % len(LINE_COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            label = f"L = {size}, {run.config['trainer']['max_epochs']} epochs"
+            axes.plot(epochs * (size if title == titles[1] else 1), values, label=label, **look)
+        axes.set_xlabel(title)
+        axes.set_xlim(0, None)
+    panels[0].set_ylabel("validation accuracy under PGD")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.14), ncols=3)
+    return figure
+
+
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("images", "step", "replays"))
+    parser.add_argument("what", choices=("images", "step", "replays", "curves"))
     parser.add_argument("--runs", nargs="+", type=Path)
     for name in ("archive", "root", "out"):
         parser.add_argument(f"--{name}", type=Path)
@@ -120,6 +153,8 @@ def main() -> None:
         images(args.archive, args.root)
     elif args.what == "step":
         write_text(args.out, json.dumps(step_seconds(TINY if args.cpu else FULL, args.cpu)) + "\n")
+    elif args.what == "curves":
+        save(lambda: curves(args.runs), args.out)
     else:
         found = replays(args.runs, torch.device("cpu" if args.cpu else "cuda"))
         write_text(args.out, json.dumps(found, indent=1) + "\n")

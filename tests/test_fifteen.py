@@ -127,6 +127,31 @@ def test_jobs_of_the_benchmarks_train_on_the_batches_of_their_stream_in_order():
         assert torch.equal(labels, next(wanted)[1])
 
 
+def test_curves_of_trainings_of_all_lengths_are_drawn_against_epochs_and_against_cost(tmp_path):
+    from gpu_question import curves
+
+    histories = {"L1-E2": (1, 2, [0.3, 0.4]), "L3-E2": (3, 2, [0.35, 0.45]), "L1-E6": (1, 6, [0.3, 0.4, 0.5])}
+    for name, (size, epochs, values) in histories.items():
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(f"L: {size}\neps: 8/255\ntrainer:\n  max_epochs: {epochs}\n")
+        rows = "".join(f"{i + 1},{i},{value}\n" for i, value in enumerate(values))
+        (run / "metrics.csv").write_text(f"epoch,step,val/robust_accuracy\n{rows}")
+    figure = curves([tmp_path / name for name in histories])
+    drawn = [
+        {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        for axes in figure.axes
+    ]
+    assert drawn == [
+        {
+            "L = 1, 2 epochs": ([1, 2], [0.3, 0.4]),
+            "L = 3, 2 epochs": ([factor, 2 * factor], [0.35, 0.45]),
+            "L = 1, 6 epochs": ([1, 2, 3], [0.3, 0.4, 0.5]),
+        }
+        for factor in (1, 3)
+    ]
+
+
 # --- the clock ---------------------------------------------------------------------------------------------
 
 
@@ -237,6 +262,36 @@ def test_what_cannot_begin_is_refused_in_one_line(monkeypatch, arguments, messag
         main(arguments)
 
 
+def test_what_is_carried_is_made_from_the_archive_or_from_the_folder(tmp_path):
+    """A stand-in for Python makes no wheels."""
+    root = tmp_path / "a folder"
+    shutil.copytree(ROOT / "studies", root / "studies")
+    (root / "python").write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo antlr4-x==1; else echo "$*" >>calls; fi\n')
+    (root / "python").chmod(0o755)
+
+    def carry(data):
+        environment = os.environ | {"PYTHON": str(root / "python"), "DATA_DIR": str(data)}
+        script = [root / "studies" / "carry.sh"]
+        return subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    refused = carry(tmp_path / "nowhere")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("set DATA_DIR to the folder of one\n")
+    packed = archive(tmp_path / "packed")
+    assert carry(packed).returncode == 0
+    wanted = (packed / "cifar10-jpeg.tar.gz").read_bytes()
+    assert (root / ".carry" / "cifar10-jpeg.tar.gz").read_bytes() == wanted
+    unpacked = tmp_path / "unpacked" / "cifar10-jpeg"
+    with tarfile.open(packed / "cifar10-jpeg.tar.gz") as tar:
+        tar.extractall(unpacked, filter="data")
+    assert carry(unpacked.parent).returncode == 0
+    with tarfile.open(root / ".carry" / "cifar10-jpeg.tar.gz") as tar:
+        names = {name for name in tar.getnames() if name.endswith(".jpg")}
+    assert names == {str(path.relative_to(unpacked)) for path in unpacked.rglob("*.jpg")}
+    assert len(names) == 140
+    assert "wheel" in (root / "calls").read_text()
+
+
 # --- all of it ---------------------------------------------------------------------------------------------
 
 
@@ -284,7 +339,7 @@ def test_the_whole_script_ends_in_time_and_goes_on_after_a_kill(tmp_path):
         assert row[f"points of {row['mixture']}"] == pytest.approx(100 * results.robust.value)
         assert row["worst of all"] <= min(value for key, value in row.items() if key.startswith("points of "))
     files = sorted(file.name for file in out.iterdir())
-    assert {"fifteen.json", "runs.tar.gz", "training.png", "weights.png"} < set(files)
+    assert {"fifteen.json", "runs.tar.gz", "curves.png", "weights.png"} < set(files)
     assert len(files) <= 8
     assert sum(file.stat().st_size for file in out.iterdir()) < 5e6
     with tarfile.open(out / "runs.tar.gz") as tar:
