@@ -76,6 +76,8 @@ class Fifteen:
             place.mkdir(parents=True, exist_ok=True)
         file = folder / "state.json"
         self.state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"steps": {}}
+        # Whether the clock has ended a step: then none is begun.
+        self.stopped = False
         self.running: list[Any] = []
         self.images: Any = None
 
@@ -120,7 +122,7 @@ class Fifteen:
         if self.is_over(name):
             return
         available = self.left - self.size.wrap_up
-        if available < 1:
+        if available < 1 or self.stopped:
             return
         row = self.state["steps"].setdefault(name, {"seconds": 0.0})
         row |= {"projected": planned if projected is None else projected, "planned": planned}
@@ -132,6 +134,7 @@ class Fifteen:
         self.running.remove(process)
         row["seconds"] += time.monotonic() - begun
         ended = "cut" if limit < available else "stopped"
+        self.stopped = code is None and ended == "stopped"
         row["status"] = ended if code is None else "failed" if code else "done"
         self.say(f"{name}: {row['status']} after {row['seconds']:.0f} s")
         self.keep()
