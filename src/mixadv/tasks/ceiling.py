@@ -28,7 +28,7 @@ from mixadv.tasks.session import Session, as_finished
 # The closest pairs of different classes that are drawn.
 CLOSEST = 6
 # For the line of other tasks: multiplications of the search (seconds), and limits above which it has no optima.
-_PRODUCTS, _MOST_PAIRS, _SECONDS = 4e11, 20_000, 5.0
+_PRODUCTS, _MOST_PAIRS, _SECONDS = 4e11, 40_000, 5.0
 
 
 def find_ceiling(cfg: DictConfig, run_dir: Path, state: State) -> Run:
