@@ -252,7 +252,7 @@ def test_the_quickstart_ends_with_this_report(tmp_path: Path) -> None:
         re.findall(r"\S+", line)
         for line in re.findall(r"python run\.py (.*)", re.search(r"^quickstart:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)[1])
     )
-    small = [f"data.{split}=60" for split in ("num_train", "num_val", "num_test")]
+    small = [f"data.{split}=102" for split in ("num_train", "num_val", "num_test")]
     small += ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "trainer.limit_train_batches=2"]
     small += [text for text in TINY if text.startswith("protocol.")]
     finished = run_command(tmp_path, *sweep, *small, "schedule.T_theta=1")
