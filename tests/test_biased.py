@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -376,6 +378,19 @@ def test_a_training_that_starts_from_biased_members_updates_them_apart(solved):
     assert all(not torch.equal(weight, net.net[1].weight) for weight in weights)
 
 
+def test_the_python_of_the_page_runs_as_printed(solved, monkeypatch):
+    cwd, _ = solved
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "preferences" in block]
+    monkeypatch.chdir(cwd)
+    generator = seeded(7)
+    names = {"x": torch.rand(4, 1, 8, 8, generator=generator), "y": torch.tensor([0, 1, 2, 0])}
+    exec(code.replace("RUN", "one"), names)
+    assert names["pool"].num_members == 19
+    assert len(names["pool"].by_network()) == 1
+    assert names["mixture"].num_members == int((names["pool"].weights > 0).sum())
+
+
 def test_a_table_of_another_width_is_refused_before_any_attack(solved):
     cwd, _ = solved
     argv = ("task=solve", "members=[outputs/train/one]", "biases=[[0.3,0.2,0.1,0]]", "name=no", *SETTINGS[-3:])
@@ -387,7 +402,7 @@ def test_a_table_of_another_width_is_refused_before_any_attack(solved):
 def test_one_member_alone_is_told_of_biases(solved):
     cwd, _ = solved
     said = run_command(cwd, "task=solve", "members=[outputs/train/one]", "name=no", *SETTINGS[-3:]).refusal()
-    assert "biases=[0.1,0.2,0.3]" in said
+    assert "biases=[0.1,0.3,1]" in said
 
 
 def test_equal_weights_of_many_members_sum_to_one():

@@ -444,7 +444,7 @@ def _check_biases(cfg: DictConfig) -> None:
                 )
     elif not all(isinstance(row, list) and len(row) > 1 and all(map(_is_number, row)) for row in biases):
         raise UserError(
-            f"{shown} is neither a list of scales, as [0.1,0.2,0.3], nor a table of finite numbers with a column for "
+            f"{shown} is neither a list of scales, as [0.1,0.3,1], nor a table of finite numbers with a column for "
             "each class, as [[0.3,0,-0.3],[-0.3,0,0.3]]"
         )
     elif len({len(row) for row in biases}) > 1:

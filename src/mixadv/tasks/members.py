@@ -104,7 +104,7 @@ def biases_of(cfg: DictConfig, data: ImageDataModule) -> dict[str, tuple[float, 
     if len(given[0]) != data.num_classes:
         raise UserError(
             f"biases=[...] has {len(given[0])} columns, but {data.name} has {data.num_classes} classes: give every row "
-            "a number for each class, or scales, as biases=[0.1,0.2,0.3]"
+            "a number for each class, or scales, as biases=[0.1,0.3,1]"
         )
     return listed(given)
 

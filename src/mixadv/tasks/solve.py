@@ -100,7 +100,7 @@ def solve_weights(cfg: DictConfig, run_dir: Path, state: State, *, sweep: str | 
     if len(members) < 2:
         raise UserError(
             "members=[...] holds one classifier: there is nothing to weigh, name two or more, or weigh it with copies "
-            "that prefer some classes, biases=[0.1,0.2,0.3]"
+            "that prefer some classes, biases=[0.1,0.3,1]"
         )
     mixture = Mixture([member.module for member in members]).to(session.device)
     write_config(run_dir, cfg)
