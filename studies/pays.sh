@@ -50,7 +50,7 @@ biases() {
         # Another worker is at it, and comes here afterwards.
         [ -e "$SWEEP/$run/DONE" ] || continue
         weighed="outputs/solve/study-pays/$run"
-        mixadv task=solve "members=['$SWEEP/$run']" 'biases=[0.15,0.3]' lambda_solver=lp "seed=$seed" \
+        mixadv task=solve "members=['$SWEEP/$run']" 'biases=[0.1,0.3,1]' lambda_solver=lp "seed=$seed" \
             '~protocol.attacks.square' '~protocol.attacks.subsets' logger=csv "hydra.run.dir='$weighed'"
         mixadv task=evaluate "mixture='$weighed'" protocol=strict protocol.diagnosed=0 logger=csv "seed=$seed" \
             "hydra.run.dir='$SWEEP/biases,$run'"
