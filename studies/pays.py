@@ -159,7 +159,7 @@ def _bounds(runs: Iterable[Run]) -> dict[tuple[Any, ...], tuple[float, float]]:
 
 
 def _method(run: Run) -> str:
-    if run.task == "solve":
+    if run.was_only_measured:
         return BIASES
     weighted = run.config["loss"].get("class_weights") is not None
     targeted = run.config["attack"].get("targets", "none") != "none"
@@ -319,7 +319,7 @@ def tables(study: Study) -> str:
         parts.append(f"### {data}, {format_ball(norm, radii[0])}")
         parts += [_about(study, family, radii[0]), _accuracies(study, family, radii[0])]
         parts.append(_differences(differences(study, family, radii[0])))
-        if len(radii) > 2:
+        if len(radii) > 2 and _shared_seeds(study, family, radii):
             parts.append(_over_radii(study, family, sorted(radii)))
     return "\n\n".join(filter(None, parts))
 
@@ -449,7 +449,8 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def draw_radii(study: Study, path: Path) -> None:
     """Draw accuracy under attack against the radius, for every setting with three radii or more; raises as `save`."""
-    families = {family: sorted(radii) for family, radii in _settings(study).items() if len(radii) > 2}
+    several = {family: sorted(radii) for family, radii in _settings(study).items() if len(radii) > 2}
+    families = {family: radii for family, radii in several.items() if _shared_seeds(study, family, radii)}
     if families:
         save(lambda: _radii_figure(study, families), path)
 

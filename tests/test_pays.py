@@ -100,7 +100,7 @@ def sweep(tmp_path):
         write(
             root, f"S{seed}", [1.0], rng.random((1, COUNT)) < 0.3, seed=seed, epochs=80, hidden=(181, 181), **TARGETED
         )
-    write(root, "B0", [0.2, 0.8], rng.random((2, COUNT)) < 0.4, seed=0, eps=1.1, task="solve")
+    write(root, "B0", [0.2, 0.8], rng.random((2, COUNT)) < 0.4, seed=0, eps=1.1, task="evaluate")
     write(root, "P0", [0.6, 0.4], rng.random((2, COUNT)) < 0.3, seed=0)
     write(root, "G0", [1.0], rng.random((1, COUNT)) < 0.3, seed=0, kind="grow")
     folder = root / "ceiling"
