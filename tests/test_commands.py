@@ -110,9 +110,9 @@ def test_every_experiment_runs_one_step_and_keeps_the_contract(command, tmp_path
         small = ("model=small_cnn", "protocol=fast", "compile=false", "trainer.precision=32-true")
     elif experiment == "averaged_digits":
         # A class has few originals here.
-        small = ("data.average=2",)
+        small = ("data.average=2", "protocol=fast")
     else:
-        small = ()
+        small = ("protocol=fast",)
     # Fixed weights take no steps.
     weighed = yaml.safe_load((ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text())["defaults"]
     fixed = {"override /lambda_solver": "uniform"} in weighed

@@ -25,16 +25,17 @@ from broken_defences import (
 from builders.networks import Step
 from mixadv.attacks.subsets import SubsetAttack
 from mixadv.evaluation import EvaluationRecord
-from mixadv.evaluation.distrust import CHECKS_OF_RECORD, FLAGS, checks_made, distrust
+from mixadv.evaluation.distrust import CHECKS_OF_RECORD, FLAGS, checks_made, distrust, flags_above
 from mixadv.mixture import Mixture
 from mixadv.report.page import CHECKS
+from mixadv.results import CeilingRow
 from mixadv.threat_model import ThreatModel
 
 NAMES = [
     *("non-finite-logits", "zero-gradients", "saturated-logits", "probabilities", "random-outputs", "batch-dependent"),
     *("black-box-beats-white-box", "noise-beats-pgd", "more-steps-do-not-hurt", "larger-eps-does-not-hurt"),
     *("ce-and-dlr-disagree", "white-box-attacks-disagree", "robust-above-clean", "survives-grey"),
-    "search-not-exhaustive",
+    *("above-the-ceiling", "search-not-exhaustive"),
 ]
 
 # What each must raise at least; what else it raises is true of it as well.
@@ -386,6 +387,28 @@ def test_accuracy_that_an_attack_raises(wrong, flagged):
         assert raised["robust-above-clean"] == "clean accuracy is 80.0%, under attack it is 100.0% (pgd)."
 
 
+@pytest.mark.parametrize(
+    ("deterministic", "randomised", "evidence"),
+    [
+        # Member 0 is right on 30 % of the images, member 1 and the twin on 50 %, the mixture on 45 %.
+        (0.5, 0.45, []),
+        (0.5, None, []),
+        (0.4, 0.45, ["member 1", "the averaged twin"]),
+        (0.29, 0.44, ["member 0", "member 1", "the averaged twin", "the mixture"]),
+        (None, 0.44, ["the mixture"]),
+    ],
+)
+def test_more_than_any_classifier_can_reach_is_an_attack_that_failed(deterministic, randomised, evidence):
+    one = record(pgd=(100, 40))
+    one.ensemble["pgd"] = one.found["pgd"][1]
+    found = flags_above(one, CeilingRow(deterministic_upper=deterministic, randomised_upper=randomised))
+    assert [flag.name for flag in found] == (["above-the-ceiling"] if evidence else [])
+    said = found[0].evidence if found else ""
+    assert re.findall(r"(?:^|; )([\w ]+) is right at all points found", said) == evidence
+    if "the mixture" in evidence:
+        assert "the mixture is right at all points found on 45.0% of the images, but no mixture can be" in said
+
+
 # --- manners ---------------------------------------------------------------------------------------------------
 
 
@@ -417,7 +440,7 @@ def test_no_images_are_refused():
 
 COMPARING = {
     *("black-box-beats-white-box", "noise-beats-pgd", "ce-and-dlr-disagree", "white-box-attacks-disagree"),
-    *("robust-above-clean", "search-not-exhaustive"),
+    *("robust-above-clean", "above-the-ceiling", "search-not-exhaustive"),
 }
 
 

@@ -254,7 +254,7 @@ def test_the_quickstart_ends_with_this_report(tmp_path: Path) -> None:
     )
     small = [f"data.{split}=102" for split in ("num_train", "num_val", "num_test")]
     small += ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "trainer.limit_train_batches=2"]
-    small += [text for text in TINY if text.startswith("protocol.")]
+    small += ["protocol=fast", *(text for text in TINY if text.startswith("protocol."))]
     finished = run_command(tmp_path, *sweep, *small, "schedule.T_theta=1")
     assert finished.rc == 0, finished.err
     finished = run_command(tmp_path, *shown)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
+from builders.runs import read_results
 from conftest import run_command
 from mixadv.data.digits import Digits
 from mixadv.report.ceiling import ceiling_sentences, ceiling_table
@@ -221,3 +222,31 @@ def test_sentences_say_what_is_not_known(run):
     bounded = sentence(run, **exact, gain_at_most=0.0001, status="sets of more than 4 points were left out")
     assert bounded.endswith("These are bounds: sets of more than 4 points were left out.")
     assert "were not computed" in sentence(run, status="only the conflicts were counted")
+
+
+def test_an_evaluation_that_is_above_the_ceiling_is_flagged(command, tmp_path):
+    """A deterministic classifier on the triangle, of which the attacks see nothing or enough."""
+    (tmp_path / "nets.py").write_text(
+        """
+import torch
+
+
+class Nearest(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.corners = torch.nn.Parameter(torch.tensor([[0.25, 0.28], [0.75, 0.28], [0.5, 0.72]]))
+
+    def forward(self, images):
+        return -torch.cdist(images.flatten(1), self.corners) * 10
+"""
+    )
+    own = ("task=evaluate", "members=[nets.py:Nearest]", "data=triangle", "threat_model=l2", "eps=0.262", "logger=none")
+    only = [f"~protocol.attacks.{name}" for name in ("arc", "subsets", "square", "climber")]
+    for steps, flagged in ((0, True), (20, False)):
+        attack = (*only, f"protocol.attacks.pgd-20.num_steps={steps}", "protocol.diagnosed=0", f"name=steps{steps}")
+        finished = command(*own, "data.num_test=30", *attack)
+        assert finished.rc == 0, finished.err
+        results = read_results(tmp_path / "outputs" / "evaluate" / f"steps{steps}")
+        assert "above-the-ceiling" in results["checks"]
+        assert [flag["name"] for flag in results["flags"]] == (["above-the-ceiling"] if flagged else [])
+        assert ("Flag: above-the-ceiling: member 0 is right" in " ".join(finished.out.split())) == flagged

@@ -20,7 +20,7 @@ from mixadv.evaluation.probes import SATURATED_RATIO, OwnAttacks, answers, gradi
 from mixadv.evaluation.record import ON, EvaluationRecord
 from mixadv.intervals import paired_interval
 from mixadv.mixture import Mixture
-from mixadv.results import Flag
+from mixadv.results import CeilingRow, Flag
 from mixadv.seeding import seeded
 from mixadv.threat_model import ThreatModel
 
@@ -69,10 +69,14 @@ FLAGS: dict[str, str] = {
     "eval mode.",
     "survives-grey": "Look for what the model knows besides the image, such as the test set or the label, and for what "
     "hides its gradient.",
+    "above-the-ceiling": "The attacks missed points that exist: use protocol=strict, or give them more steps, restarts "
+    "and targets. Do not report this number.",
     "search-not-exhaustive": "This is a note, not a symptom: the accuracy is an upper bound. Search longer, for "
     "example with protocol.attacks.climber.num_steps=1000, and see whether it falls.",
 }
 
+# The check of `flags_above`.
+ABOVE = "above-the-ceiling"
 # The checks of `flags_of_record`.
 CHECKS_OF_RECORD = ("non-finite-logits",)
 
@@ -132,7 +136,9 @@ def checks_made(mixture: Mixture, record: EvaluationRecord, attacks: Mapping[str
     It leaves out those that compare attacks of which the evaluation ran too few, and the note on sets of members where
     no attack searches over them.
     """
-    left_out = {flag for flag, (weak, strong) in _sides(record).items() if not (weak and strong)}
+    # Of `flags_above`, which needs the ceiling.
+    left_out = {ABOVE}
+    left_out |= {flag for flag, (weak, strong) in _sides(record).items() if not (weak and strong)}
     if not any(_compared_white_box(record)):
         left_out.add("white-box-attacks-disagree")
     if not record.attacks:
@@ -146,6 +152,31 @@ def checks_made(mixture: Mixture, record: EvaluationRecord, attacks: Mapping[str
 def flags_of_record(record: EvaluationRecord) -> list[Flag]:
     """The flags that need no further pass through the members: answers that are not there."""
     return _flags(_unanswered(record))
+
+
+def flags_above(record: EvaluationRecord, ceiling: CeilingRow) -> list[Flag]:
+    """The flag of classifiers that seem to be right on more of the measured images than any classifier can be.
+
+    Args:
+        record: of the evaluation.
+        ceiling: of the same images at the same radius, with its upper bounds.
+    """
+    deterministic = {f"member {k}": right for k, right in enumerate(record.members_worst_case())}
+    if len(deterministic) > 1:
+        deterministic |= {"the averaged twin": record.averaged_twin_worst_case()}
+        deterministic |= {"the vote": record.vote_worst_case()} if record.vote else {}
+    found = [
+        f"{who} is right at all points found on {value:.1%} of the images, but no {what} can be on more than {most:.1%}"
+        for what, most, classifiers in (
+            ("classifier", ceiling.deterministic_upper, deterministic),
+            ("mixture", ceiling.randomised_upper, {"the mixture": record.worst_case()}),
+        )
+        if most is not None
+        for who, right in classifiers.items()
+        # More than the rounding error of the linear program.
+        if (value := float(np.mean(right))) > most + 1e-6
+    ]
+    return _flags({ABOVE: "; ".join(found)} if found else {})
 
 
 def _flags(found: Mapping[str, str]) -> list[Flag]:

@@ -18,6 +18,7 @@ from mixadv.attacks.search import Attack
 from mixadv.attacks.suite import passes_of
 from mixadv.console import Console
 from mixadv.evaluation import (
+    ABOVE,
     CHECKS_OF_RECORD,
     Choice,
     EvaluationRecord,
@@ -30,6 +31,7 @@ from mixadv.evaluation import (
     equilibrium_of,
     evaluate,
     fingerprint,
+    flags_above,
     flags_of_record,
     pool_of,
 )
@@ -98,11 +100,18 @@ def measure(session: Session, mixture: Mixture) -> tuple[Results, dict[str, np.n
         )
     if not session.is_first:
         return None
+    reachable = measured_ceiling(session)
+    diagnosis = _diagnosis(session, mixture, batches, record, attacks)
+    (row,) = reachable["ceiling"]
+    # Saved points need not be of the first images.
+    if not cfg.points and row.num_examples == len(record.labels) and row.randomised_upper is not None:
+        diagnosis["flags"] += tuple(flags_above(record, row))
+        diagnosis["checks"] += (ABOVE,)
     results = replace(
         record.results(settings),
         **header_of(session),
-        **measured_ceiling(session),
-        **_diagnosis(session, mixture, batches, record, attacks),
+        **reachable,
+        **diagnosis,
         counterparts=None if choice is None else counterparts_of(record, choice),
         content=mark,
         classes=record.by_class(session.data.class_names),
