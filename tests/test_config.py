@@ -106,7 +106,8 @@ def test_every_choice_of_every_group_composes_and_passes(compose):
             said.append(f"predict.images={ROOT}")
         cfg = compose(*said)
         config.check(cfg)
-        assert cfg.loss._target_.rpartition(".")[2].lower() in said[GROUPS.index("loss")]
+        losses = {"loss=at": "AT", "loss=trades": "TRADES", "loss=zero_one_smoothed": "SmoothedZeroOne"}
+        assert cfg.loss._target_.rpartition(".")[2] == losses[said[GROUPS.index("loss")]]
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))

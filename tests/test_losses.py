@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mixadv import losses
-from mixadv.losses import AT, TRADES
+from mixadv.losses import AT, TRADES, SmoothedZeroOne
 
 
 @pytest.fixture
@@ -152,3 +152,48 @@ def test_trades_refuses_what_it_cannot_use(batch):
         TRADES(-1.0)
     with pytest.raises(ValueError, match="beta"):
         TRADES(float("nan"))
+
+
+# --- the smoothed 0/1 loss -----------------------------------------------------------------------------------------
+
+
+def test_the_smoothed_loss_by_hand_and_its_limit(batch):
+    z, _, y = batch
+
+    def lost(logits, label):
+        """3 times the chance that logistic noise of scale 0.4 exceeds z_y - max_{j != y} z_j."""
+        return 3 / (1 + np.exp((logits[label] - max(np.delete(logits, label))) / 0.4))
+
+    loss = SmoothedZeroOne(temperature=0.4, scale=3.0)
+    np.testing.assert_allclose(loss.outer(z, None, y), by_hand(z, y, lost))
+    wrong = by_hand(z, y, lambda logits, label: float(np.argmax(logits) != label))
+    np.testing.assert_allclose(SmoothedZeroOne(1e-3, scale=1.0).outer(z, None, y), wrong, atol=1e-9)
+    torch.testing.assert_close(loss.inner(z, None, y), losses.cross_entropy(z, y))
+
+
+def test_the_temperature_falls_geometrically():
+    loss = SmoothedZeroOne(temperature=8.0, final_temperature=0.5)
+    assert [loss.at(s).temperature for s in (0, 0.25, 0.5, 0.75, 1, 1.2)] == pytest.approx([8, 4, 2, 1, 0.5, 0.5])
+    assert AT().at(0.3) == AT()
+
+
+def test_the_gradient_of_a_linear_model_by_finite_differences():
+    """Central differences of the mean loss in every parameter, float64."""
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    x, y = torch.randn(5, 6, generator=generator, dtype=torch.float64), torch.tensor([2, 0, 3, 1, 0])
+    loss = SmoothedZeroOne().at(0.6)
+    loss.outer(x @ W.T, None, y).mean().backward()
+    for place in np.ndindex(4, 6):
+        moved = [W.detach().clone() for _ in range(2)]
+        for sign, other in zip((1, -1), moved, strict=True):
+            other[place] += sign * 1e-6
+        up, down = (float(loss.outer(x @ other.T, None, y).mean()) for other in moved)
+        assert float(W.grad[place]) == pytest.approx((up - down) / 2e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["temperature", "final_temperature", "scale"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_smoothed_loss_needs_positive_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}: it must be positive and finite"):
+        SmoothedZeroOne(**{name: value})

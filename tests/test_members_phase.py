@@ -1,7 +1,7 @@
 """Attacks of the members' phases: against a loop written out here, in parts, and after an interruption."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -15,15 +15,17 @@ from builders.networks import InFloat64, same_tensors, untrained_members
 from builders.stops import Interrupted, SaveAndStop
 from conftest import QUIET, TINY
 from mixadv.attacks import PGD
+from mixadv.attacks.objectives import InnerLoss
 from mixadv.data.stream import BatchStream
 from mixadv.lambda_solvers import OracleSubgradient, Uniform
-from mixadv.losses import TRADES
+from mixadv.losses import AT, TRADES, SmoothedZeroOne
 from mixadv.mixture import Mixture
+from mixadv.ranks import Ranks
 from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
 from mixadv.training import ClassWeights, MembersPhase, MixtureTraining
 from mixadv.training.learning_rate import constant
-from mixadv.training.members_phase import random_wrong_classes
+from mixadv.training.members_phase import MembersAttack, random_wrong_classes
 
 EPS, STEP, NUM_STEPS, CLASSES = 0.1, 0.3, 3, [1, 5, 7]
 LAM = [0.25, 0.75]
@@ -78,16 +80,28 @@ def attacked_by_hand(nets, lam, x, y, generator, targets, eps):
     return point.detach()
 
 
-def trained_by_hand(nets, lam, table, batches, radii=None):
+def cross_entropy(z, y, share_done):
+    return F.cross_entropy(z, y, reduction="none")
+
+
+def smoothed(z, y, share_done):
+    """4 times the probability that logistic noise of scale T makes the right class lose; T from 3 to 1/3 by thirds."""
+    T = 3 * (1 / 9) ** share_done
+    others = torch.stack([z[:, [c for c in range(3) if c != label]].amax(1) for label in range(3)], dim=1)
+    rows = range(len(y))
+    return 4 * (1 - 1 / (1 + torch.exp(-(z[rows, y] - others[rows, y]) / T)))
+
+
+def trained_by_hand(nets, lam, table, batches, radii=None, loss=cross_entropy):
     generator = generator_for(7, "attacks")
     optimizers = [SGD(net.parameters(), lr=0.1, momentum=0.9) for net in nets]
-    for (x, y), eps in zip(batches, radii or [EPS] * len(batches), strict=True):
+    for t, ((x, y), eps) in enumerate(zip(batches, radii or [EPS] * len(batches), strict=True), start=1):
         targets = (y + torch.randint(1, len(CLASSES), y.shape, generator=generator)) % len(CLASSES)
         x_adv = attacked_by_hand(nets, lam, x, y, generator, targets, eps)
         for net, weights, optimizer in zip(nets, table, optimizers, strict=True):
             net.train()
             optimizer.zero_grad()
-            (torch.tensor(weights)[y] * F.cross_entropy(net(x_adv), y, reduction="none")).mean().backward()
+            (torch.tensor(weights)[y] * loss(net(x_adv), y, t / len(batches))).mean().backward()
             optimizer.step()
 
 
@@ -120,6 +134,73 @@ def test_the_radius_grows_in_the_loop_bit_for_bit(ramp, shares):
         assert same_tensors(ours.state_dict(), theirs.state_dict())
 
 
+def test_the_temperature_falls_in_the_loop():
+    nets = [InFloat64(net) for net in members(2, "small_cnn")]
+    plain = copy.deepcopy(nets)
+    loss = SmoothedZeroOne(temperature=3.0, final_temperature=1 / 3)
+    fit(training(nets, LAM, loss=loss, members_phase=MembersPhase(targets="random")))
+    trained_by_hand(plain, LAM, [[1.0] * 3] * 2, batches_of(5), loss=smoothed)
+    for ours, theirs in zip(nets, plain, strict=True):
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-11)
+
+
+# --- the worst of several attacks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [None, 7])
+@pytest.mark.parametrize("lam", [[0.5, 0.2, 0.3], [0.6, 0.0, 0.4]], ids=["all", "two"])
+def test_each_example_keeps_the_point_of_least_accuracy(lam, most):
+    """By brute force over the points of the parts; without random starts the parts are the same alone."""
+    prepared = set_up(data())
+    nets = members(3, "small_cnn")
+    with torch.random.fork_rng([]):
+        fit(training(nets, [0.5, 0.2, 0.3]), 18, epochs=3)
+    mixture, ball = Mixture(nets, lam).eval(), ThreatModel("linf", 0.25)
+    x, y = prepared.train_images.float() / 255, prepared.train_labels
+    steps = PGD(3, 0.4, objective=InnerLoss(AT()), start="none", keep="last")
+
+    def found(target, *names):
+        attack = MembersAttack(MembersPhase(worst_of=names), steps, SmoothedZeroOne(0.7), 3, Ranks(), most)
+        return attack(target, x, y, ball, None)
+
+    def judged(points):
+        with torch.no_grad():
+            z = torch.stack([net(points) for net in nets])
+        wrong = z.scatter(-1, y.expand(3, -1).unsqueeze(-1), float("-inf")).amax(-1)
+        right = z.gather(-1, y.expand(3, -1).unsqueeze(-1)).squeeze(-1)
+        weights = torch.tensor(lam)[:, None]
+        return (weights * (right > wrong)).sum(0), (weights * torch.sigmoid((wrong - right) / 0.7)).sum(0)
+
+    alone = [found(Mixture([nets[k]]).eval(), "expected") for k in range(3) if lam[k]]
+    parts = [found(mixture, "expected"), found(mixture, "smoothed"), *alone]
+    accuracy, loss = (torch.stack(values) for values in zip(*map(judged, parts), strict=True))
+    kept, its_loss = judged(found(mixture, "members", "smoothed", "expected"))
+    least = accuracy.amin(0)
+    torch.testing.assert_close(kept, least)
+    largest = torch.where((accuracy - least).abs() < 1e-6, loss, torch.tensor(-1.0)).amax(0)
+    torch.testing.assert_close(its_loss, largest)
+    # The choice matters: no part is the worst everywhere.
+    assert (accuracy.mean(1) > least.mean()).all()
+    # The order of the names does not.
+    assert torch.equal(
+        found(mixture, "members", "smoothed", "expected"), found(mixture, "expected", "smoothed", "members")
+    )
+
+
+def test_on_a_single_model_the_members_are_the_expected():
+    x, y = batches_of(1)[0]
+    one = Mixture(members(1, "small_cnn")).eval()
+    steps = PGD(3, 0.4, objective=InnerLoss(AT()), keep="last")
+
+    def found(*names):
+        attack = MembersAttack(MembersPhase(worst_of=names), steps, SmoothedZeroOne(), 3, Ranks())
+        return attack(one, x, y, ThreatModel("linf", 0.2), torch.Generator().manual_seed(1))
+
+    assert torch.equal(found("members"), found())
+    assert torch.equal(found("members", "expected"), found("expected"))
+
+
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
@@ -134,13 +215,14 @@ def test_every_wrong_class_is_as_likely_and_the_right_one_never_comes():
 
 
 @pytest.mark.parametrize("kind", ["sampled", "shared"])
-@pytest.mark.parametrize("loss", [None, TRADES(2.0)], ids=["at", "trades"])
+@pytest.mark.parametrize("loss", [None, TRADES(2.0), SmoothedZeroOne()], ids=["at", "trades", "smoothed"])
 def test_parts_give_what_the_whole_batch_gives(kind, loss):
     """With a weights phase at t = 3 (sampled: t = 5), whose attack has neither targets nor ramp."""
     nets = [InFloat64(net) for net in members(2, "small_cnn")]
     runs = {}
     for most in (None, 7, 100):
-        phase = MembersPhase(targets="random", eps_ramp=0.7)
+        worst_of = ("expected", "smoothed", "members") if isinstance(loss, SmoothedZeroOne) else ()
+        phase = MembersPhase(targets="random", eps_ramp=0.7, worst_of=worst_of)
         settings = {"kind": kind, "loss": loss, "solver": OracleSubgradient(2), "members_phase": phase}
         runs[most] = fit(training(copy.deepcopy(nets), LAM, micro_batch_size=most, **settings), 6)
     assert [max(net.most for net in run.mixture.members) for run in runs.values()] == [16, 6, 16]
@@ -154,6 +236,8 @@ def test_parts_give_what_the_whole_batch_gives(kind, loss):
 SETTINGS = {
     "targets": {"members_phase": MembersPhase(targets="random"), "class_weights": ClassWeights("antithetic")},
     "ramp": {"members_phase": MembersPhase(eps_ramp=0.9)},
+    "worst": {"members_phase": MembersPhase("random", worst_of=("expected", "smoothed", "members"))},
+    "smoothed": {"loss": SmoothedZeroOne()},
 }
 
 
@@ -225,3 +309,40 @@ def test_a_phase_that_does_not_exist_is_refused(command):
         MembersPhase(targets="all")
     assert command(*TINY, "attack.targets=all").refusal().startswith("attack.targets=all is unknown: choose one of")
     assert command(*TINY, "attack.eps_ramp=2").refusal().startswith("attack.eps_ramp=2 must be a share of the training")
+    for names in ('["expected","own"]', '["smoothed","smoothed"]'):
+        assert (
+            "give some of expected, smoothed, members, each once"
+            in command(*TINY, f"attack.worst_of={names}").refusal()
+        )
+    assert command(*TINY, "attack.worst_of=expected").refusal().startswith("attack.worst_of=expected must be a list")
+
+
+# --- a loss that follows the training --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Following(AT):
+    """Notes the share of the training at which each of its losses is used; shared by what `at` returns."""
+
+    share: float = -1.0
+    used: list = field(default_factory=list)
+
+    def at(self, share_done):
+        return replace(self, share=share_done)
+
+    def inner(self, adv_logits, clean_logits, y):
+        self.used.append(("inner", self.share))
+        return super().inner(adv_logits, clean_logits, y)
+
+    def outer(self, adv_logits, clean_logits, y):
+        self.used.append(("outer", self.share))
+        return super().outer(adv_logits, clean_logits, y)
+
+
+def test_attacks_updates_and_weights_phases_use_the_loss_of_their_batch():
+    """Six batches; the third and the sixth are weights phases."""
+    loss = Following()
+    fit(training(members(), LAM, loss=loss, solver=OracleSubgradient(1)), batches=6)
+    shares = [t / 6 for t in range(1, 7)]
+    assert sorted({share for what, share in loss.used if what == "outer"}) == shares
+    assert sorted({share for what, share in loss.used if what == "inner"}) == shares

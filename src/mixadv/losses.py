@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -129,6 +129,10 @@ class RobustLoss(ABC):
     def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         """The loss that the member minimises, [..., B]. Clean logits carry their gradient."""
 
+    def at(self, share_done: float) -> RobustLoss:
+        """The loss when this share of the training is done, 0 to 1; itself unless a loss changes on the way."""
+        return self
+
 
 @dataclass(frozen=True)
 class AT(RobustLoss):
@@ -185,6 +189,48 @@ class ZeroOne(RobustLoss):
 
     def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
         return zero_one(adv_logits, y)
+
+
+@dataclass(frozen=True)
+class SmoothedZeroOne(RobustLoss):
+    """A smoothed 0/1 loss: outer = scale (1 - sigmoid(-m / T)), with the margin m = max_{j != y} z_j - z_y.
+
+    For T -> 0 it becomes scale times the 0/1 loss, the payoff of the game. Other than the cross-entropy it gives up
+    examples that are far on the wrong side, where its gradient vanishes. So T falls geometrically over the training,
+    T(s) = temperature (final_temperature / temperature)^s when a share s is done; see `at`. The attacker climbs the
+    cross-entropy, which has a gradient everywhere.
+
+    temperature: T, in units of the logits.
+    final_temperature: T at the end of a training.
+    scale: the slope in m at the boundary is scale / (4 T); with the defaults it is 1/2 at the start, that of the
+        cross-entropy of two classes.
+
+    Raises ValueError for arguments that are not positive and finite.
+    """
+
+    temperature: float = 2.0
+    final_temperature: float = 0.5
+    scale: float = 4.0
+
+    needs_clean: ClassVar[bool] = False
+    start: ClassVar[str] = "uniform"
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "final_temperature", "scale"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive and finite")
+
+    def at(self, share_done: float) -> SmoothedZeroOne:
+        """The loss with the temperature T(share_done)."""
+        share = min(1.0, max(0.0, share_done))
+        now = self.temperature * (self.final_temperature / self.temperature) ** share
+        return replace(self, temperature=now)
+
+    def inner(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        return cross_entropy(adv_logits, y)
+
+    def outer(self, adv_logits: Tensor, clean_logits: Tensor | None, y: Tensor) -> Tensor:
+        return self.scale * torch.sigmoid(margin(adv_logits, y) / self.temperature)
 
 
 def _required(clean_logits: Tensor | None) -> Tensor:

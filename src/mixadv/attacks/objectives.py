@@ -152,3 +152,21 @@ class InnerLoss:
 
     def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
         return _expectation(self.robust_loss.inner(logits, clean_logits, y), weights)
+
+
+@dataclass(frozen=True)
+class OuterLoss:
+    """sum_k lambda_k outer_k, the expected loss that the members minimise."""
+
+    robust_loss: RobustLoss
+
+    @property
+    def needs_clean(self) -> bool:
+        return self.robust_loss.needs_clean
+
+    def of_member(self, k: int, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        """outer_k: see `ExpectedObjective`."""
+        return self.robust_loss.outer(logits, None if clean_logits is None else clean_logits[k], y)
+
+    def __call__(self, logits: Tensor, y: Tensor, weights: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        return _expectation(self.robust_loss.outer(logits, clean_logits, y), weights)

@@ -170,7 +170,7 @@ def build_attack(node: Any, key: str) -> PGD:
 
 # Keys of groups that are not arguments of the class that the group names.
 PHASE = ("payoff", "attacks", "num_images")
-MEMBERS_PHASE = ("targets", "eps_scale", "eps_ramp")
+MEMBERS_PHASE = ("targets", "eps_scale", "eps_ramp", "worst_of")
 CLASS_WEIGHTS = ("class_weights", "ratio", "orders")
 
 

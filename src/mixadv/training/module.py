@@ -28,7 +28,7 @@ from mixadv.data.split import stratified_subset
 from mixadv.data.stream import BatchStream
 from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver, LinearProgram, OracleSubgradient
-from mixadv.losses import AT, RobustLoss
+from mixadv.losses import AT, RobustLoss, SmoothedZeroOne
 from mixadv.members.store import mixture_of_checkpoint
 from mixadv.mixture import Mixture
 from mixadv.mixture_game import AttackedBatch, MixtureGame
@@ -97,7 +97,8 @@ class MixtureTraining(pl.LightningModule):
     Args:
         mixture: the members and the weights.
         threat_model: the ball.
-        loss: inner and outer loss (AT or TRADES).
+        loss: inner and outer loss (AT, TRADES, ...); ``loss.at`` the share of the training that is done gives that of a
+            batch.
         class_weights: weights of the classes in the outer loss of each member; None: all 1. The payoff of the weights
             phases has none.
         attack: PGD settings of training; objective, start and `keep` follow from the loss and the phase.
@@ -428,8 +429,8 @@ class MixtureTraining(pl.LightningModule):
             ((x, y),) = BatchStream(images, labels, len(labels), shuffle=False, device=data.device)
             game = RecordedGame(
                 *(Mixture(self.mixture.members[:s]), x, y, self.threat_model),
-                [self.weights_attack, *self.phase.attacks.values()],
-                self.phase.loss(self.loss),
+                [self._with_loss_now(self.weights_attack), *self.phase.attacks.values()],
+                self.phase.loss(self.loss_now),
                 generator_for(self.seed, "response", s, device=x.device),
                 batch_size=self.micro_batch_size or data.eval_batch_size,
             )
@@ -468,9 +469,9 @@ class MixtureTraining(pl.LightningModule):
         most, phase = self.micro_batch_size, self.phase
         # After a resume they come from a checkpoint, on the CPU.
         recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
-        loss = phase.loss(self.loss)
+        loss, weights_attack = phase.loss(self.loss_now), self._with_loss_now(self.weights_attack)
         if phase.is_published:
-            attacks = [SharedAttack(self.weights_attack, self.ranks, most)]
+            attacks = [SharedAttack(weights_attack, self.ranks, most)]
             parts = (mixture, x, y, self.threat_model, attacks, loss, self.attack_generator)
             return DividedGame(*parts, recent=recent, micro_batch_size=most)
         if phase.num_images is not None:
@@ -480,7 +481,7 @@ class MixtureTraining(pl.LightningModule):
         # Of several processes each attacks all images: the weights come from the first.
         return MixtureGame(
             *(mixture, x, y, self.threat_model),
-            list(phase.attacks.values()) or [self.weights_attack],
+            list(phase.attacks.values()) or [weights_attack],
             loss,
             self.attack_generator,
             batch_size=most or self._data().eval_batch_size,
@@ -502,8 +503,19 @@ class MixtureTraining(pl.LightningModule):
             )
 
     def members_attack(self, num_classes: int) -> MembersAttack:
-        """The attack of a members' phase, on images of C classes."""
-        return MembersAttack(self.members_phase, self.training_attack, num_classes, self.ranks, self.micro_batch_size)
+        """The attack of a members' phase, on images of C classes, with the loss of the current batch."""
+        attack, loss = self._with_loss_now(self.training_attack), self.loss_now
+        smoothed = loss if isinstance(loss, SmoothedZeroOne) else SmoothedZeroOne().at(self.share_done)
+        return MembersAttack(self.members_phase, attack, smoothed, num_classes, self.ranks, self.micro_batch_size)
+
+    @property
+    def loss_now(self) -> RobustLoss:
+        """The loss of the current batch, which may follow the share of the training that is done."""
+        return self.loss.at(self.share_done)
+
+    def _with_loss_now(self, attack: PGD) -> PGD:
+        loss = self.loss_now
+        return attack if loss is self.loss else replace(attack, objective=InnerLoss(loss))
 
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         updated = self.schedule.members_at(self.t, self.member_generator)
@@ -538,7 +550,7 @@ class MixtureTraining(pl.LightningModule):
         optimizer = self._as_list(self.optimizers())[k]
         optimizer.zero_grad()
         most, weights = self.micro_batch_size, self._class_weights[k]
-        seen = add_gradient(member, self.loss, weights, x, x_adv, y, most, self.manual_backward)
+        seen = add_gradient(member, self.loss_now, weights, x, x_adv, y, most, self.manual_backward)
         gradients = [p.grad for p in member.parameters() if p.grad is not None]
         # Batch norm's statistics too, so that members stay the same in all processes.
         self.ranks.average_([*gradients, *running_statistics(member), seen])
