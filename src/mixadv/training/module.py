@@ -285,15 +285,24 @@ class MixtureTraining(pl.LightningModule):
         data.batches_per_epoch = self.batches_per_epoch = length
         data.overfit_batches = length if trainer.overfit_batches else None
         self.total_batches = trainer.max_epochs * length
+        if self.schedule.grows:
+            self._set_stages()
+        updates = self.schedule.member_batches_in(self.total_batches) * self.schedule.updated_at_once
+        self.updates_per_member = max(1, round(updates / self.mixture.num_members))
+
+    def _set_stages(self) -> None:
+        """Tell the schedule how long the stages of a growing mixture are.
+
+        Raises:
+            UserError: too few batches for L stages.
+        """
         self.schedule = replace(self.schedule, total_batches=self.total_batches)
-        if self.schedule.grows and self.total_batches < 2 * self.mixture.num_members:
+        if self.total_batches < 2 * self.mixture.num_members:
             raise UserError(
                 f"a mixture of {self.mixture.num_members} members grows in as many stages of 2 batches or more, but "
                 f"this training has {self.total_batches}: raise trainer.max_epochs, trainer.limit_train_batches or "
                 f"trainer.fast_dev_run (a number of batches)"
             )
-        updates = self.schedule.member_batches_in(self.total_batches) * self.schedule.updated_at_once
-        self.updates_per_member = max(1, round(updates / self.mixture.num_members))
 
     def _data(self) -> ImageDataModule:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
