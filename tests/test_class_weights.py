@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import SGD
 
-from builders.data import digits_module, set_up
+from builders.data import digits_module
 from builders.networks import same_tensors, untrained_members
 from builders.runs import read_results
 from conftest import QUIET, TINY
@@ -131,26 +132,39 @@ def test_reversed_orders_exchange_the_members():
     assert not same_tensors(one.mixture.members[0].state_dict(), one.mixture.members[1].state_dict())
 
 
-def test_a_weight_of_zero_hides_a_class_and_lambda_does_not_see_it():
-    """The gradient of the whole outer loss is weighted, both terms of TRADES; the payoff is not."""
-    weights = [[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]]
-    nets, data = members(), set_up(digits_module(classes=[1, 5, 7]))
-    module = weighted(nets, ClassWeights(weights), batches=1, loss=TRADES(2.0))
-    x, y = data.train_images.float() / 255, data.train_labels
-    game = module._game(x[:9], y[:9])
-    points = game.known().losses[:, 0]
+@dataclass(frozen=True)
+class Noting(OracleSubgradient):
+    """Notes the images, labels and losses at the images of every game that it solves."""
+
+    games: list = field(default_factory=list)
+
+    def solve(self, game, lam0=None, generator=None):
+        self.games.append((game.x, game.y, game.known().losses[:, 0]))
+        return super().solve(game, lam0=lam0, generator=generator)
+
+
+def test_lambda_does_not_see_the_weights():
+    """The payoff at the images themselves; the last batch is the weights phase, so the members are still those."""
+    solver = Noting(2)
+    module = weighted(members(), ClassWeights([[0.0, 2.0, 1.0], [1.0, 3.0, 0.5]]), solver=solver)
+    ((x, y, losses),) = solver.games
     for k, member in enumerate(module.mixture.members):
-        member.eval()
         with torch.no_grad():
-            logits = member(x[:9])
-        torch.testing.assert_close(points[:, k], F.cross_entropy(logits, y[:9], reduction="none").double())
-    alone = weighted(nets, ClassWeights([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0]]), batches=1, loss=TRADES(2.0))
-    for started, once, twice in zip(*(list(m.parameters()) for m in (nets[0], *_firsts(alone, module))), strict=True):
-        torch.testing.assert_close(twice - started, 2 * (once - started), atol=1e-6, rtol=0)
+            logits = member.eval()(x)
+        torch.testing.assert_close(losses[:, k], F.cross_entropy(logits, y, reduction="none").double())
 
 
-def _firsts(*modules):
-    return [module.mixture.members[0] for module in modules]
+def test_twice_the_weights_are_a_step_of_twice_the_length():
+    """Of the whole outer loss, both terms of TRADES."""
+    nets = members()
+    steps = []
+    for row in ([0.0, 1.0, 0.5], [0.0, 2.0, 1.0]):
+        module = weighted(nets, ClassWeights([row, [1.0] * 3]), batches=1, loss=TRADES(2.0))
+        after = module.mixture.members[0].parameters()
+        steps.append([new - old for new, old in zip(after, nets[0].parameters(), strict=True)])
+    for once, twice in zip(*steps, strict=True):
+        assert once.abs().max() > 1e-4
+        torch.testing.assert_close(twice, 2 * once, atol=1e-6, rtol=0)
 
 
 def test_a_table_for_other_classes_is_refused_before_the_first_batch():
