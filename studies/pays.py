@@ -196,6 +196,9 @@ def _rows(run: Run) -> np.ndarray:
         rows[MEMBERS] = found.accuracies[MEMBERS]
         if best is not None and best.which is not None:
             rows[BEST] = found.members[best.which]
+    elif run.num_members == 1:
+        # A mixture that did not grow is its own best member.
+        rows |= dict.fromkeys((MEMBERS, BEST, VOTE, TWIN), rows[MIXTURE])
     return np.array([rows.get(name, empty) for name in ROWS], dtype=np.float32)
 
 
@@ -381,6 +384,7 @@ def _differences(found: Sequence[Difference]) -> str:
             "yes" if one.holds else "no",
         ]
         for one in found
+        if one.mixture in (RECIPE, BIASES)
     ]
     verdicts = [_verdict(mixture, [one for one in found if one.mixture == mixture]) for mixture in MIXTURES]
     return "\n\n".join([_markdown(head, rows), *filter(None, verdicts)]) if rows else ""

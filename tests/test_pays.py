@@ -173,6 +173,8 @@ def test_differences_have_both_intervals(sweep):
     assert best.mean == pytest.approx(np.mean([one["robust"] - one["members_robust"][1] for one in gains]), abs=1e-6)
     constant = found["recipe", "constant answer"]
     assert constant.mean == pytest.approx(np.mean([one["robust"] for one in gains]) - 1 / 3, abs=1e-6)
+    # A mixture that did not grow is its own best member.
+    assert found["grown", "best member"].mean == 0
     # One seed has no interval over seeds, so that nothing is claimed.
     assert np.isnan(found["Algorithm 2", "vote"].over_seeds).all()
     assert not found["Algorithm 2", "vote"].holds
