@@ -164,7 +164,9 @@ def _method(run: Run) -> str:
     weighted = run.config["loss"].get("class_weights") is not None
     targeted = run.config["attack"].get("targets", "none") != "none"
     if run.num_members == 1 and run.config["schedule"]["kind"] != "grow":
-        words = [word for word, on in (("class weights", weighted), ("random targets", targeted)) if on]
+        smoothed = run.config["loss"]["_target_"].endswith("SmoothedZeroOne")
+        parts = ("smoothed 0/1 loss", smoothed), ("class weights", weighted), ("random targets", targeted)
+        words = [word for word, on in parts if on]
         return ", ".join(["one model", *words])
     if run.config["schedule"]["kind"] == "grow":
         return GROWN

@@ -57,6 +57,26 @@ biases() {
     done
 }
 
+# One model with the smoothed 0/1 loss on the worst of two attacks. Arguments: setting, epochs.
+# shellcheck disable=SC2086
+smoothed() {
+    sweep $1 $measure "$seeds" L=1 "trainer.max_epochs=$2" $plain loss=zero_one_smoothed \
+        'attack.worst_of=[expected,smoothed]'
+}
+
+# Growing beside Algorithm 2 and one model, each with as many passes of the attack: with L = 3 and E epochs of a grown
+# member, 2 E and 6 E epochs.
+# shellcheck disable=SC2086
+cifar() {
+    small="data=cifar10_jpeg data.num_train=4000 data.num_val=500 data.num_test=300 model=mlp eps=4/255"
+    how="scheduler=one_cycle optimizer.lr=0.05 attack.num_steps=5 trainer.accelerator=cpu protocol=strict"
+    jobs="$small $how protocol.diagnosed=0 logger=csv seed=10,11"
+    sweep $jobs L=3 schedule=grow trainer.max_epochs=8
+    sweep $jobs L=3 schedule=shared schedule.T_theta=20 trainer.max_epochs=16
+    sweep $jobs L=1 trainer.max_epochs=48
+}
+
+# shellcheck disable=SC2086
 questions() {
     basic "$averages32" "$seeds" 40 80
     biases "$averages32" 40
@@ -71,6 +91,10 @@ questions() {
     # Where nothing can be gained.
     basic "$digits_l2" "$seeds" 20 40
     basic "$digits_linf" "$seeds" 20 40
+    smoothed "$averages32" 80
+    smoothed "$digits_l2" 40
+    sweep $digits_linf $measure "$seeds" trainer.max_epochs=20 $plain schedule=grow lambda_solver=held_out L=2
+    cifar
 }
 
 # The ceilings of the test images, exact where the trainings only bounded them.
