@@ -15,7 +15,7 @@ import csv
 import re
 import sys
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -122,7 +122,7 @@ def gather(sweep: Path) -> tuple[Study, list[str]]:
                 seed=int(_known(run.seed)),
                 images=len(found.labels),
                 epochs=np.nan if run.was_only_measured else float(run.config["trainer"]["max_epochs"]),
-                hidden="" if run.was_only_measured else " ".join(map(str, run.config["model"].get("hidden", []))),
+                hidden=_hidden(run),
                 weights=" ".join(f"{weight:.4f}" for weight in run.results.weights),
                 any_mixture=mixture,
                 any_classifier=classifier,
@@ -131,13 +131,22 @@ def gather(sweep: Path) -> tuple[Study, list[str]]:
             )
         )
         accuracies.append(_rows(run))
-    return Study(_named(lines), accuracies), notes
+    lines = _named(lines)
+    for key, count in Counter((line.family, line.eps, line.method, line.seed) for line in lines).items():
+        if count > 1:
+            raise ValueError(f"{count} runs have one name: {key}")
+    return Study(lines, accuracies), notes
 
 
 def _known(value: Any) -> float:
     if value is None:
         raise ValueError("a run without eps or seed")
     return float(value)
+
+
+def _hidden(run: Run) -> str:
+    layers = None if run.was_only_measured else run.config["model"].get("hidden")
+    return " ".join(map(str, layers)) if isinstance(layers, list) else ""
 
 
 def _images_of(run: Run) -> tuple[Any, ...]:
@@ -376,6 +385,7 @@ def _means(runs: Images, row: str) -> list[float]:
 
 def _differences(found: Sequence[Difference]) -> str:
     head = ["minus", "points", "over seeds", "over images", "each seed", "5 points and above 0"]
+    shown = [one for one in found if one.mixture in (RECIPE, BIASES)] or found
     rows = [
         [
             f"{one.mixture} – {one.other}",
@@ -385,8 +395,7 @@ def _differences(found: Sequence[Difference]) -> str:
             " ".join(map(_points, one.each.values())),
             "yes" if one.holds else "no",
         ]
-        for one in found
-        if one.mixture in (RECIPE, BIASES)
+        for one in shown
     ]
     verdicts = [_verdict(mixture, [one for one in found if one.mixture == mixture]) for mixture in MIXTURES]
     return "\n\n".join([_markdown(head, rows), *filter(None, verdicts)]) if rows else ""
@@ -474,13 +483,17 @@ def _radii_figure(study: Study, families: Mapping[tuple[str, str], Sequence[floa
             if np.isfinite(means).sum() < 2:
                 continue
             line = DASHES[0] if method in MIXTURES else DASHES[2]
-            look: Any = {"color": LINE_COLOURS[k], "marker": MARKERS[k % len(MARKERS)], "linestyle": line}
+            look: Any = {
+                "color": LINE_COLOURS[k % len(LINE_COLOURS)],
+                "marker": MARKERS[k % len(MARKERS)],
+                "linestyle": line,
+            }
             axes.plot(
                 radii, means, label=textwrap.fill(method, 30), linewidth=2.4 if method in MIXTURES else 1.6, **look
             )
             for eps in radii:
                 each = [one[0].mean() for seed, one in study.of(family, eps, method).items() if seed in seeds]
-                axes.plot([eps] * len(each), each, linestyle="", marker="_", markersize=9, color=LINE_COLOURS[k])
+                axes.plot([eps] * len(each), each, linestyle="", marker="_", markersize=9, color=look["color"])
         for name, words, colour in (
             ("any_classifier", "no classifier can exceed this", "#000000"),
             ("any_mixture", "no mixture can exceed this", "#882255"),

@@ -17,7 +17,7 @@ from oracles_intervals import paired_interval_by_weights
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "results" / "pays"
 COUNT = 30
-OFF = {"loss": {"class_weights": None}, "attack": {"targets": "none"}}
+OFF = {"loss": {"_target_": "mixadv.losses.AT", "class_weights": None}, "attack": {"targets": "none"}}
 WEIGHTED, TARGETED = {"loss": {"class_weights": "antithetic"}}, {"attack": {"targets": "random"}}
 
 
@@ -101,6 +101,8 @@ def sweep(tmp_path):
             root, f"S{seed}", [1.0], rng.random((1, COUNT)) < 0.3, seed=seed, epochs=80, hidden=(181, 181), **TARGETED
         )
     write(root, "B0", [0.2, 0.8], rng.random((2, COUNT)) < 0.4, seed=0, eps=1.1, task="evaluate")
+    smoothed = {"_target_": "mixadv.losses.SmoothedZeroOne"}
+    write(root, "Z0", [1.0], rng.random((1, COUNT)) < 0.3, seed=0, loss=smoothed)
     write(root, "P0", [0.6, 0.4], rng.random((2, COUNT)) < 0.3, seed=0)
     write(root, "G0", [1.0], rng.random((1, COUNT)) < 0.3, seed=0, kind="grow")
     folder = root / "ceiling"
@@ -129,7 +131,14 @@ def test_a_run_has_the_name_of_what_was_trained(sweep):
     assert notes == []
     assert methods == {
         **{f"A{seed}": "recipe" for seed in range(3)},
-        **{"S0": single, "S2": single, "B0": "one network, biases", "P0": "Algorithm 2", "G0": "grown"},
+        **{
+            "S0": single,
+            "S2": single,
+            "B0": "one network, biases",
+            "P0": "Algorithm 2",
+            "G0": "grown",
+            "Z0": "one model, smoothed 0/1 loss",
+        },
     }
     assert {line.data for line in study.lines} == {"Averages"}
 
@@ -146,6 +155,12 @@ def test_runs_that_are_not_done_are_named(sweep):
     study, notes = pays.gather(sweep)
     assert notes == ["P0 is unfinished"]
     assert "P0" not in {line.run for line in study.lines}
+
+
+def test_two_runs_of_one_name_are_refused(sweep):
+    write(sweep, "P0-again", [0.6, 0.4], np.ones((2, COUNT)), seed=0)
+    with pytest.raises(ValueError, match="2 runs have one name"):
+        pays.gather(sweep)
 
 
 def test_what_is_written_comes_back(sweep, tmp_path):
