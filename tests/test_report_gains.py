@@ -151,6 +151,16 @@ def test_each_comparison_is_in_its_sentence(tmp_path: Path) -> None:
     assert "No difference" not in won
 
 
+def test_no_difference_has_no_sign(tmp_path: Path) -> None:
+    """An expected accuracy is a sum of weights, which rounding may leave just below that of a member."""
+    write_mixture(tmp_path / "a", "Digits", NO_CONFLICT, {**OPEN, "best member": OPEN["mixture"]})
+    write_mixture(tmp_path / "b", "Triangle", TRIANGLE, WON)
+    with np.load(tmp_path / "a" / "records.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "a" / "records.npz", **{**arrays, "robust": arrays["robust"] * (1 - 1e-7)})
+    assert "the best member (+0.0 points" in gains_sentences(standings(find_runs(tmp_path)))[1]
+
+
 def test_what_is_not_possible_or_not_known_is_said(tmp_path: Path) -> None:
     equal = {
         **TRIANGLE,

@@ -40,8 +40,10 @@ class Comparison(NamedTuple):
     note: str
 
     def in_points(self) -> tuple[str, str, str]:
-        """Difference and ends of the interval as signed percentage points."""
-        return f"{100 * self.difference:+.1f}", f"{100 * self.low:+.1f}", f"{100 * self.high:+.1f}"
+        """Difference and ends of the interval as signed percentage points; what rounds to 0 is +0.0."""
+        # Adding 0 turns -0.0 into 0.0.
+        points, low, high = (f"{round(100 * x, 1) + 0.0:+.1f}" for x in (self.difference, self.low, self.high))
+        return points, low, high
 
     def in_words(self) -> str:
         """Difference and interval as part of a sentence."""
