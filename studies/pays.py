@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEGIN, END = "<!-- made by studies/pays.py: -->", "<!-- end -->"
-RECIPE, BIASES, PUBLISHED, GROWN = "recipe", "one network, biases", "Algorithm 2", "grown"
-MIXTURES = (RECIPE, BIASES, PUBLISHED, GROWN)
+RECIPE, BIASES, GROWN = "recipe", "one network, biases", "grown"
+# With updates of one member for each attack, as published, and with each attack shared by all members.
+SAMPLED, SHARED = "Algorithm 2", "Algorithm 2, shared attacks"
+MIXTURES = (RECIPE, BIASES, SAMPLED, SHARED, GROWN)
 MIXTURE, BEST = "mixture", "best member"
 # The rows of an entry of images.npz. Those that a run lacks are nan.
 ROWS = (MIXTURE, CLEAN, MEMBERS, BEST, VOTE, TWIN, CONSTANT)
 OWN = (BEST, VOTE, TWIN, CONSTANT)
+# The flag of numbers that attacks have not reached.
+IMPOSSIBLE = "above-the-ceiling"
 # The claim of the study: so many points, and an interval over the seeds above 0.
 LEAST = 0.05
 
@@ -110,6 +114,7 @@ def gather(sweep: Path) -> tuple[Study, list[str]]:
         if run.state != "done":
             notes.append(f"{run.path.name} is {run.state} {run.reason}".strip())
             continue
+        notes += [f"{run.path.name}: {flag.name}" for flag in run.results.flags or () if flag.name == IMPOSSIBLE]
         found = measured(run)
         mixture, classifier = bounds.get(_images_of(run), (np.nan, np.nan))
         lines.append(
@@ -173,13 +178,15 @@ def _method(run: Run) -> str:
     weighted = run.config["loss"].get("class_weights") is not None
     targeted = run.config["attack"].get("targets", "none") != "none"
     if run.num_members == 1 and run.config["schedule"]["kind"] != "grow":
-        smoothed = run.config["loss"]["_target_"].endswith("SmoothedZeroOne")
+        smoothed = str(run.config["loss"].get("_target_")).endswith("SmoothedZeroOne")
         parts = ("smoothed 0/1 loss", smoothed), ("class weights", weighted), ("random targets", targeted)
         words = [word for word, on in parts if on]
         return ", ".join(["one model", *words])
     if run.config["schedule"]["kind"] == "grow":
         return GROWN
-    return RECIPE if weighted else PUBLISHED
+    if weighted:
+        return RECIPE
+    return SAMPLED if run.config["schedule"]["kind"] == "sampled" else SHARED
 
 
 def _named(lines: Sequence[Line]) -> list[Line]:

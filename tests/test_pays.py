@@ -135,12 +135,18 @@ def test_a_run_has_the_name_of_what_was_trained(sweep):
             "S0": single,
             "S2": single,
             "B0": "one network, biases",
-            "P0": "Algorithm 2",
+            "P0": "Algorithm 2, shared attacks",
             "G0": "grown",
             "Z0": "one model, smoothed 0/1 loss",
         },
     }
     assert {line.data for line in study.lines} == {"Averages"}
+
+
+def test_sampled_updates_are_another_method(sweep):
+    write(sweep, "sampled", [0.5, 0.5], np.ones((2, COUNT)), seed=0, kind="sampled")
+    study, _ = pays.gather(sweep)
+    assert {line.method for line in study.lines if line.run == "sampled"} == {"Algorithm 2"}
 
 
 def test_the_ceiling_of_a_run_is_the_least_that_any_run_found_on_its_images(sweep):
@@ -191,8 +197,8 @@ def test_differences_have_both_intervals(sweep):
     # A mixture that did not grow is its own best member.
     assert found["grown", "best member"].mean == 0
     # One seed has no interval over seeds, so that nothing is claimed.
-    assert np.isnan(found["Algorithm 2", "vote"].over_seeds).all()
-    assert not found["Algorithm 2", "vote"].holds
+    assert np.isnan(found["Algorithm 2, shared attacks", "vote"].over_seeds).all()
+    assert not found["Algorithm 2, shared attacks", "vote"].holds
 
 
 @pytest.mark.parametrize(
