@@ -27,15 +27,16 @@ from mixadv.data.triangle import CORNERS, Triangle
 from mixadv.errors import UserError
 from mixadv.game import FiniteGame
 from mixadv.lambda_solvers import LinearProgram, OracleSubgradient
-from mixadv.losses import ZeroOne
+from mixadv.losses import SmoothedZeroOne, ZeroOne
 from mixadv.members.store import load_mixture, read_config
 from mixadv.mixture import Mixture
+from mixadv.mixture_game import MixtureGame
 from mixadv.report import write_report
 from mixadv.seeding import generator_for
 from mixadv.threat_model import ThreatModel
-from mixadv.training import Growth, MixtureTraining, Replicas, Schedule, WeightsPhase
+from mixadv.training import Growth, MembersPhase, MixtureTraining, Replicas, Schedule, WeightsPhase
 from mixadv.training.checks import check_trainer
-from mixadv.training.growth import RecordedGame, Strategy
+from mixadv.training.growth import RecordedGame, Strategy, weigh
 from mixadv.training.learning_rate import constant, one_cycle
 
 HELD_OUT = WeightsPhase("zero_one", {"arc": ARC(3), "subsets": SubsetAttack(5)}, num_images="all")
@@ -321,6 +322,21 @@ def test_the_certificate_is_that_of_scipy_on_the_points_found():
     assert max(module.stages[1].weights) < 0.9
 
 
+def test_without_the_new_member_the_weights_are_those_of_the_value_without_it():
+    """The weights of before, 0.9 and 0.1, are not the best at the points of the new game: 1/2 and 1/2 are."""
+    members = [class_order(order) for order in ([0, 1, 2], [2, 1, 0], [0, 1, 2])]
+    y = torch.arange(15) % 3
+    x = torch.tensor(CORNERS)[y].view(15, 1, 1, 2)
+    attacks = [ARC(10), SubsetAttack(20)]
+    game = MixtureGame(Mixture(members), x, y, DISCS, attacks, ZeroOne(), torch.Generator().manual_seed(1))
+    stage = weigh(game, LinearProgram(num_rounds=20, attack_tolerance=0.0), [0.9, 0.1], 0.01, num_members=4)
+    assert not stage.kept
+    losses = game.known().losses.double().numpy()
+    assert stage.value_without == pytest.approx(lp_value(losses[..., :2]), abs=1e-9)
+    assert (losses @ np.array(stage.weights[:3])).max(1).mean() == pytest.approx(stage.value_without, abs=1e-9)
+    assert stage.weights == pytest.approx([0.5, 0.5, 0, 0])
+
+
 # --- the attacker's mixed strategy --------------------------------------------------------------------------------
 
 
@@ -367,8 +383,11 @@ def continuable():
     def make(response):
         members = untrained_members(3, "small_resnet", width=2, mean=(0.3,), std=(0.4,))
         solver = LinearProgram(num_rounds=2)
-        growth = Growth(response=response, num_images=20, min_gain=None)
-        return training(members, growth=growth, lr=0.02, phase=QUICK, solver=solver)
+        follows = response == "equilibrium, falling T"
+        growth = Growth(response="equilibrium" if follows else response, num_images=20, min_gain=None)
+        # The payoff itself follows the share of the stage that is done.
+        more = {"loss": SmoothedZeroOne(4.0, 0.1), "phase": replace(QUICK, payoff="loss")} if follows else {}
+        return training(members, growth=growth, lr=0.02, **{"phase": QUICK, "solver": solver, **more})
 
     def end(response):
         if response not in ends:
@@ -383,6 +402,7 @@ def continuable():
     [
         *(("adaptive", 2), ("adaptive", 4), ("fixed", 8), ("fixed", 9)),
         *(("equilibrium", 4), ("equilibrium", 5), ("equilibrium", 7), ("equilibrium", 11)),
+        *(("equilibrium, falling T", 6), ("equilibrium, falling T", 9)),
     ],
 )
 def test_a_stopped_growth_ends_as_if_it_had_not_been_stopped(continuable, tmp_path, response, stop):
@@ -453,6 +473,24 @@ def test_what_cannot_grow_is_refused():
     fit(training(alike[:1]), 3, trainer={"max_steps": 2})
 
 
+@pytest.mark.parametrize(
+    ("phase", "name"),
+    [
+        (MembersPhase(targets="random"), "targets"),
+        (MembersPhase(eps_scale=1.1), "eps_scale"),
+        (MembersPhase(eps_ramp=0.5), "eps_ramp"),
+        (MembersPhase(worst_of=["expected", "smoothed"]), "worst_of"),
+    ],
+)
+def test_the_equilibrium_refuses_settings_of_the_attack_that_it_would_ignore(phase, name):
+    members = untrained_members(2, mean=(0.3,), std=(0.4,))
+    with pytest.raises(ValueError, match=rf"schedule\.response=equilibrium .* ignores attack\.{name}: leave that out"):
+        training(members, growth=Growth(response="equilibrium"), members_phase=phase)
+    # One model, and the other responses, use them.
+    training(members[:1], growth=Growth(response="equilibrium"), members_phase=phase)
+    training(members, growth=Growth(response="fixed"), members_phase=phase)
+
+
 COMMAND = (
     *("data=digits", "model=linear", "eps=0.1", "schedule=grow", "L=3", "trainer.max_epochs=2", "name=one"),
     *("data.num_train=96", "data.num_val=40", "data.num_test=20", "data.batch_size=16", "protocol.diagnosed=0"),
@@ -469,6 +507,7 @@ COMMAND = (
         (["schedule.response=best"], "schedule.response=best is unknown"),
         (["schedule.min_gain=-1"], "schedule.min_gain=-1"),
         (["schedule.num_images=0"], "schedule.num_images=0"),
+        (["schedule.response=equilibrium", "attack.eps_ramp=0.5"], "ignores attack.eps_ramp: leave that out"),
         (["lambda_solver=oracle"], "choose lambda_solver=held_out or lp"),
         (["protocol=paper"], "give a list of attacks of protocol=paper"),
     ],

@@ -317,6 +317,15 @@ def test_a_phase_that_does_not_exist_is_refused(command):
     assert command(*TINY, "attack.worst_of=expected").refusal().startswith("attack.worst_of=expected must be a list")
 
 
+def test_targets_that_no_attack_would_use_are_refused(command):
+    with pytest.raises(ValueError, match=r"worst_of=\[smoothed\] has no attack on targets"):
+        MembersPhase(targets="random", worst_of=["smoothed"])
+    refused = command(*TINY, "attack.targets=random", "attack.worst_of=[smoothed]").refusal()
+    assert refused.startswith("attack.worst_of=[smoothed] has no attack on targets, so targets=random would be ignored")
+    MembersPhase(worst_of=["smoothed"])
+    MembersPhase(targets="random", worst_of=["smoothed", "members"])
+
+
 # --- a loss that follows the training --------------------------------------------------------------------------------
 
 

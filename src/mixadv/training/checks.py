@@ -21,6 +21,7 @@ from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver, LinearProgram
 from mixadv.training.growth import Growth
 from mixadv.training.learning_rate import build_scheduler
+from mixadv.training.members_phase import MembersPhase
 from mixadv.training.replicas import Replicas
 
 
@@ -58,11 +59,12 @@ def check_optimizer(
         raise ValueError(f"scheduler: {error}") from error
 
 
-def check_growth(growth: Growth, solver: LambdaSolver, members: Sequence[nn.Module]) -> None:
+def check_growth(growth: Growth, phase: MembersPhase, solver: LambdaSolver, members: Sequence[nn.Module]) -> None:
     """Refuse what a growing mixture cannot do.
 
     Raises:
-        ValueError: its weights do not come from linear programs, or members cannot start as copies.
+        ValueError: its weights do not come from linear programs, members cannot start as copies, or settings of the
+            members' phases would be ignored.
     """
     if not isinstance(solver, LinearProgram):
         raise ValueError(
@@ -72,6 +74,12 @@ def check_growth(growth: Growth, solver: LambdaSolver, members: Sequence[nn.Modu
     shapes = [{name: tensor.shape for name, tensor in member.state_dict().items()} for member in members]
     if growth.start == "last" and any(shape != shapes[0] for shape in shapes):
         raise ValueError("schedule.start=last copies members, but these are not alike: use schedule.start=fresh")
+    if growth.response == "equilibrium" and len(members) > 1 and (changed := phase.changed()):
+        raise ValueError(
+            "schedule.response=equilibrium trains later members on points of a solved game, and ignores "
+            f"{', '.join(f'attack.{name}' for name in changed)}: leave that out, or use schedule.response=adaptive or "
+            "fixed"
+        )
 
 
 def check_trainer(trainer: pl.Trainer, members: Sequence[nn.Module], grows: bool = False) -> None:

@@ -74,6 +74,7 @@ class Stage:
             worst point: an estimate from below of their risk.
         lower_bound: no weights of the members 0..s have less, on these images.
         value_without: the least value of any weights of the members 0..s-1, on the same points; None for the first.
+            It is the value of `weights` where the new member was left out.
         kept: whether the new member lowered the value by more than ``min_gain``; the first is always kept.
         weights: lambda [L] after the stage, 0 for all members that are not in the mixture.
         num_images, num_points: of the game; points of each image.
@@ -103,6 +104,10 @@ def weigh(
 ) -> Stage:
     """Solve the game of the members 0..s, and compare its value with that of the members 0..s-1.
 
+    The game of the members 0..s-1 is solved on the points of the game of all. If the new member is left out, these are
+    the weights, of value `value_without`. Most of the points were found against mixtures that hold the new member. So
+    `value_without` may be too low for the risk of the members 0..s-1, and the gain of the new member with it.
+
     Args:
         game: its members are 0..s.
         solver: starts from the weights `before` [s], which so are attacked first.
@@ -115,17 +120,18 @@ def weigh(
     solution = solver.solve(game, lam0=lam0, generator=game.generator)
     known = game.known()
     assert solution.lower_bound is not None
-    without = None
+    without, lam = None, solution.weights
     if before:
-        without = solver.solve(FiniteGame(known.losses[..., : count - 1], known.mask, known.masses)).value
-    kept = without is None or min_gain is None or without - solution.value > min_gain
-    lam = solution.weights if kept else lam0
-    weights = [*lam.tolist(), *[0.0] * (num_members - count)]
+        without = solver.solve(FiniteGame(known.losses[..., : count - 1], known.mask, known.masses))
+    kept = without is None or min_gain is None or without.value - solution.value > min_gain
+    if without is not None and not kept:
+        lam = without.weights
+    weights = [*lam.tolist(), *[0.0] * (num_members - len(lam))]
     return Stage(
         member=count - 1,
         value=solution.value,
         lower_bound=solution.lower_bound,
-        value_without=without,
+        value_without=None if without is None else without.value,
         kept=kept,
         weights=weights,
         num_images=known.num_examples,

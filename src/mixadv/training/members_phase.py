@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class MembersPhase:
             that members learn clean images first. 0: the radius is s eps from the first batch on.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or targets that no attack of `worst_of` would use.
     """
 
     targets: str = "none"
@@ -59,7 +59,16 @@ class MembersPhase:
         names = [self.worst_of] if isinstance(self.worst_of, str) else list(self.worst_of)
         if set(names) - set(WORST_OF) or len(set(names)) < len(names):
             raise ValueError(f"worst_of=[{','.join(names)}]: give some of {', '.join(WORST_OF)}, each once")
+        if self.targets == "random" and names == ["smoothed"]:
+            raise ValueError(
+                "worst_of=[smoothed] has no attack on targets, so targets=random would be ignored: add expected or "
+                "members, or use targets=none"
+            )
         object.__setattr__(self, "worst_of", tuple(names))
+
+    def changed(self) -> list[str]:
+        """The names of the settings that differ from the published phase."""
+        return [one.name for one in fields(self) if getattr(self, one.name) != one.default]
 
     def ball(self, threat_model: ThreatModel, share_done: float) -> ThreatModel:
         """The ball of batch t of T; share_done: t / T."""

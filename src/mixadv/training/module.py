@@ -186,7 +186,7 @@ class MixtureTraining(pl.LightningModule):
         self.schedule = Schedule(kind, mixture.num_members, T_theta, weights_phases=adapts)
         self.growth = growth or Growth()
         if self.schedule.grows:
-            check_growth(self.growth, self.solver, list(mixture.members))
+            check_growth(self.growth, self.members_phase, self.solver, list(mixture.members))
         self.optimizer = optimizer or partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
         self.scheduler = scheduler or learning_rate.piecewise
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
@@ -429,17 +429,19 @@ class MixtureTraining(pl.LightningModule):
     def _response(self) -> Strategy:
         """The attacker's strategy against the members before that of the current stage.
 
-        It follows from the members and the seed, so that a continued training finds the same one.
+        It follows from the members and the seed, and its loss is that of the start of the stage, so that a training
+        that continues inside the stage finds the same one.
         """
         if self._strategy is None:
             s, data = self.schedule.stage_at(self.t), self._data()
             chosen = stratified_subset(data.train_labels, min(self.growth.num_images, data.num_train), SEED)
             images, labels = data.train_images[chosen], data.train_labels[chosen]
             ((x, y),) = BatchStream(images, labels, len(labels), shuffle=False, device=data.device)
+            loss = self.loss.at(0.0)
             game = RecordedGame(
                 *(Mixture(self.mixture.members[:s]), x, y, self.threat_model),
-                [self._with_loss_now(self.weights_attack), *self.phase.attacks.values()],
-                self.phase.loss(self.loss_now),
+                [self._with_loss(self.weights_attack, loss), *self.phase.attacks.values()],
+                self.phase.loss(loss),
                 generator_for(self.seed, "response", s, device=x.device),
                 batch_size=self.micro_batch_size or data.eval_batch_size,
             )
@@ -478,7 +480,7 @@ class MixtureTraining(pl.LightningModule):
         most, phase = self.micro_batch_size, self.phase
         # After a resume they come from a checkpoint, on the CPU.
         recent = [AttackedBatch(*(part.to(x.device) for part in batch)) for batch in self._recent]
-        loss, weights_attack = phase.loss(self.loss_now), self._with_loss_now(self.weights_attack)
+        loss, weights_attack = phase.loss(self.loss_now), self._with_loss(self.weights_attack, self.loss_now)
         if phase.is_published:
             attacks = [SharedAttack(weights_attack, self.ranks, most)]
             parts = (mixture, x, y, self.threat_model, attacks, loss, self.attack_generator)
@@ -513,7 +515,8 @@ class MixtureTraining(pl.LightningModule):
 
     def members_attack(self, num_classes: int) -> MembersAttack:
         """The attack of a members' phase, on images of C classes, with the loss of the current batch."""
-        attack, loss = self._with_loss_now(self.training_attack), self.loss_now
+        loss = self.loss_now
+        attack = self._with_loss(self.training_attack, loss)
         smoothed = loss if isinstance(loss, SmoothedZeroOne) else SmoothedZeroOne().at(self.share_done)
         return MembersAttack(self.members_phase, attack, smoothed, num_classes, self.ranks, self.micro_batch_size)
 
@@ -522,8 +525,7 @@ class MixtureTraining(pl.LightningModule):
         """The loss of the current batch, which may follow the share of the training that is done."""
         return self.loss.at(self.share_done)
 
-    def _with_loss_now(self, attack: PGD) -> PGD:
-        loss = self.loss_now
+    def _with_loss(self, attack: PGD, loss: RobustLoss) -> PGD:
         return attack if loss is self.loss else replace(attack, objective=InnerLoss(loss))
 
     def _members_phase(self, x: Tensor, y: Tensor) -> dict[str, Any]:
