@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: quickstart test slow soak lint format bench study-small study-gpu clean
 
-# Three data sets on which randomising can gain much, something and nothing: a mixture and a single model on each.
+# A mixture and a single model on two data sets where randomising can gain, and on one where it cannot.
 quickstart: $(STAMP)
 	$(BIN)/python run.py -m experiment=triangle,averaged_digits,quickstart name=quickstart logger=none
 	$(BIN)/python run.py task=report runs=outputs/sweeps/quickstart

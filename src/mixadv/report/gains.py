@@ -95,8 +95,9 @@ def gains_table(found: Sequence[Standing]) -> Table[Standing]:
 def gains_sentences(found: Sequence[Standing]) -> list[str]:
     """What each run shows, in plain words, and how far these numbers reach."""
     reach = (
-        "Differences are paired by image. Their intervals cover the draw of the test images, not the training seed; "
-        "a stronger attack can only lower the accuracies under attack."
+        "Differences are paired by image. Their intervals take the test images as independent draws and do not cover "
+        "the training seed. The single model has as many epochs as each member. A stronger attack can only lower the "
+        "accuracies under attack."
     )
     return [*map(_sentences, found), reach]
 
@@ -138,7 +139,7 @@ def _reached(standing: Standing) -> str:
     words += f", {100 * value / row.randomised_upper:.0f} % of its ceiling"
     same_images = row.num_examples == standing.run.num_examples
     if same_images and row.deterministic_upper is not None and value > row.deterministic_upper:
-        return f"{words}, and more than any classifier can."
+        return f"{words}: at the points that were found, more than any classifier can have."
     return f"{words}."
 
 
