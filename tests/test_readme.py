@@ -410,6 +410,33 @@ def test_the_table_of_the_small_study_is_that_of_its_results():
         assert numbers == means[label]
 
 
+def test_the_table_of_the_first_screen_is_that_of_the_study():
+    page = (ROOT / "results" / "pays" / "README.md").read_text()
+    shown = rows(README.replace("two CPU cores):\n", "two CPU cores):\n\n## pays\n"), "## pays")
+    headings = {
+        "triangle": "Triangle",
+        "averages of 32": "averages of 32",
+        "averages of 16": "averages of 16",
+        "raw digits, l2": "Digits (8x8), ℓ2",
+        "raw digits, linf": "Digits (8x8), ℓ∞",
+    }
+    assert len(shown) == len(headings)
+    for label, *cells in shown:
+        (part,) = (headings[key] for key in headings if label.startswith(key))
+        (heading,) = (line for line in page.splitlines() if line.startswith("### ") and part in line)
+        section = page.split(f"\n{heading}\n")[1]
+        bounds = re.findall(r"more than ([\d. ]+) %", section)[:2]
+        means = {name.strip("*"): mean for name, mean, *_ in rows(page, heading)}
+        singles = [float(mean) for name, mean in means.items() if name.startswith("one model")]
+        wanted = [
+            *(f"{sum(map(float, bound.split())) / len(bound.split()):.1f}" for bound in bounds),
+            *(means.get(name, "–") for name in ("recipe", "one network, biases", "Algorithm 2, shared attacks")),
+            f"{max(singles):.1f}",
+            means["constant answer"],
+        ]
+        assert [cell.strip("*") for cell in cells] == wanted, label
+
+
 # --- pages and links ---------------------------------------------------------------------------------------
 
 
