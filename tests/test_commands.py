@@ -450,7 +450,10 @@ def test_a_torn_last_checkpoint_is_refused_with_the_remedy_and_kept(trained, tmp
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("lambda_solver=", "lambda_solver=entropic lambda_solver=lp lambda_solver=oracle lambda_solver=uniform"),
+        (
+            "lambda_solver=",
+            " ".join(f"lambda_solver={name}" for name in ("entropic", "held_out", "lp", "oracle", "uniform")),
+        ),
         ("predict.", "predict.images= predict.resize="),
     ],
 )

@@ -115,7 +115,8 @@ def test_margins_are_paired_and_the_largest_possible_gain_comes_first(tmp_path: 
 
 def test_the_table_and_the_sentences_of_a_sweep(sweep: Path) -> None:
     text = printed(sweep)
-    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    # A path has no blank at which it could be folded.
+    assert all(len(line.rstrip()) <= 80 or sweep.name in line for line in text.splitlines())
     lines = [
         line.split() for line in text.splitlines() if "(" not in line and line.startswith(("digits ", "triangle "))
     ]
