@@ -119,7 +119,7 @@ def test_two_processes_take_parts_of_their_shares(tmp_path):
     setting = ("schedule=shared", "loss=trades", "optimizer.lr=0.02", "lambda_solver.num_steps=4")
     # Batch norm would see the statistics of each part.
     setting = (*TINY, "model=small_cnn", "model.width=3", "L=3", *setting)
-    # Drawn for the whole batch, whoever attacks its parts.
+    # Targets are drawn for the whole batch, so they do not depend on how processes and parts divide it.
     setting = (*setting, "attack.targets=random", "attack.eps_ramp=0.5")
     runs = [
         started_process(tmp_path, *setting, "name=one"),

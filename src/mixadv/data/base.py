@@ -180,6 +180,18 @@ class ImageDataModule(LightningDataModule):
         """Images, labels and indices of a split ("train", "validation" or "test"), made from its published ones."""
         return images, labels, indices
 
+    def take_draw(self, draw: int) -> None:
+        """Take the images of a draw, 0, 1, 2, ...; the name of the data tells it.
+
+        Raises:
+            ValueError: it is negative.
+        """
+        if draw < 0:
+            raise ValueError(f"draw={draw} must be at least 0")
+        self.draw = draw
+        if draw > 0:
+            self.name += f", draw {draw}"
+
     def of_draw(self, purpose: str) -> str:
         """The seed of a choice of images: `purpose` itself in draw 0."""
         return purpose if self.draw == 0 else f"{purpose}, draw {self.draw}"

@@ -61,15 +61,12 @@ class Digits(ImageDataModule):
             raise ValueError(f"average={average} must be at least 1, the originals themselves")
         if copies < 1 or (copies > 1 and average == 1):
             raise ValueError(f"copies={copies} must be 1, or more with data.average of 2 or more: copies are averages")
-        if draw < 0:
-            raise ValueError(f"draw={draw} must be at least 0")
-        self.average, self.copies, self.draw = average, copies, draw
+        self.average, self.copies = average, copies
         if classes is not None:
             self.name += f", classes {', '.join(map(str, self.classes))}"
         if average > 1:
             self.name += f", averages of {average}" + (f", {copies} for each original" if copies > 1 else "")
-        if draw > 0:
-            self.name += f", draw {draw}"
+        self.take_draw(draw)
 
     def load(self) -> ImageCorpus:
         from sklearn.datasets import load_digits

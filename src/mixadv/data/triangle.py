@@ -54,11 +54,7 @@ class Triangle(ImageDataModule):
             padding=0,
             flip=False,
         )
-        if draw < 0:
-            raise ValueError(f"draw={draw} must be at least 0")
-        self.draw = draw
-        if draw > 0:
-            self.name += f", draw {draw}"
+        self.take_draw(draw)
         self._numbers = num_train + num_val, num_test
 
     def load(self) -> ImageCorpus:

@@ -228,11 +228,11 @@ def _share_networks(recipes: Sequence[Recipe], mixture: Mixture) -> None:
     known: list[tuple[Recipe, nn.Module]] = []
     for recipe, member in zip(recipes, mixture.members, strict=True):
         plain, own = replace(recipe, bias=()), network_of(member)
-        twin = next((net for other, net in known if other == plain and _are_equal(net, own)), None)
-        if twin is None:
-            known.append((plain, own))
-        elif isinstance(member, Biased):
+        twins = (net for other, net in known if other == plain and _are_equal(net, own))
+        if isinstance(member, Biased) and (twin := next(twins, None)) is not None:
             member.net = twin
+        else:
+            known.append((plain, own))
 
 
 def _are_equal(a: nn.Module, b: nn.Module) -> bool:

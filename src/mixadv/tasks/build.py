@@ -260,10 +260,7 @@ def build_phase(cfg: DictConfig) -> WeightsPhase:
             f"{', '.join(known)}"
         )
     attacks = {str(name): instantiate(cfg.protocol.attacks[name], f"protocol.attacks.{name}") for name in names}
-    try:
-        return WeightsPhase(attacks=attacks, **settings)
-    except ValueError as error:
-        raise UserError(f"lambda_solver.{error}") from error
+    return _built(WeightsPhase, settings | {"attacks": attacks}, "lambda_solver")
 
 
 def build_protocol(cfg: DictConfig) -> dict[str, Attack]:

@@ -24,8 +24,6 @@ from mixadv.attacks.suite import AttackSuite
 from mixadv.checkpoint_files import read_checkpoint
 from mixadv.correctness import answered, correct
 from mixadv.data.base import ImageDataModule
-from mixadv.data.split import stratified_subset
-from mixadv.data.stream import BatchStream
 from mixadv.errors import UserError
 from mixadv.lambda_solvers import LambdaSolver, LinearProgram, OracleSubgradient
 from mixadv.losses import AT, RobustLoss, SmoothedZeroOne
@@ -43,7 +41,7 @@ from mixadv.training.class_weights import ClassWeights
 from mixadv.training.growth import Growth, RecordedGame, Stage, Strategy, weigh
 from mixadv.training.learning_rate import build_scheduler
 from mixadv.training.members_phase import MembersAttack, MembersPhase
-from mixadv.training.phase import SEED, WeightsPhase
+from mixadv.training.phase import WeightsPhase, fixed_images
 from mixadv.training.recorded import rebuilt, recorded
 from mixadv.training.schedule import Schedule
 from mixadv.training.shared_attack import DividedGame, SharedAttack
@@ -434,9 +432,8 @@ class MixtureTraining(pl.LightningModule):
         """
         if self._strategy is None:
             s, data = self.schedule.stage_at(self.t), self._data()
-            chosen = stratified_subset(data.train_labels, min(self.growth.num_images, data.num_train), SEED)
-            images, labels = data.train_images[chosen], data.train_labels[chosen]
-            ((x, y),) = BatchStream(images, labels, len(labels), shuffle=False, device=data.device)
+            count = min(self.growth.num_images, data.num_train)
+            x, y = fixed_images(data.train_images, data.train_labels, count, data.device)
             loss = self.loss.at(0.0)
             game = RecordedGame(
                 *(Mixture(self.mixture.members[:s]), x, y, self.threat_model),

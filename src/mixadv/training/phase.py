@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from mixadv.attacks.search import Attack
@@ -85,7 +86,15 @@ class WeightsPhase:
                 f"lambda_solver.num_images={count}, but the validation split has {data.num_val} images: "
                 "lower it, or raise data.num_val"
             )
-        chosen = stratified_subset(data.val_labels, count, SEED)
-        images, labels = data.val_images[chosen], data.val_labels[chosen]
-        (batch,) = BatchStream(images, labels, count, shuffle=False, device=data.device)
-        return batch
+        return fixed_images(data.val_images, data.val_labels, count, data.device)
+
+
+def fixed_images(images: Tensor, labels: Tensor, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`count` of the images [N, C, H, W] with their labels, stratified by class, the same ones in every run.
+
+    Returns:
+        [count, C, H, W] in [0, 1] and [count], on `device`.
+    """
+    chosen = stratified_subset(labels, count, SEED)
+    (batch,) = BatchStream(images[chosen], labels[chosen], count, shuffle=False, device=device)
+    return batch
